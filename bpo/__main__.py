@@ -1,0 +1,179 @@
+"""The command line: python -m bpo check | run | report STUDY."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bpo import params, report, runs
+from bpo.params import Refusal
+
+TITLES = {"0_tiny_world": "Tiny world", "1_noise_probability": "Noise and probability",
+          "2_pair_generation": "Pair generation", "3_dpo_training": "DPO training",
+          "4_qualitative_comparison": "Qualitative comparison"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code. A refusal is one message and exit code 1."""
+    parser = argparse.ArgumentParser(prog="python -m bpo", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="read all parameter files of a study, and its paths")
+    run = commands.add_parser("run", help="run a study's notebooks and render their reports")
+    pages = commands.add_parser("report", help="render the executed notebooks again")
+    for command in (check, run, pages):
+        command.add_argument("study")
+    for command in (check, run):
+        command.add_argument("-p", nargs=2, action="append", default=[], dest="overrides",
+                             metavar=("NAME", "VALUE"), help="override a parameter wherever it is")
+    run.add_argument("--as", dest="name", help="write under another study's name")
+    run.add_argument("--only", type=int, metavar="N", help="run notebook N alone")
+    run.add_argument("--from", type=int, dest="first", metavar="N", help="start at notebook N")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "report":
+            return _report(options.study)
+        overrides = {n: yaml.safe_load(v) for n, v in options.overrides}
+        if options.command == "check":
+            return _check(options.study, overrides)
+        if options.name:
+            overrides["study"] = options.name
+        return _run(options.study, overrides, only=options.only, first=options.first)
+    except Refusal as refusal:
+        print(refusal, file=sys.stderr)
+        return 1
+
+
+def _check(study: str, overrides: dict[str, Any]) -> int:
+    """Prints every file of a study with what it points at; 1 if something is missing."""
+    read = params.read_study(study, overrides)
+    missing = 0
+    for name, p in read.items():
+        print(f"params/{study}/{name}.yaml: {len(type(p).model_fields)} parameters are good")
+        for field, path in path_parameters(p):
+            found, size = _found(path, read)
+            missing += not found
+            print(f"  {field:16} {path}  {size}")
+    if missing:
+        print(f"{missing} of the paths are missing: get them, or set the parameters to where they "
+              "are", file=sys.stderr)
+    return int(bool(missing))
+
+
+def path_parameters(p: params.Parameters) -> list[tuple[str, Path]]:
+    """The parameters of a notebook that are paths, resolved, except those left empty."""
+    values = p.model_dump()
+    named = [(n, values[n]) for n in ("model", "text_model", "data", "image_folder",
+                                      "describe_prompt", "question_prompt", "pairs", "adapters")
+             if values.get(n)]
+    named += [(f"splits.{n}", v) for n, v in values.get("splits", {}).items()]
+    return [(n, p.path(v)) for n, v in named]
+
+
+def _found(path: Path, read: dict[str, params.Parameters]) -> tuple[bool, str]:
+    """Whether a path is there or will be, once an earlier notebook of the study has run."""
+    if path.exists():
+        files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+        size = sum(f.stat().st_size for f in files)
+        return True, f"{size / 1e6:,.1f} MB" if size > 1e5 else f"{size:,} bytes"
+    for name, p in read.items():
+        if path.is_relative_to(runs.stage_folder(p.study, name)):
+            return True, f"written by {name}"
+    return False, "MISSING"
+
+
+def _run(study: str, overrides: dict[str, Any], *, only: int | None, first: int | None) -> int:
+    """Executes the notebooks in order, each into outputs/<study>/, rendering each as it ends."""
+    read = params.read_study(study, overrides)
+    chosen = [n for n in read if (only is None or n.startswith(f"{only}_"))
+              and (first is None or int(n.split("_")[0]) >= first)]
+    if not chosen:
+        raise Refusal(f"study {study} has no such notebook; it has {', '.join(read)}")
+    lost = [f"{name}: {field} {path}" for name, p in read.items() if name in chosen
+            for field, path in path_parameters(p) if not _found(path, read)[0]]
+    if lost:
+        raise Refusal("missing, so nothing was run:\n  " + "\n  ".join(lost))
+    name = next(iter(read.values())).study
+    folder = params.outputs_root() / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with runs.locked(folder / ".run.lock", f"study {name} is being run by another process; "
+                     "wait for it to end, or give this run another name with --as"):
+        for notebook in chosen:
+            if not _execute(notebook, read[notebook], folder):
+                _index(folder)
+                return 1
+        index = _index(folder)
+    print(f"the report is {_short(index)}")
+    return 0
+
+
+def _execute(notebook: str, p: params.Parameters, folder: Path) -> bool:
+    """One notebook through papermill, cleaned and rendered; False when it failed."""
+    import papermill
+
+    print(f"— {notebook}", flush=True)
+    began = time.monotonic()
+    out = folder / f"{notebook}.ipynb"
+    # papermill fills the name it is given while it runs: a killed run must not leave half a report.
+    running = folder / f".{notebook}.running.ipynb"
+    given = p.model_dump(mode="json")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    message = None
+    try:
+        papermill.execute_notebook(
+            params.ROOT / "notebooks" / f"{notebook}.ipynb", running, parameters=given,
+            kernel_name="python3", cwd=str(folder), progress_bar=False,
+            **({"stderr_file": sys.stderr} if sys.stderr.isatty() else {}))
+    except papermill.exceptions.PapermillExecutionError as error:
+        message = report.plain("\n".join(error.traceback)) or f"{error.ename}: {error.evalue}"
+    report.clean_notebook(running)
+    running.replace(out)
+    report.html_page(out)
+    if message:
+        print(f"{message}\n{notebook} failed; its report so far is "
+              f"{_short(out.with_suffix('.html'))}", file=sys.stderr)
+        return False
+    print(f"  {time.monotonic() - began:.0f} s, {_short(out.with_suffix('.html'))}", flush=True)
+    return True
+
+
+def _report(study: str) -> int:
+    """Renders all executed notebooks of a study and its index again."""
+    folder = params.outputs_root() / study
+    notebooks = [folder / f"{n}.ipynb" for n in params.SCHEMAS if (folder / f"{n}.ipynb").is_file()]
+    if not notebooks:
+        raise Refusal(f"{folder}: no notebook was executed here yet; python -m bpo run {study}")
+    for notebook in notebooks:
+        report.html_page(notebook)
+    print(f"the report is {_short(_index(folder))}")
+    return 0
+
+
+def _index(folder: Path) -> Path:
+    entries = []
+    for name in params.SCHEMAS:
+        executed, page = folder / f"{name}.ipynb", folder / f"{name}.html"
+        if not executed.is_file():
+            continue
+        manifest = folder / name / runs.MANIFEST
+        known = json.loads(manifest.read_text()) if manifest.is_file() else {}
+        failure = report.failure_message(executed)
+        entries.append({
+            "name": name, "title": TITLES[name], "status": "failed" if failure else "complete",
+            "headline": "" if failure else report.headline(executed),
+            "seconds": known.get("seconds"), "message": failure or "", "html": page.name,
+            "ipynb": executed.name,
+            "manifest": f"{name}/{runs.MANIFEST}" if known else None})
+    return report.index_page(folder, entries)
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(params.ROOT) if path.is_relative_to(params.ROOT) else path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""Notebook 4's work: the same held-out questions put to the model before and after each method.
+
+Answers are greedy. Where a truth file lies beside the data, captions are scored for hallucinated
+objects, colour questions for the true and the prior's answer, presence questions as POPE does.
+Without one, only what needs no truth is measured: length, and how many answers changed.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from bpo import generate, metrics, models, packed, records, runs, seeds
+from bpo.generate import Request
+from bpo.models import Checkpoint
+from bpo.params import QualitativeComparison, Refusal
+from bpo.records import Row
+
+# name: (label, category of question, whether more is better; None: neither)
+METRICS = {
+    "chair_s": ("CHAIRs", "caption", False), "chair_i": ("CHAIRi", "caption", False),
+    "cover": ("cover", "caption", True), "objects": ("objects a caption", "caption", None),
+    "words": ("words a caption", "caption", None),
+    "colour_accuracy": ("colour accuracy", "attribute", True),
+    "p_true": ("P(true answer)", "attribute", True),
+    "p_prior": ("P(prior's answer)", "attribute", False),
+    "prior_rate": ("prior's answers given", "attribute", False),
+    "pope_random": ("POPE random", "presence", True),
+    "pope_popular": ("POPE popular", "presence", True),
+    "pope_adversarial": ("POPE adversarial", "presence", True),
+    "yes_rate": ("yes answers", "presence", None),
+    "answer_words": ("words an answer", "any", None),
+    "changed": ("answers that differ from base", "any", None),
+}
+BASELINES = ("base", "sft", "sft_matched", "sft_compute")
+
+
+def run(p: QualitativeComparison) -> runs.Result:
+    """The stage of notebook 4: answers-<split>.jsonl, a line a question with all answers."""
+    inputs = {"model": p.path(p.model), "adapters": p.path(p.adapters)}
+    for split, data in p.splits.items():
+        inputs[split] = p.path(data)
+        if (inputs[split].parent / "truth.json").is_file():
+            inputs[f"{split} truth"] = inputs[split].parent / "truth.json"
+    return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
+                      modules=[seeds, records, models, generate, packed, metrics,
+                               sys.modules[__name__]])
+
+
+def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
+    checkpoint, methods = load_methods(p.path(p.model), p.path(p.adapters), precision=p.precision)
+    out: dict[str, Any] = {}
+    contrasts: dict[str, Any] = {}
+    for split in p.splits:
+        rows, truth = read_split(p, split)
+        asked = {r.id: r for r in rows}
+        requests = [Request(r.id, r.prompt, r.image, len(r.answer.split())) for r in rows]
+        score_answers = _scorer(checkpoint, requests, truth)
+        lines = generate.resumable(
+            folder / f"answers-{split}.jsonl", generate.plan(requests, p.batch_size),
+            functools.partial(_ask, p, checkpoint, methods, asked, truth, score_answers),
+            label=f"{split} questions")
+        out[split], contrasts[split] = score(lines, truth, methods, seed=p.seed,
+                                             resamples=p.resamples)
+    return {**out, "differences": contrasts}
+
+
+def read_split(p: QualitativeComparison, split: str) -> tuple[list[Row], dict[str, Any]]:
+    data = p.path(p.splits[split])
+    rows, _ = records.read_rows(data, p.path(p.image_folder) if p.image_folder else None)
+    return (records.draw_rows(rows, p.rows, p.seed, purpose=f"{split} rows"),
+            records.read_truth(data))
+
+
+def load_methods(model: Path, adapters: Path, *, precision: str) -> tuple[Checkpoint, list[str]]:
+    """The base model with one named adapter a method, and the names, "base" first.
+
+    Methods come in the order in which notebook 3 trained them; raises Refusal if there is none.
+    """
+    names = [f.parent.parent.name for f in sorted(adapters.glob("*/adapter/adapter_config.json"))]
+    if not names:
+        raise Refusal(f"{adapters}: there are no adapters (METHOD/adapter/adapter_config.json); "
+                      "notebook 3_dpo_training writes them")
+    manifest = adapters / runs.MANIFEST
+    if manifest.is_file():
+        order = list(json.loads(manifest.read_text())["metrics"]["methods"])
+        names.sort(key=lambda n: order.index(n) if n in order else len(order))
+    base = models.load(model, precision=precision)
+    tuned = PeftModel.from_pretrained(base.model, adapters / names[0] / "adapter", names[0])
+    for name in names[1:]:
+        tuned.load_adapter(adapters / name / "adapter", name)
+    return Checkpoint(tuned.eval(), base.processor), ["base", *names]
+
+
+@contextmanager
+def using(checkpoint: Checkpoint, method: str) -> Iterator[None]:
+    """The checkpoint as one method left it; "base" is the model with all adapters off."""
+    if method == "base":
+        with checkpoint.model.disable_adapter():
+            yield
+    else:
+        checkpoint.model.set_adapter(method)
+        yield
+
+
+def _chances(checkpoint: Checkpoint, batch: Sequence[Request], truth: dict[str, Any]
+             ) -> tuple[list[int], dict[str, torch.Tensor], list[list[list[int]]]]:
+    """Which requests of a batch have a true answer and a rival to weigh, their prompts, and the
+    token ids of the true answers and then the rivals of each."""
+    known = truth["rows"]
+    probed = [i for i, r in enumerate(batch) if _rivals(known.get(r.id))]
+    inputs = generate.encode_batch(checkpoint, [batch[i] for i in probed]) if probed else {}
+    tokens = [[models.answer_ids(checkpoint, models.answer_text(checkpoint, batch[i].messages, text,
+                                                                image=True))
+               for text in [*known[batch[i].id]["true"], *_rivals(known[batch[i].id])]]
+              for i in probed]
+    return probed, inputs, tokens
+
+
+@torch.no_grad()
+def _scorer(checkpoint: Checkpoint, requests: Sequence[Request], truth: dict[str, Any]
+            ) -> packed.Scorer:
+    sample = [r for r in requests if _rivals(truth["rows"].get(r.id))][:4]
+    if not sample:
+        return packed.answer_logprobs
+    _, inputs, tokens = _chances(checkpoint, sample, truth)
+    return packed.choose(checkpoint, inputs, tokens)
+
+
+@torch.no_grad()
+def _ask(p: QualitativeComparison, checkpoint: Checkpoint, methods: Sequence[str],
+         rows: dict[str, Row], truth: dict[str, Any], score_answers: packed.Scorer,
+         batch: Sequence[Request]) -> list[dict]:
+    """One line a question with each method's answer, and where truth and prior differ their
+    probabilities. The images are prepared once for all methods."""
+    inputs = generate.encode_batch(checkpoint, batch)
+    probed, chances, tokens = _chances(checkpoint, batch, truth)
+    lines = [{"id": r.id, "image": rows[r.id].image_name, "category": rows[r.id].category,
+              "question": rows[r.id].question, "annotated": rows[r.id].answer,
+              "answers": {}, "p_true": {}, "p_prior": {}} for r in batch]
+    for method in methods:
+        with using(checkpoint, method):
+            texts = generate.decode(checkpoint, inputs, max_new_tokens=p.max_new_tokens)
+            chains = score_answers(checkpoint, chances, tokens) if probed else []
+        for line, text in zip(lines, texts, strict=True):
+            line["answers"][method] = text
+        for i, row in zip(probed, chains, strict=True):
+            true = len(truth["rows"][batch[i].id]["true"])
+            values = [c.sum().exp().item() for c in row]
+            lines[i]["p_true"][method] = round(sum(values[:true]), 6)
+            lines[i]["p_prior"][method] = round(sum(values[true:]), 6)
+    return lines
+
+
+def _rivals(known: dict[str, Any] | None) -> list[str]:
+    """The prior's answers to a colour question that are not also true."""
+    if known is None or known["category"] != "attribute":
+        return []
+    return [a for a in known["prior"] if a not in known["true"]]
+
+
+def counts(line: dict, method: str, truth: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """What one answer adds to each metric, as (counted, out of)."""
+    text = line["answers"][method]
+    known = truth["rows"].get(line["id"])
+    out: dict[str, tuple[float, float]] = {
+        "answer_words": (len(metrics.words(text)), 1),
+        "changed": (float(metrics.normalised(text)
+                          != metrics.normalised(line["answers"]["base"])), 1)}
+    if known is None:
+        return out
+    if known["category"] == "caption":
+        present = {o["name"] for o in truth["images"][line["image"]]["objects"]}
+        return out | metrics.caption_counts(text, truth["vocabulary"]["objects"], present)
+    right = metrics.normalised(text) in map(metrics.normalised, known["true"])
+    if known["category"] == "attribute":
+        out["colour_accuracy"] = (float(right), 1)
+        if method in line["p_true"]:
+            priors = map(metrics.normalised, _rivals(known))
+            out["prior_rate"] = (float(metrics.normalised(text) in priors), 1)
+            out["p_true"] = (line["p_true"][method], 1)
+            out["p_prior"] = (line["p_prior"][method], 1)
+    if known["category"] == "presence":
+        said = metrics.yes_or_no(text)
+        out["yes_rate"] = (float(said == "yes"), 1)
+        if known["kind"]:
+            out[f"pope_{known['kind']}"] = (float(said == known["true"][0]), 1)
+    return out
+
+
+def score(lines: Sequence[dict], truth: dict[str, Any], methods: Sequence[str], *, seed: int,
+          resamples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """[method][metric] -> estimate, and [against][method][metric] -> paired difference.
+
+    Bootstrap over images, the same resamples for all methods.
+    """
+    images = sorted({line["image"] for line in lines})
+    weights = metrics.bootstrap_weights(len(images), resamples,
+                                        seeds.numpy_generator(seed, "comparison interval"))
+    ratios: dict[str, dict[str, metrics.Ratios]] = {}
+    for method in methods:
+        found: dict[str, list] = {}
+        for line in lines:
+            for name, count in counts(line, method, truth).items():
+                found.setdefault(name, []).append((line["image"], count))
+        blank = [(i, (0.0, 0.0)) for i in images]
+        ratios[method] = {n: metrics.by_image([*blank, *found[n]]) for n in METRICS if n in found}
+    values = {m: {n: metrics.estimate(r, weights) for n, r in mine.items()}
+              for m, mine in ratios.items()}
+    contrasts = {
+        against: {m: {n: metrics.difference(r, ratios[against][n], weights)
+                      for n, r in ratios[m].items()}
+                  for m in methods if m != against}
+        for against in BASELINES if against in methods}
+    return values, contrasts
+
+
+def quality(line: dict, method: str, truth: dict[str, Any]) -> float | None:
+    """How good one answer is, for finding wins and losses; None where nothing is known.
+
+    A right answer is 1, a wrong one 0; a caption loses 1 for each wrong object word and gains the
+    share of the image's objects that it names.
+    """
+    found = counts(line, method, truth)
+    if "chair_i" in found:
+        return found["cover"][0] / max(found["cover"][1], 1) - found["chair_i"][0]
+    known = truth["rows"].get(line["id"])
+    if known is None:
+        return None
+    return float(metrics.normalised(line["answers"][method])
+                 in map(metrics.normalised, known["true"]))
+
+
+def examples(lines: Sequence[dict], truth: dict[str, Any], *, method: str, against: str, count: int,
+             seed: int) -> tuple[list[dict], dict[str, int]]:
+    """Questions for the gallery and how often each verdict occurs among all of them.
+
+    The same number of wins, losses and ties as far as there are any, each drawn by seed.
+    """
+    verdicts: dict[str, list[dict]] = {"win": [], "loss": [], "tie": []}
+    for line in lines:
+        mine, other = quality(line, method, truth), quality(line, against, truth)
+        if mine is None:
+            mine, other = 0.0, 0.0
+        verdicts["win" if mine > other else "loss" if mine < other else "tie"].append(line)
+    drawn = []
+    for name, found in verdicts.items():
+        order = sorted(found, key=lambda x: seeds.seed_for(seed, "gallery", x["id"]))
+        drawn.append([{**line, "verdict": name} for line in order])
+    mixed = [d[i] for i in range(count) for d in drawn if i < len(d)]
+    return mixed[:count], {n: len(v) for n, v in verdicts.items()}
+
+
+def wrong_words(line: dict, method: str, truth: dict[str, Any]) -> set[str]:
+    """The words of an answer to mark: hallucinated objects of a caption, a wrong answer whole."""
+    known = truth["rows"].get(line["id"])
+    text = line["answers"][method]
+    if known is None:
+        return set()
+    if known["category"] == "caption":
+        present = {o["name"] for o in truth["images"][line["image"]]["objects"]}
+        return metrics.wrong_object_words(text, truth["vocabulary"]["objects"], present)
+    return set() if quality(line, method, truth) else set(metrics.words(text))
+
+
+def load(result: runs.Result, split: str) -> list[dict]:
+    """A split's lines of a finished stage, ordered by id."""
+    lines = records.read_lines(result.folder / f"answers-{split}.jsonl")
+    return sorted(lines, key=lambda x: x["id"])
+
+
+def compare(found: dict[str, Any], split: str, method: str, against: str) -> list[dict[str, Any]]:
+    """Every metric's paired difference between two methods, with what its interval allows to say:
+    "better", "worse", "cannot be told", or "" for a metric of which neither more nor less is good.
+    """
+    out = []
+    for name, d in found["differences"][split].get(against, {}).get(method, {}).items():
+        label, category, more = METRICS[name]
+        if d["value"] is None:
+            continue
+        if d["low"] <= 0 <= d["high"]:
+            reading = "cannot be told"
+        else:
+            reading = "better" if (d["low"] > 0) == more else "worse"
+        out.append({"metric": name, "label": label, "category": category, "method": method,
+                    "against": against, **d, "reading": "" if more is None else reading})
+    return out
+
+
+def table(found: dict[str, Any], split: str, category: str) -> list[dict[str, Any]]:
+    """[{method, metric, label, value, low, high, n}] of the metrics of one category of questions."""
+    return [{"method": method, "metric": name, "label": METRICS[name][0], **estimate}
+            for method, mine in found[split].items() for name, estimate in mine.items()
+            if METRICS[name][1] == category and estimate["value"] is not None]
+
+
+def reading(found: dict[str, Any], split: str, method: str, against: str) -> str:
+    """In which metrics a method is better, worse, or cannot be told from another, in one phrase."""
+    rows = [r for r in compare(found, split, method, against) if r["reading"]]
+    parts = []
+    for kind in ("better", "worse", "cannot be told"):
+        names = [r["label"] for r in rows if r["reading"] == kind]
+        parts.append(f"{kind}: {', '.join(names) or 'nothing'}")
+    return "; ".join(parts)

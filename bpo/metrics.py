@@ -1,0 +1,153 @@
+"""What is measured: pure functions over answers and truth, and bootstrap intervals over images.
+
+Every number is a ratio of sums over images (a mean is a ratio with ones below), so that one
+bootstrap serves all of them, and a difference between two methods is resampled in pairs.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Vocabulary = Mapping[str, Sequence[str]]
+Ratios = Mapping[str, tuple[float, float]]  # image -> (what is counted, out of how many)
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9']+", text.lower())
+
+
+def normalised(text: str) -> str:
+    """An answer as its words alone, lower-cased: two answers are the same if this is."""
+    return " ".join(words(text))
+
+
+def mentioned_objects(text: str, vocabulary: Vocabulary) -> list[str]:
+    """The object class of every object word in a text, repeats kept, in order of mention.
+
+    vocabulary: class -> its words and plurals; a longer phrase ("hot dog") wins over a word in it.
+    """
+    phrases = {tuple(words(form)): name for name, forms in vocabulary.items() for form in forms}
+    longest = max((len(p) for p in phrases), default=0)
+    tokens, found, at = words(text), [], 0
+    while at < len(tokens):
+        for size in range(min(longest, len(tokens) - at), 0, -1):
+            name = phrases.get(tuple(tokens[at:at + size]))
+            if name is not None:
+                found.append(name)
+                at += size
+                break
+        else:
+            at += 1
+    return found
+
+
+def wrong_object_words(text: str, vocabulary: Vocabulary, present: set[str]) -> set[str]:
+    """The words of a text that name objects which are not in the image."""
+    forms = {w for name, names in vocabulary.items() if name not in present
+             for form in names for w in words(form)}
+    right = {w for name in present for form in vocabulary.get(name, ()) for w in words(form)}
+    return {w for w in words(text) if w in forms - right}
+
+
+def caption_counts(text: str, vocabulary: Vocabulary, present: set[str]) -> dict[str, tuple]:
+    """One caption's share of each caption metric, as (counted, out of).
+
+    chair_s: captions with a wrong object / all captions; chair_i: wrong object words / all object
+    words, repeats counted (CHAIR, arXiv 1809.02156). cover: objects of the image that are named /
+    objects of the image. objects, words: object words and words a caption.
+    """
+    found = mentioned_objects(text, vocabulary)
+    wrong = [o for o in found if o not in present]
+    return {"chair_s": (float(bool(wrong)), 1), "chair_i": (len(wrong), len(found)),
+            "cover": (len(present & set(found)), len(present)),
+            "objects": (len(found), 1), "words": (len(words(text)), 1)}
+
+
+def caption_is_right(text: str, vocabulary: Vocabulary, colours: Sequence[str],
+                     objects: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a caption names objects of the image only, each colour word in front of one with that
+    colour. objects: {"name", "colour"} of everything in the image. A caption of nothing is wrong.
+    """
+    forms = {normalised(form): name for name, names in vocabulary.items() for form in names}
+    present = {o["name"] for o in objects}
+    coloured = {(o["name"], o["colour"]) for o in objects}
+    tokens = words(text)
+    found = mentioned_objects(text, vocabulary)
+    told = {(forms[b], a) for a, b in zip(tokens, tokens[1:]) if a in colours and b in forms}
+    return bool(found) and set(found) <= present and told <= coloured
+
+
+def yes_or_no(text: str) -> str | None:
+    """An answer to a presence question (POPE, arXiv 2305.10355): its first "yes" or "no"."""
+    return next((w for w in words(text) if w in ("yes", "no")), None)
+
+
+def yes_no_scores(answers: Sequence[str | None], truth: Sequence[str]) -> dict[str, float]:
+    """Accuracy, precision, recall and F1 with "yes" as positive, and the answers' share of yes.
+
+    An answer that is neither (None) is wrong and not a yes.
+    """
+    pairs = list(zip(answers, truth, strict=True))
+    hits = sum(a == "yes" == t for a, t in pairs)
+    said = sum(a == "yes" for a, _ in pairs)
+    precision = hits / said if said else 0.0
+    recall = hits / max(sum(t == "yes" for t in truth), 1)
+    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+    return {"accuracy": sum(a == t for a, t in pairs) / len(pairs), "precision": precision,
+            "recall": recall, "f1": f1, "yes_ratio": said / len(pairs)}
+
+
+def by_image(counts: Sequence[tuple[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """(image, (counted, out of)) of many questions summed for each image."""
+    sums: dict[str, tuple[float, float]] = {}
+    for image, (top, bottom) in counts:
+        old = sums.get(image, (0.0, 0.0))
+        sums[image] = (old[0] + top, old[1] + bottom)
+    return sums
+
+
+def bootstrap_weights(images: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """(resamples, images) how often each image is drawn when as many are drawn with replacement."""
+    return rng.multinomial(images, np.full(images, 1 / images), size=resamples)
+
+
+def estimate(ratios: Ratios, weights: np.ndarray) -> dict[str, Any]:
+    """A ratio of sums with its 95 % percentile bootstrap interval over images.
+
+    weights: (resamples, images) from `bootstrap_weights`, columns in the sorted order of images.
+    Returns {value, low, high, n}: n is what the ratio is out of. None where that is nothing.
+    """
+    top, bottom = _columns(ratios, sorted(ratios))
+    return _interval(_ratio(top.sum(), bottom.sum()),
+                     _ratio(weights @ top, weights @ bottom), bottom.sum())
+
+
+def difference(ratios: Ratios, other: Ratios, weights: np.ndarray) -> dict[str, Any]:
+    """`ratios` minus `other` on the same images, each resample taking the same images of both."""
+    if ratios.keys() != other.keys():
+        raise ValueError("a paired difference needs the same images on both sides")
+    names = sorted(ratios)
+    (top, bottom), (top2, bottom2) = _columns(ratios, names), _columns(other, names)
+    value = _ratio(top.sum(), bottom.sum()) - _ratio(top2.sum(), bottom2.sum())
+    drawn = _ratio(weights @ top, weights @ bottom) - _ratio(weights @ top2, weights @ bottom2)
+    return _interval(value, drawn, min(bottom.sum(), bottom2.sum()))
+
+
+def _columns(ratios: Ratios, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    table = np.array([ratios[n] for n in names], dtype=float)
+    return table[:, 0], table[:, 1]
+
+
+def _ratio(top: Any, bottom: Any) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(np.asarray(bottom) > 0, np.divide(top, bottom), np.nan)
+
+
+def _interval(value: Any, drawn: np.ndarray, count: float) -> dict[str, Any]:
+    if np.isnan(value):
+        return {"value": None, "low": None, "high": None, "n": 0}
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return {"value": round(float(value), 6), "low": round(float(low), 6),
+            "high": round(float(high), 6), "n": int(count)}

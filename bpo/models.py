@@ -1,0 +1,224 @@
+"""Any vision-language checkpoint in Hugging Face layout: loading, prompts, batches, adapters.
+
+Nothing here knows a model family: prompts come from the checkpoint's chat template, image
+placeholders from its processor, the language model from transformers' own `get_decoder`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from bpo.noise import add_noise
+from bpo.params import Refusal
+
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model with its processor (a plain tokenizer for a text model)."""
+
+    model: PreTrainedModel | PeftModel
+    processor: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, with adapters in place if there are any."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+
+def load(folder: Path, *, precision: str = "float32", adapter: Path | None = None) -> Checkpoint:
+    """The vision-language checkpoint of a folder, in evaluation mode, on a GPU if there is one.
+
+    adapter: a PEFT folder laid over it.
+    Raises Refusal when the folder is not such a checkpoint. No remote code, safetensors only.
+    """
+    model = _load(AutoModelForImageTextToText, folder, precision)
+    processor = _quiet(AutoProcessor.from_pretrained, folder)
+    if adapter is not None:
+        if not (adapter / "adapter_config.json").is_file():
+            raise Refusal(f"{adapter}: there is no adapter (adapter_config.json is missing)")
+        model = PeftModel.from_pretrained(model, adapter)
+    checkpoint = Checkpoint(model.eval(), processor)
+    _ready(checkpoint, folder)
+    return checkpoint
+
+
+def load_text_model(folder: Path, *, precision: str = "float32") -> Checkpoint:
+    """The causal language model of a folder with its tokenizer; raises Refusal as `load` does."""
+    model = _load(AutoModelForCausalLM, folder, precision)
+    checkpoint = Checkpoint(model.eval(), _quiet(AutoTokenizer.from_pretrained, folder))
+    _ready(checkpoint, folder)
+    return checkpoint
+
+
+def _load(auto: Any, folder: Path, precision: str) -> PreTrainedModel:
+    if not (folder / "config.json").is_file():
+        raise Refusal(f"{folder}: there is no checkpoint (config.json is missing)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = _quiet(auto.from_pretrained, folder, dtype=getattr(torch, precision),
+                       use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model.to(device)
+
+
+def _quiet(load: Any, *args: Any, **kwargs: Any) -> Any:
+    """A loader without transformers' own progress bars, which would stay in a saved notebook."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return load(*args, **kwargs)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _ready(checkpoint: Checkpoint, folder: Path) -> None:
+    tokenizer = checkpoint.tokenizer
+    if getattr(checkpoint.processor, "chat_template", None) is None:
+        raise Refusal(f"{folder}: the checkpoint has no chat template, so its prompts are unknown")
+    if tokenizer.eos_token_id is None:
+        raise Refusal(f"{folder}: the tokenizer has no end token, so answers would not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def with_image(messages: Messages) -> list[dict[str, Any]]:
+    """Messages of plain text as the chat templates of vision-language models want them: the image
+    stands in front of the first user turn's text."""
+    first = next(i for i, m in enumerate(messages) if m["role"] == "user")
+    return [{"role": m["role"],
+             "content": [*([{"type": "image"}] if i == first else []),
+                         {"type": "text", "text": m["content"]}]}
+            for i, m in enumerate(messages)]
+
+
+def prompt_text(checkpoint: Checkpoint, messages: Messages, *, image: bool) -> str:
+    """The prompt in front of an answer, as the chat template writes it."""
+    turns = with_image(messages) if image else _plain(checkpoint, messages)
+    return checkpoint.processor.apply_chat_template(turns, add_generation_prompt=True,
+                                                    tokenize=False)
+
+
+def answer_text(checkpoint: Checkpoint, messages: Messages, answer: str, *, image: bool) -> str:
+    """What follows the prompt when the answer is given: the template's words plus the end token.
+
+    Some templates (LLaVA-1.5's in its public layout) leave the end token out; a model trained
+    without it would not learn where to stop, so it is always there.
+    """
+    both = [*messages, {"role": "assistant", "content": answer}]
+    turns = with_image(both) if image else _plain(checkpoint, both)
+    whole = checkpoint.processor.apply_chat_template(turns, tokenize=False)
+    prompt = prompt_text(checkpoint, messages, image=image)
+    if not whole.startswith(prompt):
+        raise Refusal("the chat template writes another prompt once an answer follows it: "
+                      "answers cannot be told from prompts with this checkpoint")
+    end = checkpoint.tokenizer.eos_token
+    rest = whole[len(prompt):].rstrip()
+    return rest if rest.endswith(end) else rest + end
+
+
+def _plain(checkpoint: Checkpoint, messages: Messages) -> list[dict[str, Any]]:
+    # A processor's template wants typed parts, a tokenizer's wants strings.
+    if checkpoint.processor is checkpoint.tokenizer:
+        return [dict(m) for m in messages]
+    return [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]}
+            for m in messages]
+
+
+def encode(checkpoint: Checkpoint, text: str, image: Image.Image | None) -> dict[str, torch.Tensor]:
+    """One prompt through the processor: input_ids (1, S), attention_mask (1, S), pixel values, ...
+
+    The template wrote the special tokens already, so none are added.
+    """
+    kwargs = {"images": image} if image is not None else {}
+    return dict(checkpoint.processor(text=text, add_special_tokens=False, return_tensors="pt",
+                                     **kwargs))
+
+
+def load_processor(folder: Path) -> Any:
+    """The processor alone, for showing what a finished stage did."""
+    return _quiet(AutoProcessor.from_pretrained, folder)
+
+
+def noised_picture(processor: Any, image: Image.Image, step: int,
+                   generator: torch.Generator) -> Image.Image:
+    """What the model is shown at a noise step, as a picture: the processor's pixels, noised and put
+    back into colours. A processor that cuts the image up (tiles, patches) has no single picture;
+    then the noise is drawn on the image itself at the same strength.
+    """
+    how = processor.image_processor
+    mean, std = (torch.tensor(getattr(how, f"image_{n}"))[:, None, None] for n in ("mean", "std"))
+    pixels = how(images=image, return_tensors="pt")["pixel_values"]
+    if pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
+        flat = torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
+        pixels = ((flat - mean) / std)[None]
+    colours = add_noise(pixels, step, generator)[0] * std + mean
+    levels = (colours.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())
+
+
+def answer_ids(checkpoint: Checkpoint, text: str) -> list[int]:
+    return checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def collate(checkpoint: Checkpoint, rows: Sequence[Mapping[str, torch.Tensor]]
+            ) -> dict[str, torch.Tensor]:
+    """Encoded prompts as one batch on the model's device, padded on the left to one length.
+
+    Everything that has the prompt's length is padded; the rest (pixels, grids) is put end to end.
+    """
+    width = max(r["input_ids"].shape[1] for r in rows)
+    batch = {}
+    for key in rows[0]:
+        parts = [r[key] for r in rows]
+        if parts[0].shape == rows[0]["input_ids"].shape:
+            fill = checkpoint.tokenizer.pad_token_id if key == "input_ids" else 0
+            parts = [torch.nn.functional.pad(x, (width - x.shape[1], 0), value=fill) for x in parts]
+        batch[key] = torch.cat(parts).to(checkpoint.device)
+    pixels = batch.get("pixel_values")
+    if pixels is not None:
+        batch["pixel_values"] = pixels.to(checkpoint.base.dtype)
+    return batch
+
+
+def adapter_targets(model: PreTrainedModel) -> str:
+    """A regular expression for the linear layers of the language model: no tower, projector, head.
+
+    PEFT's own "all-linear" and lists of names also match the vision tower.
+    """
+    decoder = model.get_decoder()
+    prefix = next(n for n, m in model.named_modules() if m is decoder)
+    names = {n.rsplit(".", 1)[-1] for n, m in decoder.named_modules()
+             if isinstance(m, torch.nn.Linear)}
+    return rf"{re.escape(prefix)}\..*\.({'|'.join(sorted(names))})"
+
+
+def adapter_config(model: PreTrainedModel, *, rank: int, alpha: int, dropout: float) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM",
+                      target_modules=adapter_targets(model))

@@ -1,0 +1,353 @@
+"""Parameters: one schema a notebook, read from YAML files or from a notebook's globals, or refused.
+
+A refusal is one message that lists every problem; it comes before any model is loaded.
+This module knows names, types and ranges; it does not run anything.
+"""
+
+import ast
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = ("sft", "sft_matched", "sft_compute", "bpo", "bpo_weaken", "bpo_inject")
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+NoiseStep = Annotated[int, Field(ge=0, le=999)]
+
+
+class Refusal(Exception):
+    """Bad input, said in one message: what was wrong, where, what to do next.
+
+    IPython shows the message alone, without a stack trace.
+    """
+
+    def _render_traceback_(self) -> list[str]:
+        return str(self).splitlines()
+
+
+def shown(default: Any, description: str, **limits: Any) -> Any:
+    """A parameter that changes what is drawn or how fast, not what a stage computes."""
+    return Field(default, description=description, json_schema_extra={"shapes": False}, **limits)
+
+
+class Parameters(BaseModel):
+    """What all notebooks share. Subclasses add one field a parameter; `notebook` names the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    notebook: ClassVar[str] = ""
+
+    study: str = Field("tiny", description="name of the study: its folder below outputs/",
+                       pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, description="seed of every random draw", ge=0, lt=2**31)
+
+    def shaping(self) -> dict[str, Any]:
+        """The parameters that shape a stage's result, in the schema's order."""
+        extra = {n: f.json_schema_extra or {} for n, f in type(self).model_fields.items()}
+        return {n: v for n, v in self.model_dump(mode="json").items()
+                if extra[n].get("shapes", True) and n != "study"}
+
+    def path(self, value: str) -> Path:
+        return resolve(value, study=self.study)
+
+
+class TinyWorld(Parameters):
+    """0_tiny_world"""
+
+    notebook: ClassVar[str] = "0_tiny_world"
+
+
+class Checkpoint(Parameters):
+    """What every notebook with a model needs."""
+
+    model: str = Field("outputs/{study}/0_tiny_world/model",
+                       description="folder of the vision-language checkpoint")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="number format of the model's weights")
+
+
+class NoiseProbability(Checkpoint):
+    """1_noise_probability"""
+
+    notebook: ClassVar[str] = "1_noise_probability"
+
+    data: str = Field("outputs/{study}/0_tiny_world/counterfactual/rows.json",
+                      description="rows in the LLaVA layout; truth.json beside it is used if there")
+    image_folder: str = Field("", description="folder of the images; empty: the data file's own")
+    rows: int = Field(150, description="rows to analyse, drawn by seed; 0: all", ge=0)
+    category: str = Field("attribute", description="only rows of this category; empty: all")
+    question: str = Field("", description="ask this of every image instead; empty: each row's own")
+    true_answers: list[str] = Field(
+        [], description="with question: the answers that the image shows")
+    prior_answers: list[str] = Field(
+        [], description="with question: the answers that the prior suggests")
+    noise_steps: list[NoiseStep] = Field(
+        [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999], min_length=2,
+        description="diffusion steps at which to look; 0 is the clean image")
+    draws: Count = Field(2, description="noise draws for each image and step")
+    sampled_answers: int = Field(
+        8, description="images whose sampled answers are kept at each step", ge=1)
+    max_new_tokens: Count = Field(24, description="longest sampled answer, in tokens")
+    batch_size: Count = Field(64, description="images and steps in one forward pass")
+
+    @field_validator("noise_steps")
+    @classmethod
+    def _from_clean_upwards(cls, steps: list[int]) -> list[int]:
+        if steps != sorted(set(steps)) or steps[0] != 0:
+            raise ValueError("must rise from 0, the clean image, without repeats")
+        return steps
+
+    @model_validator(mode="after")
+    def _question_with_answers(self) -> "NoiseProbability":
+        if bool(self.question) != bool(self.true_answers and self.prior_answers):
+            raise ValueError("question, true_answers and prior_answers go together: "
+                             "give all three or none")
+        return self
+
+
+class PairGeneration(Checkpoint):
+    """2_pair_generation"""
+
+    notebook: ClassVar[str] = "2_pair_generation"
+
+    data: str = Field("outputs/{study}/0_tiny_world/preference/rows.json",
+                      description="annotated rows in the LLaVA layout")
+    image_folder: str = Field("", description="folder of the images; empty: the data file's own")
+    rows: int = Field(0, description="rows to use, drawn by seed; 0: all", ge=0)
+    max_words: Count = Field(350, description="rows with an answer longer than this are dropped")
+    noise_step: NoiseStep = Field(600, description="diffusion step of image weakening")
+    weaken_temperature: float = Field(1.0, description="sampling temperature of image weakening",
+                                      gt=0, le=5)
+    weaken_top_p: float = Field(1.0, description="nucleus of image weakening", gt=0, le=1)
+    text_model: str = Field("outputs/{study}/0_tiny_world/language_model",
+                            description="folder of the text model that injects errors; "
+                                        "empty: the checkpoint itself, without an image")
+    describe_prompt: str = Field("outputs/{study}/0_tiny_world/prompts/describe.txt",
+                                 description="file that asks to rewrite a description")
+    question_prompt: str = Field("outputs/{study}/0_tiny_world/prompts/question.txt",
+                                 description="file that asks to rewrite an answer")
+    inject_temperature: float = Field(0.8, description="sampling temperature of error injection",
+                                      gt=0, le=5)
+    inject_top_p: float = Field(0.95, description="nucleus of error injection", gt=0, le=1)
+    max_new_tokens: Count = Field(40, description="longest generated answer, in tokens")
+    batch_size: Count = Field(64, description="rows decoded together")
+    gallery: int = shown(6, "pairs shown in the gallery", ge=1, le=60)
+
+
+class DPOTraining(Checkpoint):
+    """3_dpo_training"""
+
+    notebook: ClassVar[str] = "3_dpo_training"
+
+    pairs: str = Field("outputs/{study}/2_pair_generation/pairs.jsonl",
+                       description="pairs that notebook 2 wrote")
+    image_folder: str = Field("outputs/{study}/0_tiny_world/preference",
+                              description="folder that the pairs' image names start from")
+    methods: list[Literal[METHODS]] = Field(list(METHODS), min_length=1,
+                                            description="methods to train, one adapter each")
+    steps: int = Field(80, description="optimizer steps of every method; 0: what epochs gives",
+                       ge=0)
+    epochs: float = Field(2.0, description="passes over the pairs of bpo, used when steps is 0",
+                          gt=0)
+    batch_pairs: Count = Field(32, description="pairs (SFT: positives) an optimizer step, in all")
+    device_batch: Count = Field(32, description="pairs in one forward pass on one device")
+    learning_rate: float = Field(1e-3, description="peak learning rate", gt=0, lt=1)
+    warmup_ratio: Fraction = Field(0.03, description="share of the steps that warm up")
+    beta: float = Field(0.1, description="strength of the pull to the reference in DPO", gt=0,
+                        le=10)
+    nll_weight: float = Field(1.0, description="weight of an NLL term on the chosen answer; 0: off",
+                              ge=0)
+    lora_rank: Count = Field(16, description="rank of the adapters")
+    lora_alpha: Count = Field(32, description="scale of the adapters: alpha / rank")
+    lora_dropout: float = Field(0.0, description="dropout in front of the adapters", ge=0, lt=1)
+    max_tokens: Count = Field(2048, description="rows longer than this are dropped and counted")
+    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    save_every: Count = Field(20, description="optimizer steps between checkpoints to resume from")
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> "DPOTraining":
+        if self.batch_pairs % self.device_batch:
+            raise ValueError(f"batch_pairs ({self.batch_pairs}) must be a multiple of "
+                             f"device_batch ({self.device_batch})")
+        if len(set(self.methods)) != len(self.methods):
+            raise ValueError("methods: a method is named twice")
+        if "sft_compute" in self.methods and not {"bpo", "sft_matched"} <= set(self.methods):
+            raise ValueError("methods: sft_compute is sft_matched with bpo's compute, "
+                             "so name bpo and sft_matched too")
+        return self
+
+
+class QualitativeComparison(Checkpoint):
+    """4_qualitative_comparison"""
+
+    notebook: ClassVar[str] = "4_qualitative_comparison"
+
+    adapters: str = Field("outputs/{study}/3_dpo_training",
+                          description="folder of notebook 3: an adapter for each method")
+    splits: dict[str, str] = Field(
+        {"counterfactual": "outputs/{study}/0_tiny_world/counterfactual/rows.json",
+         "natural": "outputs/{study}/0_tiny_world/natural/rows.json"}, min_length=1,
+        description="held-out rows in the LLaVA layout, by the name of the split")
+    image_folder: str = Field("", description="folder of the images; empty: the data file's own")
+    rows: int = Field(0, description="rows of each split, drawn by seed; 0: all", ge=0)
+    max_new_tokens: Count = Field(40, description="longest generated answer, in tokens")
+    batch_size: Count = Field(128, description="rows decoded together")
+    resamples: Annotated[int, Field(ge=100, le=100_000)] = Field(
+        2000, description="bootstrap resamples over images")
+    gallery: int = shown(8, "comparisons shown in the gallery", ge=1, le=60)
+
+
+SCHEMAS: dict[str, type[Parameters]] = {
+    s.notebook: s for s in (TinyWorld, NoiseProbability, PairGeneration, DPOTraining,
+                            QualitativeComparison)}
+
+
+def outputs_root() -> Path:
+    """Where studies are written: outputs/ of the project, or the folder named by BPO_OUTPUTS."""
+    return Path(os.environ.get("BPO_OUTPUTS") or ROOT / "outputs").resolve()
+
+
+def resolve(value: str, *, study: str) -> Path:
+    """A path parameter as an absolute path.
+
+    `{study}` becomes the study's name; a relative path starts at the project's root, wherever the
+    notebook runs, and one that starts with outputs/ at the root of the outputs.
+    """
+    path = Path(value.replace("{study}", study)).expanduser()
+    if path.parts[:1] == ("outputs",):
+        return outputs_root().joinpath(*path.parts[1:])
+    return (ROOT / path).resolve()
+
+
+def validate(schema: type[Parameters], values: Mapping[str, Any], *, where: str) -> Parameters:
+    """`values` as an instance of `schema`; raises one Refusal that lists every problem."""
+    # pydantic would read `true` as 1: a slip that no range check could see.
+    slips = {n for n, v in values.items() if isinstance(v, bool) and n in schema.model_fields
+             and schema.model_fields[n].annotation in (int, float, Count)}
+    problems = [f"{n}: must be a number, is {values[n]}" for n in slips]
+    try:
+        read = schema(**{n: v for n, v in values.items() if n not in slips})
+    except ValidationError as error:
+        problems += [_sentence(schema, e) for e in error.errors()]
+    if not problems:
+        return read
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = "\n".join(f"  - {p}" for p in problems)
+    raise Refusal(f"{schema.notebook}: {count} in the parameters ({where})\n{lines}\n"
+                  f"The first cell of notebooks/{schema.notebook}.ipynb lists them all.")
+
+
+def _sentence(schema: type[Parameters], error: Mapping[str, Any]) -> str:
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, schema.model_fields, n=1, cutoff=0.5)
+        return f"{name}: no such parameter" + (f" (did you mean {near[0]}?)" if near else "")
+    message = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    if not name or error["type"] == "value_error" and message.startswith(f"{name}:"):
+        return message
+    value = repr(error["input"])
+    return f"{name}: {message[0].lower()}{message[1:]}, is {value if len(value) < 80 else '...'}"
+
+
+def read(schema: type[Parameters], namespace: Mapping[str, Any]) -> Parameters:
+    """The parameters of a notebook, from its globals.
+
+    In a kernel the names come from the cells that ran and hold nothing but `name = literal` lines:
+    the parameters cell, papermill's injected cell and later edits of either. Variables of other
+    cells are not parameters, so the set-up cell may be run again at any time.
+    """
+    if "In" in namespace:
+        names = {n for source in namespace["In"] for n in _assigned(source, schema)}
+    else:
+        names = {n for n in namespace if not n.startswith("_")}
+    values = {n: namespace[n] for n in names if n in namespace}
+    return validate(schema, values, where="as this notebook was given them")
+
+
+def _assigned(source: str, schema: type[Parameters]) -> set[str]:
+    try:
+        statements = ast.parse(source).body
+        names = [s.targets[0].id for s in statements]
+        for statement in statements:
+            ast.literal_eval(statement.value)
+    except (SyntaxError, ValueError, AttributeError, TypeError):
+        return set()
+    injected = source.lstrip().startswith("# Parameters")
+    return set(names) if injected or set(names) & set(schema.model_fields) else set()
+
+
+class _NoRepeats(yaml.SafeLoader):
+    """safe_load that refuses a key written twice, where YAML would keep the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
+        if twice:
+            raise Refusal(f"{node.start_mark.name}: {', '.join(twice)} is written more than once; "
+                          "keep one line")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One flat parameter file; raises Refusal when it cannot be read."""
+    if not path.is_file():
+        raise Refusal(f"{path}: there is no such parameter file")
+    try:
+        with path.open(encoding="utf-8") as file:
+            values = yaml.load(file, Loader=_NoRepeats)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise Refusal(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise Refusal(f"{path}: must hold `name: value` lines")
+    return values
+
+
+def study_files(study: str) -> dict[str, Path]:
+    """notebook name -> parameter file of a study, in the notebooks' order."""
+    folder = ROOT / "params" / study
+    files = {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+    if not files:
+        known = sorted(p.name for p in (ROOT / "params").iterdir() if p.is_dir())
+        raise Refusal(f"params/{study}: no such study. There is: {', '.join(known)}")
+    unknown = [n for n in files if n not in SCHEMAS]
+    if unknown:
+        raise Refusal(f"params/{study}/{unknown[0]}.yaml: no notebook has that name")
+    return files
+
+
+def read_study(study: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Parameters]:
+    """All parameters of a study, by notebook, with `overrides` laid over each that has the name.
+
+    Raises Refusal when an override is in none, or when a key that several notebooks share differs.
+    """
+    overrides = dict(overrides or {})
+    files = study_files(study)
+    lost = [n for n in overrides if not any(n in SCHEMAS[f].model_fields for f in files)]
+    if lost:
+        every = {n for f in files for n in SCHEMAS[f].model_fields}
+        near = difflib.get_close_matches(lost[0], every, n=1, cutoff=0.5)
+        raise Refusal(f"-p {lost[0]}: no notebook of study {study} has this parameter"
+                      + (f" (did you mean {near[0]}?)" if near else ""))
+    read, problems = {}, []
+    for name, file in files.items():
+        schema = SCHEMAS[name]
+        values = read_yaml(file)
+        values |= {n: v for n, v in overrides.items() if n in schema.model_fields}
+        try:
+            read[name] = validate(schema, values, where=f"params/{study}/{file.name}")
+        except Refusal as refusal:
+            problems.append(str(refusal))
+    for key in ("study", "seed", "model", "precision"):
+        values = {n: getattr(p, key) for n, p in read.items() if hasattr(p, key)}
+        if len(set(values.values())) > 1:
+            problems.append(f"params/{study}: {key} must be the same in all files, is "
+                            + ", ".join(f"{v!r} in {n}" for n, v in values.items()))
+    if problems:
+        raise Refusal("\n".join(problems))
+    return read
