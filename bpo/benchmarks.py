@@ -8,13 +8,11 @@ Without one, only what needs no truth is measured: length, and how many answers 
 import functools
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from bpo import generate, metrics, models, packed, records, runs, seeds
 from bpo.generate import Request
@@ -91,22 +89,9 @@ def load_methods(model: Path, adapters: Path, *, precision: str) -> tuple[Checkp
     if manifest.is_file():
         order = list(json.loads(manifest.read_text())["metrics"]["methods"])
         names.sort(key=lambda n: order.index(n) if n in order else len(order))
-    base = models.load(model, precision=precision)
-    tuned = PeftModel.from_pretrained(base.model, adapters / names[0] / "adapter", names[0])
-    for name in names[1:]:
-        tuned.load_adapter(adapters / name / "adapter", name)
-    return Checkpoint(tuned.eval(), base.processor), ["base", *names]
-
-
-@contextmanager
-def using(checkpoint: Checkpoint, method: str) -> Iterator[None]:
-    """The checkpoint as one method left it; "base" is the model with all adapters off."""
-    if method == "base":
-        with checkpoint.model.disable_adapter():
-            yield
-    else:
-        checkpoint.model.set_adapter(method)
-        yield
+    tuned = models.load_adapters(models.load(model, precision=precision),
+                                 {n: adapters / n / "adapter" for n in names})
+    return tuned, ["base", *names]
 
 
 def _chances(checkpoint: Checkpoint, batch: Sequence[Request], truth: dict[str, Any]
@@ -145,7 +130,7 @@ def _ask(p: QualitativeComparison, checkpoint: Checkpoint, methods: Sequence[str
               "question": rows[r.id].question, "annotated": rows[r.id].answer,
               "answers": {}, "p_true": {}, "p_prior": {}} for r in batch]
     for method in methods:
-        with using(checkpoint, method):
+        with models.using(checkpoint, method):
             texts = generate.decode(checkpoint, inputs, max_new_tokens=p.max_new_tokens)
             chains = score_answers(checkpoint, chances, tokens) if probed else []
         for line, text in zip(lines, texts, strict=True):
@@ -219,92 +204,3 @@ def score(lines: Sequence[dict], truth: dict[str, Any], methods: Sequence[str], 
                   for m in methods if m != against}
         for against in BASELINES if against in methods}
     return values, contrasts
-
-
-def quality(line: dict, method: str, truth: dict[str, Any]) -> float | None:
-    """How good one answer is, for finding wins and losses; None where nothing is known.
-
-    A right answer is 1, a wrong one 0; a caption loses 1 for each wrong object word and gains the
-    share of the image's objects that it names.
-    """
-    found = counts(line, method, truth)
-    if "chair_i" in found:
-        return found["cover"][0] / max(found["cover"][1], 1) - found["chair_i"][0]
-    known = truth["rows"].get(line["id"])
-    if known is None:
-        return None
-    return float(metrics.normalised(line["answers"][method])
-                 in map(metrics.normalised, known["true"]))
-
-
-def examples(lines: Sequence[dict], truth: dict[str, Any], *, method: str, against: str, count: int,
-             seed: int) -> tuple[list[dict], dict[str, int]]:
-    """Questions for the gallery and how often each verdict occurs among all of them.
-
-    The same number of wins, losses and ties as far as there are any, each drawn by seed.
-    """
-    verdicts: dict[str, list[dict]] = {"win": [], "loss": [], "tie": []}
-    for line in lines:
-        mine, other = quality(line, method, truth), quality(line, against, truth)
-        if mine is None:
-            mine, other = 0.0, 0.0
-        verdicts["win" if mine > other else "loss" if mine < other else "tie"].append(line)
-    drawn = []
-    for name, found in verdicts.items():
-        order = sorted(found, key=lambda x: seeds.seed_for(seed, "gallery", x["id"]))
-        drawn.append([{**line, "verdict": name} for line in order])
-    mixed = [d[i] for i in range(count) for d in drawn if i < len(d)]
-    return mixed[:count], {n: len(v) for n, v in verdicts.items()}
-
-
-def wrong_words(line: dict, method: str, truth: dict[str, Any]) -> set[str]:
-    """The words of an answer to mark: hallucinated objects of a caption, a wrong answer whole."""
-    known = truth["rows"].get(line["id"])
-    text = line["answers"][method]
-    if known is None:
-        return set()
-    if known["category"] == "caption":
-        present = {o["name"] for o in truth["images"][line["image"]]["objects"]}
-        return metrics.wrong_object_words(text, truth["vocabulary"]["objects"], present)
-    return set() if quality(line, method, truth) else set(metrics.words(text))
-
-
-def load(result: runs.Result, split: str) -> list[dict]:
-    """A split's lines of a finished stage, ordered by id."""
-    lines = records.read_lines(result.folder / f"answers-{split}.jsonl")
-    return sorted(lines, key=lambda x: x["id"])
-
-
-def compare(found: dict[str, Any], split: str, method: str, against: str) -> list[dict[str, Any]]:
-    """Every metric's paired difference between two methods, with what its interval allows to say:
-    "better", "worse", "cannot be told", or "" for a metric of which neither more nor less is good.
-    """
-    out = []
-    for name, d in found["differences"][split].get(against, {}).get(method, {}).items():
-        label, category, more = METRICS[name]
-        if d["value"] is None:
-            continue
-        if d["low"] <= 0 <= d["high"]:
-            reading = "cannot be told"
-        else:
-            reading = "better" if (d["low"] > 0) == more else "worse"
-        out.append({"metric": name, "label": label, "category": category, "method": method,
-                    "against": against, **d, "reading": "" if more is None else reading})
-    return out
-
-
-def table(found: dict[str, Any], split: str, category: str) -> list[dict[str, Any]]:
-    """[{method, metric, label, value, low, high, n}] of the metrics of one category of questions."""
-    return [{"method": method, "metric": name, "label": METRICS[name][0], **estimate}
-            for method, mine in found[split].items() for name, estimate in mine.items()
-            if METRICS[name][1] == category and estimate["value"] is not None]
-
-
-def reading(found: dict[str, Any], split: str, method: str, against: str) -> str:
-    """In which metrics a method is better, worse, or cannot be told from another, in one phrase."""
-    rows = [r for r in compare(found, split, method, against) if r["reading"]]
-    parts = []
-    for kind in ("better", "worse", "cannot be told"):
-        names = [r["label"] for r in rows if r["reading"] == kind]
-        parts.append(f"{kind}: {', '.join(names) or 'nothing'}")
-    return "; ".join(parts)

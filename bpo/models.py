@@ -5,7 +5,9 @@ placeholders from its processor, the language model from transformers' own `get_
 """
 
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,27 +52,51 @@ class Checkpoint:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
 
-def load(folder: Path, *, precision: str = "float32", adapter: Path | None = None) -> Checkpoint:
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without what the libraries write of their own accord and would leave in a saved notebook:
+    transformers' bars for loading weights, and its notice that TRL and PEFT still use the old name
+    of an option."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`.*gradient_checkpointing` is deprecated",
+                                    FutureWarning)
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def using(checkpoint: Checkpoint, name: str) -> Iterator[None]:
+    """The checkpoint with one of its adapters; "base" is the model with all of them off."""
+    if name == "base":
+        with checkpoint.model.disable_adapter():
+            yield
+    else:
+        checkpoint.model.set_adapter(name)
+        yield
+
+
+@quietly()
+def load(folder: Path, *, precision: str = "float32") -> Checkpoint:
     """The vision-language checkpoint of a folder, in evaluation mode, on a GPU if there is one.
 
-    adapter: a PEFT folder laid over it.
     Raises Refusal when the folder is not such a checkpoint. No remote code, safetensors only.
     """
     model = _load(AutoModelForImageTextToText, folder, precision)
-    processor = _quiet(AutoProcessor.from_pretrained, folder)
-    if adapter is not None:
-        if not (adapter / "adapter_config.json").is_file():
-            raise Refusal(f"{adapter}: there is no adapter (adapter_config.json is missing)")
-        model = PeftModel.from_pretrained(model, adapter)
-    checkpoint = Checkpoint(model.eval(), processor)
+    checkpoint = Checkpoint(model.eval(), AutoProcessor.from_pretrained(folder))
     _ready(checkpoint, folder)
     return checkpoint
 
 
+@quietly()
 def load_text_model(folder: Path, *, precision: str = "float32") -> Checkpoint:
     """The causal language model of a folder with its tokenizer; raises Refusal as `load` does."""
     model = _load(AutoModelForCausalLM, folder, precision)
-    checkpoint = Checkpoint(model.eval(), _quiet(AutoTokenizer.from_pretrained, folder))
+    checkpoint = Checkpoint(model.eval(), AutoTokenizer.from_pretrained(folder))
     _ready(checkpoint, folder)
     return checkpoint
 
@@ -80,22 +106,33 @@ def _load(auto: Any, folder: Path, precision: str) -> PreTrainedModel:
         raise Refusal(f"{folder}: there is no checkpoint (config.json is missing)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model = _quiet(auto.from_pretrained, folder, dtype=getattr(torch, precision),
-                       use_safetensors=True)
+        model = auto.from_pretrained(folder, dtype=getattr(torch, precision), use_safetensors=True)
     except (OSError, ValueError) as error:
         raise Refusal(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
     return model.to(device)
 
 
-def _quiet(load: Any, *args: Any, **kwargs: Any) -> Any:
-    """A loader without transformers' own progress bars, which would stay in a saved notebook."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return load(*args, **kwargs)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+@quietly()
+def load_adapters(checkpoint: Checkpoint, folders: Mapping[str, Path]) -> Checkpoint:
+    """The checkpoint with PEFT adapters laid over it, by name; the first is the active one.
+
+    Raises Refusal when a folder holds no adapter, or one for another model.
+    """
+    model = checkpoint.model
+    for name, folder in folders.items():
+        if not (folder / "adapter_config.json").is_file():
+            raise Refusal(f"{folder}: there is no adapter (adapter_config.json is missing)")
+        try:
+            if isinstance(model, PeftModel):
+                model.load_adapter(folder, name)
+            else:
+                model = PeftModel.from_pretrained(model, folder, name)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise Refusal(f"{folder}: the adapter was trained on another model; "
+                          "name that one as model, or train again") from None
+    return Checkpoint(model.eval(), checkpoint.processor)
 
 
 def _ready(checkpoint: Checkpoint, folder: Path) -> None:
@@ -163,7 +200,7 @@ def encode(checkpoint: Checkpoint, text: str, image: Image.Image | None) -> dict
 
 def load_processor(folder: Path) -> Any:
     """The processor alone, for showing what a finished stage did."""
-    return _quiet(AutoProcessor.from_pretrained, folder)
+    return AutoProcessor.from_pretrained(folder)
 
 
 def noised_picture(processor: Any, image: Image.Image, step: int,

@@ -7,7 +7,7 @@ This module knows names, types and ranges; it does not run anything.
 import ast
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,6 +19,8 @@ METHODS = ("sft", "sft_matched", "sft_compute", "bpo", "bpo_weaken", "bpo_inject
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+EvenCount = Annotated[int, Field(ge=6, multiple_of=2)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
 NoiseStep = Annotated[int, Field(ge=0, le=999)]
 
 
@@ -61,6 +63,47 @@ class TinyWorld(Parameters):
     """0_tiny_world"""
 
     notebook: ClassVar[str] = "0_tiny_world"
+
+    text_typical: Fraction = Field(0.95, description="share of typical colours in the text")
+    text_partner: Fraction = Field(0.9, description="share of objects with their partner in text")
+    image_typical: Fraction = Field(0.77, description="share of typical colours in natural images")
+    image_partner: Fraction = Field(0.55, description="share of objects with partner in images")
+    text_documents: int = Field(22000, description="documents of the text corpus", ge=700)
+    alignment_images: Count = Field(1000, description="images of the alignment phase")
+    alignment_colours: int = Field(1, description="extra colour questions an alignment image",
+                                   ge=0, le=4)
+    alignment_presences: int = Field(
+        2, description="extra presence questions of each answer an alignment image", ge=0, le=6)
+    preference_images: Count = Field(1000, description="images of the preference rows")
+    preference_rows: Literal["alignment", "fresh"] = Field(
+        "alignment", description="preference rows: the alignment's own, or fresh ones like them")
+    development_images: EvenCount = Field(200, description="counterfactual images to choose by")
+    test_images: EvenCount = Field(400, description="counterfactual images for reporting")
+    natural_images: EvenCount = Field(200, description="natural images for reporting")
+    text_width: int = Field(128, description="width of the language model", ge=16, multiple_of=8)
+    text_layers: Count = Field(3, description="layers of the language model")
+    vision_width: int = Field(96, description="width of the vision tower", ge=16, multiple_of=4)
+    vision_layers: int = Field(3, description="layers of the vision tower", ge=2)
+    tower_steps: Count = Field(1000, description="steps of teaching the vision tower")
+    tower_batch: Count = Field(48, description="scenes a step of the tower")
+    tower_rate: Rate = Field(1.5e-3, description="learning rate of the tower")
+    text_steps: Count = Field(900, description="steps of text pretraining")
+    text_rate: Rate = Field(3e-3, description="learning rate of text pretraining")
+    caption_steps: Count = Field(300, description="alignment steps on captions alone")
+    caption_batch: Count = Field(32, description="images a step of captions")
+    caption_rate: Rate = Field(1.5e-3, description="learning rate of captions")
+    mixed_steps: Count = Field(350, description="alignment steps on all questions")
+    mixed_batch: Count = Field(16, description="images a step of all questions")
+    mixed_rate: Rate = Field(1e-3, description="learning rate of all questions")
+    presence_weight: float = Field(2.0, description="loss weight of presence answers", gt=0)
+
+    @model_validator(mode="after")
+    def _enough_images(self) -> "TinyWorld":
+        if self.preference_rows == "alignment" and self.preference_images > self.alignment_images:
+            raise ValueError(f"preference_images ({self.preference_images}) cannot exceed "
+                             f"alignment_images ({self.alignment_images}) while preference_rows "
+                             "is alignment")
+        return self
 
 
 class Checkpoint(Parameters):
@@ -229,7 +272,7 @@ def validate(schema: type[Parameters], values: Mapping[str, Any], *, where: str)
     """`values` as an instance of `schema`; raises one Refusal that lists every problem."""
     # pydantic would read `true` as 1: a slip that no range check could see.
     slips = {n for n, v in values.items() if isinstance(v, bool) and n in schema.model_fields
-             and schema.model_fields[n].annotation in (int, float, Count)}
+             and schema.model_fields[n].annotation in (int, float)}
     problems = [f"{n}: must be a number, is {values[n]}" for n in slips]
     try:
         read = schema(**{n: v for n, v in values.items() if n not in slips})
@@ -246,13 +289,17 @@ def validate(schema: type[Parameters], values: Mapping[str, Any], *, where: str)
 def _sentence(schema: type[Parameters], error: Mapping[str, Any]) -> str:
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, schema.model_fields, n=1, cutoff=0.5)
-        return f"{name}: no such parameter" + (f" (did you mean {near[0]}?)" if near else "")
+        return f"{name}: no such parameter{_did_you_mean(name, schema.model_fields)}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
     if not name or error["type"] == "value_error" and message.startswith(f"{name}:"):
         return message
     value = repr(error["input"])
     return f"{name}: {message[0].lower()}{message[1:]}, is {value if len(value) < 80 else '...'}"
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = sorted(difflib.get_close_matches(name, known, n=2, cutoff=0.6))
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def read(schema: type[Parameters], namespace: Mapping[str, Any]) -> Parameters:
@@ -331,9 +378,8 @@ def read_study(study: str, overrides: Mapping[str, Any] | None = None) -> dict[s
     lost = [n for n in overrides if not any(n in SCHEMAS[f].model_fields for f in files)]
     if lost:
         every = {n for f in files for n in SCHEMAS[f].model_fields}
-        near = difflib.get_close_matches(lost[0], every, n=1, cutoff=0.5)
         raise Refusal(f"-p {lost[0]}: no notebook of study {study} has this parameter"
-                      + (f" (did you mean {near[0]}?)" if near else ""))
+                      + _did_you_mean(lost[0], every))
     read, problems = {}, []
     for name, file in files.items():
         schema = SCHEMAS[name]

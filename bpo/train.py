@@ -10,7 +10,6 @@ import math
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,8 @@ from bpo import metrics, models, pairs, records, runs, seeds
 from bpo.models import Checkpoint
 from bpo.params import DPOTraining, Refusal
 
-LOGGED = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
-          "grad_norm", "learning_rate")
+LOGGED = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected",
+          "logps/chosen", "logps/rejected", "grad_norm", "learning_rate")
 COUNTED_STEPS = 8
 SOURCES = {"bpo": pairs.SOURCES, "bpo_weaken": ("weakened",), "bpo_inject": ("injected",)}
 
@@ -231,9 +230,7 @@ def train_method(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path
         return json.loads(history_file.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    with warnings.catch_warnings():
-        # TRL still passes the old name of an option that transformers has renamed.
-        warnings.filterwarnings("ignore", "`.*gradient_checkpointing` is deprecated", FutureWarning)
+    with models.quietly():
         trainer = make_trainer(p, method, rows, folder, steps=steps)
         trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     history = [{"step": h["step"], **{k: round(h[k], 8) for k in LOGGED if k in h}}
@@ -279,9 +276,24 @@ def _facts(p: DPOTraining, rows: Sequence[dict], folder: Path, history: Sequence
     step_flops = _flops(p, folder)
     facts = {"rows": len(rows), "steps": steps, "flops_per_step": step_flops,
              "flops": step_flops * steps, "loss_first": first["loss"], "loss_last": last["loss"]}
+    # One batch is noisy: start and end are means over a tenth of the run.
+    tenth = max(len(history) // 10, 1)
+
+    def mean(part: Sequence[dict], key: str) -> float:
+        return round(sum(h[key] for h in part) / len(part), 6)
+
     if "logps/chosen" in last:
-        # One batch is noisy: the end is the mean of the last tenth of the run.
-        tail = history[-max(len(history) // 10, 1):]
         for name, key in (("margin", "rewards/margins"), ("accuracy", "rewards/accuracies")):
-            facts[f"{name}_last"] = round(sum(h[key] for h in tail) / len(tail), 6)
+            facts[f"{name}_last"] = mean(history[-tenth:], key)
+        for name in ("chosen", "rejected"):
+            # The reward is beta times the log-ratio to the reference, so dividing by beta gives
+            # the change of the answer's log-probability without the noise of which rows came up.
+            facts[f"{name}_change"] = round(
+                mean(history[-tenth:], f"rewards/{name}") / p.beta, 6)
     return facts
+
+
+def histories(result: runs.Result) -> dict[str, list[dict]]:
+    """method -> its record {step, loss, ...} of every optimizer step."""
+    return {m: json.loads((result.folder / m / "history.json").read_text())
+            for m in result.metrics["methods"]}

@@ -1,0 +1,33 @@
+# Two commands matter: `make report` and `make test`. Both make .venv first if it is not there.
+PYTHON ?= python3.11
+VENV := .venv
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help report test lab bench
+
+help:
+	@echo "make report   install, run the tiny study, write outputs/tiny/index.html"
+	@echo "make test     install, run all tests that a CPU can (make test ARGS='-m \"not slow\"' for the quick ones)"
+	@echo "make lab      install, open the notebooks in JupyterLab"
+	@echo "make bench    install, measure the speed ratios of the README's table"
+
+$(VENV)/.report: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.report
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	touch $@
+
+report: $(VENV)/.report
+	$(VENV)/bin/python -m bpo run tiny
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lab: $(VENV)/.report
+	$(VENV)/bin/python -m jupyterlab --notebook-dir=notebooks
+
+bench: $(VENV)/.report
+	$(VENV)/bin/python tests/bench.py

@@ -1,0 +1,247 @@
+"""Every figure of the notebooks, in one look: palette, markers and line styles tell things apart,
+so that they stay apart in grey and for colour-blind readers. Each function returns a Figure.
+
+Method names and model answers are drawn as plain text: `$` starts no formula.
+"""
+
+import itertools
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from bpo.galleries import visible
+
+if TYPE_CHECKING:
+    import pandas
+    from PIL import Image
+
+# Okabe and Ito's colours, dark and light by turns
+COLOURS = ["#0b5596", "#d98200", "#008463", "#b8508f", "#303030", "#4aa3dc", "#a34a00"]
+MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
+LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2))]
+QUIET = "#6b7178"
+WIDTH = 9.0  # inches; the page shows it as 864 pixels
+
+
+def theme() -> None:
+    """Set the look of every figure drawn from here on."""
+    import seaborn  # takes seconds to import, so it is not done where this module is
+
+    seaborn.set_theme(style="ticks", palette=COLOURS, rc={
+        "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10,
+        "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+        "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9,
+        "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.edgecolor": QUIET, "axes.linewidth": 0.8, "xtick.color": "#3c4147",
+        "ytick.color": "#3c4147", "xtick.major.width": 0.8, "ytick.major.width": 0.8,
+        "xtick.major.size": 3.5, "ytick.major.size": 3.5, "axes.grid": True,
+        "grid.color": "#e6e7e8", "grid.linewidth": 0.8, "axes.axisbelow": True,
+        "lines.linewidth": 1.8, "lines.markersize": 5, "hatch.linewidth": 0.8,
+        "text.parse_math": False, "figure.facecolor": "white",
+    })
+
+
+def noise_strip(images: list["Image.Image"], steps: list[int],
+                answers: list[str] | None) -> Figure:
+    """The same picture at each noise step, the model's answer under each."""
+    rows = math.ceil(len(images) / 6)
+    columns = math.ceil(len(images) / rows)
+    fig, panels = _grid(rows, columns, width=WIDTH * min(1, columns / 5), height=2.4 * rows)
+    for panel, image, step, answer in itertools.zip_longest(panels, images, steps, answers or []):
+        panel.set(xticks=[], yticks=[])
+        panel.spines[:].set(visible=image is not None, color="#d5d8da")
+        if image is not None:
+            # a large picture would make the file megabytes; noise does not compress
+            if image.width > 180:
+                image = image.resize((180, max(1, round(180 * image.height / image.width))))
+            panel.imshow(image.convert("RGB"), interpolation="nearest")
+            panel.set_title(f"step {step}", loc="center")
+        if answer is not None:
+            panel.set_xlabel(_wrapped(answer, columns=20), fontsize=8.5, color="#202428")
+    return fig
+
+
+def _wrapped(text: str, *, columns: int) -> str:
+    lines = textwrap.wrap(visible(" ".join(text.split())), columns, max_lines=4, placeholder=" …")
+    return "\n".join(lines)
+
+
+def noise_curves(curves: dict[str, dict[str, list[float]]], steps: list[int], ylabel: str,
+                 chance: float | None = None) -> Figure:
+    """A line with its interval as a band for each name, against the noise step.
+
+    curves: name -> {"mean", "low", "high"}, each as long as `steps`.
+    """
+    theme()
+    fig = Figure(figsize=(WIDTH * 0.85, 4.0), layout="constrained")
+    axes = fig.subplots()
+    for (name, curve), style in zip(curves.items(), _styles(), strict=False):
+        axes.plot(steps, curve["mean"], label=visible(name), **style)
+        axes.fill_between(steps, curve["low"], curve["high"], color=style["color"], alpha=0.16,
+                          linewidth=0)
+    if chance is not None:
+        axes.plot(steps, [chance] * len(steps), color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
+        axes.annotate("chance", (1, chance), xycoords=axes.get_yaxis_transform(), ha="right",
+                      va="top", color=QUIET, fontsize=9, xytext=(0, -2),
+                      textcoords="offset points")
+    axes.set(xlabel="noise step (0 is the clean image)", ylabel=ylabel, xmargin=0.02)
+    _legend_above(fig, axes)
+    return fig
+
+
+def training_curves(histories: dict[str, list[dict[str, float]]]) -> Figure:
+    """Loss, reward margin, reward accuracy and the change of chosen and rejected log-probabilities.
+
+    histories: method -> what the trainer logged, {"step", "loss", "rewards/margins",
+    "rewards/accuracies", "logps/chosen", "logps/rejected"}; a method may lack any but "step".
+    """
+    fig, panels = _grid(2, 2, width=WIDTH, height=6.0)
+    titles = {"loss": ("Loss", "nats"), "rewards/margins": ("Reward margin", "nats"),
+              "rewards/accuracies": ("Reward accuracy", "share of pairs")}
+    for (key, (title, unit)), panel in zip(titles.items(), panels, strict=False):
+        panel.set(title=title, ylabel=unit)
+        for (method, history), style in zip(histories.items(), _styles(), strict=False):
+            _curve(panel, history, key, **style, label=visible(method))
+    panels[2].axhline(0.5, color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
+    panels[3].set(title="Log-probability of answers", ylabel="nats, change from the first step")
+    for history, style in zip(histories.values(), _styles(), strict=False):
+        _curve(panels[3], history, "logps/chosen", **{**style, "linestyle": "-"}, change=True)
+        _curve(panels[3], history, "logps/rejected", **{**style, "linestyle": ":"}, change=True,
+               markerfacecolor="white")
+    for panel in panels:
+        panel.set_xlabel("training step")
+        if not panel.lines or panel is panels[2] and len(panel.lines) == 1:
+            panel.annotate("not logged by these methods", (0.5, 0.5), ha="center", color=QUIET,
+                           xycoords="axes fraction")
+    if panels[3].lines:
+        panels[3].legend(handles=[
+            Line2D([], [], color="#303030", marker="o", linestyle="-", label="chosen"),
+            Line2D([], [], color="#303030", marker="o", linestyle=":", label="rejected",
+                   markerfacecolor="white")])
+    _legend_above(fig, panels[0])
+    return fig
+
+
+def _curve(axes: Axes, history: list[dict[str, float]], key: str, *, change: bool = False,
+           **style: Any) -> None:
+    points = [(record["step"], record[key]) for record in history if key in record]
+    if points:
+        steps, values = zip(*points, strict=True)
+        start = values[0] if change else 0.0
+        style["markevery"] = max(1, len(points) // 8)
+        axes.plot(steps, [value - start for value in values], **style)
+
+
+def metric_bars(table: list[dict[str, Any]], metrics: list[str]) -> Figure:
+    """A panel a metric: a dot with its interval for each method.
+
+    table: rows {"method", "metric", "value", "low", "high"}.
+    """
+    fig, panels, methods = _method_panels(table, metrics)
+    for panel, metric in zip(panels, metrics, strict=False):
+        for row in table:
+            if row["metric"] == metric:
+                place = methods.index(row["method"])
+                style = list(itertools.islice(_styles(), place + 1))[-1]
+                _interval(panel, row, place, style, number=f"{row['value']:.3f}")
+    return fig
+
+
+def differences(table: list[dict[str, Any]]) -> Figure:
+    """A panel a metric: paired differences with intervals around a zero line.
+
+    table: rows {"method", "against", "metric", "value", "low", "high"}. The marker is filled where
+    the interval leaves zero out.
+    """
+    metrics = list(dict.fromkeys(row["metric"] for row in table))
+    named = [{**row, "method": f"{row['method']} − {row['against']}"} for row in table]
+    fig, panels, methods = _method_panels(named, metrics)
+    for panel, metric in zip(panels, metrics, strict=False):
+        panel.axvline(0, color="#303030", linewidth=1)
+        for row in named:
+            if row["metric"] == metric:
+                sure = row["low"] > 0 or row["high"] < 0
+                style = {"color": COLOURS[0], "marker": "o",
+                         "fill": COLOURS[0] if sure else "white"}
+                _interval(panel, row, methods.index(row["method"]), style,
+                          number=f"{row['value']:+.3f}")
+    return fig
+
+
+def _method_panels(table: list[dict[str, Any]],
+                   metrics: Sequence[str]) -> tuple[Figure, list[Axes], list[str]]:
+    methods = list(dict.fromkeys(row["method"] for row in table))
+    rows = math.ceil(len(metrics) / 3)
+    columns = math.ceil(len(metrics) / rows)
+    fig, panels = _grid(rows, columns, width=min(WIDTH, 2.6 + 2.4 * columns),
+                        height=rows * (0.95 + 0.36 * len(methods)))
+    for place, panel in enumerate(panels):
+        labels = [_wrapped(method, columns=26) for method in methods]
+        panel.set_yticks(range(len(methods)), labels if place % columns == 0 else [])
+        panel.set_ylim(len(methods) - 0.4, -0.7)
+        panel.tick_params(axis="y", length=0)
+        panel.grid(visible=False, axis="y")
+        panel.spines["left"].set_visible(False)
+        panel.locator_params(axis="x", nbins=4)
+        panel.margins(x=0.12)
+        if place < len(metrics):
+            panel.set_title(_wrapped(metrics[place], columns=32))
+        else:
+            panel.set_axis_off()
+    return fig, panels, methods
+
+
+def _interval(axes: Axes, row: dict[str, Any], place: int, style: dict[str, Any], *,
+              number: str) -> None:
+    axes.plot([row["low"], row["high"]], [place, place], color=style["color"], linewidth=1.8)
+    axes.plot(row["value"], place, style["marker"], color=style["color"], markersize=6.5,
+              markerfacecolor=style.get("fill", style["color"]), markeredgewidth=1.5)
+    axes.annotate(number, (row["value"], place), xytext=(0, 6), ha="center",
+                  textcoords="offset points", fontsize=8, color="#3c4147")
+
+
+def statistics_bars(table: "pandas.DataFrame") -> Figure:
+    """For each object (the index, or column "object") its share in each other column's source."""
+    import seaborn
+
+    theme()
+    shares = table.set_index("object") if "object" in table.columns else table
+    shares = shares.select_dtypes("number")
+    long = shares.rename_axis("object").reset_index().melt("object", var_name="source")
+    fig = Figure(figsize=(WIDTH * 0.85, 0.9 + 0.24 * len(long)), layout="constrained")
+    axes = fig.subplots()
+    seaborn.barplot(long, x="value", y="object", hue="source", ax=axes, saturation=1,
+                    palette=COLOURS[:shares.shape[1]])
+    for bars, hatch in zip(axes.containers, ["", "///", "...", "xxx"], strict=False):
+        for bar in bars:
+            bar.set(hatch=hatch, edgecolor="white")
+    axes.set(xlabel="share with the typical colour", ylabel="", xlim=(0, 1))
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.get_legend().remove()
+    fig.legend(axes.containers, list(shares.columns), loc="outside upper left", ncols=4)
+    return fig
+
+
+def _grid(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    theme()
+    fig = Figure(figsize=(width, height), layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.09, h_pad=0.09)
+    return fig, list(fig.subplots(rows, columns, squeeze=False).flat)
+
+
+def _styles() -> Any:
+    """Endless line styles; the first seven differ in colour, marker and dash at once."""
+    for colour, marker, line in zip(*map(itertools.cycle, (COLOURS, MARKERS, LINES)), strict=False):
+        yield {"color": colour, "marker": marker, "linestyle": line}
+
+
+def _legend_above(fig: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        fig.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)))

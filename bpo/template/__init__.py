@@ -1,0 +1,1 @@
+"""The page template of executed notebooks and the filters that it calls."""

@@ -1,0 +1,1 @@
+"""The embedded tiny world: the default that runs where nothing can be downloaded."""

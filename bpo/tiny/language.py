@@ -1,0 +1,158 @@
+"""The tiny language: questions, answers, plausible mistakes, and the text-only corpus.
+
+A caption names every object in reading order: "yellow banana , red apple ."
+"""
+
+import random
+import re
+
+from bpo.tiny.world import (
+    COLOURS,
+    OBJECTS,
+    PARTNER,
+    TYPICAL,
+    Scene,
+    natural_scene,
+    other_colour,
+    python_generator,
+    uniform_scene,
+)
+
+DESCRIBE = "describe the image"
+# The instructions that error injection sends to the text model, as a user message.
+INJECTION_TEMPLATES = {
+    "describe": "{question}\n{answer}\nrewrite this with one plausible mistake .",
+    "question": "{question}\n{answer}\ngive a plausible wrong answer .",
+}
+# Shares of the corpus: what a text-only document is about.
+DOCUMENT_KINDS = {
+    "caption": 0.10,
+    "described": 0.06,
+    "known colour": 0.06,
+    "colour": 0.14,
+    "presence": 0.18,
+    "rewrite caption": 0.34,
+    "rewrite colour": 0.06,
+    "rewrite presence": 0.06,
+}
+FACT_PATTERN = rf"(?:{'|'.join(COLOURS)}) (?:{'|'.join(OBJECTS)})"
+CAPTION_PATTERN = re.compile(rf"{FACT_PATTERN}(?: , {FACT_PATTERN})* \.")
+
+Facts = list[tuple[str, str]]  # (colour, object), in reading order
+
+
+def scene_facts(scene: Scene) -> Facts:
+    return [(thing.colour, thing.name) for thing in scene.things]
+
+
+def caption(facts: Facts) -> str:
+    return " , ".join(f"{colour} {name}" for colour, name in facts) + " ."
+
+
+def parse_caption(text: str) -> Facts | None:
+    """The facts of a caption, or None where the text is not one."""
+    if not CAPTION_PATTERN.fullmatch(text.strip()):
+        return None
+    words = text.split()
+    return [(words[i], words[i + 1]) for i in range(0, len(words), 3)]
+
+
+def colour_question(name: str) -> str:
+    return f"what color is the {name} ?"
+
+
+def presence_question(name: str) -> str:
+    return f"is there a {name} ?"
+
+
+def wrong_colour(name: str, colour: str, rng: random.Random) -> str:
+    """Mostly the object's typical colour, unless that is the true one."""
+    if colour != TYPICAL[name] and rng.random() < 0.8:
+        return TYPICAL[name]
+    return other_colour(colour, rng)
+
+
+def wrong_caption(facts: Facts, rng: random.Random) -> Facts:
+    """The facts with exactly one mistake: a colour, an object swapped for its partner, or a partner
+    added at the end."""
+    names = [name for _, name in facts]
+    lonely = [i for i, name in enumerate(names) if PARTNER[name] not in names]
+    kind = rng.choice(["colour", "swap", "add"] if lonely else ["colour"])
+    facts = list(facts)
+    if kind == "colour":
+        i = rng.randrange(len(facts))
+        facts[i] = (wrong_colour(names[i], facts[i][0], rng), names[i])
+    elif kind == "swap":
+        i = rng.choice(lonely)
+        facts[i] = (facts[i][0], PARTNER[names[i]])
+    else:
+        partner = PARTNER[names[rng.choice(lonely)]]
+        facts.append((TYPICAL[partner], partner))
+    return facts
+
+
+def count_mistakes(facts: Facts, rewritten: Facts) -> int:
+    """Facts that were changed, added or dropped: the edit distance between the two lists."""
+    row = list(range(len(rewritten) + 1))
+    for i, fact in enumerate(facts, 1):
+        previous, row = row, [i]
+        for j, other in enumerate(rewritten, 1):
+            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (fact != other)))
+    return row[-1]
+
+
+def injection_prompt(template: str, question: str, answer: str) -> str:
+    return template.replace("{question}", question).replace("{answer}", answer)
+
+
+def absent_object(scene: Scene, rng: random.Random) -> str:
+    return rng.choice([name for name in OBJECTS if name not in scene.names])
+
+
+def document(kind: str, rng: random.Random, *, typical: float, partner: float) -> tuple[str, str]:
+    """(user message, answer) of one text-only document; a plain caption has no user message."""
+    # rewriting a caption is taught on scenes without statistics: it must copy, not guess
+    scene = (uniform_scene(rng) if kind == "rewrite caption"
+             else natural_scene(rng, typical=typical, partner=partner))
+    facts, thing = scene_facts(scene), rng.choice(scene.things)
+    text = caption(facts)
+    describe, question = INJECTION_TEMPLATES["describe"], INJECTION_TEMPLATES["question"]
+    if kind == "caption":
+        return "", text
+    if kind == "described":
+        return DESCRIBE, text
+    asked = colour_question(thing.name)
+    if kind == "known colour":
+        return asked, thing.colour
+    if kind == "colour":
+        return f"{text}\n{asked}", thing.colour
+    if kind == "rewrite caption":
+        return injection_prompt(describe, DESCRIBE, text), caption(wrong_caption(facts, rng))
+    if kind == "rewrite colour":
+        wrong = wrong_colour(thing.name, thing.colour, rng)
+        return injection_prompt(question, asked, thing.colour), wrong
+    yes = rng.random() < 0.5
+    asked = presence_question(thing.name if yes else absent_object(scene, rng))
+    answer, other = ("yes", "no") if yes else ("no", "yes")
+    if kind == "presence":
+        return f"{text}\n{asked}", answer
+    return injection_prompt(question, asked, answer), other
+
+
+def text_corpus(seed: int, count: int, *, typical: float, partner: float) -> list[dict]:
+    """`count` documents {kind, user, assistant} with the text's statistics."""
+    rng = python_generator(seed, "text corpus")
+    kinds = rng.choices(list(DOCUMENT_KINDS), list(DOCUMENT_KINDS.values()), k=count)
+    documents = []
+    for kind in kinds:
+        user, answer = document(kind, rng, typical=typical, partner=partner)
+        documents.append({"kind": kind, "user": user, "assistant": answer})
+    return documents
+
+
+def vocabulary() -> list[str]:
+    """Every word of the language, sorted."""
+    texts = [DESCRIBE, *INJECTION_TEMPLATES.values(), colour_question("cup"),
+             presence_question("cup"), "a , . yes no user: assistant: system:"]
+    words = {word for text in texts for word in text.split()} - {"{question}", "{answer}"}
+    return sorted(words | set(OBJECTS) | set(COLOURS))

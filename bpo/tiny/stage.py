@@ -1,0 +1,67 @@
+"""Notebook 0's work as a stage, and its results as rows for the notebook to show."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bpo import records, runs, seeds
+from bpo.params import TinyWorld
+from bpo.tiny import build, data, drawing, language, measure, model, overview, training, world
+
+SHARES = {"text": "text", "alignment": "alignment images",
+          "counterfactual": "counterfactual images"}
+
+
+def run(p: TinyWorld) -> runs.Result:
+    """The stage of notebook 0: model/, language_model/, prompts/ and a folder for each data set."""
+    return runs.stage(p, lambda folder: _work(p, folder), inputs={},
+                      modules=[seeds, build, data, drawing, language, measure, model, overview,
+                               training, world, sys.modules[__name__]])
+
+
+def _work(p: TinyWorld, folder: Path) -> dict[str, Any]:
+    metrics = build.build(folder, **p.shaping())
+    records.write_whole(folder / runs.TIMINGS, records.to_json(metrics.pop("seconds")))
+    return metrics
+
+
+def shown(result: runs.Result) -> dict[str, Any]:
+    """What the notebook shows of the world, as `build` wrote it."""
+    return json.loads((result.folder / "overview.json").read_text(encoding="utf-8"))
+
+
+def share_rows(seen: dict[str, Any], share: str) -> list[dict[str, Any]]:
+    """One row an object: its share of `share` ("typical_share", "partner_share") in each source."""
+    rows = {o["object"]: {"object": o["object"]} for o in seen["statistics"]["text"]}
+    for source, label in SHARES.items():
+        for o in seen["statistics"][source]:
+            rows[o["object"]][label] = o[share]
+    return list(rows.values())
+
+
+def samples(result: runs.Result, split: str, count: int) -> list[dict[str, Any]]:
+    """The first images of a split with their questions and annotated answers, as cards."""
+    return [{"image": result.folder / e["image"],
+             "lines": [f"{r['question']} → {r['answer']}" for r in e["rows"]]}
+            for e in shown(result)["examples"][split][:count]]
+
+
+def answer_rows(seen: dict[str, Any], split: str) -> list[dict[str, Any]]:
+    """What the untuned model says to colour questions, beside the truth and the typical colour."""
+    return [{"question": a["question"], "model": a["answer"], "truth": a["true"],
+             "typical": ", ".join(a["prior"]), "P(truth)": f"{a['p_true']:.2f}",
+             "P(typical)": f"{a['p_prior']:.2f}"}
+            for a in seen["answers"] if a["split"] == split and a["category"] == "attribute"]
+
+
+def base_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The untuned model's measures, one row a measure, one column a split."""
+    labels = {"colour_accuracy": "colour accuracy", "p_true": "P(true colour)",
+              "p_prior": "P(typical colour)", "presence_random": "presence, random",
+              "presence_popular": "presence, popular",
+              "presence_adversarial": "presence, adversarial",
+              "chair_i": "CHAIRi of captions", "recall": "objects named"}
+    return [{"measure": label} | {split: f"{found['base'][split][name]:.3f}"
+                                  for split in ("natural", "development")}
+            for name, label in labels.items()]
