@@ -97,8 +97,8 @@ def noise_curves(curves: dict[str, dict[str, list[float]]], steps: list[int], yl
 def training_curves(histories: dict[str, list[dict[str, float]]]) -> Figure:
     """Loss, reward margin, reward accuracy and the change of chosen and rejected log-probabilities.
 
-    histories: method -> what the trainer logged, {"step", "loss", "rewards/margins",
-    "rewards/accuracies", "logps/chosen", "logps/rejected"}; a method may lack any but "step".
+    histories: method -> records {"step", "loss", "rewards/margins", "rewards/accuracies", "chosen",
+    "rejected"}, the last two as log-ratios to the reference; a method may lack any but "step".
     """
     fig, panels = _grid(2, 2, width=WIDTH, height=6.0)
     titles = {"loss": ("Loss", "nats"), "rewards/margins": ("Reward margin", "nats"),
@@ -108,10 +108,10 @@ def training_curves(histories: dict[str, list[dict[str, float]]]) -> Figure:
         for (method, history), style in zip(histories.items(), _styles(), strict=False):
             _curve(panel, history, key, **style, label=visible(method))
     panels[2].axhline(0.5, color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
-    panels[3].set(title="Log-probability of answers", ylabel="nats, change from the first step")
+    panels[3].set(title="Log-probability of answers", ylabel="nats, change against the reference")
     for history, style in zip(histories.values(), _styles(), strict=False):
-        _curve(panels[3], history, "logps/chosen", **{**style, "linestyle": "-"}, change=True)
-        _curve(panels[3], history, "logps/rejected", **{**style, "linestyle": ":"}, change=True,
+        _curve(panels[3], history, "chosen", **{**style, "linestyle": "-"})
+        _curve(panels[3], history, "rejected", **{**style, "linestyle": ":"},
                markerfacecolor="white")
     for panel in panels:
         panel.set_xlabel("training step")
@@ -127,14 +127,12 @@ def training_curves(histories: dict[str, list[dict[str, float]]]) -> Figure:
     return fig
 
 
-def _curve(axes: Axes, history: list[dict[str, float]], key: str, *, change: bool = False,
-           **style: Any) -> None:
+def _curve(axes: Axes, history: list[dict[str, float]], key: str, **style: Any) -> None:
     points = [(record["step"], record[key]) for record in history if key in record]
     if points:
         steps, values = zip(*points, strict=True)
-        start = values[0] if change else 0.0
         style["markevery"] = max(1, len(points) // 8)
-        axes.plot(steps, [value - start for value in values], **style)
+        axes.plot(steps, values, **style)
 
 
 def metric_bars(table: list[dict[str, Any]], metrics: list[str]) -> Figure:

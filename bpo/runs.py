@@ -28,6 +28,7 @@ from bpo.records import to_json, write_whole
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 TIMINGS = "timings.json"  # seconds differ from run to run, so they are no part of the result
+LOCK_PATIENCE = 5.0  # seconds
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "numpy", "pillow", "bpo")
 
 
@@ -88,7 +89,7 @@ def stage(p: Parameters, work: Callable[[Path], dict[str, Any]], *, inputs: Mapp
         if reason is None:
             return Result(folder, _manifest(folder), "up to date, read again")
         done = _open_folder(folder, key, reason)
-        print(f"{p.notebook}: {done}")
+        print(f"{p.notebook} is {done}")
         began = time.monotonic()
         metrics = work(folder)
         manifest = {"stage": p.notebook, "study": p.study, **key, "metrics": metrics,
@@ -106,7 +107,7 @@ def stage(p: Parameters, work: Callable[[Path], dict[str, Any]], *, inputs: Mapp
 def why_stale(folder: Path, key: Mapping[str, Any]) -> str | None:
     """None when the folder holds this very result, else the reason, for people."""
     if not (folder / MANIFEST).is_file():
-        return "not computed yet"
+        return "there was no result yet"
     manifest = _manifest(folder)
     reasons = []
     for name in key["parameters"].keys() | manifest["parameters"].keys():
@@ -128,7 +129,7 @@ def _open_folder(folder: Path, key: Mapping[str, Any], reason: str) -> str:
     started = folder / STARTED
     if started.is_file() and not (folder / MANIFEST).is_file():
         if json.loads(started.read_text()) == json.loads(to_json(key)):
-            return "goes on from where it was interrupted"
+            return "computed on from where it was interrupted"
         reason = "an interrupted run had other parameters, inputs or code"
     if folder.exists():
         aside = next(a for n in range(1, 10_000)
@@ -137,7 +138,7 @@ def _open_folder(folder: Path, key: Mapping[str, Any], reason: str) -> str:
         reason = f"{reason} (the old result is kept in {aside.name})"
     folder.mkdir()
     write_whole(started, to_json(key))
-    return f"computed: {reason}"
+    return f"computed, since {reason}"
 
 
 def fingerprint(path: Path) -> str:
@@ -231,7 +232,7 @@ def device_name() -> str:
 
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    return f"CPU {platform.machine()}, threads: {torch.get_num_threads()}"
 
 
 def git_commit() -> str:
@@ -251,13 +252,19 @@ def git_commit() -> str:
 def locked(file: Path, message: str) -> Iterator[None]:
     """Holds a lock file for the block; raises Refusal(message) when another process holds it.
 
-    The lock ends with the process that holds it, so a killed run leaves nothing to clean up.
+    The lock ends with the process that holds it, so a killed run leaves nothing to clean up. The
+    kernel of a killed run notices within seconds that it is alone, so that long is waited for.
     """
     with file.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refusal(message) from None
+        patience = time.monotonic() + LOCK_PATIENCE
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > patience:
+                    raise Refusal(message) from None
+                time.sleep(0.2)
         stream.write(str(os.getpid()))
         stream.flush()
         yield

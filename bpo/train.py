@@ -294,6 +294,12 @@ def _facts(p: DPOTraining, rows: Sequence[dict], folder: Path, history: Sequence
 
 
 def histories(result: runs.Result) -> dict[str, list[dict]]:
-    """method -> its record {step, loss, ...} of every optimizer step."""
-    return {m: json.loads((result.folder / m / "history.json").read_text())
-            for m in result.metrics["methods"]}
+    """method -> a record {step, loss, ...} an optimizer step. DPO methods also have "chosen"
+    and "rejected": the mean change of the answers' log-probability against the reference, nats."""
+    beta = result.manifest["parameters"]["beta"]
+    out = {}
+    for method in result.metrics["methods"]:
+        history = json.loads((result.folder / method / "history.json").read_text())
+        out[method] = [{**h, **{n: h[f"rewards/{n}"] / beta for n in ("chosen", "rejected")
+                                if f"rewards/{n}" in h}} for h in history]
+    return out

@@ -19,7 +19,7 @@ HOSTILE = ("<script>alert(1)</script> **bold** $x^2$ `code` <img src='http://192
            "\x00\x1b[31m \u202egnp \u05e9\u05dc {value} & \"q\"")
 CURVE = {"mean": [0.9, 0.2], "low": [0.8, 0.1], "high": [1.0, 0.3]}
 HISTORY = [{"step": s, "loss": 1 / s, "rewards/margins": s, "rewards/accuracies": 0.5,
-            "logps/chosen": -5.0, "logps/rejected": -5.0 - s} for s in (1, 2, 3)]
+            "chosen": -5.0, "rejected": -5.0 - s} for s in (1, 2, 3)]
 ROWS = [{"method": m, "against": "base", "metric": k, "value": 0.1, "low": low, "high": 0.2}
         for m, low in (("SFT", -0.1), (HOSTILE, 0.05)) for k in ("accuracy", "yes share")]
 SHARES = pandas.DataFrame({"object": ["banana", "sky"], "text": [0.9, 0.8], "pictures": [0.1, 0.2]})

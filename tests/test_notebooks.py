@@ -1,0 +1,290 @@
+"""The notebooks: their static rules, one pass of the whole study through the command line, and what
+interruption, repetition and wrong parameters do to it."""
+
+import ast
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from bpo import params
+
+NOTEBOOKS = sorted((params.ROOT / "notebooks").glob("*.ipynb"))
+# The tiny study with little of everything: every line of it runs, nothing is learnt well.
+LITTLE = {"tower_steps": 30, "text_steps": 40, "text_documents": 800, "caption_steps": 20,
+          "mixed_steps": 20, "alignment_images": 60, "preference_images": 60,
+          "development_images": 12, "test_images": 20, "natural_images": 12,
+          "noise_steps": "[0, 500, 999]", "steps": 4, "save_every": 2, "lora_rank": 4,
+          "resamples": 200}
+METHODS = ["base", *params.METHODS]
+MEASURED = ["chair_s", "chair_i", "cover", "objects", "colour_accuracy", "p_true", "p_prior",
+            "prior_rate", "pope_adversarial"]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "bpo", *arguments]
+
+
+def run_little(study: str) -> list[str]:
+    overrides = [part for n, v in LITTLE.items() for part in ("-p", n, str(v))]
+    return command("run", "tiny", "--as", study, *overrides)
+
+
+def environment(root: Path) -> dict[str, str]:
+    return {**os.environ, "BPO_OUTPUTS": str(root), "HF_HUB_OFFLINE": "1"}
+
+
+def manifest(folder: Path, notebook: str) -> dict:
+    return json.loads((folder / notebook / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(scope="module")
+def study(root):
+    """The little study, run once."""
+    done = subprocess.run(run_little("little"), env=environment(root), cwd=root, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "index.html" in done.stdout
+    return root / "little"
+
+
+def cells(notebook: Path, kind: str = "code"):
+    return [c for c in nbformat.read(notebook, 4).cells if c.cell_type == kind]
+
+
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def test_there_is_a_notebook_for_every_schema():
+    assert [n.stem for n in NOTEBOOKS] == list(params.SCHEMAS)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
+class TestStaticRules:
+    def test_it_defines_nothing_and_keeps_cells_short(self, notebook):
+        for cell in cells(notebook):
+            assert not re.search(r"^\s*(def|class) ", cell.source, re.M), cell.source
+            if "parameters" not in tags(cell):
+                assert len(cell.source.splitlines()) <= 15, cell.source
+
+    def test_it_is_stored_without_results(self, notebook):
+        stored = nbformat.read(notebook, 4)
+        nbformat.validate(stored)
+        assert stored.metadata.kernelspec.name == "python3"
+        ids = [c.id for c in stored.cells]
+        assert len(set(ids)) == len(ids)
+        assert all(c.outputs == [] and c.execution_count is None for c in cells(notebook))
+
+    def test_its_parameters_are_the_schema_and_the_tiny_study(self, notebook):
+        first = cells(notebook)[0]
+        assert tags(first) == ["parameters"]
+        schema = params.SCHEMAS[notebook.stem]
+        values = {}
+        for line in first.source.splitlines():
+            code, _, comment = line.partition("  # ")
+            name, _, literal = code.partition(" = ")
+            assert comment and "=" not in comment, line
+            values[name] = ast.literal_eval(literal)
+            assert schema.model_fields[name].description == comment
+        assert values == {n: f.get_default() for n, f in schema.model_fields.items()}
+        tiny = params.read_yaml(params.study_files("tiny")[notebook.stem])
+        assert values == tiny
+
+    def test_it_has_one_setup_cell_and_one_headline(self, notebook):
+        tagged = [t for c in cells(notebook) for t in tags(c)]
+        assert tagged == ["parameters", "setup", "headline"]
+        setup = cells(notebook)[1].source
+        assert "globals()" in setup
+        imports = [c for c in cells(notebook) if re.search(r"^(import|from) ", c.source, re.M)]
+        assert imports == [cells(notebook)[1]]
+
+    def test_no_number_in_its_prose_is_a_result(self, notebook):
+        for cell in cells(notebook, "markdown"):
+            assert not re.search(r"\b0\.\d\d+", cell.source), cell.source
+
+
+@pytest.mark.slow
+class TestTheWholeStudy:
+    def test_every_notebook_leaves_a_complete_stage_and_a_page(self, study):
+        for notebook in params.SCHEMAS:
+            m = manifest(study, notebook)
+            assert m["stage"] == notebook and m["study"] == "little" and m["metrics"]
+            assert {"parameters", "inputs", "outputs", "modules", "versions", "device", "commit",
+                    "seconds"} <= m.keys()
+            page = (study / f"{notebook}.html").read_text()
+            assert len(page) < 3_000_000
+            assert not re.search(r"(?:src|href)=[\"']?https?:", page)
+            assert "This run failed" not in page
+            executed = nbformat.read(study / f"{notebook}.ipynb", 4)
+            outputs = [o for c in executed.cells if c.cell_type == "code" for o in c.outputs]
+            assert all(o.output_type != "error" for o in outputs)
+            assert not any("\r" in o.get("text", "") for o in outputs)
+            assert any("data:image/" in page for _ in [0]) or notebook == "2_pair_generation"
+        index = (study / "index.html").read_text()
+        assert index.count("complete") >= 5 and "4_qualitative_comparison.html" in index
+
+    def test_the_world_is_a_plain_checkpoint_with_disjoint_data(self, study):
+        world = study / "0_tiny_world"
+        for part in ("model", "language_model"):
+            assert (world / part / "model.safetensors").is_file()
+        rows = {s: json.loads((world / s / "rows.json").read_text())
+                for s in ("preference", "development", "counterfactual", "natural")}
+        assert [len(r) for r in rows.values()] == [180, 60, 100, 60]
+        pixels = [f.read_bytes() for s in rows for f in (world / s / "images").glob("*.png")]
+        assert len(set(pixels)) == len(pixels) == 60 + 12 + 20 + 12
+
+    def test_noise_probability_has_its_curves(self, study):
+        found = manifest(study, "1_noise_probability")["metrics"]
+        assert found["noise_steps"] == [0, 500, 999]
+        assert len(found["p_true"]) == len(found["p_prior"]) == 3
+        assert all(0 <= v <= 1 for v in found["p_true"] + found["p_prior"])
+        for value, (low, high) in zip(found["p_true"], found["p_true_interval"], strict=True):
+            assert low <= value <= high
+        assert found["prefix_shared"] is True
+
+    def test_pairs_have_one_line_a_positive(self, study):
+        lines = [json.loads(x) for x in
+                 (study / "2_pair_generation" / "pairs.jsonl").read_text().splitlines()]
+        found = manifest(study, "2_pair_generation")["metrics"]
+        assert len(lines) == found["rows"] == 180
+        assert sum(len(x["rejected"]) for x in lines) == found["pairs"] > 0
+        for line in lines:
+            assert len({r["source"] for r in line["rejected"]}) == len(line["rejected"])
+            assert all(r["text"] != line["chosen"] for r in line["rejected"])
+        dropped = (study / "2_pair_generation" / "dropped.jsonl").read_text().splitlines()
+        assert len(dropped) + found["pairs"] == 2 * 180
+
+    def test_every_method_has_an_adapter_and_an_equal_budget(self, study):
+        found = manifest(study, "3_dpo_training")["metrics"]["methods"]
+        assert list(found) == list(params.METHODS)
+        for method, facts in found.items():
+            folder = study / "3_dpo_training" / method
+            assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+            assert not (folder / "checkpoints").exists()
+            history = json.loads((folder / "history.json").read_text())
+            assert [h["step"] for h in history] == list(range(1, facts["steps"] + 1))
+            if method != "sft_compute":
+                assert facts["steps"] == 4
+        assert found["sft_matched"]["rows"] == found["bpo"]["rows"]
+        spent = found["sft_compute"]["flops"] / found["bpo"]["flops"]
+        step = found["sft_matched"]["flops_per_step"] / found["bpo"]["flops"]
+        assert abs(spent - 1) <= step
+
+    def test_the_comparison_measures_every_method_on_both_splits(self, study):
+        found = manifest(study, "4_qualitative_comparison")["metrics"]
+        for split in ("counterfactual", "natural"):
+            assert list(found[split]) == METHODS
+            for method in METHODS:
+                for name in MEASURED:
+                    e = found[split][method][name]
+                    assert e.keys() == {"value", "low", "high", "n"}
+                    if e["value"] is not None:
+                        assert e["low"] <= e["value"] <= e["high"] and e["n"] > 0
+            assert set(found["differences"][split]) == {"base", "sft", "sft_matched",
+                                                        "sft_compute"}
+        assert found["counterfactual"]["base"]["colour_accuracy"]["n"] == 20
+
+    def test_a_second_run_computes_nothing(self, study, root):
+        before = {n: (study / n / "manifest.json").stat().st_mtime_ns for n in params.SCHEMAS}
+        done = subprocess.run(run_little("little"), env=environment(root), text=True,
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert before == {n: (study / n / "manifest.json").stat().st_mtime_ns
+                          for n in params.SCHEMAS}
+        assert "up to date, read again" in (study / "3_dpo_training.html").read_text()
+        assert not list(study.glob("*.old-*"))
+
+    def test_a_run_killed_twice_ends_with_the_bytes_of_one_that_was_not(self, study, root):
+        killed = root / "killed"
+        _kill_when(root, killed / "2_pair_generation" / "weakened.jsonl",
+                   lambda f: f.is_file() and f.stat().st_size > 0)
+        assert not (killed / "2_pair_generation" / "manifest.json").exists()
+        _kill_when(root, killed / "3_dpo_training" / "bpo" / "checkpoints",
+                   lambda f: bool(list(f.glob("checkpoint-*/trainer_state.json"))))
+        assert not (killed / "3_dpo_training" / "manifest.json").exists()
+        done = subprocess.run(run_little("killed"), env=environment(root), text=True,
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr
+        for name in ("2_pair_generation/pairs.jsonl", "2_pair_generation/weakened.jsonl",
+                     "3_dpo_training/bpo/history.json",
+                     "3_dpo_training/bpo/adapter/adapter_model.safetensors",
+                     "4_qualitative_comparison/answers-counterfactual.jsonl"):
+            assert (killed / name).read_bytes() == (study / name).read_bytes(), name
+        for notebook in params.SCHEMAS:
+            assert manifest(killed, notebook)["metrics"] == manifest(study, notebook)["metrics"]
+
+    def test_papermill_runs_a_notebook_from_anywhere(self, study, root, tmp_path):
+        done = _papermill("3_dpo_training", tmp_path / "out.ipynb", root, tmp_path, "-f",
+                          str(params.ROOT / "params/tiny/3_dpo_training.yaml"), "-p", "beta", "0.3",
+                          "-p", "study", "little", "-p", "steps", "1", "-p", "lora_rank", "4",
+                          "-y", "methods: [bpo_weaken]")
+        assert done.returncode == 0, done.stderr
+        again = manifest(study, "3_dpo_training")
+        assert again["parameters"]["beta"] == 0.3
+        assert (study / "3_dpo_training.old-1" / "manifest.json").is_file()
+        assert "beta 0.1 -> 0.3" in (tmp_path / "out.ipynb").read_text()
+
+
+def _papermill(notebook: str, out: Path, root: Path, cwd: Path, *arguments: str):
+    return subprocess.run(
+        [sys.executable, "-m", "papermill", "--no-progress-bar",
+         str(params.ROOT / "notebooks" / f"{notebook}.ipynb"), str(out), *arguments],
+        env=environment(root), cwd=cwd, text=True, capture_output=True)
+
+
+def _kill_when(root: Path, watched: Path, ready) -> None:
+    """Starts the study and kills it, and its kernel, as soon as `watched` is ready."""
+    process = subprocess.Popen(run_little("killed"), env=environment(root), text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not ready(watched):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, f"{watched} did not appear"
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    for pid in [process.pid, *map(int, children.stdout.split())]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_misspelt_parameter_is_refused_before_anything_is_loaded(tmp_path):
+    done = _papermill("3_dpo_training", tmp_path / "out.ipynb", tmp_path, tmp_path, "-p", "bata",
+                      "0.3")
+    assert done.returncode == 1
+    assert "bata: no such parameter (did you mean beta?)" in done.stderr
+    executed = nbformat.read(tmp_path / "out.ipynb", 4)
+    error = next(o for c in executed.cells if c.cell_type == "code" for o in c.outputs
+                 if o.output_type == "error")
+    assert error.traceback[0].startswith("3_dpo_training: 1 problem in the parameters")
+    assert not any("Traceback" in line or "File " in line for line in error.traceback)
+    assert not list(tmp_path.glob("*/3_dpo_training"))
+
+
+def test_a_missing_earlier_stage_names_the_notebook_to_run(tmp_path):
+    done = _papermill("1_noise_probability", tmp_path / "out.ipynb", tmp_path, tmp_path)
+    assert done.returncode == 1
+    assert "run notebooks/0_tiny_world.ipynb first" in done.stderr
+
+
+def test_a_failed_run_leaves_a_readable_page_and_a_non_zero_exit(tmp_path):
+    done = subprocess.run(command("run", "tiny", "--only", "2"), env=environment(tmp_path),
+                          text=True, capture_output=True)
+    assert done.returncode == 1
+    assert "run notebooks/0_tiny_world.ipynb first" in done.stderr
+    assert "Traceback" not in done.stderr
+    page = (tmp_path / "tiny" / "2_pair_generation.html").read_text()
+    assert "This run failed" in page and "run notebooks/0_tiny_world.ipynb first" in page
+    assert "failed" in (tmp_path / "tiny" / "index.html").read_text()
