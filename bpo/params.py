@@ -135,7 +135,7 @@ class NoiseProbability(Checkpoint):
         description="diffusion steps at which to look; 0 is the clean image")
     draws: Count = Field(2, description="noise draws for each image and step")
     sampled_answers: int = Field(
-        8, description="images whose sampled answers are kept at each step", ge=1)
+        40, description="images whose sampled answers are kept at each step", ge=1)
     max_new_tokens: Count = Field(24, description="longest sampled answer, in tokens")
     batch_size: Count = Field(64, description="images and steps in one forward pass")
 

@@ -226,6 +226,14 @@ class TestTheWholeStudy:
         for notebook in params.SCHEMAS:
             assert manifest(killed, notebook)["metrics"] == manifest(study, notebook)["metrics"]
 
+    def test_one_notebook_runs_alone_with_one_parameter_changed(self, study, root):
+        again = [*run_little("little"), "--only", "1", "-p", "draws", "1"]
+        done = subprocess.run(again, env=environment(root), text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert "2_pair_generation" not in done.stdout
+        assert manifest(study, "1_noise_probability")["parameters"]["draws"] == 1
+        assert "draws 2 -&gt; 1" in (study / "1_noise_probability.html").read_text()
+
     def test_papermill_runs_a_notebook_from_anywhere(self, study, root, tmp_path):
         done = _papermill("3_dpo_training", tmp_path / "out.ipynb", root, tmp_path, "-f",
                           str(params.ROOT / "params/tiny/3_dpo_training.yaml"), "-p", "beta", "0.3",

@@ -1,0 +1,80 @@
+"""The README's promises: its commands are those that the tests run, its files exist."""
+
+import re
+import subprocess
+
+from bpo import params
+
+README = (params.ROOT / "README.md").read_text(encoding="utf-8")
+# Each command of the README and the test that runs it, or its like with less work.
+COMMANDS = {
+    "make report": "test_make_says_what_the_readme_says",
+    "make test": "test_make_says_what_the_readme_says",
+    "make lab": "test_make_says_what_the_readme_says",
+    "python -m bpo run tiny": "test_every_notebook_leaves_a_complete_stage_and_a_page",
+    "python -m bpo run tiny --only 3 -p beta 0.3":
+        "test_one_notebook_runs_alone_with_one_parameter_changed",
+    "python -m bpo run tiny -p seed 7 --as tiny-seed7":
+        "test_every_notebook_leaves_a_complete_stage_and_a_page",
+    "papermill notebooks/3_dpo_training.ipynb out.ipynb -f params/tiny/3_dpo_training.yaml "
+    "-p beta 0.3": "test_papermill_runs_a_notebook_from_anywhere",
+    "python -m bpo check llava-1.5-7b": "test_check_names_what_a_real_study_lacks",
+    "python -m bpo run llava-1.5-7b":
+        "test_the_whole_study_of_a_real_model_runs_on_photographs",
+}
+
+
+def test_every_command_is_run_by_a_test_that_exists():
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    commands = [line.split("#")[0].strip().removeprefix(".venv/bin/")
+                for block in blocks for line in block.splitlines()]
+    assert sorted(commands) == sorted(COMMANDS)
+    tests = "".join(f.read_text() for f in (params.ROOT / "tests").glob("test_*.py"))
+    for name in COMMANDS.values():
+        assert f"def {name}(" in tests, name
+
+
+def test_make_says_what_the_readme_says():
+    def recipe(target: str) -> str:
+        return subprocess.run(["make", "-n", target], cwd=params.ROOT, text=True, check=True,
+                              capture_output=True).stdout
+
+    assert "-m bpo run tiny\n" in recipe("report")
+    assert "-m pytest" in recipe("test")
+    assert "-m jupyterlab" in recipe("lab")
+    assert "tests/bench.py" in recipe("bench")
+    assert "outputs/tiny/index.html" in recipe("help")
+
+
+def test_the_file_map_names_files_that_exist_and_all_modules():
+    block = re.search(r"## Files\n\n```\n(.*?)```", README, re.S)[1]
+    named = set(re.findall(r"(?:bpo|params|tests|notebooks)/[\w./-]*", block))
+    for name in named:
+        assert (params.ROOT / name).exists(), name
+    modules = {f"bpo/{f.name}" for f in (params.ROOT / "bpo").glob("*.py")} - {"bpo/__init__.py"}
+    assert modules <= named
+
+
+def test_the_environment_for_conda_is_the_package_itself():
+    assert "- -e ." in (params.ROOT / "environment.yml").read_text()
+    wanted = (params.ROOT / "pyproject.toml").read_text()
+    for package in ("jupyterlab", "papermill", "torch", "transformers", "trl", "peft", "pillow",
+                    "seaborn"):
+        assert re.search(rf'"{package}==[\d.]+"', wanted), package
+
+
+def test_nothing_imports_the_tiny_world_and_imports_are_acyclic():
+    """The floors of the house: a module imports from modules below its own alone."""
+    graph = {}
+    for file in (params.ROOT / "bpo").glob("*.py"):
+        text = file.read_text()
+        found = set(re.findall(r"^from bpo\.(\w+)", text, re.M))
+        for group in re.findall(r"^from bpo import \(?([\w, \n]+)\)?", text, re.M):
+            found |= set(re.split(r"[,\s]+", group.strip())) - {""}
+        graph[file.stem] = {m for m in found if (params.ROOT / "bpo" / f"{m}.py").is_file()}
+        assert "tiny" not in found, file
+    order: list[str] = []
+    while len(order) < len(graph):
+        free = [m for m, needs in graph.items() if m not in order and needs <= set(order)]
+        assert free, f"a cycle among {sorted(set(graph) - set(order))}"
+        order += free
