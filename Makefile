@@ -24,7 +24,7 @@ report: $(VENV)/.report
 	$(VENV)/bin/python -m bpo run tiny
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lab: $(VENV)/.report
 	$(VENV)/bin/python -m jupyterlab --notebook-dir=notebooks

@@ -164,7 +164,7 @@ class PairGeneration(Checkpoint):
     image_folder: str = Field("", description="folder of the images; empty: the data file's own")
     rows: int = Field(0, description="rows to use, drawn by seed; 0: all", ge=0)
     max_words: Count = Field(350, description="rows with an answer longer than this are dropped")
-    noise_step: NoiseStep = Field(600, description="diffusion step of image weakening")
+    noise_step: NoiseStep = Field(800, description="diffusion step of image weakening")
     weaken_temperature: float = Field(1.0, description="sampling temperature of image weakening",
                                       gt=0, le=5)
     weaken_top_p: float = Field(1.0, description="nucleus of image weakening", gt=0, le=1)
@@ -200,7 +200,7 @@ class DPOTraining(Checkpoint):
                           gt=0)
     batch_pairs: Count = Field(32, description="pairs (SFT: positives) an optimizer step, in all")
     device_batch: Count = Field(32, description="pairs in one forward pass on one device")
-    learning_rate: float = Field(1e-3, description="peak learning rate", gt=0, lt=1)
+    learning_rate: float = Field(2e-3, description="peak learning rate", gt=0, lt=1)
     warmup_ratio: Fraction = Field(0.03, description="share of the steps that warm up")
     beta: float = Field(0.1, description="strength of the pull to the reference in DPO", gt=0,
                         le=10)
