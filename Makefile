@@ -2,6 +2,9 @@
 PYTHON ?= python3.11
 VENV := .venv
 export HF_HUB_OFFLINE ?= 1
+# One thread: the tiny model is too small to gain from more, loses much when another program wants
+# the cores, and gives the same bytes on machines with different numbers of them.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: help report test lab bench
 
