@@ -129,8 +129,9 @@ def quality(line: dict, method: str, truth: dict[str, Any]) -> float | None:
     counts = benchmarks.counts(line, method, truth)
     if known["category"] == "caption":
         return counts["cover"][0] / max(counts["cover"][1], 1) - counts["chair_i"][0]
-    return float(metrics.normalised(line["answers"][method])
-                 in map(metrics.normalised, known["true"]))
+    if known["category"] == "presence":
+        return float(metrics.yes_or_no(line["answers"][method]) == known["true"][0])
+    return counts["colour_accuracy"][0]
 
 
 def gallery(p: QualitativeComparison, result: runs.Result, *, split: str, method: str,

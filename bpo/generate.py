@@ -75,7 +75,7 @@ def _whole_batches(file: Path, batches: Sequence[Sequence[Any]]) -> tuple[list[l
             records = [json.loads(line) for line in part]
         except ValueError:
             break
-        if [r["id"] for r in records] != [r.id for r in batch]:
+        if [isinstance(r, dict) and r.get("id") for r in records] != [r.id for r in batch]:
             break
         done.append(records)
         size += sum(map(len, part))

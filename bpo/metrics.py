@@ -28,6 +28,11 @@ def mentioned_objects(text: str, vocabulary: Vocabulary) -> list[str]:
 
     vocabulary: class -> its words and plurals; a longer phrase ("hot dog") wins over a word in it.
     """
+    return [name for name, _, _ in _mentions(text, vocabulary)]
+
+
+def _mentions(text: str, vocabulary: Vocabulary) -> list[tuple[str, int, int]]:
+    """(class, first word, word after the last) of every object phrase, the longest one winning."""
     phrases = {tuple(words(form)): name for name, forms in vocabulary.items() for form in forms}
     longest = max((len(p) for p in phrases), default=0)
     tokens, found, at = words(text), [], 0
@@ -35,7 +40,7 @@ def mentioned_objects(text: str, vocabulary: Vocabulary) -> list[str]:
         for size in range(min(longest, len(tokens) - at), 0, -1):
             name = phrases.get(tuple(tokens[at:at + size]))
             if name is not None:
-                found.append(name)
+                found.append((name, at, at + size))
                 at += size
                 break
         else:
@@ -45,10 +50,9 @@ def mentioned_objects(text: str, vocabulary: Vocabulary) -> list[str]:
 
 def wrong_object_words(text: str, vocabulary: Vocabulary, present: set[str]) -> set[str]:
     """The words of a text that name objects which are not in the image."""
-    forms = {w for name, names in vocabulary.items() if name not in present
-             for form in names for w in words(form)}
-    right = {w for name in present for form in vocabulary.get(name, ()) for w in words(form)}
-    return {w for w in words(text) if w in forms - right}
+    tokens, found = words(text), _mentions(text, vocabulary)
+    wrong = {t for name, a, b in found if name not in present for t in tokens[a:b]}
+    return wrong - {t for name, a, b in found if name in present for t in tokens[a:b]}
 
 
 def caption_counts(text: str, vocabulary: Vocabulary, present: set[str]) -> dict[str, tuple]:
@@ -70,13 +74,12 @@ def caption_is_right(text: str, vocabulary: Vocabulary, colours: Sequence[str],
     """Whether a caption names objects of the image only, each colour word in front of one with that
     colour. objects: {"name", "colour"} of everything in the image. A caption of nothing is wrong.
     """
-    forms = {normalised(form): name for name, names in vocabulary.items() for form in names}
     present = {o["name"] for o in objects}
     coloured = {(o["name"], o["colour"]) for o in objects}
     tokens = words(text)
-    found = mentioned_objects(text, vocabulary)
-    told = {(forms[b], a) for a, b in zip(tokens, tokens[1:]) if a in colours and b in forms}
-    return bool(found) and set(found) <= present and told <= coloured
+    found = _mentions(text, vocabulary)
+    told = {(name, tokens[a - 1]) for name, a, _ in found if a and tokens[a - 1] in colours}
+    return bool(found) and {name for name, _, _ in found} <= present and told <= coloured
 
 
 def yes_or_no(text: str) -> str | None:

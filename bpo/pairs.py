@@ -7,6 +7,7 @@ pairs.jsonl, one line a positive with its list of rejected answers, and an audit
 
 import difflib
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -85,8 +86,7 @@ def _inject(p: PairGeneration, rows: Sequence[Row], folder: Path) -> dict[str, s
 
 def fill(template: str, row: Row) -> str:
     """The template with {question} and {answer} filled in; other braces stay as they are."""
-    before, _, after = template.partition("{answer}")
-    return before.replace("{question}", row.question) + row.answer + after
+    return re.sub(r"\{(question|answer)\}", lambda place: getattr(row, place[1]), template)
 
 
 def join(rows: Sequence[Row], made: dict[str, dict[str, str]]) -> tuple[list[dict], list[dict]]:
@@ -182,12 +182,15 @@ def read_pairs(file: Path) -> list[dict]:
     if not file.is_file():
         raise Refusal(f"{file}: there is no such file of pairs; notebooks/2_pair_generation.ipynb "
                       "writes it")
-    try:
-        lines = records.read_lines(file)
-        usable = all(k in line for line in lines for k in ("id", "image", "prompt", "chosen",
-                                                           "rejected"))
-    except json.JSONDecodeError as error:
-        raise Refusal(f"{file}: line {error.lineno} is not JSON") from None
+    lines = []
+    with file.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                raise Refusal(f"{file}: line {number} is not JSON") from None
+    usable = all(isinstance(line, dict) and {"id", "image", "prompt", "chosen",
+                                             "rejected"} <= line.keys() for line in lines)
     if not lines or not usable:
         raise Refusal(f"{file}: must hold lines with id, image, prompt, chosen and rejected")
     return lines

@@ -42,7 +42,8 @@ def shown(default: Any, description: str, **limits: Any) -> Any:
 class Parameters(BaseModel):
     """What all notebooks share. Subclasses add one field a parameter; `notebook` names the file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False,
+                              protected_namespaces=())
     notebook: ClassVar[str] = ""
 
     study: str = Field("tiny", description="name of the study: its folder below outputs/",
@@ -148,7 +149,7 @@ class NoiseProbability(Checkpoint):
 
     @model_validator(mode="after")
     def _question_with_answers(self) -> "NoiseProbability":
-        if bool(self.question) != bool(self.true_answers and self.prior_answers):
+        if len({bool(self.question), bool(self.true_answers), bool(self.prior_answers)}) > 1:
             raise ValueError("question, true_answers and prior_answers go together: "
                              "give all three or none")
         return self
@@ -310,23 +311,22 @@ def read(schema: type[Parameters], namespace: Mapping[str, Any]) -> Parameters:
     cells are not parameters, so the set-up cell may be run again at any time.
     """
     if "In" in namespace:
-        names = {n for source in namespace["In"] for n in _assigned(source, schema)}
+        values = {n: v for source in namespace["In"] for n, v in _assigned(source, schema).items()}
     else:
-        names = {n for n in namespace if not n.startswith("_")}
-    values = {n: namespace[n] for n in names if n in namespace}
+        values = {n: v for n, v in namespace.items() if not n.startswith("_")}
     return validate(schema, values, where="as this notebook was given them")
 
 
-def _assigned(source: str, schema: type[Parameters]) -> set[str]:
-    try:
-        statements = ast.parse(source).body
-        names = [s.targets[0].id for s in statements]
-        for statement in statements:
-            ast.literal_eval(statement.value)
-    except (SyntaxError, ValueError, AttributeError, TypeError):
-        return set()
+def _assigned(source: str, schema: type[Parameters]) -> dict[str, Any]:
     injected = source.lstrip().startswith("# Parameters")
-    return set(names) if injected or set(names) & set(schema.model_fields) else set()
+    try:
+        values = {s.targets[0].id: ast.literal_eval(s.value) for s in ast.parse(source).body}
+    except (SyntaxError, ValueError, AttributeError, TypeError):
+        if injected:
+            raise Refusal(f"{schema.notebook}: the parameters given to this notebook must be plain "
+                          "numbers, texts, truth values and lists of them") from None
+        return {}
+    return values if injected or values.keys() & schema.model_fields.keys() else {}
 
 
 class _NoRepeats(yaml.SafeLoader):
@@ -350,7 +350,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             values = yaml.load(file, Loader=_NoRepeats)  # a SafeLoader
     except yaml.YAMLError as error:
         raise Refusal(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(n, str) for n in values):
         raise Refusal(f"{path}: must hold `name: value` lines")
     return values
 

@@ -87,6 +87,8 @@ def _unusable(entry: dict[str, Any], root: Path) -> str | None:
     if not isinstance(turns, list) or not all(
             isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
         return "no conversation"
+    if not any(t.get("from") == "gpt" for t in turns[1:]):
+        return "no conversation"
     file = (root / str(entry["image"])).resolve()
     if not file.is_relative_to(root):
         return "image path leaves the image folder"
@@ -94,7 +96,7 @@ def _unusable(entry: dict[str, Any], root: Path) -> str | None:
         return "image file is missing"
     try:
         with Image.open(file) as image:
-            image.verify()
+            image.load()  # decodes all of it: verify() does not see that a JPEG was cut
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
         return "image cannot be read"
     return None
@@ -145,7 +147,10 @@ def draw_rows(rows: Sequence[Row], count: int, seed: int, *, purpose: str) -> li
 def load_image(file: Path) -> Image.Image:
     """The image as RGB, turned upright by its EXIF tag; palettes and transparency are resolved."""
     with Image.open(file) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255
+            upright = upright.convert("I").point(lambda v: v * (1 / 257)).convert("L")
+        return upright.convert("RGB")
 
 
 def write_whole(file: Path, text: str) -> None:

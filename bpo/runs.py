@@ -114,10 +114,10 @@ def why_stale(folder: Path, key: Mapping[str, Any]) -> str | None:
         old, new = manifest["parameters"].get(name), key["parameters"].get(name)
         if old != new:
             reasons.append(f"{name} {old} -> {new}")
-    reasons += [f"input {n} changed" for n, h in key["inputs"].items()
-                if manifest["inputs"].get(n) != h]
-    reasons += [f"code of {n} changed" for n, h in key["modules"].items()
-                if manifest["modules"].get(n) != h]
+    reasons += [f"input {n} changed" for n in key["inputs"].keys() | manifest["inputs"].keys()
+                if manifest["inputs"].get(n) != key["inputs"].get(n)]
+    reasons += [f"code of {n} changed" for n in key["modules"].keys() | manifest["modules"].keys()
+                if manifest["modules"].get(n) != key["modules"].get(n)]
     touched = _touched(folder, manifest)
     if touched:
         reasons.append(f"{touched} was changed after the stage had finished")

@@ -195,7 +195,8 @@ def make_trainer(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path
         warmup_steps=round(p.warmup_ratio * steps), max_length=None,
         gradient_checkpointing=p.gradient_checkpointing, bf16=p.precision == "bfloat16",
         use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
-        logging_steps=1, logging_first_step=True, save_strategy="steps", save_steps=p.save_every,
+        logging_steps=1, logging_first_step=True, logging_nan_inf_filter=False,
+        save_strategy="steps", save_steps=p.save_every,
         save_total_limit=2, report_to="none", disable_tqdm=True, remove_unused_columns=False)
     if preference:
         losses = ["sigmoid", "sft"] if p.nll_weight else ["sigmoid"]
@@ -235,9 +236,10 @@ def train_method(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path
         trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     history = [{"step": h["step"], **{k: round(h[k], 8) for k in LOGGED if k in h}}
                for h in trainer.state.log_history if "loss" in h]
-    bad = [h["step"] for h in history if not math.isfinite(h["loss"])]
+    bad = [(h["step"], name) for h in history for name, value in h.items()
+           if not math.isfinite(value)]
     if bad:
-        raise Refusal(f"{method}: the loss is not a number from step {bad[0]} on; "
+        raise Refusal(f"{method}: the {bad[0][1]} is not a number from step {bad[0][0]} on; "
                       "lower learning_rate or use precision float32")
     trainer.model.save_pretrained(folder / "adapter")
     _add_seconds(folder.parent / runs.TIMINGS, method, time.monotonic() - began)

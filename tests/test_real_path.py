@@ -11,23 +11,30 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig,
-                          LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from bpo import params
 
 # The turns of the public LLaVA-1.5 layout: no end token behind an answer, a space instead.
 CHAT = ("{% for m in messages %}{{ m['role'].upper() + ': ' }}"
         "{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
-        "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] + ' ' }}{% endfor %}"
+        "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }} {% endfor %}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
 ROWS = [
     ("astronaut", "Who is in the picture?", "An astronaut in an orange suit, smiling."),
     ("astronaut", "Is there a flag?", "Yes"),
     ("astronaut", "What colour is the suit?", "Orange"),
     ("chelsea", "What animal is this?", "A tabby cat."),
-    ("chelsea", "Describe the image.", "A close view of a tabby cat that looks past the camera with "
-     "green eyes, its whiskers long and white, its fur brown and grey in stripes."),
+    ("chelsea", "Describe the image.", "A close view of a tabby cat that looks past the camera "
+     "with green eyes, its whiskers long and white, its fur brown and grey in stripes."),
     ("coffee", "What stands on the table?", "A cup of coffee on a saucer with a spoon."),
     ("coffee", "What colour is the cup?", "Dark red"),
     ("rocket", "What is about to fly?", "A rocket on its launch pad."),

@@ -78,7 +78,8 @@ def page(tmp_path_factory) -> Path:
     notebook = new_notebook(cells=[
         new_markdown_cell(r"# The *tiny* run" "\n\n" r"Inline $\frac{a}{b}$, `$code$`, broken "
                           r"$\frac$, $\sqrt{a$ and $\nosuch{x}$." "\n\n"
-                          "$$\\begin{aligned} a &= b \\\\ c &= d\\end{aligned}$$\n\n![elsewhere](http://192.0.2.1/a.png)\n\n## Next"),
+                          "$$\\begin{aligned} a &= b \\\\ c &= d\\end{aligned}$$\n\n"
+                          "![elsewhere](http://192.0.2.1/a.png)\n\n## Next"),
         code("beta = 0.1  # strength", tags=("parameters",)),
         code("beta = 0.3", tags=("injected-parameters",)),
         code("import bpo", tags=("setup",)),

@@ -1,0 +1,200 @@
+"""What the tests share: a small random checkpoint, a text model and a data set about coloured
+discs, built once a session in plain Hugging Face and LLaVA layouts, without `bpo.tiny`.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from bpo import models
+
+SIDE, PATCH = 32, 16
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+WORDS = ("user: assistant: describe the picture what colour is the ? there a and yes no red green "
+         "blue yellow disc box cat dog hot mat on lies this shows with big small wrong rewrite "
+         "answer question").split()
+TEMPLATE = (
+    "{{ '<s>' }}{% for message in messages %}{{ message['role'] + ': ' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}"
+    "{{ '</s>' if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+TEXT_TEMPLATE = (
+    "{{ '<s>' }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
+    "{{ '</s>' if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230),
+           "yellow": (230, 220, 40)}
+THINGS = ("disc", "box", "cat", "dog")
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    words = dict.fromkeys([*SPECIAL.values(), "<image>", *WORDS])
+    tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([*SPECIAL.values(), "<image>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **SPECIAL, extra_special_tokens={"image_token": "<image>"},
+        padding_side="left", model_max_length=512, clean_up_tokenization_spaces=False)
+
+
+def text_sizes(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
+        tie_word_embeddings=False, initializer_range=0.2, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+
+
+def save(model, processing, folder: Path) -> Path:
+    tokenizer = getattr(processing, "tokenizer", processing)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, do_sample=False)
+    model.save_pretrained(folder)
+    processing.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A random LLaVA whose answers depend on its image and its question."""
+    tokenizer = small_tokenizer()
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}),
+        tokenizer=tokenizer, patch_size=PATCH, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default", chat_template=TEMPLATE, image_token="<image>")
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                              num_attention_heads=2, image_size=SIDE, patch_size=PATCH,
+                              projection_dim=32, initializer_range=0.2)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text_sizes(tokenizer), vision_feature_layer=-1,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="default", image_seq_length=(SIDE // PATCH) ** 2,
+        tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(11)
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():  # random projections are weak: let the picture be heard
+        for weight in model.model.multi_modal_projector.parameters():
+            weight.normal_(0, 0.5)
+    return save(model, processor, tmp_path_factory.mktemp("llava") / "model")
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory) -> Path:
+    """A random Llama with the same tokenizer, whose chat template takes plain strings."""
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = TEXT_TEMPLATE
+    torch.manual_seed(12)
+    return save(LlamaForCausalLM(text_sizes(tokenizer)), tokenizer,
+                tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model_folder) -> models.Checkpoint:
+    """The random LLaVA, loaded. Tests that change it load their own."""
+    return models.load(model_folder)
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(text_folder) -> models.Checkpoint:
+    return models.load_text_model(text_folder)
+
+
+def picture(thing: str, colour: str, seed: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
+    """A thing (a disc or a box stands for it) in its colour on RGB noise."""
+    rng = random.Random(seed)
+    image = Image.frombytes("RGB", size, bytes(rng.randrange(256) for _ in range(3 * size[0]
+                                                                                 * size[1])))
+    draw = ImageDraw.Draw(image)
+    shape = draw.ellipse if thing in ("disc", "cat") else draw.rectangle
+    shape((6, 6, size[0] - 8, size[1] - 8), fill=COLOURS[colour])
+    return image
+
+
+def conversation(row_id: str, image: str, question: str, answer: str) -> dict:
+    return {"id": row_id, "image": image, "conversations": [
+        {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]}
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory) -> Path:
+    """rows.json, truth.json and images/: four images with a caption, a colour and a presence row
+    each. The truth holds the layout that records, probe, pairs and benchmarks read."""
+    folder = tmp_path_factory.mktemp("data") / "rows"
+    (folder / "images").mkdir(parents=True)
+    rows, images, truths = [], {}, {}
+    for number, (thing, colour) in enumerate(zip(THINGS, COLOURS, strict=True)):
+        # Sizes differ so that nothing can rely on all images having one.
+        name = f"images/{number}.png"
+        picture(thing, colour, number, (40, 40) if number % 2 else (48, 40)).save(folder / name)
+        images[name] = {"objects": [{"name": thing, "colour": colour, "cell": 0}]}
+        other = THINGS[(number + 1) % 4]
+        prior = list(COLOURS)[(number + 1) % 4]
+        for category, question, answer, rival, kind in (
+                ("caption", "describe the picture",
+                 f"this shows a {'big ' * number}{colour} {thing} on the mat", [], None),
+                ("attribute", f"what colour is the {thing} ?", colour, [prior], None),
+                ("presence", f"is there a {other} ?", "no", ["yes"], "adversarial")):
+            row_id = f"{category}-{number}"
+            rows.append(conversation(row_id, name, question, answer))
+            truths[row_id] = {"category": category, "true": [answer], "prior": rival,
+                              "kind": kind}
+    vocabulary = {"objects": {t: [t, "boxes" if t == "box" else f"{t}s"] for t in THINGS},
+                  "colours": list(COLOURS)}
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "truth.json").write_text(json.dumps(
+        {"vocabulary": vocabulary, "images": images, "rows": truths}))
+    return folder / "rows.json"
+
+
+@pytest.fixture(scope="session")
+def untold_file(data_file, tmp_path_factory) -> Path:
+    """The same rows without a truth file, with images elsewhere: needs image_folder."""
+    file = tmp_path_factory.mktemp("untold") / "rows.json"
+    file.write_text(data_file.read_text())
+    return file
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch) -> Path:
+    """An empty root of outputs for one test."""
+    root = tmp_path / "outputs"
+    monkeypatch.setenv("BPO_OUTPUTS", str(root))
+    return root
+
+
+@pytest.fixture(scope="session")
+def prompt_files(tmp_path_factory) -> dict[str, str]:
+    """The two prompts of error injection, in words that the tokenizer knows."""
+    folder = tmp_path_factory.mktemp("prompts")
+    (folder / "describe.txt").write_text("rewrite this wrong {question} : {answer}\nanswer")
+    (folder / "question.txt").write_text("question {question} answer {answer}\nwrong answer")
+    return {"describe_prompt": str(folder / "describe.txt"),
+            "question_prompt": str(folder / "question.txt")}

@@ -1,0 +1,389 @@
+"""The comparison of methods: what each answer counts for, what the intervals allow to say, and the
+whole stage on a small random model with random adapters."""
+
+import json
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from bpo import benchmarks, compare, generate, models, records
+from bpo.generate import Request
+from bpo.params import QualitativeComparison, Refusal
+from bpo.seeds import torch_generator
+
+TRUTH = {
+    "vocabulary": {"objects": {"dog": ["dog", "dogs"], "cat": ["cat", "cats"],
+                               "box": ["box", "boxes"]}, "colours": ["red", "blue"]},
+    "images": {"0.png": {"objects": [{"name": "dog", "colour": "red"},
+                                     {"name": "box", "colour": "blue"}]},
+               "1.png": {"objects": [{"name": "cat", "colour": "blue"}]}},
+    "rows": {"caption": {"category": "caption", "true": ["a dog"], "prior": [], "kind": None},
+             "colour": {"category": "attribute", "true": ["red"], "prior": ["blue"], "kind": None},
+             "typical": {"category": "attribute", "true": ["red"], "prior": ["red"], "kind": None},
+             "both": {"category": "attribute", "true": ["red"], "prior": ["red", "blue"],
+                      "kind": None},
+             "pope": {"category": "presence", "true": ["no"], "prior": ["yes"],
+                      "kind": "adversarial"},
+             "plain": {"category": "presence", "true": ["yes"], "prior": [], "kind": None}}}
+
+
+def line(row_id, base, tuned, *, image="0.png", p_true=None, p_prior=None):
+    return {"id": row_id, "image": image, "category": "x", "question": "q ?", "annotated": "a",
+            "answers": {"base": base, "bpo": tuned},
+            "p_true": dict(zip(("base", "bpo"), p_true or ())),
+            "p_prior": dict(zip(("base", "bpo"), p_prior or ()))}
+
+
+# --- counts -------------------------------------------------------------------------------------
+
+def test_a_caption_counts_for_its_objects():
+    counts = benchmarks.counts(line("caption", "a dog", "a red dog and two cats"), "bpo", TRUTH)
+    assert counts == {"answer_words": (6, 1), "changed": (1, 1), "chair_s": (1, 1),
+                      "chair_i": (1, 2), "cover": (1, 2), "objects": (2, 1), "words": (6, 1)}
+
+
+def test_a_colour_counts_for_truth_and_prior():
+    asked = line("colour", "red", "Blue.", p_true=(0.7, 0.2), p_prior=(0.1, 0.6))
+    assert benchmarks.counts(asked, "base", TRUTH) == {
+        "answer_words": (1, 1), "changed": (0, 1), "colour_accuracy": (1, 1), "prior_rate": (0, 1),
+        "p_true": (0.7, 1), "p_prior": (0.1, 1)}
+    assert benchmarks.counts(asked, "bpo", TRUTH) == {
+        "answer_words": (1, 1), "changed": (1, 1), "colour_accuracy": (0, 1), "prior_rate": (1, 1),
+        "p_true": (0.2, 1), "p_prior": (0.6, 1)}
+
+
+def test_where_the_prior_is_right_nothing_is_told_of_it():
+    counts = benchmarks.counts(line("typical", "red", "blue"), "base", TRUTH)
+    assert counts["colour_accuracy"] == (1, 1)
+    assert not {"prior_rate", "p_true", "p_prior"} & set(counts)
+
+
+def test_a_true_answer_that_the_prior_suggests_too_is_no_prior_s_answer():
+    asked = line("both", "red", "blue", p_true=(0.7, 0.2), p_prior=(0.1, 0.6))
+    assert benchmarks.counts(asked, "base", TRUTH)["prior_rate"] == (0, 1)
+    assert benchmarks.counts(asked, "bpo", TRUTH)["prior_rate"] == (1, 1)
+
+
+@pytest.mark.parametrize("text, yes, right", [("No.", 0, 1), ("yes it is", 1, 0), ("a dog", 0, 0)])
+def test_a_presence_question_counts_as_pope_does(text, yes, right):
+    counts = benchmarks.counts(line("pope", text, "no"), "base", TRUTH)
+    assert (counts["yes_rate"], counts["pope_adversarial"]) == ((yes, 1), (right, 1))
+    assert not any(n.startswith("pope") for n in benchmarks.counts(line("plain", text, "no"),
+                                                                   "base", TRUTH))
+
+
+def test_without_a_truth_only_length_and_change_are_counted():
+    assert benchmarks.counts(line("unknown", "a red dog", "A red dog!"), "bpo", TRUTH) == {
+        "answer_words": (3, 1), "changed": (0, 1)}
+
+
+# --- scores -------------------------------------------------------------------------------------
+
+LINES = [
+    line("colour", "blue", "red", p_true=(0.2, 0.9), p_prior=(0.6, 0.1)),
+    line("caption", "a dog and a cat", "a dog on a box"),
+    line("pope", "yes", "no", image="1.png"), line("plain", "yes", "yes", image="1.png")]
+
+
+@pytest.fixture(scope="module")
+def scored():
+    return benchmarks.score(LINES, TRUTH, ["base", "bpo"], seed=0, resamples=500)
+
+
+@pytest.mark.parametrize("name, base, bpo", [
+    ("colour_accuracy", 0, 1), ("p_true", 0.2, 0.9), ("p_prior", 0.6, 0.1), ("prior_rate", 1, 0),
+    ("chair_s", 1, 0), ("chair_i", 0.5, 0), ("cover", 0.5, 1), ("pope_adversarial", 0, 1),
+    ("yes_rate", 1, 0.5), ("changed", 0, 0.75), ("answer_words", 2, 2)])
+def test_the_scores_are_those_by_hand(scored, name, base, bpo):
+    values, contrasts = scored
+    assert values["base"][name]["value"] == pytest.approx(base)
+    assert values["bpo"][name]["value"] == pytest.approx(bpo)
+    assert contrasts["base"]["bpo"][name]["value"] == pytest.approx(bpo - base)
+
+
+def test_scores_say_what_they_are_out_of(scored):
+    values, _ = scored
+    assert {n: values["base"][n]["n"] for n in ("colour_accuracy", "yes_rate", "changed")} == {
+        "colour_accuracy": 1, "yes_rate": 2, "changed": 4}
+    assert "pope_random" not in values["base"]
+
+
+def test_a_method_is_compared_with_every_baseline_but_itself(scored):
+    _, contrasts = scored
+    assert {a: list(m) for a, m in contrasts.items()} == {"base": ["bpo"]}
+    lines = [x | {part: x[part] | ({"sft": x[part]["base"]} if x[part] else {})
+                  for part in ("answers", "p_true", "p_prior")} for x in LINES]
+    _, contrasts = benchmarks.score(lines, TRUTH, ["base", "sft", "bpo"], seed=0, resamples=200)
+    assert {a: list(m) for a, m in contrasts.items()} == {"base": ["sft", "bpo"],
+                                                          "sft": ["base", "bpo"]}
+    # The same answers: no difference, and no doubt about it.
+    same = contrasts["base"]["sft"]["chair_i"]
+    assert (same["value"], same["low"], same["high"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("row_id, text, value", [
+    ("colour", "Red.", 1), ("colour", "blue", 0), ("pope", "no", 1), ("pope", "yes", 0),
+    ("caption", "a dog and a box", 1), ("caption", "a dog", 0.5),
+    ("caption", "a dog and two cats , a cat", 0.5 - 2), ("caption", "nothing", 0),
+    ("unknown", "a dog", None)])
+def test_the_quality_of_an_answer_is_that_by_hand(row_id, text, value):
+    assert compare.quality(line(row_id, text, ""), "base", TRUTH) == value
+
+
+@pytest.mark.parametrize("text", ("No.", "no , there is not"))
+def test_a_presence_answer_is_as_good_as_pope_finds_it(text):
+    asked = line("pope", text, "")
+    assert benchmarks.counts(asked, "base", TRUTH)["pope_adversarial"] == (1, 1)
+    assert compare.quality(asked, "base", TRUTH) == 1
+
+
+@pytest.mark.parametrize("row_id, text, words", [
+    ("colour", "Red", set()), ("colour", "dark blue", {"dark", "blue"}),
+    ("caption", "a dog and cats", {"cats"}), ("unknown", "a dog", set())])
+def test_wrong_words_are_marked(row_id, text, words):
+    assert compare.wrong_words(line(row_id, text, ""), "base", TRUTH) == words
+
+
+# --- what may be said ---------------------------------------------------------------------------
+
+def estimate(value, low=None, high=None):
+    return {"value": value, "low": value if low is None else low,
+            "high": value if high is None else high, "n": 9}
+
+
+def found_with(**differences):
+    """Metrics of a finished comparison whose differences of bpo to base are these intervals."""
+    mine = {n: estimate(0.5) for n in differences}
+    return {"natural": {"base": mine, "bpo": mine},
+            "differences": {"natural": {"base": {"bpo": {
+                n: estimate((low + high) / 2, low, high) for n, (low, high) in
+                differences.items()}}}}}
+
+
+@pytest.mark.parametrize("name, interval, reading", [
+    ("cover", (0.1, 0.2), "better"), ("cover", (-0.2, -0.1), "worse"),
+    ("chair_i", (0.1, 0.2), "worse"), ("chair_i", (-0.2, -0.1), "better"),
+    ("cover", (-0.1, 0.2), "cannot be told"), ("chair_i", (0, 0.2), "cannot be told"),
+    ("p_prior", (-0.3, -0.2), "better"), ("words", (0.1, 0.2), "")])
+def test_an_interval_is_read_by_whether_more_is_better(name, interval, reading):
+    rows = compare.differences(found_with(**{name: interval}), "natural", "bpo", "base")
+    assert [r["reading"] for r in rows] == [reading]
+    assert rows[0]["metric"] == benchmarks.METRICS[name][0]
+
+
+def test_the_reading_is_one_phrase():
+    found = found_with(cover=(0.1, 0.2), chair_i=(0.1, 0.2), colour_accuracy=(-0.1, 0.1),
+                       chair_s=(-0.2, -0.1))
+    assert compare.reading(found, "natural", "bpo", "base") == (
+        "better in cover, CHAIRs, worse in CHAIRi; 1 of 4 metrics cannot be told apart")
+    assert compare.reading(found_with(cover=(-0.2, -0.1)), "natural", "bpo", "base") == (
+        "better in nothing, worse in cover; 0 of 1 metrics cannot be told apart")
+    assert compare.reading(found_with(words=(0.1, 0.2)), "natural", "bpo", "base") == \
+        "not to be judged without a truth file"
+
+
+def test_the_changes_stand_in_a_table_with_a_column_a_baseline():
+    table = compare.change_table(found_with(cover=(0.1, 0.2), words=(0.1, 0.2)), "natural", "bpo")
+    assert table == [{"metric": "cover", "minus base": "+0.150 [+0.100, +0.200] better"}]
+
+
+def test_the_page_is_about_bpo_on_counterfactual_images_where_there_are():
+    base = {"natural": {"base": {}, "sft": {}}, "differences": {}}
+    assert (compare.main_split(base), compare.main_method(base)) == ("natural", "sft")
+    both = {"natural": {"base": {}, "bpo": {}, "sft": {}},
+            "counterfactual": {"base": {}, "bpo": {}, "sft": {}}, "differences": {}}
+    assert (compare.main_split(both), compare.main_method(both)) == ("counterfactual", "bpo")
+    assert compare.baselines(both, "natural") == ["base", "sft"]
+
+
+def test_the_sharpest_control_comes_first():
+    def control(*methods):
+        return compare.control({"x": dict.fromkeys(methods)}, "x")
+
+    assert control("base", "sft", "sft_compute", "sft_matched") == "sft_matched"
+    assert control("base", "sft_compute", "sft") == "sft"
+    assert control("base", "bpo") == "base"
+
+
+def test_tables_show_values_with_intervals_and_counts(scored):
+    values, contrasts = scored
+    found = {"natural": values, "differences": {"natural": contrasts}}
+    assert compare.categories(found, "natural") == ["caption", "attribute", "presence", "any"]
+    rows = compare.wide_table(found, "natural", "attribute")
+    assert [r["method"] for r in rows] == ["base", "bpo"]
+    assert rows[1]["P(true answer)"] == "0.900 [0.900, 0.900]"
+    assert "yes answers 2" in compare.counts_note(found, "natural", "presence")
+    long = compare.table(found, "natural")
+    assert {(r["method"], r["metric"]) for r in long} >= {("base", "CHAIRi"), ("bpo", "cover")}
+    assert "yes_rate" not in compare.shown_metrics(found, "natural")
+
+
+# --- the stage ----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def adapters(model_folder, tmp_path_factory):
+    """Three random adapters, as notebook 3 lays them: sft does nothing, the others differ."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for method, size in (("sft", 0.0), ("bpo", 0.4), ("bpo_weaken", 0.4)):
+        model = models.load(model_folder).model
+        config = models.adapter_config(model, rank=4, alpha=8, dropout=0)
+        tuned = get_peft_model(model, config)
+        draw = torch_generator(0, method)
+        with torch.no_grad():
+            for name, weight in tuned.named_parameters():
+                if "lora_B" in name:
+                    weight.copy_(size * torch.randn(weight.shape, generator=draw))
+        tuned.save_pretrained(folder / method / "adapter")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parameters(model_folder, adapters, data_file):
+    return QualitativeComparison(
+        study="s", model=str(model_folder), adapters=str(adapters), max_new_tokens=5, batch_size=5,
+        splits={"natural": str(data_file)}, resamples=200, gallery=4)
+
+
+@pytest.fixture(scope="module")
+def result(parameters, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BPO_OUTPUTS", str(tmp_path_factory.mktemp("compare")))
+        found = benchmarks.run(parameters)
+        assert benchmarks.run(parameters).metrics == found.metrics, "read again, they differ"
+    return found
+
+
+@pytest.fixture(scope="module")
+def lines(result):
+    return records.read_lines(result.folder / "answers-natural.jsonl")
+
+
+def test_every_method_answers_every_question(lines, data_file):
+    assert {x["id"] for x in lines} == {r.id for r in records.read_rows(data_file)[0]}
+    assert all(set(x["answers"]) == {"base", "sft", "bpo", "bpo_weaken"} for x in lines)
+
+
+def requests_of(data_file):
+    return {r.id: Request(r.id, r.prompt, r.image) for r in records.read_rows(data_file)[0]}
+
+
+def test_base_answers_are_those_of_the_plain_model(lines, data_file, checkpoint):
+    requests = requests_of(data_file)
+    plain = generate.decode(checkpoint, generate.encode_batch(
+        checkpoint, [requests[x["id"]] for x in lines]), max_new_tokens=5)
+    assert [x["answers"]["base"] for x in lines] == plain
+
+
+@pytest.mark.parametrize("method", ("bpo", "bpo_weaken"))
+def test_a_method_s_answers_are_those_of_its_adapter_alone(lines, data_file, model_folder, adapters,
+                                                           method):
+    tuned = models.load_adapters(models.load(model_folder), {"x": adapters / method / "adapter"})
+    requests = requests_of(data_file)
+    alone = generate.decode(tuned, generate.encode_batch(
+        tuned, [requests[x["id"]] for x in lines]), max_new_tokens=5)
+    assert [x["answers"][method] for x in lines] == alone
+    assert alone != [x["answers"]["base"] for x in lines]
+
+
+def test_adapters_that_differ_give_other_probabilities(lines):
+    probed = [x for x in lines if x["p_true"]]
+    assert {x["category"] for x in probed} == {"attribute"} and len(probed) == 4
+    for x in probed:
+        assert x["p_true"]["sft"] == pytest.approx(x["p_true"]["base"], abs=2e-6)
+        assert len({x["p_true"][m] for m in ("base", "bpo", "bpo_weaken")}) == 3
+        assert all(0 <= p <= 1 for p in (*x["p_true"].values(), *x["p_prior"].values()))
+
+
+def test_the_probability_is_that_of_the_whole_answer_with_its_end(lines, data_file, checkpoint):
+    asked = next(x for x in lines if x["id"] == "attribute-2")
+    request = requests_of(data_file)["attribute-2"]
+    batch = generate.encode_batch(checkpoint, [request])
+    ids = models.answer_ids(checkpoint, models.answer_text(checkpoint, request.messages, "blue",
+                                                           image=True))
+    assert ids[-1] == checkpoint.tokenizer.eos_token_id
+    with torch.no_grad():
+        whole = torch.cat([batch["input_ids"], torch.tensor([ids])], dim=1)
+        logits = checkpoint.model(input_ids=whole, attention_mask=torch.ones_like(whole),
+                                  pixel_values=batch["pixel_values"]).logits[0]
+    chain = torch.log_softmax(logits[-len(ids) - 1:-1], dim=-1)[range(len(ids)), ids]
+    assert asked["p_true"]["base"] == pytest.approx(chain.sum().exp().item(), abs=2e-6)
+
+
+def test_the_metrics_are_the_scores_of_the_answers(result, lines, data_file):
+    methods = ["base", "bpo", "bpo_weaken", "sft"]
+    values, contrasts = benchmarks.score(lines, records.read_truth(data_file), methods, seed=0,
+                                         resamples=200)
+    assert list(result.metrics["natural"]) == methods
+    assert result.metrics["natural"] == values
+    assert result.metrics["differences"]["natural"] == contrasts
+
+
+def test_a_method_that_changes_nothing_is_told_apart_in_nothing(result):
+    rows = compare.differences(result.metrics, "natural", "sft", "base")
+    assert rows and all(r["reading"] in ("cannot be told", "") for r in rows)
+    assert result.metrics["natural"]["sft"]["changed"]["value"] == 0
+    assert result.metrics["natural"]["bpo"]["changed"]["value"] > 0
+
+
+def test_an_interrupted_comparison_goes_on_to_the_same_bytes(result, parameters, outputs,
+                                                             monkeypatch):
+    right, calls = benchmarks._ask, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return right(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(benchmarks, "_ask", killed)
+        benchmarks.run(parameters)
+    again = benchmarks.run(parameters)
+    name = "answers-natural.jsonl"
+    assert (again.folder / name).read_bytes() == (result.folder / name).read_bytes()
+
+
+def test_methods_come_in_the_order_in_which_they_were_trained(model_folder, adapters, tmp_path):
+    for method in ("bpo", "sft", "bpo_weaken"):
+        (tmp_path / method).symlink_to(adapters / method)
+    (tmp_path / "manifest.json").write_text(json.dumps(
+        {"metrics": {"methods": {"sft": {}, "bpo_weaken": {}, "bpo": {}}}}))
+    _, names = benchmarks.load_methods(model_folder, tmp_path, precision="float32")
+    assert names == ["base", "sft", "bpo_weaken", "bpo"]
+
+
+def test_a_folder_without_adapters_is_refused(model_folder, tmp_path):
+    with pytest.raises(Refusal, match="3_dpo_training writes them"):
+        benchmarks.load_methods(model_folder, tmp_path, precision="float32")
+
+
+def test_an_adapter_of_another_model_is_refused(model_folder, adapters, tmp_path):
+    folder = tmp_path / "bpo" / "adapter"
+    folder.mkdir(parents=True)
+    for file in (adapters / "bpo" / "adapter").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 2}))
+    with pytest.raises(Refusal, match="trained on another model"):
+        benchmarks.load_methods(model_folder, tmp_path, precision="float32")
+
+
+def test_data_without_a_truth_file_is_measured_by_length_and_change(parameters, untold_file,
+                                                                    data_file, outputs):
+    p = parameters.model_copy(update={"splits": {"held_out": str(untold_file)},
+                                      "image_folder": str(data_file.parent), "rows": 5})
+    found = benchmarks.run(p)
+    assert set(found.metrics["held_out"]["base"]) == {"answer_words", "changed"}
+    assert found.metrics["held_out"]["base"]["changed"]["n"] == 5
+    assert compare.main_split(found.metrics) == "held_out"
+    assert compare.categories(found.metrics, "held_out") == ["any"]
+
+
+def test_the_gallery_shows_wins_and_losses_and_counts_them_all(parameters, result, data_file):
+    cards, verdicts = compare.gallery(parameters, result, split="natural", method="bpo",
+                                      against="base")
+    assert sum(verdicts.values()) == len(records.read_rows(data_file)[0])
+    assert len(cards) == 4
+    assert {c["verdict"] for c in cards} == {v for v, n in verdicts.items() if n}
+    assert all(set(c["answers"]) == {"base", "sft", "bpo", "bpo_weaken"} for c in cards)

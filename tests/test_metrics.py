@@ -1,0 +1,186 @@
+"""Metrics on cases worked out by hand, and their bootstrap intervals."""
+
+import numpy as np
+import pytest
+
+from bpo import metrics
+
+VOCABULARY = {"dog": ["dog", "dogs", "puppy"], "hot dog": ["hot dog", "hot dogs"],
+              "cat": ["cat", "cats"], "dining table": ["dining table", "table"],
+              "lamp": ["lamp", "table lamp"]}
+
+
+@pytest.mark.parametrize("text, found", [
+    ("A hot dog.", ["hot dog"]), ("a hot, small dog", ["dog"]), ("hot-dogs and cats!",
+                                                                 ["hot dog", "cat"]),
+    ("Two DOGS and a puppy", ["dog", "dog"]), ("cat hot dog cat dog", ["cat", "hot dog", "cat",
+                                                                      "dog"]),
+    ("a dining table, then a table", ["dining table", "dining table"]), ("catalogue of dogmas", []),
+    ("hot", []), ("", []), ("the table lamp on a table", ["lamp", "dining table"])])
+def test_objects_are_found_in_order_with_the_longest_phrase_winning(text, found):
+    assert metrics.mentioned_objects(text, VOCABULARY) == found
+
+
+def test_an_empty_vocabulary_finds_nothing():
+    assert metrics.mentioned_objects("a dog", {}) == []
+
+
+def test_a_caption_s_counts_are_those_by_hand():
+    counts = metrics.caption_counts("A dog, two dogs, a hot dog and a cat.", VOCABULARY,
+                                    {"dog", "dining table"})
+    # Object words: dog, dog, hot dog, cat; wrong: hot dog, cat; of dog and table, dog is named.
+    assert counts == {"chair_s": (1, 1), "chair_i": (2, 4), "cover": (1, 2), "objects": (4, 1),
+                      "words": (10, 1)}
+
+
+def test_a_caption_without_a_wrong_object_does_not_count_as_hallucinated():
+    counts = metrics.caption_counts("a dog", VOCABULARY, {"dog"})
+    assert (counts["chair_s"], counts["chair_i"], counts["cover"]) == ((0, 1), (0, 1), (1, 1))
+    counts = metrics.caption_counts("nothing at all", VOCABULARY, {"dog"})
+    assert (counts["chair_s"], counts["chair_i"], counts["cover"]) == ((0, 1), (0, 0), (0, 1))
+
+
+@pytest.mark.parametrize("text, present, wrong", [
+    ("a dog and two Cats", {"dog"}, {"cats"}), ("a dog", {"dog"}, set()),
+    ("a hot dog", {"hot dog"}, set()), ("a hot dog", set(), {"hot", "dog"}),
+    ("the big picture", set(), set())])
+def test_the_words_of_absent_objects_are_marked(text, present, wrong):
+    assert metrics.wrong_object_words(text, VOCABULARY, present) == wrong
+
+
+def test_a_phrase_of_an_absent_object_is_marked_though_a_part_names_a_present_one():
+    assert "hot" in metrics.wrong_object_words("a hot dog", VOCABULARY, {"dog"})
+
+
+def test_half_a_phrase_is_no_object_to_mark():
+    assert metrics.wrong_object_words("a hot day", VOCABULARY, {"cat"}) == set()
+
+
+COLOURS = ("red", "blue")
+SCENE = [{"name": "dog", "colour": "red"}, {"name": "cat", "colour": "blue"},
+         {"name": "hot dog", "colour": "red"}]
+
+
+@pytest.mark.parametrize("text, right", [
+    ("A red dog and a blue cat.", True), ("a dog", True), ("a blue dog", False),
+    ("a red cat", False), ("a red dog and a table", False), ("nothing", False), ("red", False),
+    ("", False), ("the blue day of a red dog", True), ("a red hot dog", True)])
+def test_a_caption_is_right_if_all_it_names_is_there_in_its_colour(text, right):
+    assert metrics.caption_is_right(text, VOCABULARY, COLOURS, SCENE) is right
+
+
+def test_the_colour_of_an_object_with_two_words_counts_too():
+    assert not metrics.caption_is_right("a blue hot dog", VOCABULARY, COLOURS, SCENE)
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("Yes.", "yes"), ("no, there is no dog", "no"), ("There is, yes", "yes"), ("nothing", None),
+    ("yesterday", None), ("", None), ("No. Yes.", "no")])
+def test_the_first_yes_or_no_is_the_answer(text, answer):
+    assert metrics.yes_or_no(text) == answer
+
+
+def test_yes_no_scores_are_those_by_hand():
+    answers = ["yes", "yes", "no", None, "no", "yes"]
+    truth = ["yes", "no", "no", "yes", "yes", "yes"]
+    # Two hits of three yes answers; four true yes; right: places 0, 2, 5.
+    assert metrics.yes_no_scores(answers, truth) == pytest.approx({
+        "accuracy": 3 / 6, "precision": 2 / 3, "recall": 2 / 4,
+        "f1": 2 * (2 / 3) * (1 / 2) / (2 / 3 + 1 / 2), "yes_ratio": 3 / 6})
+
+
+def test_scores_without_a_yes_are_zero():
+    scores = metrics.yes_no_scores(["no", None], ["no", "yes"])
+    assert scores == {"accuracy": 0.5, "precision": 0, "recall": 0, "f1": 0, "yes_ratio": 0}
+    assert metrics.yes_no_scores(["no"], ["no"])["recall"] == 0
+
+
+@pytest.mark.parametrize("text, plain", [
+    ("  A  Red,  DOG! ", "a red dog"), ("it's 5", "it's 5"), ("…", ""), ("red", "red")])
+def test_an_answer_is_normalised_to_its_words(text, plain):
+    assert metrics.normalised(text) == plain
+
+
+# --- intervals ----------------------------------------------------------------------------------
+
+def weights(images, resamples=2000, seed=0):
+    return metrics.bootstrap_weights(images, resamples, np.random.default_rng(seed))
+
+
+def test_counts_are_summed_by_image():
+    assert metrics.by_image([("a", (1, 2)), ("b", (0, 1)), ("a", (3, 4.5))]) == {
+        "a": (4, 6.5), "b": (0, 1)}
+
+
+def test_each_resample_draws_as_many_images_as_there_are():
+    drawn = weights(7, 500)
+    assert drawn.shape == (500, 7)
+    assert (drawn.sum(1) == 7).all()
+    assert abs(drawn.mean() - 1) < 1e-9 and drawn.std() > 0.5
+
+
+def test_an_estimate_is_a_ratio_of_sums_inside_its_interval():
+    ratios = {str(i): (i % 3, 2.0) for i in range(30)}
+    found = metrics.estimate(ratios, weights(30))
+    assert found["value"] == 0.5  # 30 over 60, not a mean of anything else
+    assert found["n"] == 60
+    assert found["low"] < 0.5 < found["high"]
+
+
+def test_large_images_weigh_more():
+    assert metrics.estimate({"a": (9, 9), "b": (0, 1)}, weights(2))["value"] == 0.9
+
+
+def test_the_interval_narrows_with_more_images():
+    def width(n):
+        found = metrics.estimate({f"{i:04}": (i % 2, 1) for i in range(n)}, weights(n))
+        return found["high"] - found["low"]
+
+    # A share of one half: 2 x 1.96 x sqrt(0.25 / n).
+    assert width(400) == pytest.approx(0.098, abs=0.012)
+    assert width(25) > 3 * width(400)
+
+
+@pytest.mark.parametrize("share", (0.0, 1.0))
+def test_where_all_images_agree_the_interval_has_no_width(share):
+    found = metrics.estimate({str(i): (share, 1) for i in range(9)}, weights(9))
+    assert (found["value"], found["low"], found["high"]) == (share, share, share)
+
+
+def test_out_of_nothing_there_is_no_value():
+    nothing = {"value": None, "low": None, "high": None, "n": 0}
+    empty = {"a": (0, 0), "b": (0, 0)}
+    assert metrics.estimate(empty, weights(2)) == nothing
+    assert metrics.difference(empty, {"a": (1, 1), "b": (1, 1)}, weights(2)) == nothing
+
+
+def test_images_without_a_count_do_not_move_the_value():
+    found = metrics.estimate({"a": (1, 2), "b": (0, 0)}, weights(2))
+    assert (found["value"], found["low"], found["high"]) == (0.5, 0.5, 0.5)
+
+
+def test_columns_are_images_in_sorted_order():
+    only_b = np.array([[0, 2]])
+    found = metrics.estimate({"b": (3, 4), "a": (1, 4)}, only_b)
+    assert (found["value"], found["low"]) == (0.5, 0.75)
+
+
+def test_the_difference_to_itself_is_exactly_zero():
+    ratios = {str(i): (i % 5 / 7, 1) for i in range(40)}
+    found = metrics.difference(ratios, dict(ratios), weights(40))
+    assert (found["value"], found["low"], found["high"], found["n"]) == (0, 0, 0, 40)
+
+
+def test_a_difference_is_paired_by_image():
+    # Images differ wildly, but one side is always 0.1 better: the pairing takes the rest out.
+    base = {f"{i:02}": (i % 10, 1) for i in range(40)}
+    better = {i: (top + 0.1, 1) for i, (top, _) in base.items()}
+    found = metrics.difference(better, base, weights(40))
+    assert found["value"] == pytest.approx(0.1)
+    assert found["low"] == pytest.approx(0.1) and found["high"] == pytest.approx(0.1)
+    assert metrics.difference(base, better, weights(40))["value"] == pytest.approx(-0.1)
+
+
+def test_a_difference_of_other_images_is_refused():
+    with pytest.raises(ValueError, match="same images"):
+        metrics.difference({"a": (1, 1)}, {"b": (1, 1)}, weights(1))

@@ -1,0 +1,149 @@
+"""Answers that share their prompt's pass have the log-probs that they have alone."""
+
+import pytest
+import torch
+
+from bpo import generate, models, packed, records
+from bpo.generate import Request
+
+ANSWERS = [["red", "this shows a green cat on the mat", "blue"],
+           ["this shows a big big yellow dog"],
+           ["no", "yes there is a box", "a", "the cat lies on the mat with a dog"],
+           ["yes", "no"]]
+
+
+@pytest.fixture(scope="module")
+def asked(data_file, checkpoint):
+    """Prompts of unequal length with different images, and unequal numbers of answers."""
+    rows = records.read_rows(data_file)[0]
+    rows = [rows[i] for i in (0, 4, 8, 10)]
+    requests = [Request(r.id, r.prompt, r.image) for r in rows]
+    batch = generate.encode_batch(checkpoint, requests)
+    answers = [[models.answer_ids(checkpoint, models.answer_text(checkpoint, r.prompt, text,
+                                                                 image=True)) for text in texts]
+               for r, texts in zip(rows, ANSWERS, strict=True)]
+    assert (batch["attention_mask"] == 0).any(), "the prompts must need padding"
+    return requests, batch, answers
+
+
+def largest_gap(first, second):
+    assert [[c.shape for c in row] for row in first] == [[c.shape for c in row] for row in second]
+    return max((a - b).abs().max().item() for row, other in zip(first, second, strict=True)
+               for a, b in zip(row, other, strict=True))
+
+
+@torch.no_grad()
+def by_hand(checkpoint, request, answer):
+    """One prompt with one answer behind it, alone, in a plain forward pass."""
+    inputs = generate.encode_batch(checkpoint, [request])
+    prompt = inputs.pop("input_ids")
+    ids = torch.cat([prompt, torch.tensor([answer])], dim=1)
+    inputs["attention_mask"] = torch.ones_like(ids)
+    logits = checkpoint.model(input_ids=ids, **inputs).logits[0].float()
+    at = prompt.shape[1] - 1
+    return torch.stack([torch.log_softmax(logits[at + i], dim=-1)[token]
+                        for i, token in enumerate(answer)])
+
+
+@torch.no_grad()
+def test_packed_log_probs_are_the_unpacked_ones(asked, checkpoint):
+    _, batch, answers = asked
+    first = packed.answer_logprobs(checkpoint, batch, answers)
+    second = packed.answer_logprobs_unpacked(checkpoint, batch, answers)
+    assert [len(row) for row in first] == [3, 1, 4, 2]
+    assert largest_gap(first, second) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("score", (packed.answer_logprobs, packed.answer_logprobs_unpacked))
+def test_both_agree_with_a_plain_forward_pass_of_each_answer(asked, checkpoint, score):
+    requests, batch, answers = asked
+    plain = [[by_hand(checkpoint, r, a) for a in mine]
+             for r, mine in zip(requests, answers, strict=True)]
+    assert largest_gap(score(checkpoint, batch, answers), plain) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("score", (packed.answer_logprobs, packed.answer_logprobs_unpacked))
+def test_an_answer_s_log_probs_do_not_depend_on_its_company(asked, checkpoint, score):
+    _, batch, answers = asked
+    whole = score(checkpoint, batch, answers)
+    first = score(checkpoint, batch, [row[:1] for row in answers])
+    assert largest_gap(first, [row[:1] for row in whole]) < 1e-4
+    turned = score(checkpoint, batch, [row[::-1] for row in answers])
+    assert largest_gap([row[::-1] for row in turned], whole) < 1e-4
+
+
+@torch.no_grad()
+def test_the_image_counts(asked, checkpoint):
+    _, batch, answers = asked
+    other = batch | {"pixel_values": batch["pixel_values"].flip(0)}
+    assert largest_gap(packed.answer_logprobs(checkpoint, batch, answers),
+                       packed.answer_logprobs(checkpoint, other, answers)) > 0.01
+
+
+@torch.no_grad()
+def test_a_text_model_is_packed_too(text_checkpoint):
+    prompts = [({"role": "user", "content": t},) for t in ("what is this ?", "describe the mat")]
+    batch = generate.encode_batch(text_checkpoint, [Request(str(i), p, None)
+                                                    for i, p in enumerate(prompts)])
+    answers = [[[5, 6, 7], [8]], [[9, 10]]]
+    assert largest_gap(packed.answer_logprobs(text_checkpoint, batch, answers),
+                       packed.answer_logprobs_unpacked(text_checkpoint, batch, answers)) < 1e-4
+
+
+@torch.no_grad()
+def test_the_packed_way_is_chosen_where_it_is_exact(asked, checkpoint, capsys):
+    _, batch, answers = asked
+    assert packed.choose(checkpoint, batch, answers) is packed.answer_logprobs
+    assert capsys.readouterr().out == ""
+
+
+def branches_see_each_other(monkeypatch):
+    def allowed(branch):
+        size = branch.shape[1]
+        seen = torch.ones(size, size, dtype=torch.bool).tril() & (branch >= 0)[:, None, :]
+        return (seen | torch.eye(size, dtype=torch.bool))[:, None]
+
+    monkeypatch.setattr(packed, "_allowed", allowed)
+
+
+def positions_run_on(monkeypatch):
+    right = packed._branches
+
+    def branches(last, answers):
+        tokens, numbers, steps = right(last, answers)
+        return tokens, numbers, list(range(len(steps)))
+
+    monkeypatch.setattr(packed, "_branches", branches)
+
+
+def the_mask_is_refused(monkeypatch):
+    def hidden(*args):
+        raise ValueError("this model takes no such mask\nat all")
+
+    monkeypatch.setattr(packed, "_hidden", hidden)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("broken, why", [
+    (branches_see_each_other, "log-probs differ by"), (positions_run_on, "log-probs differ by"),
+    (the_mask_is_refused, "this model takes no such mask")])
+def test_where_packing_is_not_exact_each_answer_gets_its_own_pass(asked, checkpoint, monkeypatch,
+                                                                  capsys, broken, why):
+    _, batch, answers = asked
+    broken(monkeypatch)
+    assert packed.choose(checkpoint, batch, answers) is packed.answer_logprobs_unpacked
+    said = capsys.readouterr().out
+    assert why in said and said.count("\n") == 1
+
+
+def test_a_position_sees_the_prefix_and_its_own_branch_before_it():
+    branch = torch.tensor([[-1, 0, 0, 1, 1, 2]])
+    assert packed._allowed(branch)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],  # padding sees itself alone
+        [0, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 1, 0],
+        [0, 1, 1, 0, 0, 1]]

@@ -1,0 +1,398 @@
+"""Stages: done once, run again when something that shapes them changed, resumed, accounted for."""
+
+import json
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+from bpo import runs
+from bpo.params import DPOTraining, PairGeneration, Refusal
+
+
+class Work:
+    """Work that counts its calls and writes what it is told to."""
+
+    def __init__(self, text="a line\n"):
+        self.text, self.calls, self.found = text, 0, []
+
+    def __call__(self, folder):
+        self.calls += 1
+        self.found = sorted(f.name for f in folder.iterdir() if f.name != runs.STARTED)
+        (folder / "sub").mkdir(exist_ok=True)
+        (folder / "pairs.jsonl").write_text(self.text)
+        (folder / "sub" / "more.txt").write_text("more")
+        return {"lines": 1}
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def code(tmp_path):
+    """A module whose code shapes the stage."""
+    file = tmp_path / "shaping.py"
+    file.write_text("x = 1\n")
+    module = ModuleType("shaping")
+    module.__file__ = str(file)
+    return module
+
+
+@pytest.fixture
+def data(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text("[]")
+    return file
+
+
+@pytest.fixture
+def run(outputs, code, data):
+    """Runs the stage of notebook 3 with `work`; parameters by keyword."""
+    def stage(work, inputs=None, modules=(code,), **values):
+        return runs.stage(DPOTraining(study="s", **values), work,
+                          inputs={"data": data} if inputs is None else inputs, modules=modules)
+    return stage
+
+
+@pytest.fixture
+def folder(outputs):
+    return outputs / "s" / "3_dpo_training"
+
+
+def asides(folder):
+    return sorted(f.name for f in folder.parent.iterdir() if ".old-" in f.name)
+
+
+def test_a_fresh_stage_is_computed_and_accounted_for(run, folder, data, code, capsys):
+    work = Work()
+    result = run(work, beta=0.2)
+    assert (work.calls, result.folder, result.metrics) == (1, folder, {"lines": 1})
+    assert "no result yet" in result.done
+    assert result.done in capsys.readouterr().out
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest == result.manifest
+    assert manifest["parameters"]["beta"] == 0.2
+    assert manifest["inputs"] == {"data": runs.file_hash(data)}
+    assert list(manifest["modules"]) == ["shaping"]
+    assert set(manifest["outputs"]) == {"pairs.jsonl", "sub/more.txt"}
+    assert manifest["versions"].keys() >= {"torch", "transformers", "trl", "peft"}
+    assert not (folder / runs.STARTED).exists()
+
+
+def test_the_facts_say_what_differs_from_the_defaults(run):
+    facts = run(Work(), beta=0.2).facts()
+    assert facts["study"] == "s"
+    assert facts["differs from the defaults"] == "beta = 0.2"
+
+
+def test_an_up_to_date_stage_is_read_again(run, folder):
+    work = Work()
+    first = run(work)
+    again = run(work)
+    assert work.calls == 1
+    assert again.done == "up to date, read again"
+    assert again.manifest == first.manifest
+    assert asides(folder) == []
+
+
+def test_a_changed_parameter_is_named_with_both_values(run, folder):
+    work = Work()
+    run(work, beta=0.1)
+    result = run(work, beta=0.3)
+    assert work.calls == 2
+    assert "beta 0.1 -> 0.3" in result.done
+    assert result.manifest["parameters"]["beta"] == 0.3
+
+
+def test_all_reasons_are_named_at_once(run, data):
+    run(Work(), beta=0.1, steps=5)
+    data.write_text("[1]")
+    done = run(Work(), beta=0.3, steps=6).done
+    assert all(r in done for r in ("beta 0.1 -> 0.3", "steps 5 -> 6", "input data changed"))
+
+
+def test_a_changed_input_makes_a_stage_stale(run, data):
+    work = Work()
+    run(work)
+    data.write_text("[1]")
+    assert "input data changed" in run(work).done
+    assert work.calls == 2
+
+
+def test_an_input_that_is_gone_or_new_makes_a_stage_stale(run, data, tmp_path):
+    truth = tmp_path / "truth.json"
+    truth.write_text("{}")
+    work = Work()
+    run(work, inputs={"data": data})
+    assert "input truth changed" in run(work, inputs={"data": data, "truth": truth}).done
+    assert "input truth" in run(work, inputs={"data": data}).done
+    assert work.calls == 3
+
+
+def test_changed_code_makes_a_stage_stale(run, monkeypatch):
+    work = Work()
+    run(work)
+    monkeypatch.setattr(runs, "code_hash", lambda file: "other")
+    assert "code of shaping changed" in run(work).done
+    assert work.calls == 2
+
+
+@pytest.mark.parametrize("name", ("pairs.jsonl", "sub/more.txt"))
+def test_an_edited_or_deleted_result_makes_a_stage_stale(run, folder, name):
+    work = Work()
+    run(work)
+    (folder / name).write_text("edited")
+    assert f"{name} was changed after the stage had finished" in run(work).done
+    (folder / name).unlink()
+    assert f"{name} was changed after the stage had finished" in run(work).done
+    assert work.calls == 3
+
+
+def test_the_study_s_name_and_the_gallery_do_not_make_a_stage_stale(outputs, data, code):
+    work = Work()
+    runs.stage(PairGeneration(study="s"), work, inputs={"data": data}, modules=[code])
+    runs.stage(PairGeneration(study="s", gallery=9), work, inputs={"data": data}, modules=[code])
+    assert work.calls == 1
+    (outputs / "s").rename(outputs / "t")
+    runs.stage(PairGeneration(study="t"), work, inputs={"data": data}, modules=[code])
+    assert work.calls == 1
+
+
+def test_the_old_folder_is_set_aside_and_never_deleted(run, folder):
+    for number, beta in enumerate((0.1, 0.2, 0.3)):
+        result = run(Work(text=f"{beta}"), beta=beta)
+        assert len(asides(folder)) == number
+    assert asides(folder) == ["3_dpo_training.old-1", "3_dpo_training.old-2"]
+    assert "the old result is kept in 3_dpo_training.old-2" in result.done
+    kept = {json.loads((folder.with_name(a) / "manifest.json").read_text())["parameters"]["beta"]:
+            (folder.with_name(a) / "pairs.jsonl").read_text() for a in asides(folder)}
+    assert kept == {0.1: "0.1", 0.2: "0.2"}
+    assert (folder / "pairs.jsonl").read_text() == "0.3"
+
+
+def interrupted(folder):
+    (folder / "half.txt").write_text("half")
+    raise Killed
+
+
+def test_work_that_fails_leaves_no_manifest(run, folder):
+    with pytest.raises(Killed):
+        run(interrupted)
+    assert (folder / "half.txt").exists()
+    assert not (folder / "manifest.json").exists()
+
+
+def test_interrupted_work_goes_on_in_its_folder(run, folder):
+    with pytest.raises(Killed):
+        run(interrupted, beta=0.2)
+    work = Work()
+    result = run(work, beta=0.2)
+    assert work.found == ["half.txt"]
+    assert result.done.endswith("from where it was interrupted")
+    assert asides(folder) == []
+    assert "half.txt" in result.manifest["outputs"]
+
+
+def test_interrupted_work_of_other_parameters_is_set_aside(run, folder):
+    with pytest.raises(Killed):
+        run(interrupted, beta=0.2)
+    work = Work()
+    result = run(work, beta=0.3)
+    assert work.found == []
+    assert "an interrupted run had other parameters, inputs or code" in result.done
+    assert (folder.with_name("3_dpo_training.old-1") / "half.txt").exists()
+
+
+def test_a_rerun_that_is_interrupted_does_not_read_as_the_old_result(run, folder):
+    run(Work(), beta=0.1)
+    with pytest.raises(Killed):
+        run(interrupted, beta=0.2)
+    work = Work()
+    run(work, beta=0.1)
+    assert work.calls == 1
+
+
+def test_timings_are_no_part_of_the_result(run, folder):
+    def work(folder):
+        (folder / runs.TIMINGS).write_text('{"bpo": 3.5}')
+        return {}
+
+    result = run(work)
+    assert result.manifest["outputs"] == {}
+    assert result.timings == {"bpo": 3.5}
+    (folder / runs.TIMINGS).write_text('{"bpo": 4}')
+    assert run(work).done == "up to date, read again"
+
+
+# --- inputs that other stages wrote -------------------------------------------------------------
+
+@pytest.fixture
+def earlier(outputs, data):
+    """The folder of a finished notebook 2."""
+    return runs.stage(PairGeneration(study="s"), Work(), inputs={"data": data}, modules=[]).folder
+
+
+def test_a_stage_depends_on_what_an_earlier_one_wrote(run, earlier, data):
+    work = Work()
+    run(work, inputs={"pairs": earlier / "pairs.jsonl"})
+    run(work, inputs={"pairs": earlier / "pairs.jsonl"})
+    assert work.calls == 1
+    runs.stage(PairGeneration(study="s", seed=5), Work("other"), inputs={"data": data}, modules=[])
+    assert "input pairs changed" in run(work, inputs={"pairs": earlier / "pairs.jsonl"}).done
+
+
+def test_an_edited_result_of_an_earlier_stage_is_refused_by_name(run, earlier):
+    (earlier / "pairs.jsonl").write_text("edited")
+    with pytest.raises(Refusal, match=r"pairs\.jsonl was changed after the stage that wrote it"):
+        run(Work(), inputs={"pairs": earlier / "pairs.jsonl"})
+    # The other file of that stage is as it was.
+    assert run(Work(), inputs={"more": earlier / "sub"}).metrics == {"lines": 1}
+
+
+def test_a_missing_earlier_stage_names_its_notebook(run, outputs):
+    missing = outputs / "s" / "2_pair_generation" / "pairs.jsonl"
+    with pytest.raises(Refusal, match=r"run notebooks/2_pair_generation\.ipynb first "
+                                      r"\(python -m bpo run s --only 2\)"):
+        run(Work(), inputs={"pairs": missing})
+
+
+def test_an_unfinished_earlier_stage_is_no_input(run, outputs, data):
+    with pytest.raises(Killed):
+        runs.stage(PairGeneration(study="s"), interrupted, inputs={"data": data}, modules=[])
+    with pytest.raises(Refusal, match="is not there yet"):
+        run(Work(), inputs={"pairs": outputs / "s" / "2_pair_generation" / "half.txt"})
+
+
+def test_a_file_that_the_earlier_stage_did_not_write_is_refused(run, earlier):
+    with pytest.raises(Refusal, match="did not write this; it wrote pairs.jsonl, sub"):
+        run(Work(), inputs={"pairs": earlier / "other.jsonl"})
+
+
+def test_a_missing_input_is_refused(run, tmp_path, folder):
+    with pytest.raises(Refusal, match="there is no such file or folder"):
+        run(Work(), inputs={"model": tmp_path / "none"})
+    assert not folder.exists()
+
+
+def test_a_folder_s_fingerprint_changes_with_names_and_contents(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    prints = [runs.fingerprint(folder)]
+    (folder / "a").write_text("2")
+    prints.append(runs.fingerprint(folder))
+    (folder / "a").rename(folder / "b")
+    prints.append(runs.fingerprint(folder))
+    (folder / "c").write_text("")
+    prints.append(runs.fingerprint(folder))
+    assert len(set(prints)) == 4
+    assert runs.fingerprint(folder) == prints[-1]
+
+
+# --- hashes -------------------------------------------------------------------------------------
+
+def test_a_file_s_hash_is_its_sha256(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert runs.file_hash(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+def test_a_large_file_is_hashed_by_size_and_blocks(tmp_path):
+    file = tmp_path / "large"
+    size = 300 * 2**20
+    with file.open("wb") as stream:
+        stream.truncate(size)  # a sparse file: it takes no room
+    empty = runs.file_hash(file)
+    with file.open("r+b") as stream:
+        stream.seek(size - 1)
+        stream.write(b"x")
+    assert runs.file_hash(file) != empty
+    with file.open("r+b") as stream:
+        stream.seek(size - 1)
+        stream.write(b"\0")
+        stream.truncate(size + 1)
+    assert runs.file_hash(file) != empty
+
+
+SOURCE = '''"""A module."""
+
+# a comment
+def f(x, y):
+    """Adds."""
+    return x + y
+
+
+class C:
+    """A class."""
+
+    z = 1
+'''
+
+
+def hashed(tmp_path, source):
+    # A file of its own each time: hashes of one file are remembered.
+    file = tmp_path / f"module{len(list(tmp_path.iterdir()))}.py"
+    file.write_text(source)
+    return runs.code_hash(file)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("# a comment", "# another\n# comment"), ("Adds.", "Adds two numbers."),
+    ("A module.", "Another."), ("A class.", "Another."), ("f(x, y)", "f(x,\n      y)"),
+    ('    """Adds."""\n', ""), ("x + y", "(x + y)  # brackets")])
+def test_comments_docstrings_and_layout_are_not_code(tmp_path, old, new):
+    assert old in SOURCE
+    assert hashed(tmp_path, SOURCE) == hashed(tmp_path, SOURCE.replace(old, new))
+
+
+@pytest.mark.parametrize("old, new", [("x + y", "x - y"), ("z = 1", "z = 2"), ("f(x", "g(x")])
+def test_a_change_of_what_is_computed_is_a_change_of_code(tmp_path, old, new):
+    assert hashed(tmp_path, SOURCE) != hashed(tmp_path, SOURCE.replace(old, new))
+
+
+# --- two at once --------------------------------------------------------------------------------
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Locks that are refused at once: the tests need not wait for what will not come."""
+    monkeypatch.setattr(runs, "LOCK_PATIENCE", 0)
+
+
+def test_a_second_run_of_a_study_is_refused(run, impatient):
+    def work(folder):
+        with pytest.raises(Refusal, match="study s is being computed by another run"):
+            run(Work())
+        return {"tried": True}
+
+    assert run(work).metrics == {"tried": True}
+
+
+HOLDER = """
+import fcntl, sys
+stream = open(sys.argv[1], "w")
+fcntl.flock(stream, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_another_process_s_lock_is_respected_and_ends_with_it(tmp_path, impatient):
+    file = tmp_path / ".lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(file)], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(Refusal, match="busy"), runs.locked(file, "busy"):
+            pytest.fail("the lock was given twice")
+    finally:
+        holder.kill()
+        holder.communicate()
+    with runs.locked(file, "busy"):
+        pass
+
+
+def test_a_failure_frees_the_lock(run):
+    with pytest.raises(Killed):
+        run(interrupted)
+    assert run(Work()).metrics == {"lines": 1}

@@ -1,0 +1,405 @@
+"""Training: what moves, what does not, what the objective starts from, and resuming to the bit."""
+
+import hashlib
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bpo import generate, models, pairs, records, train
+from bpo.generate import Request
+from bpo.params import DPOTraining, Refusal
+
+WRONG = {"weakened": "a big green box", "injected": "there is a dog on this"}
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def lines(data_file):
+    """Pairs of the data set's rows; one has a single rejected answer, one has none."""
+    made = [{"id": r.id, "image": r.image_name, "category": r.category, "prompt": list(r.prompt),
+             "chosen": r.answer, "rejected": [{"source": s, "text": t} for s, t in WRONG.items()]}
+            for r in records.read_rows(data_file)[0]]
+    made[2]["rejected"] = made[2]["rejected"][:1]
+    made[5]["rejected"] = []
+    return made
+
+
+@pytest.fixture(scope="module")
+def images(data_file):
+    return data_file.parent
+
+
+@pytest.fixture(scope="module")
+def parameters(model_folder, images):
+    return DPOTraining(study="s", model=str(model_folder), image_folder=str(images), steps=4,
+                       batch_pairs=4, device_batch=2, learning_rate=1e-2, lora_rank=4,
+                       lora_alpha=8, save_every=2, nll_weight=0)
+
+
+@pytest.fixture(scope="module")
+def rows(lines, images):
+    return train.method_rows("bpo", lines, images)
+
+
+def changed(p, **values):
+    return type(p)(**p.model_dump() | values)
+
+
+def digests(model):
+    """name -> sha256 of every weight but the adapters', by its name in the plain model."""
+    names = {n.removeprefix("base_model.model.").replace(".base_layer", ""): w
+             for n, w in model.state_dict().items() if "lora_" not in n}
+    return {n: hashlib.sha256(w.contiguous().numpy().tobytes()).hexdigest()
+            for n, w in names.items()}
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+def said(rows, key):
+    return [r[key][0]["content"] for r in rows]
+
+
+def test_bpo_trains_on_every_rejected_answer_and_its_parts_on_their_own(lines, images):
+    assert len(train.method_rows("bpo", lines, images)) == 2 * len(lines) - 3
+    weaken = train.method_rows("bpo_weaken", lines, images)
+    inject = train.method_rows("bpo_inject", lines, images)
+    assert set(said(weaken, "rejected")) == {WRONG["weakened"]}
+    assert set(said(inject, "rejected")) == {WRONG["injected"]}
+    assert (len(weaken), len(inject)) == (len(lines) - 1, len(lines) - 2)
+
+
+def test_sft_trains_on_every_positive_once(lines, images):
+    rows = train.method_rows("sft", lines, images)
+    assert said(rows, "completion") == [k["chosen"] for k in lines]
+    assert [r["images"] for r in rows] == [[str(images / k["image"])] for k in lines]
+
+
+@pytest.mark.parametrize("method", ("sft_matched", "sft_compute"))
+def test_the_matched_control_has_the_positives_of_bpo_in_its_order(lines, images, rows, method):
+    matched = train.method_rows(method, lines, images)
+    assert said(matched, "completion") == said(rows, "chosen")
+    assert [(r["images"], r["prompt"]) for r in matched] == [(r["images"], r["prompt"])
+                                                             for r in rows]
+    assert all(set(r) == {"images", "prompt", "completion"} for r in matched)
+
+
+def whole_length(checkpoint, line, images):
+    """Tokens of a line's prompt with its image and of its longest answer."""
+    request = Request(line["id"], tuple(line["prompt"]), images / line["image"])
+    prompt = generate.encode_batch(checkpoint, [request])["input_ids"].shape[1]
+    return prompt + max(
+        len(models.answer_ids(checkpoint, models.answer_text(checkpoint, line["prompt"], text,
+                                                             image=True)))
+        for text in (line["chosen"], *(r["text"] for r in line["rejected"])))
+
+
+def test_rows_that_are_too_long_are_dropped_and_counted(checkpoint, lines, images):
+    lengths = {k["id"]: whole_length(checkpoint, k, images) for k in lines}
+    limit = sorted(lengths.values())[len(lines) // 2]
+    kept, dropped = train.usable(checkpoint, lines, images, max_tokens=limit)
+    assert [k["id"] for k in kept] == [i for i, n in lengths.items() if n <= limit]
+    assert dropped == {f"longer than {limit} tokens": len(lines) - len(kept)}
+    assert 0 < len(kept) < len(lines)
+
+
+def test_nothing_is_dropped_where_all_fits(checkpoint, lines, images):
+    longest = max(whole_length(checkpoint, k, images) for k in lines)
+    assert train.usable(checkpoint, lines, images, max_tokens=longest) == (lines, {})
+
+
+@pytest.mark.parametrize("text", ("red", "Red.", " RED "))
+def test_a_rejected_answer_that_equals_the_chosen_one_is_refused(checkpoint, lines, images, text):
+    bad = {**lines[1], "chosen": "red", "rejected": [{"source": "weakened", "text": text}]}
+    with pytest.raises(Refusal, match=f"pair {bad['id']}: a rejected answer equals the chosen"):
+        train.usable(checkpoint, [bad], images, max_tokens=99)
+
+
+def test_a_missing_image_is_refused(checkpoint, lines, images):
+    bad = {**lines[0], "image": "none.png"}
+    with pytest.raises(Refusal, match=r"none\.png: the image of pair .* is missing"):
+        train.usable(checkpoint, [lines[1], bad], images, max_tokens=99)
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+def test_preferences_are_collated_as_prompt_answer_and_end(checkpoint, rows):
+    batch = train.collator(checkpoint, preference=True)(rows[:3])
+    ids, mask = batch["input_ids"], batch["completion_mask"].bool()
+    assert ids.shape == mask.shape and ids.shape[0] == 6
+    end = checkpoint.tokenizer.eos_token_id
+    for i, row in enumerate([*rows[:3], *rows[:3]]):
+        answer = row["chosen" if i < 3 else "rejected"][0]["content"]
+        wanted = checkpoint.tokenizer(answer, add_special_tokens=False)["input_ids"] + [end]
+        assert ids[i][mask[i]].tolist() == wanted
+        prompt = ids[i][~mask[i] & batch["attention_mask"][i].bool()]
+        request = Request("x", tuple(row["prompt"]), row["images"][0])
+        assert prompt.tolist() == generate.encode_batch(checkpoint, [request])["input_ids"][
+            0].tolist()
+
+
+def test_completions_are_trained_on_from_the_answer_to_its_end(checkpoint, rows):
+    matched = pairs.to_completions(rows[:3])
+    batch = train.collator(checkpoint, preference=False)(matched)
+    end = checkpoint.tokenizer.eos_token_id
+    for labels, row in zip(batch["labels"], matched, strict=True):
+        wanted = checkpoint.tokenizer(row["completion"][0]["content"],
+                                      add_special_tokens=False)["input_ids"] + [end]
+        assert labels[labels != -100].tolist() == wanted
+
+
+def test_answers_end_where_the_chat_template_leaves_the_end_out(model_folder, rows):
+    own = models.load(model_folder)
+    ending = "{{ '</s>' if message['role'] == 'assistant' else '\n' }}"
+    assert ending in own.processor.chat_template
+    own.processor.chat_template = own.processor.chat_template.replace(ending, "{{ '\n' }}")
+    batch = train.collator(own, preference=True)(rows[:2])
+    mask = batch["completion_mask"].bool()
+    for ids, seen in zip(batch["input_ids"], mask, strict=True):
+        assert ids[seen].tolist().count(own.tokenizer.eos_token_id) == 1
+        assert ids[seen][-1] == own.tokenizer.eos_token_id
+
+
+def test_pixels_are_those_of_inference(checkpoint, rows):
+    batch = train.collator(checkpoint, preference=True)(rows[:2])
+    request = Request("x", tuple(rows[0]["prompt"]), rows[0]["images"][0])
+    alone = generate.encode_batch(checkpoint, [request])["pixel_values"][0]
+    assert torch.equal(batch["pixel_values"][0], alone)
+
+
+@pytest.mark.parametrize("preference", (True, False))
+def test_the_rows_that_are_collated_are_not_changed(checkpoint, rows, preference):
+    given = rows[:2] if preference else pairs.to_completions(rows[:2])
+    before = json.dumps(given)
+    train.collator(checkpoint, preference=preference)(given)
+    assert json.dumps(given) == before
+
+
+# --- what moves ---------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def trained(parameters, rows, tmp_path_factory):
+    """A trainer after three steps of DPO at a high rate."""
+    trainer = train.make_trainer(parameters, "bpo", rows, tmp_path_factory.mktemp("dpo"), steps=3)
+    trainer.train()
+    return trainer
+
+
+def test_only_the_language_model_s_linear_layers_carry_adapters(trained, checkpoint):
+    adapted = {n.split(".lora_")[0].removeprefix("base_model.model.")
+               for n, _ in trained.model.named_parameters() if "lora_" in n}
+    linear = {n for n, m in checkpoint.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert adapted == {n for n in linear if n.startswith("model.language_model.")}
+    assert len(adapted) == 2 * 7
+    assert any("vision_tower" in n for n in linear) and "lm_head" in linear
+
+
+def test_only_adapters_are_trained_and_they_did_move(trained):
+    moving = [n for n, w in trained.model.named_parameters() if w.requires_grad]
+    assert moving and all("lora_" in n for n in moving)
+    second = [w for n, w in trained.model.named_parameters() if "lora_B" in n]
+    assert all(w.abs().max() > 0 for w in second)
+
+
+def test_every_weight_of_the_reference_is_as_it_was(trained, checkpoint):
+    assert digests(trained.model) == digests(checkpoint.model)
+
+
+@torch.no_grad()
+def test_with_adapters_off_the_model_is_the_reference_exactly(trained, checkpoint, rows):
+    requests = [Request(str(i), tuple(r["prompt"]), r["images"][0])
+                for i, r in enumerate(rows[:4])]
+    batch = generate.encode_batch(checkpoint, requests)
+    plain = checkpoint.model(**batch).logits
+    trained.model.eval()
+    tuned = trained.model(**batch).logits
+    with trained.model.disable_adapter():
+        reference = trained.model(**batch).logits
+    assert torch.equal(reference, plain)
+    assert not torch.allclose(tuned, plain, atol=0.1)
+
+
+def test_the_rewards_are_measured_from_the_reference(trained):
+    first, last = (trained.state.log_history[i] for i in (0, 2))
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0
+    assert last["rewards/margins"] > 0
+
+
+def test_all_methods_start_from_the_same_adapter(parameters, rows, tmp_path):
+    def start(method, rows):
+        trainer = train.make_trainer(parameters, method, rows, tmp_path, steps=1)
+        return {n: w for n, w in trainer.model.named_parameters() if "lora_" in n}
+
+    first, second = start("bpo", rows), start("sft_matched", pairs.to_completions(rows))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(w, second[n]) for n, w in first.items())
+
+
+# --- the objective ------------------------------------------------------------------------------
+
+def history_of(p, method, rows, folder, *, steps):
+    return train.train_method(p, method, rows, folder / method, steps=steps)
+
+
+def test_dpo_starts_at_the_log_of_two(parameters, rows, tmp_path):
+    history = history_of(parameters, "bpo", rows, tmp_path, steps=1)
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert set(train.LOGGED) <= set(history[0])
+
+
+def test_the_nll_term_is_added_to_dpo(parameters, rows, tmp_path):
+    """Step one: ln 2 + weight x the mean NLL a token of the chosen answers, whatever the weight."""
+    losses = {w: history_of(changed(parameters, nll_weight=w, batch_pairs=2), "bpo", rows,
+                            tmp_path / str(w), steps=1)[0]["loss"] for w in (0, 1, 3)}
+    assert losses[1] - losses[0] > 0.5
+    assert losses[3] - losses[0] == pytest.approx(3 * (losses[1] - losses[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ("bpo", "sft_matched"))
+def test_the_loss_falls_on_rows_that_are_seen_again(parameters, rows, tmp_path, method):
+    few = rows[:2] if method == "bpo" else pairs.to_completions(rows[:2])
+    p = changed(parameters, batch_pairs=2, save_every=50)
+    losses = [h["loss"] for h in history_of(p, method, few, tmp_path, steps=15)]
+    assert len(losses) == 15
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_a_loss_that_is_no_number_is_refused(parameters, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.CountedDPOTrainer, "compute_loss",
+                        lambda self, model, *args, **options: next(
+                            w for w in model.parameters() if w.requires_grad).sum() * math.nan)
+    with pytest.raises(Refusal, match="the loss is not a number from step 1 on"):
+        history_of(parameters, "bpo", rows, tmp_path, steps=2)
+    assert not (tmp_path / "bpo" / "history.json").exists()
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+def test_the_last_whole_checkpoint_is_the_one_to_resume_from(tmp_path):
+    assert train.last_checkpoint(tmp_path / "none") is None
+    for step, state in ((2, "{}"), (4, '{"step": 4}'), (10, '{"step": 10}'), (12, '{"st'),
+                        (14, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert train.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def weights(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def killed_at(step, monkeypatch):
+    right = train._Progress.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            raise Killed
+        right(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(train._Progress, "on_step_end", on_step_end)
+
+
+@pytest.mark.parametrize("method", ("bpo", "sft_matched"))
+def test_interrupted_training_goes_on_to_the_same_weights(parameters, rows, tmp_path, monkeypatch,
+                                                          method):
+    p = changed(parameters, nll_weight=1.0, lora_dropout=0.1)
+    rows = rows if method == "bpo" else pairs.to_completions(rows)
+    whole = history_of(p, method, rows, tmp_path / "whole", steps=5)
+    folder = tmp_path / "cut"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(3, patch)
+        history_of(p, method, rows, folder, steps=5)
+    assert train.last_checkpoint(folder / method / "checkpoints").endswith("checkpoint-2")
+    assert not (folder / method / "history.json").exists()
+    made = []
+    right = train._Progress.on_step_end
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Progress, "on_step_end", lambda self, args, state, control, **kw: (
+            made.append(state.global_step), right(self, args, state, control, **kw))[1])
+        resumed = history_of(p, method, rows, folder, steps=5)
+    assert made == [3, 4, 5]
+    assert resumed == whole
+    first, second = weights(tmp_path / "whole" / method), weights(folder / method)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(w, second[n]) for n, w in first.items())
+    compute = [json.loads((f / method / "compute.json").read_text())
+               for f in (tmp_path / "whole", folder)]
+    assert compute[0] == compute[1]
+
+
+def test_a_finished_method_is_only_read(parameters, rows, tmp_path, monkeypatch):
+    history = history_of(parameters, "bpo", rows, tmp_path, steps=1)
+    assert not (tmp_path / "bpo" / "checkpoints").exists()
+    monkeypatch.setattr(train, "make_trainer", lambda *args, **options: pytest.fail("again"))
+    assert history_of(parameters, "bpo", rows, tmp_path, steps=1) == history
+
+
+# --- the stage ----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def stage(parameters, lines, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    records.write_lines(folder / "pairs.jsonl", lines)
+    p = changed(parameters, pairs=str(folder / "pairs.jsonl"), steps=2,
+                methods=["sft_compute", "bpo", "sft_matched"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BPO_OUTPUTS", str(folder / "outputs"))
+        result = train.run(p)
+        assert train.run(p).metrics == result.metrics, "read again, the numbers differ"
+    return result
+
+
+def test_the_stage_leaves_an_adapter_and_a_history_a_method(stage):
+    assert list(stage.metrics["methods"]) == ["sft_compute", "bpo", "sft_matched"]
+    for method, history in train.histories(stage).items():
+        folder = stage.folder / method
+        assert (folder / "adapter" / "adapter_config.json").is_file()
+        assert not (folder / "checkpoints").exists()
+        assert [h["step"] for h in history] == list(
+            range(1, stage.metrics["methods"][method]["steps"] + 1))
+    assert set(stage.timings) == {"bpo", "sft_matched", "sft_compute"}
+
+
+def test_sft_compute_spends_what_bpo_spent(stage):
+    found = stage.metrics["methods"]
+    assert found["bpo"]["steps"] == found["sft_matched"]["steps"] == 2
+    wanted = round(2 * found["bpo"]["flops_per_step"] / found["sft_matched"]["flops_per_step"])
+    assert found["sft_compute"]["steps"] == wanted
+    # A DPO step passes chosen and rejected through policy and reference.
+    assert 2 < found["bpo"]["flops_per_step"] / found["sft_matched"]["flops_per_step"] < 4
+    assert found["sft_compute"]["flops"] == pytest.approx(found["bpo"]["flops"], rel=0.2)
+
+
+def test_the_facts_of_a_method_follow_from_its_history(stage):
+    found, history = stage.metrics["methods"]["bpo"], train.histories(stage)["bpo"]
+    assert (found["loss_first"], found["loss_last"]) == (history[0]["loss"], history[-1]["loss"])
+    assert found["margin_last"] == pytest.approx(history[-1]["rewards/margins"], abs=1e-6)
+    assert found["chosen_change"] == pytest.approx(history[-1]["rewards/chosen"] / 0.1, abs=1e-5)
+    assert "margin_last" not in stage.metrics["methods"]["sft_matched"]
+
+
+def test_the_control_s_first_steps_are_those_of_the_longer_run(stage):
+    histories = train.histories(stage)
+    assert histories["sft_compute"][0]["loss"] == histories["sft_matched"][0]["loss"]
+
+
+def test_epochs_give_the_steps_where_none_are_set(parameters, lines, tmp_path, outputs):
+    records.write_lines(tmp_path / "pairs.jsonl", lines[:4])  # seven rows of bpo
+    p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), steps=0, epochs=0.5,
+                methods=["sft"])
+    assert train.run(p).metrics["methods"]["sft"]["steps"] == math.ceil(0.5 * 7 / 4)
+
+
+def test_a_method_without_rows_is_refused(parameters, lines, tmp_path, outputs):
+    none = [{**k, "rejected": k["rejected"][:1]} for k in lines[:3]]
+    records.write_lines(tmp_path / "pairs.jsonl", none)
+    p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), methods=["bpo_inject"])
+    with pytest.raises(Refusal, match="there is no row to train bpo_inject on"):
+        train.run(p)
