@@ -245,7 +245,7 @@ def test_figures_show_what_was_measured():
     training = figures.training_curves({"BPO": HISTORY, "SFT": [{"step": 1, "loss": 2.0}]})
     loss, margin, _, change = training.axes
     assert [len(axes.lines) for axes in (loss, margin, change)] == [2, 1, 2]
-    assert [list(line.get_ydata()) for line in change.lines] == [[0, 0, 0], [0, -1, -2]]
+    assert [list(line.get_ydata()) for line in change.lines] == [[-5, -5, -5], [-6, -7, -8]]
     forest = figures.differences(ROWS)
     dots = [line for line in forest.axes[0].lines if line.get_marker() == "o"]
     fills = [dot.get_markerfacecolor() for dot in dots]
