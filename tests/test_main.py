@@ -21,10 +21,13 @@ def test_check_of_the_tiny_study_finds_everything(capsys):
     assert "written by 0_tiny_world" in told
 
 
+NOT_THERE = ["-p", "model", "data/not-there", "-p", "data", "data/not-there/rows.json"]
+
+
 def test_check_names_what_a_real_study_lacks(capsys):
-    assert main(["check", "llava-1.5-7b"]) == 1
+    assert main(["check", "llava-1.5-7b", *NOT_THERE]) == 1
     told = capsys.readouterr()
-    assert "MISSING" in told.out and "data/llava-1.5-7b-hf" in told.out
+    assert "MISSING" in told.out and "data/not-there/rows.json" in told.out
     assert "get them, or set the parameters" in told.err
 
 
@@ -36,9 +39,9 @@ def test_check_reads_overrides_and_refuses_bad_ones(capsys):
 
 
 def test_a_real_study_without_its_files_is_refused_before_anything_runs(capsys, outputs):
-    assert main(["run", "llava-1.5-7b"]) == 1
+    assert main(["run", "llava-1.5-7b", *NOT_THERE]) == 1
     told = capsys.readouterr().err
-    assert "missing, so nothing was run" in told and "data/held_out/rows.json" in told
+    assert "missing, so nothing was run" in told and "data/not-there/rows.json" in told
     assert not list(outputs.iterdir())
 
 
