@@ -71,7 +71,7 @@ def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
 
 def read_split(p: QualitativeComparison, split: str) -> tuple[list[Row], dict[str, Any]]:
     data = p.path(p.splits[split])
-    rows, _ = records.read_rows(data, p.path(p.image_folder) if p.image_folder else None)
+    rows, _ = records.read_rows(data, p.optional_path(p.image_folder))
     return (records.draw_rows(rows, p.rows, p.seed, purpose=f"{split} rows"),
             records.read_truth(data))
 

@@ -39,8 +39,7 @@ def run(p: PairGeneration) -> runs.Result:
 
 def read_annotated(p: PairGeneration) -> tuple[list[Row], Counter]:
     """The positives that pairs are made for, and why rows were skipped."""
-    folder = p.path(p.image_folder) if p.image_folder else None
-    rows, skipped = records.read_rows(p.path(p.data), folder)
+    rows, skipped = records.read_rows(p.path(p.data), p.optional_path(p.image_folder))
     short = [r for r in rows if len(r.answer.split()) <= p.max_words]
     skipped[f"answer longer than {p.max_words} words"] += len(rows) - len(short)
     return records.draw_rows(short, p.rows, p.seed, purpose="pair rows"), +skipped

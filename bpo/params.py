@@ -59,6 +59,10 @@ class Parameters(BaseModel):
     def path(self, value: str) -> Path:
         return resolve(value, study=self.study)
 
+    def optional_path(self, value: str) -> Path | None:
+        """The path, or None for a parameter that was left empty."""
+        return self.path(value) if value else None
+
 
 class TinyWorld(Parameters):
     """0_tiny_world"""

@@ -49,7 +49,7 @@ def run(p: NoiseProbability) -> runs.Result:
 
 
 def _work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
-    rows, skipped = records.read_rows(p.path(p.data), _folder(p))
+    rows, skipped = records.read_rows(p.path(p.data), p.optional_path(p.image_folder))
     rows = [r for r in rows if not p.category or r.category == p.category]
     if p.question:
         rows = _one_question(rows, p.question)
@@ -75,10 +75,6 @@ def _work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
     return {**summary(lines, p.noise_steps, seed=p.seed), "images": len(rows),
             "prefix_shared": score is packed.answer_logprobs,
             "rows_skipped": dict(sorted((skipped + unused).items()))}
-
-
-def _folder(p: Any) -> Path | None:
-    return p.path(p.image_folder) if p.image_folder else None
 
 
 def _one_question(rows: Sequence[Row], question: str) -> list[Row]:
@@ -259,7 +255,7 @@ def example(p: NoiseProbability, result: runs.Result, *, number: int = 0) -> dic
     """One analysed image for the strip: its picture at each step, what was sampled there, its
     question and its candidates."""
     lines, candidates = load(result)
-    rows, _ = records.read_rows(p.path(p.data), _folder(p))
+    rows, _ = records.read_rows(p.path(p.data), p.optional_path(p.image_folder))
     sampled = [x["row"] for x in lines if x["sampled"] is not None and x["step"] == 0]
     row = next(r for r in rows if r.id == sorted(sampled)[number % len(sampled)])
     processor, image = models.load_processor(p.path(p.model)), records.load_image(row.image)

@@ -278,7 +278,7 @@ def _facts(p: DPOTraining, rows: Sequence[dict], folder: Path, history: Sequence
     step_flops = _flops(p, folder)
     facts = {"rows": len(rows), "steps": steps, "flops_per_step": step_flops,
              "flops": step_flops * steps, "loss_first": first["loss"], "loss_last": last["loss"]}
-    # One batch is noisy: start and end are means over a tenth of the run.
+    # One batch is noisy: the end is the mean of the last tenth of the run.
     tenth = max(len(history) // 10, 1)
 
     def mean(part: Sequence[dict], key: str) -> float:
