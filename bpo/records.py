@@ -1,20 +1,18 @@
-"""Rows that users hold: annotated answers to questions about images, their truth; JSON lines.
+"""Rows that users hold, annotated answers to questions about images, their truth; JSON lines.
 
-A row is one assistant turn of a conversation about one image. Readers skip what cannot be used and
-count it by reason; they never stop a run over one bad row.
+A row is one assistant turn of a conversation about one image. `readers` makes rows of data sets;
+here are their form, the draw among them, and files that are whole or not there.
 """
 
 import json
 import os
-from collections import Counter
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from PIL import Image, ImageOps, UnidentifiedImageError
-
-from bpo.params import Refusal
 from bpo.seeds import seed_for
 
 
@@ -26,6 +24,7 @@ class Row:
     image: the image's file.  image_name: its path as the data set wrote it.
     category: what the truth file says, else "presence" for yes/no answers, "caption" for answers of
     20 words or more, "question" for the rest.
+    given: rejected answers that the data set itself brings.
     """
 
     id: str
@@ -34,87 +33,63 @@ class Row:
     prompt: tuple[dict[str, str], ...]
     answer: str
     category: str
+    given: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
         return self.prompt[-1]["content"]
 
+    def line(self) -> dict[str, Any]:
+        """The row as a line of rows.jsonl; its image by name."""
+        out = {"id": self.id, "image": self.image_name, "category": self.category,
+               "prompt": list(self.prompt), "answer": self.answer}
+        return out | {"given": list(self.given)} if self.given else out
 
-def read_rows(data: Path, image_folder: Path | None = None) -> tuple[list[Row], Counter]:
-    """The rows of a file in the LLaVA instruction layout, and why others were skipped.
+    @classmethod
+    def from_line(cls, line: dict[str, Any], root: Path) -> "Row":
+        """The row of a line of rows.jsonl; root: the folder that image names start from."""
+        return cls(line["id"], root / line["image"], line["image"], tuple(line["prompt"]),
+                   line["answer"], line["category"], tuple(line.get("given", ())))
 
-    The layout is a JSON list of {id, image, conversations: [{from: human | gpt, value}]}. Every
-    assistant turn becomes a row whose prompt is the turns before it.
-    Raises Refusal when the file is missing, is not that layout, or holds no usable row.
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that cannot be used: where it stands ("rows.json, row 17", counted from 1) and why."""
+
+    id: str
+    where: str
+    reason: str
+
+
+class LineFile(Sequence):
+    """The lines of a JSON-lines file by number, read one at a time.
+
+    Holds 8 bytes a line and no open file, so it can be shared by threads and processes; the file
+    must not change meanwhile. Iteration streams.
     """
-    if not data.is_file():
-        raise Refusal(f"{data}: there is no such data file")
-    try:
-        entries = json.loads(data.read_text(encoding="utf-8"))
-    except ValueError:
-        entries = None
-    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        raise Refusal(f"{data}: must be a JSON list of rows in the LLaVA layout "
-                      "(id, image, conversations)")
-    root = (image_folder or data.parent).resolve()
-    truth = read_truth(data)["rows"]
-    skipped: Counter = Counter()
-    rows: list[Row] = []
-    seen: set[str] = set()
-    for number, entry in enumerate(entries):
-        reason = _unusable(entry, root)
-        if reason:
-            skipped[reason] += 1
-            continue
-        for row in _assistant_turns(entry, number, root, truth):
-            if not row.answer:
-                skipped["empty answer"] += 1
-            elif row.id in seen:
-                skipped["duplicate id"] += 1
-            else:
-                seen.add(row.id)
-                rows.append(row)
-    if not rows:
-        raise Refusal(f"{data}: none of its {len(entries)} rows can be used: "
-                      + ", ".join(f"{n} {r}" for r, n in skipped.most_common()))
-    return rows, skipped
 
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self._starts = array("Q", [0])
+        with self.path.open("rb") as stream:
+            for line in stream:
+                self._starts.append(self._starts[-1] + len(line))
 
-def _unusable(entry: dict[str, Any], root: Path) -> str | None:
-    if not entry.get("image"):
-        return "no image"
-    turns = entry.get("conversations")
-    if not isinstance(turns, list) or not all(
-            isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
-        return "no conversation"
-    if not any(t.get("from") == "gpt" for t in turns[1:]):
-        return "no conversation"
-    file = (root / str(entry["image"])).resolve()
-    if not file.is_relative_to(root):
-        return "image path leaves the image folder"
-    if not file.is_file():
-        return "image file is missing"
-    try:
-        with Image.open(file) as image:
-            image.load()  # decodes all of it: verify() does not see that a JPEG was cut
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
-        return "image cannot be read"
-    return None
+    def __len__(self) -> int:
+        return len(self._starts) - 1
 
+    def __getitem__(self, number: int) -> dict:
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"{self.path} has {len(self)} lines, not a line {number}")
+        number %= len(self)
+        with self.path.open("rb") as stream:
+            stream.seek(self._starts[number])
+            return json.loads(stream.read(self._starts[number + 1] - self._starts[number]))
 
-def _assistant_turns(entry: dict, number: int, root: Path, truth: dict) -> Iterator[Row]:
-    turns, history = entry["conversations"], []
-    answers = sum(t.get("from") == "gpt" for t in turns)
-    for turn in turns:
-        text = turn["value"].replace("<image>", "").strip()
-        if turn.get("from") == "gpt" and history:
-            base = str(entry.get("id", number))
-            row_id = base if answers == 1 else f"{base}#{len(history) // 2}"
-            category = truth.get(row_id, {}).get("category") or guess_category(text)
-            yield Row(row_id, root / str(entry["image"]), str(entry["image"]), tuple(history),
-                      text, category)
-        role = "assistant" if turn.get("from") == "gpt" else "user"
-        history = [*history, {"role": role, "content": text}]
+    def __iter__(self) -> Iterator[dict]:
+        with self.path.open("rb") as stream:
+            for line in stream:
+                yield json.loads(line)
 
 
 def guess_category(answer: str) -> str:
@@ -125,10 +100,16 @@ def guess_category(answer: str) -> str:
     return "caption" if len(words) >= 20 else "question"
 
 
+def truth_file(data: Path) -> Path | None:
+    """truth.json beside a data file or in a data folder, if it is there."""
+    file = (data if data.is_dir() else data.parent) / "truth.json"
+    return file if file.is_file() else None
+
+
 def read_truth(data: Path) -> dict[str, Any]:
-    """truth.json beside a data file: {vocabulary, images, rows}; empty where there is none."""
-    file = data.parent / "truth.json"
-    truth = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """What truth.json says: {vocabulary, images, rows}; empty where there is none."""
+    file = truth_file(data)
+    truth = json.loads(file.read_text(encoding="utf-8")) if file else {}
     return {part: truth.get(part, {}) for part in ("vocabulary", "images", "rows")}
 
 
@@ -144,27 +125,30 @@ def draw_rows(rows: Sequence[Row], count: int, seed: int, *, purpose: str) -> li
     return [r for r in rows if r.id in keep]
 
 
-def load_image(file: Path) -> Image.Image:
-    """The image as RGB, turned upright by its EXIF tag; palettes and transparency are resolved."""
-    with Image.open(file) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255
-            upright = upright.convert("I").point(lambda v: v * (1 / 257)).convert("L")
-        return upright.convert("RGB")
+@contextmanager
+def whole(file: Path) -> Iterator[TextIO]:
+    """A file to write text to that takes its name only when all is written and on the disk: a
+    reader sees the old file or the whole new one."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Writes to a temporary name and renames: a reader sees the old file or the whole new one."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
+    with whole(file) as stream:
         stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
 
 
 def write_lines(file: Path, records: Iterable[dict]) -> None:
-    write_whole(file, "".join(f"{to_json(r)}\n" for r in records))
+    with whole(file) as stream:
+        stream.writelines(f"{to_json(r)}\n" for r in records)
 
 
 def read_lines(file: Path) -> list[dict]:

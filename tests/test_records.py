@@ -1,149 +1,26 @@
-"""Rows in the LLaVA layout, the images they name, and files that are whole or not there."""
+"""Rows and what is known of them, the draw of rows, and files that are whole or not there."""
 
-import io
 import json
+from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import conversation, picture
-from PIL import Image
 
 from bpo import records
-from bpo.params import Refusal
 
 
-@pytest.fixture
-def folder(tmp_path):
-    picture("disc", "red", 0).save(tmp_path / "a.png")
-    return tmp_path
+def test_a_row_comes_back_from_its_line():
+    row = records.Row("r", Path("/images/a/b.png"), "a/b.png",
+                      ({"role": "user", "content": "q ?"},), "red", "question", ("blue", "green"))
+    line = json.loads(records.to_json(row.line()))
+    assert list(line) == ["id", "image", "category", "prompt", "answer", "given"]
+    assert records.Row.from_line(line, Path("/images")) == row
+    plain = records.Row.from_line({k: v for k, v in line.items() if k != "given"}, Path("/images"))
+    assert plain.given == () and "given" not in plain.line()
 
 
-def rows_file(folder, entries, name="rows.json"):
-    file = folder / name
-    file.write_text(json.dumps(entries))
-    return file
-
-
-def encoded(image, kind):
-    stream = io.BytesIO()
-    image.save(stream, kind)
-    return stream.getvalue()
-
-
-def test_a_question_and_its_answer_are_a_row(folder):
-    entry = conversation("r1", "a.png", "what colour is the disc ?", " red ")
-    rows, skipped = records.read_rows(rows_file(folder, [entry]))
-    assert not skipped
-    assert rows == [records.Row(
-        "r1", folder / "a.png", "a.png",
-        ({"role": "user", "content": "what colour is the disc ?"},), "red", "question")]
-    assert rows[0].question == "what colour is the disc ?"
-
-
-def test_every_assistant_turn_is_a_row_with_its_history(folder):
-    entry = {"id": "t", "image": "a.png", "conversations": [
-        {"from": "human", "value": "<image>\nfirst ?"}, {"from": "gpt", "value": "one"},
-        {"from": "human", "value": "second ?"}, {"from": "gpt", "value": "two"}]}
-    rows, _ = records.read_rows(rows_file(folder, [entry]))
-    assert [r.id for r in rows] == ["t#0", "t#1"]
-    assert [r.answer for r in rows] == ["one", "two"]
-    assert rows[0].prompt == ({"role": "user", "content": "first ?"},)
-    assert rows[1].prompt == ({"role": "user", "content": "first ?"},
-                              {"role": "assistant", "content": "one"},
-                              {"role": "user", "content": "second ?"})
-    assert rows[1].question == "second ?"
-
-
-def test_rows_without_an_id_are_known_by_their_place(folder):
-    entry = conversation("x", "a.png", "q ?", "red")
-    del entry["id"]
-    rows, _ = records.read_rows(rows_file(folder, [conversation("x", "a.png", "q", "a"), entry]))
-    assert [r.id for r in rows] == ["x", "1"]
-
-
-def test_images_are_found_from_another_folder(folder, tmp_path_factory):
-    data = rows_file(tmp_path_factory.mktemp("elsewhere"), [conversation("r", "a.png", "q", "a")])
-    with pytest.raises(Refusal, match="image file is missing"):
-        records.read_rows(data)
-    rows, _ = records.read_rows(data, folder)
-    assert rows[0].image == folder / "a.png"
-
-
-def bad_entries(folder):
-    """reason -> an entry that is skipped for it."""
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
-    (folder / "cut.png").write_bytes(encoded(noise, "PNG")[:2000])
-    (folder / "cut.jpg").write_bytes(encoded(noise, "JPEG")[:2000])
-    (folder / "empty.png").write_bytes(b"")
-    (folder / "text.png").write_text("not a picture")
-    (folder.parent / "outside.png").write_bytes(encoded(noise, "PNG"))
-    whole = conversation("r", "a.png", "q ?", "red")
-    return {
-        "no image": [{**whole, "image": ""}, {k: v for k, v in whole.items() if k != "image"}],
-        "image file is missing": [{**whole, "image": "none.png"}, {**whole, "image": "."}],
-        "image cannot be read": [{**whole, "image": n}
-                                 for n in ("cut.png", "cut.jpg", "empty.png", "text.png")],
-        "image path leaves the image folder": [
-            {**whole, "image": "../outside.png"},
-            {**whole, "image": str(folder.parent / "outside.png")}],
-        "empty answer": [conversation("r", "a.png", "q ?", "  ")],
-        "no conversation": [
-            {k: v for k, v in whole.items() if k != "conversations"},
-            {**whole, "conversations": "q"}, {**whole, "conversations": [{"from": "human"}]},
-            {**whole, "conversations": []}, {**whole, "conversations": whole["conversations"][:1]}]}
-
-
-REASONS = {"no image": 2, "image file is missing": 2, "image cannot be read": 4,
-           "image path leaves the image folder": 2, "empty answer": 1, "no conversation": 5}
-
-
-@pytest.mark.parametrize("reason, number", [(r, i) for r, n in REASONS.items() for i in range(n)])
-def test_a_row_that_cannot_be_used_is_skipped_and_counted(folder, reason, number):
-    good = conversation("good", "a.png", "q ?", "red")
-    bad = bad_entries(folder)[reason][number]
-    rows, skipped = records.read_rows(rows_file(folder, [bad, good]))
-    assert [r.id for r in rows] == ["good"]
-    assert skipped == {reason: 1}
-
-
-def test_a_link_out_of_the_image_folder_is_not_followed(folder):
-    (folder / "in").mkdir()
-    (folder / "in" / "link.png").symlink_to(folder / "a.png")
-    picture("box", "blue", 1).save(folder / "in" / "b.png")
-    data = rows_file(folder, [conversation("l", "link.png", "q", "a"),
-                              conversation("b", "b.png", "q", "a")])
-    rows, skipped = records.read_rows(data, folder / "in")
-    assert [r.id for r in rows] == ["b"]
-    assert skipped == {"image path leaves the image folder": 1}
-
-
-def test_the_second_row_with_an_id_is_skipped(folder):
-    twice = [conversation("r", "a.png", "q ?", a) for a in ("first", "second")]
-    rows, skipped = records.read_rows(rows_file(folder, twice))
-    assert [r.answer for r in rows] == ["first"]
-    assert skipped == {"duplicate id": 1}
-
-
-def test_a_file_of_unusable_rows_alone_is_refused_with_the_counts(folder):
-    data = rows_file(folder, [conversation("r", "none.png", "q", "a")] * 2)
-    with pytest.raises(Refusal, match="none of its 2 rows can be used: 2 image file is missing"):
-        records.read_rows(data)
-
-
-@pytest.mark.parametrize("text", ('{"id": 1}', "[1, 2]", "not json", '"text"'))
-def test_a_file_of_another_layout_is_refused(tmp_path, text):
-    (tmp_path / "rows.json").write_text(text)
-    with pytest.raises(Refusal, match="must be a JSON list of rows"):
-        records.read_rows(tmp_path / "rows.json")
-    with pytest.raises(Refusal, match="no such data file"):
-        records.read_rows(tmp_path / "none.json")
-
-
-def test_the_truth_file_gives_the_category(data_file):
-    rows, _ = records.read_rows(data_file)
-    assert {r.id.split("-")[0]: r.category for r in rows} == {
-        "caption": "caption", "attribute": "attribute", "presence": "presence"}
+def test_the_truth_file_gives_the_rows_truth(data_file):
     assert records.read_truth(data_file)["rows"]["attribute-0"]["true"] == ["red"]
+    assert records.read_truth(data_file.parent) == records.read_truth(data_file)
 
 
 def test_without_a_truth_file_nothing_is_known(tmp_path):
@@ -193,51 +70,6 @@ def test_zero_or_too_many_means_all(count):
     assert records.draw_rows(rows, count, 0, purpose="x") == rows
 
 
-# --- images -------------------------------------------------------------------------------------
-
-def test_a_palette_is_resolved(tmp_path):
-    image = Image.new("P", (4, 4), 1)
-    image.putpalette([255, 0, 0, 0, 200, 0] + [0] * 762)
-    image.save(tmp_path / "p.png")
-    read = records.load_image(tmp_path / "p.png")
-    assert (read.mode, read.getpixel((0, 0))) == ("RGB", (0, 200, 0))
-
-
-def test_cmyk_becomes_rgb(tmp_path):
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "c.jpg", quality=100)
-    read = records.load_image(tmp_path / "c.jpg")
-    red, green, blue = read.getpixel((4, 4))
-    assert read.mode == "RGB" and red > 200 and green < 60 and blue < 60
-
-
-@pytest.mark.parametrize("mode, colour, wanted", [
-    ("L", 90, (90, 90, 90)), ("1", 1, (255, 255, 255)), ("LA", (90, 255), (90, 90, 90)),
-    ("RGBA", (10, 20, 30, 255), (10, 20, 30))])
-def test_grey_and_opaque_images_become_rgb(tmp_path, mode, colour, wanted):
-    Image.new(mode, (4, 4), colour).save(tmp_path / "x.png")
-    read = records.load_image(tmp_path / "x.png")
-    assert (read.mode, read.getpixel((1, 1))) == ("RGB", wanted)
-
-
-def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
-    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    Image.fromarray(ramp).save(tmp_path / "g.png")
-    read = np.asarray(records.load_image(tmp_path / "g.png"))
-    assert read.shape == (16, 16, 3)
-    assert abs(read.mean() - 127.5) < 3
-
-
-def test_a_photograph_taken_sideways_is_turned_upright(tmp_path):
-    image = Image.new("RGB", (6, 4), "black")
-    image.putpixel((0, 0), (255, 255, 255))
-    exif = Image.Exif()
-    exif[274] = 6  # turn by 90 degrees clockwise to look at it
-    image.save(tmp_path / "e.png", exif=exif)
-    read = records.load_image(tmp_path / "e.png")
-    assert read.size == (4, 6)
-    assert read.getpixel((3, 0)) == (255, 255, 255)
-
-
 # --- files --------------------------------------------------------------------------------------
 
 def test_a_file_is_written_whole(tmp_path):
@@ -269,3 +101,33 @@ def test_lines_are_read_as_they_were_written(tmp_path):
 def test_what_is_no_number_is_not_written():
     with pytest.raises(ValueError):
         records.to_json({"loss": float("nan")})
+
+
+def test_what_fails_while_lines_are_written_leaves_nothing(tmp_path):
+    records.write_lines(tmp_path / "x.jsonl", [{"n": 1}])
+
+    def lines():
+        yield {"n": 2}
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        records.write_lines(tmp_path / "x.jsonl", lines())
+    assert records.read_lines(tmp_path / "x.jsonl") == [{"n": 1}]
+    assert [f.name for f in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+def test_lines_are_read_by_number(tmp_path):
+    lines = [{"n": n, "text": "ü\n" * n} for n in range(5)]
+    records.write_lines(tmp_path / "x.jsonl", lines)
+    file = records.LineFile(tmp_path / "x.jsonl")
+    assert len(file) == 5 and list(file) == lines
+    assert [file[i] for i in (3, 0, 4, -1)] == [lines[i] for i in (3, 0, 4, -1)]
+    for number in (5, -6):
+        with pytest.raises(IndexError, match="has 5 lines"):
+            file[number]
+
+
+def test_a_file_without_lines_has_none(tmp_path):
+    (tmp_path / "x.jsonl").write_text("")
+    assert list(records.LineFile(tmp_path / "x.jsonl")) == []
+    assert len(records.LineFile(tmp_path / "x.jsonl")) == 0

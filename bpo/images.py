@@ -1,0 +1,192 @@
+"""Images that users hold: opened as RGB, or the reason why one cannot be used.
+
+Rules of conversion: EXIF orientation is applied; of an animation the first frame is taken; palettes
+are resolved; what is transparent lies on white; CMYK and grey become RGB; 16-bit grey is scaled to
+8 bits. An image is a file, or row N of a parquet file's image column, written `train.parquet#N`
+with rows counted from 0. This module knows no layouts.
+"""
+
+import io
+import os
+import re
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from bpo.params import Refusal
+
+MAX_PIXELS = 89_478_485  # 256 MB as RGB: where Pillow begins to warn of decompression bombs
+MAX_ASPECT = 200  # a processor makes the short side as long as the model's: the other grows with it
+# What data sets come in. Others Pillow would hand to outside programs (EPS) or decode from text.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+IMAGE_COLUMNS = ("image", "images")  # of a parquet file with images inside
+_THREADS = min(8, os.cpu_count() or 1)
+_AHEAD = 8 * _THREADS  # files that may be looked at before the first one's result is taken
+_IN_PARQUET = re.compile(r"(.+\.parquet)#(\d+)", re.DOTALL)
+_reading = threading.Lock()  # a ParquetFile is not made for several threads
+
+
+class _Unusable(Exception):
+    pass
+
+
+def load(file: Path) -> Image.Image:
+    """The image as RGB by the module's rules; raises Refusal with the file and what is wrong."""
+    try:
+        return _decoded(file)
+    except _Unusable as reason:
+        raise Refusal(f"{file}: {reason}") from None
+
+
+def problem(file: Path) -> str | None:
+    """Why an image cannot be used, in a few stable words, or None. Decodes all of it: a header does
+    not show that the rest was cut off."""
+    try:
+        _decoded(file)
+    except _Unusable as reason:
+        return str(reason)
+    return None
+
+
+def place(root: Path, name: str) -> Path | None:
+    """root / name, or None where an absolute name, `..` or a link leads out of `root`, which must
+    be resolved. Says nothing about whether the image is there.
+
+    A parquet file may itself be a link, as in the hub's cache: it is data the user named.
+    """
+    file = root / name
+    try:
+        real = os.path.normpath(file) if _IN_PARQUET.fullmatch(name) else file.resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name with a null byte
+        return file
+    inside = Path(real).is_relative_to(root) and not Path(name).is_absolute()
+    return file if inside else None
+
+
+def exists(file: Path) -> bool:
+    """Whether the image's file is there; of one inside parquet, the parquet file."""
+    inside = _IN_PARQUET.fullmatch(str(file))
+    return os.path.isfile(inside[1] if inside else file)
+
+
+def problems(files: Iterable[Path | None]) -> Iterator[str | None]:
+    """The problem of each file in order; None stands for nothing to look at.
+
+    Threads decode (Pillow lets go of the interpreter), a bounded number of files ahead; a file that
+    comes several times in a row is decoded once.
+    """
+    waiting: deque[Future | None] = deque()
+    last, found = None, None
+    # Warnings of odd metadata would drown what matters. Filters belong to the whole process.
+    with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        for file in files:
+            if file is not None and file != last:
+                last, found = file, pool.submit(problem, file)
+            waiting.append(None if file is None else found)
+            if len(waiting) > _AHEAD:
+                yield _result(waiting.popleft())
+        while waiting:
+            yield _result(waiting.popleft())
+
+
+def _result(found: Future | None) -> str | None:
+    return found.result() if found else None
+
+
+def _decoded(file: Path) -> Image.Image:
+    try:
+        with Image.open(source(file), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise _Unusable("image is too large")
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise _Unusable("image is too narrow")
+            image.load()  # first: later _rgb takes a fault for one of the EXIF block
+            return _rgb(image)
+    except _Unusable:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _Unusable("image is too large") from None
+    except UnidentifiedImageError:
+        raise _Unusable("image format is not known") from None
+    except Exception:  # decoders of damaged data raise nearly anything
+        raise _Unusable("image is cut off or damaged") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    try:
+        upright = ImageOps.exif_transpose(image)
+    except Exception:  # the pixels are whole; a damaged EXIF block says nothing about them
+        upright = image
+    if upright.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255
+        upright = upright.convert("I").point(lambda v: v * (1 / 257)).convert("L")
+    elif upright.has_transparency_data:
+        upright = upright.convert("RGBA")
+        white = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(white, upright)
+    return upright.convert("RGB")
+
+
+def source(file: Path) -> Path | BinaryIO:
+    inside = _IN_PARQUET.fullmatch(str(file))
+    if not exists(file):
+        raise _Unusable("image file is missing")
+    if not inside:
+        if not os.stat(file).st_size:
+            raise _Unusable("image file is empty")
+        return file
+    data = _bytes(Path(inside[1]), int(inside[2]))
+    if not data:
+        raise _Unusable("image file is missing" if data is None else "image file is empty")
+    return io.BytesIO(data)
+
+
+def embedded(column: pyarrow.DataType) -> bool:
+    """Whether a parquet column of this type holds images, not their names: bytes, {bytes, path}, or
+    a list of them."""
+    if pyarrow.types.is_list(column) or pyarrow.types.is_large_list(column):
+        column = column.value_type
+    if pyarrow.types.is_struct(column):
+        return column.get_field_index("bytes") >= 0
+    return pyarrow.types.is_binary(column) or pyarrow.types.is_large_binary(column)
+
+
+def _bytes(file: Path, row: int) -> bytes | None:
+    """The image bytes of a row; None where there are none. Reads its row group and keeps it."""
+    state = file.stat()
+    with _reading:
+        parquet, column, starts = _parquet(file, state.st_mtime_ns, state.st_size)
+        group = int(np.searchsorted(starts, row, side="right")) - 1
+        if column is None or row >= starts[-1]:
+            return None
+        value = _row_group(parquet, column, group)[row - int(starts[group])].as_py()
+    value = value[0] if isinstance(value, list) and value else value
+    value = value["bytes"] if isinstance(value, dict) else value
+    return value if isinstance(value, bytes) else None
+
+
+@lru_cache(maxsize=8)
+def _parquet(file: Path, *state: int) -> tuple[pyarrow.parquet.ParquetFile, str | None, np.ndarray]:
+    """An open file, its image column, and the first row of each row group, with the end."""
+    parquet = pyarrow.parquet.ParquetFile(file)
+    column = next((c for c in IMAGE_COLUMNS if c in parquet.schema_arrow.names
+                   and embedded(parquet.schema_arrow.field(c).type)), None)
+    rows = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+    return parquet, column, np.cumsum([0, *rows])
+
+
+@lru_cache(maxsize=2)
+def _row_group(parquet: pyarrow.parquet.ParquetFile, column: str, group: int
+               ) -> pyarrow.ChunkedArray:
+    return parquet.read_row_group(group, columns=[column]).column(column)

@@ -1,0 +1,128 @@
+"""Readers of the data that users hold: annotated rows, or why a row cannot be used.
+
+Rows are streamed from any layout and file that `layouts` and `entries` know; one bad row never
+stops a run, it is counted by its reason. Lists are for held-out sets; data of any size: `stock`.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from bpo import entries, images, layouts, records
+from bpo.params import Refusal
+from bpo.records import Rejected, Row
+from bpo.seeds import seed_for
+
+_PEEK = 100  # entries in which a layout must show itself: the first ones may be bad rows
+_NAMED = 12  # fields of an unknown layout that a message names
+
+
+def layout(data: Path) -> str:
+    """The name of the data's layout, told from its first entries; raises Refusal with what was
+    seen."""
+    first = [e for _, e in itertools.islice(entries.read(data, entries.home(data)), _PEEK)]
+    found = next(filter(None, map(layouts.detect, first)), None)
+    if found:
+        return found
+    names = entries.columns(data) or next((list(e) for e in first if isinstance(e, Mapping)), [])
+    if len(names) > _NAMED:
+        names = [*names[:_NAMED], "..."]
+    seen = f"its entries have the fields {', '.join(names)}" if names else (
+        "its entries have no named fields" if first else "it holds no entry")
+    raise Refusal(f"{data}: {seen}; what can be read is " + "; ".join(
+        f"{n} {{{x.shape}}}" for n, x in layouts.LAYOUTS.items()))
+
+
+def image_root(data: Path, image_folder: Path | None) -> Path:
+    """The folder that image names start from: `image_folder`, else the data's own, resolved."""
+    if not data.exists():
+        raise Refusal(f"{data}: there is no such data file")
+    root = image_folder.resolve() if image_folder else entries.home(data)
+    if not root.is_dir():
+        raise Refusal(f"{root}: there is no such folder of images")
+    return root
+
+
+def stream(data: Path, image_folder: Path | None = None) -> Iterator[Row | Rejected]:
+    """The rows of a data file or folder in their order, and those that cannot be used.
+
+    Images are looked up, not opened. Memory: 8 bytes an id, kept in a set (some 80 bytes a row).
+    Raises Refusal when the data is missing, of no known layout, or breaks off.
+    """
+    return (row for _, row in located(data, image_root(data, image_folder)))
+
+
+def located(data: Path, root: Path) -> Iterator[tuple[str, Row | Rejected]]:
+    """`stream` with where each row stands; root: as `image_root` gives it."""
+    form = layouts.LAYOUTS[layout(data)]
+    truth = records.read_truth(data)["rows"]
+    seen: set[int] = set()
+    for number, (where, entry) in enumerate(entries.read(data, root)):
+        entry = form.plain(entry) if isinstance(entry, Mapping) else entry
+        base = layouts.entry_id(entry, number)
+        try:
+            if not isinstance(entry, Mapping):
+                raise layouts.Unusable("not a row")
+            name = layouts.image_name(entry)
+            answered, file = form.read(entry, base), images.place(root, name)
+            if file is None:
+                raise layouts.Unusable("image path leaves the image folder")
+            if not images.exists(file):
+                raise layouts.Unusable("image file is missing")
+        except layouts.Unusable as reason:
+            yield where, Rejected(base, where, str(reason))
+            continue
+        for one in answered:
+            digest = seed_for(0, one.id)
+            if not one.answer:
+                yield where, Rejected(one.id, where, "empty answer")
+            elif digest in seen:
+                yield where, Rejected(one.id, where, "duplicate id")
+            else:
+                seen.add(digest)
+                category = (truth.get(one.id, {}).get("category")
+                            or records.guess_category(one.answer))
+                yield where, Row(one.id, file, name, one.prompt, one.answer, category, one.given)
+
+
+def list_rows(data: Path, image_folder: Path | None = None) -> tuple[list[Row], Counter]:
+    """The rows of a data set that fits in memory, images not opened yet, and why others were
+    skipped; raises Refusal when none can be used."""
+    rows, skipped = [], Counter()
+    for row in stream(data, image_folder):
+        if isinstance(row, Row):
+            rows.append(row)
+        else:
+            skipped[row.reason] += 1
+    return _some(data, rows, skipped)
+
+
+def open_images(rows: Sequence[Row]) -> tuple[list[Row], Counter]:
+    """The rows whose image can be used, and why others cannot."""
+    found = list(zip(rows, images.problems(row.image for row in rows), strict=True))
+    return ([row for row, problem in found if not problem],
+            Counter(problem for _, problem in found if problem))
+
+
+def read_rows(data: Path, image_folder: Path | None = None, *, count: int = 0, seed: int = 0,
+              purpose: str = "") -> tuple[list[Row], Counter]:
+    """`count` rows drawn as `records.draw_rows` does (0: all), and why others were skipped.
+
+    Only the images of drawn rows are opened; a bad one makes the rows fewer. Raises Refusal when
+    no row can be used.
+    """
+    rows, skipped = list_rows(data, image_folder)
+    rows, bad = open_images(records.draw_rows(rows, count, seed, purpose=purpose))
+    return _some(data, rows, skipped + bad)
+
+
+def _some(data: Path, rows: list[Row], skipped: Counter) -> tuple[list[Row], Counter]:
+    if not rows:
+        raise Refusal(f"{data}: none of its {skipped.total()} rows can be used: {told(skipped)}")
+    return rows, skipped
+
+
+def told(reasons: Counter) -> str:
+    """How many for which reason, in words."""
+    return ", ".join(f"{n} {r}" for r, n in reasons.most_common())
