@@ -1,4 +1,4 @@
-"""The command line: python -m bpo check | run | report STUDY."""
+"""The command line: python -m bpo check | run | stage | export | report STUDY."""
 
 import argparse
 import json
@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from bpo import params, report, runs
+from bpo import params, ranks, report, rounds, runs
+from bpo.exports import LAYOUTS
 from bpo.params import Refusal
 
 TITLES = {"0_tiny_world": "Tiny world", "1_noise_probability": "Noise and probability",
@@ -24,15 +25,25 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="read all parameter files of a study, and its paths")
     run = commands.add_parser("run", help="run a study's notebooks and render their reports")
+    stage = commands.add_parser("stage", help="compute one notebook's stage without a kernel, also "
+                                "under `accelerate launch -m bpo stage STUDY N`")
+    export = commands.add_parser("export", help="write a study's pairs in another tool's layout",
+                                 formatter_class=argparse.RawDescriptionHelpFormatter,
+                                 epilog="\n".join(f"  {n:14} {v}" for n, v in LAYOUTS.items()))
     pages = commands.add_parser("report", help="render the executed notebooks again")
-    for command in (check, run, pages):
+    for command in (check, run, stage, export, pages):
         command.add_argument("study")
-    for command in (check, run):
+    stage.add_argument("number", type=int, metavar="N", help="the notebook's number")
+    export.add_argument("--to", required=True, metavar="LAYOUT", help=", ".join(LAYOUTS))
+    for command in (check, run, stage, export):
         command.add_argument("-p", nargs=2, action="append", default=[], dest="overrides",
                              metavar=("NAME", "VALUE"), help="override a parameter wherever it is")
-    run.add_argument("--as", dest="name", help="write under another study's name")
-    run.add_argument("--only", type=int, metavar="N", help="run notebook N alone")
-    run.add_argument("--from", type=int, dest="first", metavar="N", help="start at notebook N")
+    for command in (run, stage, export):
+        command.add_argument("--as", dest="name", help="the results' name, if not the study's")
+    run.add_argument("--only", type=int, metavar="N",
+                     help="run notebook N alone, and no later round")
+    run.add_argument("--from", type=int, dest="first", metavar="N",
+                     help="start at notebook N; later rounds (parameter rounds) follow whole")
     options = parser.parse_args(arguments)
     try:
         if options.command == "report":
@@ -42,6 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
             return _check(options.study, overrides)
         if options.name:
             overrides["study"] = options.name
+        if options.command == "stage":
+            return _stage(options.study, overrides, number=options.number)
+        if options.command == "export":
+            return _export(options.study, overrides, to=options.to)
         return _run(options.study, overrides, only=options.only, first=options.first)
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
@@ -51,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _check(study: str, overrides: dict[str, Any]) -> int:
     """Prints every file of a study with what it points at; 1 if something is missing."""
     read = params.read_study(study, overrides)
+    later = rounds.planned(read)
     missing = 0
     for name, p in read.items():
         print(f"params/{study}/{name}.yaml: {len(type(p).model_fields)} parameters are good")
@@ -58,6 +74,12 @@ def _check(study: str, overrides: dict[str, Any]) -> int:
             found, size = _found(path, read)
             missing += not found
             print(f"  {field:16} {path}  {size}")
+    for again in later:
+        print(f"a later round: {_short(params.outputs_root() / again['3_dpo_training'].study)}")
+    from bpo import sizes  # here, since torch comes with it
+
+    for line in sizes.lines(read):
+        print(line)
     if missing:
         print(f"{missing} of the paths are missing: get them, or set the parameters to where they "
               "are", file=sys.stderr)
@@ -67,9 +89,16 @@ def _check(study: str, overrides: dict[str, Any]) -> int:
 def path_parameters(p: params.Parameters) -> list[tuple[str, Path]]:
     """The parameters of a notebook that are paths, resolved, except those left empty."""
     values = p.model_dump()
+    unused = {"text_model"} if values.get("endpoint") else set()
     named = [(n, values[n]) for n in ("model", "text_model", "data", "image_folder",
                                       "describe_prompt", "question_prompt", "pairs", "adapters")
-             if values.get(n)]
+             if values.get(n) and n not in unused]
+    # Several data files, each with the folder that its image names start from.
+    several = [d for n, d in named if isinstance(d, dict)]
+    named = [(n, v) for n, v in named if isinstance(v, str)]
+    named += [("data", file) for d in several for file in d]
+    named += [("images", f"{values['image_folder']}/{below}") for d in several
+              for below in d.values() if below]
     named += [(f"splits.{n}", v) for n, v in values.get("splits", {}).items()]
     return [(n, p.path(v)) for n, v in named]
 
@@ -87,8 +116,10 @@ def _found(path: Path, read: dict[str, params.Parameters]) -> tuple[bool, str]:
 
 
 def _run(study: str, overrides: dict[str, Any], *, only: int | None, first: int | None) -> int:
-    """Executes the notebooks in order, each into outputs/<study>/, rendering each as it ends."""
+    """Executes the notebooks in order, each into outputs/<study>/, rendering each as it ends; then
+    those of later rounds, each into a folder of its own."""
     read = params.read_study(study, overrides)
+    later = [] if only is not None else rounds.planned(read)
     chosen = [n for n in read if (only is None or n.startswith(f"{only}_"))
               and (first is None or int(n.split("_")[0]) >= first)]
     if not chosen:
@@ -102,13 +133,26 @@ def _run(study: str, overrides: dict[str, Any], *, only: int | None, first: int 
     folder.mkdir(parents=True, exist_ok=True)
     with runs.locked(folder / ".run.lock", f"study {name} is being run by another process; "
                      "wait for it to end, or give this run another name with --as"):
-        for notebook in chosen:
-            if not _execute(notebook, read[notebook], folder):
-                _index(folder)
+        if not _notebooks({n: read[n] for n in chosen}, folder):
+            return 1
+        for before, again in zip([read, *later], later, strict=False):
+            its = params.outputs_root() / again["3_dpo_training"].study
+            print(f"— {its.name}", flush=True)
+            rounds.merge(before, again)
+            if not _notebooks(again, its):
                 return 1
+        if later:
+            print(*rounds.write(name, rounds=len(later) + 1), sep="\n\n")
         index = _index(folder)
     print(f"the report is {_short(index)}")
     return 0
+
+
+def _notebooks(read: dict[str, params.Parameters], folder: Path) -> bool:
+    """Notebooks in order and their index, up to the first that fails; False when one did."""
+    done = all(_execute(notebook, p, folder) for notebook, p in read.items())
+    _index(folder)
+    return done
 
 
 def _execute(notebook: str, p: params.Parameters, folder: Path) -> bool:
@@ -141,6 +185,37 @@ def _execute(notebook: str, p: params.Parameters, folder: Path) -> bool:
     return True
 
 
+def _stage(study: str, overrides: dict[str, Any], *, number: int) -> int:
+    """The work of one notebook, in this process's share; its notebook then finds it up to date."""
+    from bpo import benchmarks, pairs, probe, train
+
+    work = dict(enumerate((probe.run, pairs.run, train.run, benchmarks.run), start=1))
+    read = params.read_study(study, overrides)
+    name = next((n for n in read if n.startswith(f"{number}_")), None)
+    if name is None or number not in work:
+        raise Refusal(f"study {study} has no stage {number} for this command; it has "
+                      + ", ".join(n for n in read if int(n[0]) in work))
+    if ranks.world() > 1 and number != 2:
+        raise Refusal(f"{name} runs in one process: start it without a launcher, "
+                      f"python -m bpo stage {study} {number}")
+    result = work[number](read[name])
+    if ranks.rank() == 0:
+        print(f"{result.done}: {_short(result.folder / runs.MANIFEST)}")
+    return 0
+
+
+def _export(study: str, overrides: dict[str, Any], *, to: str) -> int:
+    from bpo import exports, pairs
+
+    p = params.read_study(study, overrides).get("2_pair_generation")
+    if p is None:
+        raise Refusal(f"study {study} makes no pairs: it has no 2_pair_generation.yaml")
+    folder = exports.export(runs.stage_folder(p.study, p.notebook), to,
+                            image_folder=pairs.image_root(p))
+    print(f"the export is {_short(folder)}")
+    return 0
+
+
 def _report(study: str) -> int:
     """Renders all executed notebooks of a study and its index again."""
     folder = params.outputs_root() / study
@@ -149,6 +224,8 @@ def _report(study: str) -> int:
         raise Refusal(f"{folder}: no notebook was executed here yet; python -m bpo run {study}")
     for notebook in notebooks:
         report.html_page(notebook)
+    if held := rounds.written(study):
+        rounds.write(study, rounds=held["rounds"])
     print(f"the report is {_short(_index(folder))}")
     return 0
 
@@ -168,6 +245,9 @@ def _index(folder: Path) -> Path:
             "seconds": known.get("seconds"), "message": failure or "", "html": page.name,
             "ipynb": executed.name,
             "manifest": f"{name}/{runs.MANIFEST}" if known else None})
+    if held := rounds.written(folder.name):
+        entries.append({"name": rounds.TABLE, "title": "Rounds", "status": "complete",
+                        "headline": rounds.headline(held), "html": rounds.PAGE})
     return report.index_page(folder, entries)
 
 

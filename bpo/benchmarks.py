@@ -14,7 +14,20 @@ from typing import Any
 
 import torch
 
-from bpo import generate, metrics, models, packed, records, runs, seeds
+from bpo import (
+    entries,
+    generate,
+    images,
+    layouts,
+    metrics,
+    models,
+    packed,
+    readers,
+    records,
+    runs,
+    seeds,
+    shards,
+)
 from bpo.generate import Request
 from bpo.models import Checkpoint
 from bpo.params import QualitativeComparison, Refusal
@@ -44,15 +57,15 @@ def run(p: QualitativeComparison) -> runs.Result:
     inputs = {"model": p.path(p.model), "adapters": p.path(p.adapters)}
     for split, data in p.splits.items():
         inputs[split] = p.path(data)
-        if (inputs[split].parent / "truth.json").is_file():
-            inputs[f"{split} truth"] = inputs[split].parent / "truth.json"
+        if truth := records.truth_file(inputs[split]):
+            inputs[f"{split} truth"] = truth
     return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
-                      modules=[seeds, records, models, generate, packed, metrics,
-                               sys.modules[__name__]])
+                      modules=[seeds, records, images, layouts, entries, readers, models, generate,
+                               packed, metrics, shards, sys.modules[__name__]])
 
 
 def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
-    checkpoint, methods = load_methods(p.path(p.model), p.path(p.adapters), precision=p.precision)
+    checkpoint, methods = load_methods(p)
     out: dict[str, Any] = {}
     contrasts: dict[str, Any] = {}
     for split in p.splits:
@@ -60,8 +73,8 @@ def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
         asked = {r.id: r for r in rows}
         requests = [Request(r.id, r.prompt, r.image, len(r.answer.split())) for r in rows]
         score_answers = _scorer(checkpoint, requests, truth)
-        lines = generate.resumable(
-            folder / f"answers-{split}.jsonl", generate.plan(requests, p.batch_size),
+        lines = shards.run_on(
+            folder / f"answers-{split}.jsonl", requests, p.batch_size,
             functools.partial(_ask, p, checkpoint, methods, asked, truth, score_answers),
             label=f"{split} questions")
         out[split], contrasts[split] = score(lines, truth, methods, seed=p.seed,
@@ -71,16 +84,17 @@ def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
 
 def read_split(p: QualitativeComparison, split: str) -> tuple[list[Row], dict[str, Any]]:
     data = p.path(p.splits[split])
-    rows, _ = records.read_rows(data, p.optional_path(p.image_folder))
-    return (records.draw_rows(rows, p.rows, p.seed, purpose=f"{split} rows"),
-            records.read_truth(data))
+    rows, _ = readers.read_rows(data, p.optional_path(p.image_folder), count=p.rows, seed=p.seed,
+                                purpose=f"{split} rows")
+    return rows, records.read_truth(data)
 
 
-def load_methods(model: Path, adapters: Path, *, precision: str) -> tuple[Checkpoint, list[str]]:
+def load_methods(p: QualitativeComparison) -> tuple[Checkpoint, list[str]]:
     """The base model with one named adapter a method, and the names, "base" first.
 
     Methods come in the order in which notebook 3 trained them; raises Refusal if there is none.
     """
+    adapters = p.path(p.adapters)
     names = [f.parent.parent.name for f in sorted(adapters.glob("*/adapter/adapter_config.json"))]
     if not names:
         raise Refusal(f"{adapters}: there are no adapters (METHOD/adapter/adapter_config.json); "
@@ -89,8 +103,8 @@ def load_methods(model: Path, adapters: Path, *, precision: str) -> tuple[Checkp
     if manifest.is_file():
         order = list(json.loads(manifest.read_text())["metrics"]["methods"])
         names.sort(key=lambda n: order.index(n) if n in order else len(order))
-    tuned = models.load_adapters(models.load(model, precision=precision),
-                                 {n: adapters / n / "adapter" for n in names})
+    base = models.load(p.path(p.model), precision=p.precision, transform=p.image_transform)
+    tuned = models.load_adapters(base, {n: adapters / n / "adapter" for n in names})
     return tuned, ["base", *names]
 
 
@@ -113,7 +127,7 @@ def _scorer(checkpoint: Checkpoint, requests: Sequence[Request], truth: dict[str
             ) -> packed.Scorer:
     sample = [r for r in requests if _rivals(truth["rows"].get(r.id))][:4]
     if not sample:
-        return packed.answer_logprobs
+        return packed.weigh
     _, inputs, tokens = _chances(checkpoint, sample, truth)
     return packed.choose(checkpoint, inputs, tokens)
 
@@ -132,12 +146,12 @@ def _ask(p: QualitativeComparison, checkpoint: Checkpoint, methods: Sequence[str
     for method in methods:
         with models.using(checkpoint, method):
             texts = generate.decode(checkpoint, inputs, max_new_tokens=p.max_new_tokens)
-            chains = score_answers(checkpoint, chances, tokens) if probed else []
+            weighed = score_answers(checkpoint, chances, tokens) if probed else []
         for line, text in zip(lines, texts, strict=True):
             line["answers"][method] = text
-        for i, row in zip(probed, chains, strict=True):
+        for i, row in zip(probed, weighed, strict=True):
             true = len(truth["rows"][batch[i].id]["true"])
-            values = [c.sum().exp().item() for c in row]
+            values = [w.logprobs.sum().exp().item() for w in row]
             lines[i]["p_true"][method] = round(sum(values[:true]), 6)
             lines[i]["p_prior"][method] = round(sum(values[true:]), 6)
     return lines

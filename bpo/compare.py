@@ -5,7 +5,7 @@ Everything here is read from the metrics and answers of `benchmarks`; nothing is
 
 from typing import Any
 
-from bpo import benchmarks, metrics, records, runs, seeds
+from bpo import benchmarks, images, metrics, records, runs, seeds
 from bpo.benchmarks import BASELINES, METRICS
 from bpo.params import QualitativeComparison
 
@@ -141,7 +141,7 @@ def gallery(p: QualitativeComparison, result: runs.Result, *, split: str, method
     As many wins, losses and ties as far as there are any, each drawn by seed.
     """
     rows, truth = benchmarks.read_split(p, split)
-    images = {r.id: r.image for r in rows}
+    files = {r.id: r.image for r in rows}
     verdicts: dict[str, list[dict]] = {"win": [], "loss": [], "tie": []}
     for line in records.read_lines(result.folder / f"answers-{split}.jsonl"):
         mine, other = (quality(line, m, truth) or 0.0 for m in (method, against))
@@ -149,7 +149,7 @@ def gallery(p: QualitativeComparison, result: runs.Result, *, split: str, method
     drawn = [[(name, x) for x in sorted(found, key=lambda x: seeds.seed_for(
         p.seed, "comparison gallery", x["id"]))] for name, found in verdicts.items()]
     mixed = [d[i] for i in range(p.gallery) for d in drawn if i < len(d)][:p.gallery]
-    cards = [{"image": records.load_image(images[x["id"]]), "question": x["question"],
+    cards = [{"image": images.load(files[x["id"]]), "question": x["question"],
               "truth": x["annotated"], "verdict": name,
               "answers": {m: (text, wrong_words(x, m, truth)) for m, text in x["answers"].items()}}
              for name, x in mixed]

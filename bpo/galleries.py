@@ -134,27 +134,35 @@ def _cards(cards: Sequence[str], plain: str, kind: str = "") -> Shown:
 def pair_gallery(examples: list[dict[str, Any]]) -> Shown:
     """A card a preference pair: pictures, question, chosen, every rejected answer.
 
-    examples: {"image": path or picture, "noised": picture or None, "question", "category",
-    "chosen", "rejected": [{"source", "text"}]}; words that the chosen answer has not are marked.
+    examples: {"image": path or picture, "weakened": picture or None, "question", "category",
+    "chosen", "rejected": [{"source", "text", perhaps "mode"}]}; words that the chosen answer has
+    not are marked.
     """
     return _cards([_pair(example) for example in examples], "preference pairs")
 
 
 def _pair(example: dict[str, Any]) -> str:
     question, chosen = example["question"], example["chosen"]
-    pictures = {"clean": example["image"], "noised": example.get("noised")}
+    pictures = {"clean": example["image"], "weakened": example.get("weakened")}
     figures = "".join(
         f"<figure>{_picture(picture, f'{name} image for: {question}')}"
         f"<figcaption>{name}</figcaption></figure>"
         for name, picture in pictures.items() if picture is not None
     )
     rejected = "".join(
-        _labelled(f"rejected, {answer['source']}", mark_differences(answer["text"], chosen))
+        _labelled(", ".join(["rejected", *_origin(answer)]),
+                  mark_differences(answer["text"], chosen))
         for answer in example["rejected"]
     )
     return (f'<div class="head"><span class="label">{as_text(example["category"])}</span></div>'
             f'<div class="images">{figures}</div><p class="question">{as_text(question)}</p>'
             f"{_labelled('chosen', chosen)}{rejected}")
+
+
+def _origin(answer: dict[str, Any]) -> list[str]:
+    """Where a rejected answer came from: its source, and its mode where that says more."""
+    mode = answer.get("mode", answer["source"])
+    return [answer["source"], *([] if mode == answer["source"] else [mode.replace("_", " ")])]
 
 
 def comparison_gallery(examples: list[dict[str, Any]]) -> Shown:

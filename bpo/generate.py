@@ -1,108 +1,138 @@
-"""Batched decoding that can be stopped at any point and gone on with.
+"""Decoding of many answers: clean, from weakened images, or two branches against each other.
 
-Work is cut into batches once, from the rows alone. A batch's records are appended in one durable
-write, and a resumed run starts at the first batch that is not there whole. So the same plan gives
-the same bytes, interrupted or not. Draws are seeded by row: they do not depend on the batch; logits
-may differ in their last bits between batch sizes, so bytes are guaranteed for one `batch_size`.
+Draws are seeded by row, so they do not depend on the batch that a row sits in. Logits may differ in
+their last bits between batches of another make-up, so bytes are promised for one plan of batches,
+however it is interrupted or dealt out to processes (`shards`).
 """
 
-import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from tqdm import tqdm
+from PIL import Image
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from bpo import models
+from bpo.images import load
 from bpo.models import Checkpoint
 from bpo.noise import add_noise
-from bpo.records import load_image, to_json
-from bpo.seeds import torch_generator
+from bpo.params import STEPPED_MODES
+from bpo.seeds import numpy_generator, torch_generator
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to be decoded: for a row's id, messages that end with a question, and an image.
+    """One question to be answered: for a row's id, messages that end with it, and an image.
 
     length: words of the annotated answer, a guess at how long the decoded one gets.
+    other: another row's image, for the view that swaps them.
     """
 
     id: str
     messages: tuple[dict[str, str], ...]
     image: Path | None
     length: int = 0
+    other: Path | None = None
 
 
-def plan(requests: Sequence[Any], batch_size: int) -> list[list[Any]]:
-    """Batches of requests whose answers should end at about the same time, longest first."""
-    ordered = sorted(requests, key=lambda r: (-r.length, r.id))
-    return [ordered[i:i + batch_size] for i in range(0, len(ordered), batch_size)]
+@dataclass(frozen=True)
+class View:
+    """One way of weakening an image: the mode, for noise its step, and the number of the draw.
 
-
-def resumable(file: Path, batches: Sequence[Sequence[Any]],
-              work: Callable[[Sequence[Any]], list[dict]], *, label: str) -> list[dict]:
-    """The records of all batches, one a request in the plan's order, from `file` or made now.
-
-    work: batch -> one record a request, with the request's id under "id".
-    Whatever follows the last whole batch in the file, such as half a line, is cut off.
+    noisy: the answer to the noised image, as the paper describes it.
+    contrast: (1 + a) clean - a noisy, tokens below a share of the likeliest one masked (visual
+    contrastive decoding, arXiv 2311.16922, which lessens hallucination: for comparison).
+    reverse_contrast: (1 + a) noisy - a clean. crop: a random piece of the image. blank: the
+    processor's mean colour. swapped: another row's image.
     """
-    done, size = _whole_batches(file, batches)
-    with file.open("ab") as stream:
-        stream.truncate(size)
-        for batch in tqdm(batches[len(done):], initial=len(done), total=len(batches), desc=label,
-                          unit="batch", leave=False):
-            records = work(batch)
-            stream.write("".join(f"{to_json(r)}\n" for r in records).encode())
-            stream.flush()
-            os.fsync(stream.fileno())
-            done.append(records)
-    return [record for batch in done for record in batch]
 
+    mode: str
+    step: int = 0
+    draw: int = 0
 
-def _whole_batches(file: Path, batches: Sequence[Sequence[Any]]) -> tuple[list[list[dict]], int]:
-    """The batches that a file holds from its start, and their size in bytes."""
-    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
-    done, size, at = [], 0, 0
-    for batch in batches:
-        part = lines[at:at + len(batch)]
-        if len(part) < len(batch) or not part[-1].endswith(b"\n"):
-            break
-        try:
-            records = [json.loads(line) for line in part]
-        except ValueError:
-            break
-        if [isinstance(r, dict) and r.get("id") for r in records] != [r.id for r in batch]:
-            break
-        done.append(records)
-        size += sum(map(len, part))
-        at += len(batch)
-    return done, size
+    @property
+    def name(self) -> str:
+        parts = [self.mode, *([str(self.step)] if self.mode in STEPPED_MODES else []),
+                 *([str(self.draw)] if self.mode != "blank" else [])]
+        return "-".join(parts)
+
+    @property
+    def two_branches(self) -> bool:
+        return self.mode in ("contrast", "reverse_contrast")
 
 
 def encode_batch(checkpoint: Checkpoint, requests: Sequence[Request], *, noise_step: int = 0,
                  seed: int = 0) -> dict[str, torch.Tensor]:
     """The requests' prompts as one left-padded batch, each image noised by its row's own draw."""
+    view = View("noisy", noise_step) if noise_step else None
+    return encode_view(checkpoint, requests, view, seed=seed)
+
+
+def encode_view(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None, *,
+                seed: int, crop_share: float = 1.0) -> dict[str, torch.Tensor]:
+    """The requests' prompts as one left-padded batch with their images weakened, or clean (None).
+
+    A view of two branches gives its weakened one. crop_share: of each side, for crop.
+    """
     rows = []
     for request in requests:
-        image = load_image(request.image) if request.image else None
+        image = _picture(request, view, seed=seed, crop_share=crop_share)
         text = models.prompt_text(checkpoint, request.messages, image=image is not None)
         row = models.encode(checkpoint, text, image)
-        if noise_step:
-            draw = torch_generator(seed, "noise", request.id, noise_step)
-            row["pixel_values"] = add_noise(row["pixel_values"], noise_step, draw)
+        if view is not None and view.mode in STEPPED_MODES:
+            draw = torch_generator(seed, "noise", request.id, view.step, view.draw)
+            row["pixel_values"] = add_noise(row["pixel_values"], view.step, draw)
+        elif view is not None and view.mode == "blank":
+            row["pixel_values"] = torch.zeros_like(row["pixel_values"])
         rows.append(row)
     return models.collate(checkpoint, rows)
+
+
+def _picture(request: Request, view: View | None, *, seed: int, crop_share: float
+             ) -> Image.Image | None:
+    """The image of a request, cropped or swapped where the view says so."""
+    if request.image is None:
+        return None
+    if view is not None and view.mode == "swapped":
+        # In the own image's size: the prompt keeps its number of image tokens.
+        with load(request.image) as own:
+            return load(request.other).resize(own.size)
+    image = load(request.image)
+    if view is not None and view.mode == "crop":
+        rng = numpy_generator(seed, "crop", request.id, view.draw)
+        return crop(image, crop_share, rng)
+    return image
+
+
+def view_picture(processor: Any, request: Request, view: View, *, transform: str, seed: int,
+                 crop_share: float) -> Image.Image:
+    """What the model is shown of a request's image through a view, as a picture."""
+    picture = models.transformed(_picture(request, view, seed=seed, crop_share=crop_share),
+                                 transform, processor)
+    if view.mode == "blank":
+        return Image.new("RGB", picture.size, models.mean_colour(processor))
+    draw = torch_generator(seed, "noise", request.id, view.step, view.draw)
+    step = view.step if view.mode in STEPPED_MODES else 0
+    return models.noised_picture(processor, picture, step, draw)
+
+
+def crop(image: Image.Image, share: float, rng: np.random.Generator) -> Image.Image:
+    """A piece of the image at a random place, `share` of each side long, in the image's size."""
+    width, height = (max(1, round(side * share)) for side in image.size)
+    left = int(rng.integers(0, image.width - width + 1))
+    top = int(rng.integers(0, image.height - height + 1))
+    piece = image.crop((left, top, left + width, top + height))
+    return piece.resize(image.size, Image.Resampling.BICUBIC)
 
 
 class SeededSampling(LogitsProcessor):
     """Exact sampling from softmax(logits / temperature) within the nucleus, a generator a row.
 
-    Adding Gumbel noise and taking the largest is a draw from the softmax (Gumbel 1954), so greedy
-    decoding behind this processor samples, and each row's draws depend on its own generator alone.
+    Adding Gumbel noise and taking the largest is a draw from the softmax (Gumbel 1954). That token
+    alone is left, so that transformers' own draw behind it takes it whatever its seed.
     """
 
     def __init__(self, generators: Sequence[torch.Generator], *, temperature: float, top_p: float):
@@ -114,36 +144,76 @@ class SeededSampling(LogitsProcessor):
         if self.nucleus is not None:
             scores = self.nucleus(input_ids, scores)
         uniform = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self.generators])
-        return scores - torch.log(-torch.log(uniform.clamp_min(1e-30))).to(scores.device)
+        drawn = scores - torch.log(-torch.log(uniform.clamp_min(1e-30))).to(scores.device)
+        token = drawn.argmax(dim=1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+class Contrast(LogitsProcessor):
+    """The two branches of a contrast: rows come as all clean ones and then all weakened ones.
+
+    Both halves of the result are the same, so both branches take the same token and each goes on
+    with its own cache. contrast: (1 + a) clean - a weakened, tokens below `cutoff` times the
+    clean image's likeliest one masked (arXiv 2311.16922, eq. 3 and 5). reverse_contrast:
+    (1 + a) weakened - a clean, without a mask.
+    """
+
+    def __init__(self, mode: str, *, strength: float, cutoff: float):
+        self.mode, self.strength, self.cutoff = mode, strength, cutoff
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        clean, weakened = torch.log_softmax(scores.float(), dim=-1).chunk(2)
+        if self.mode == "contrast":
+            mixed = (1 + self.strength) * clean - self.strength * weakened
+            if self.cutoff:
+                floor = clean.amax(dim=1, keepdim=True) + float(np.log(self.cutoff))
+                mixed = mixed.masked_fill(clean < floor, -torch.inf)
+        else:
+            mixed = (1 + self.strength) * weakened - self.strength * clean
+        return mixed.repeat(2, 1)
 
 
 @torch.no_grad()
 def decode(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], *, max_new_tokens: int,
-           sampling: SeededSampling | None = None) -> list[str]:
-    """The answers to a batch of prompts as text, greedy unless `sampling` is given."""
+           sampling: SeededSampling | None = None, samples: int = 1,
+           contrast: Contrast | None = None) -> list[str]:
+    """The answers to a batch of prompts as text, greedy unless `sampling` is given.
+
+    samples: answers a prompt, side by side in the result (needs `sampling` with a generator each);
+    the image is encoded once for all of them.
+    contrast: the batch holds clean prompts and then as many weakened ones; the answers come once.
+    """
     ends = checkpoint.base.generation_config.eos_token_id or checkpoint.tokenizer.eos_token_id
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends,
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=sampling is not None,
+                              num_return_sequences=samples, eos_token_id=ends, top_k=0,
                               pad_token_id=checkpoint.tokenizer.pad_token_id)
-    extra = {"logits_processor": LogitsProcessorList([sampling])} if sampling else {}
-    tokens = checkpoint.model.generate(**batch, generation_config=config, **extra)
+    steps = LogitsProcessorList([s for s in (contrast, sampling) if s is not None])
+    tokens = checkpoint.model.generate(**batch, generation_config=config, logits_processor=steps)
+    if contrast is not None:
+        tokens = tokens[:len(tokens) // 2]
     answers = tokens[:, batch["input_ids"].shape[1]:]
     return [t.strip() for t in
             checkpoint.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
-def sample_answers(checkpoint: Checkpoint, requests: Sequence[Request], file: Path, *,
-                   noise_step: int, seed: int, purpose: str, temperature: float, top_p: float,
-                   max_new_tokens: int, batch_size: int) -> dict[str, str]:
-    """request id -> one sampled answer, decoded from noised images, kept in `file` as it goes.
+def sample_answers(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None, *,
+                   seed: int, purpose: str, temperature: float, top_p: float, samples: int,
+                   max_new_tokens: int, contrast_strength: float = 1.0,
+                   contrast_cutoff: float = 0.1, crop_share: float = 1.0) -> list[list[str]]:
+    """For each request `samples` answers, drawn from its weakened image (None: as it is).
 
-    noise_step: 0 .. 999; with an image, 900 is where the paper's release looks.
+    Draws are seeded by (seed, purpose, row id, number of the sample).
     """
-    def work(batch: Sequence[Request]) -> list[dict]:
-        draws = [torch_generator(seed, purpose, r.id) for r in batch]
-        inputs = encode_batch(checkpoint, batch, noise_step=noise_step, seed=seed)
-        texts = decode(checkpoint, inputs, max_new_tokens=max_new_tokens,
-                       sampling=SeededSampling(draws, temperature=temperature, top_p=top_p))
-        return [{"id": r.id, "text": t} for r, t in zip(batch, texts, strict=True)]
-
-    records = resumable(file, plan(requests, batch_size), work, label=purpose)
-    return {r["id"]: r["text"] for r in records}
+    draws = [torch_generator(seed, purpose, r.id, k) for r in requests for k in range(samples)]
+    inputs = encode_view(checkpoint, requests, view, seed=seed, crop_share=crop_share)
+    contrast = None
+    if view is not None and view.two_branches:
+        clean = encode_view(checkpoint, requests, None, seed=seed)
+        inputs = {n: torch.cat([clean[n], v]) for n, v in inputs.items()}
+        contrast = Contrast(view.mode, strength=contrast_strength, cutoff=contrast_cutoff)
+        # The branches take the same draws: the same token comes out for both.
+        draws += [torch_generator(seed, purpose, r.id, k) for r in requests for k in range(samples)]
+    texts = decode(checkpoint, inputs, max_new_tokens=max_new_tokens, samples=samples,
+                   sampling=SeededSampling(draws, temperature=temperature, top_p=top_p),
+                   contrast=contrast)
+    return [texts[i:i + samples] for i in range(0, len(texts), samples)]

@@ -5,18 +5,21 @@ placeholders from its processor, the language model from transformers' own `get_
 """
 
 import re
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import (
+    PROCESSOR_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -25,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from bpo import ranks
 from bpo.noise import add_noise
 from bpo.params import Refusal
 
@@ -37,6 +41,7 @@ class Checkpoint:
 
     model: PreTrainedModel | PeftModel
     processor: Any
+    transform: str = "processor"  # what is done to an image before the processor
 
     @property
     def tokenizer(self) -> Any:
@@ -81,13 +86,14 @@ def using(checkpoint: Checkpoint, name: str) -> Iterator[None]:
 
 
 @quietly()
-def load(folder: Path, *, precision: str = "float32") -> Checkpoint:
+def load(folder: Path, *, precision: str = "float32", transform: str = "processor") -> Checkpoint:
     """The vision-language checkpoint of a folder, in evaluation mode, on a GPU if there is one.
 
+    transform: see `transformed`.
     Raises Refusal when the folder is not such a checkpoint. No remote code, safetensors only.
     """
     model = _load(AutoModelForImageTextToText, folder, precision)
-    checkpoint = Checkpoint(model.eval(), AutoProcessor.from_pretrained(folder))
+    checkpoint = Checkpoint(model.eval(), load_processor(folder), transform)
     _ready(checkpoint, folder)
     return checkpoint
 
@@ -101,15 +107,14 @@ def load_text_model(folder: Path, *, precision: str = "float32") -> Checkpoint:
     return checkpoint
 
 
-def _load(auto: Any, folder: Path, precision: str) -> PreTrainedModel:
+def _load(auto: Any, folder: Path, precision: str, *, device: str = "") -> PreTrainedModel:
     if not (folder / "config.json").is_file():
         raise Refusal(f"{folder}: there is no checkpoint (config.json is missing)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model = auto.from_pretrained(folder, dtype=getattr(torch, precision), use_safetensors=True)
     except (OSError, ValueError) as error:
         raise Refusal(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
-    return model.to(device)
+    return model.to(device or ranks.device())
 
 
 @quietly()
@@ -132,7 +137,7 @@ def load_adapters(checkpoint: Checkpoint, folders: Mapping[str, Path]) -> Checkp
                 raise
             raise Refusal(f"{folder}: the adapter was trained on another model; "
                           "name that one as model, or train again") from None
-    return Checkpoint(model.eval(), checkpoint.processor)
+    return replace(checkpoint, model=model.eval())
 
 
 def _ready(checkpoint: Checkpoint, folder: Path) -> None:
@@ -193,14 +198,64 @@ def encode(checkpoint: Checkpoint, text: str, image: Image.Image | None) -> dict
 
     The template wrote the special tokens already, so none are added.
     """
-    kwargs = {"images": image} if image is not None else {}
+    kwargs = {}
+    if image is not None:
+        kwargs["images"] = transformed(image, checkpoint.transform, checkpoint.processor)
     return dict(checkpoint.processor(text=text, add_special_tokens=False, return_tensors="pt",
                                      **kwargs))
 
 
 def load_processor(folder: Path) -> Any:
-    """The processor alone, for showing what a finished stage did."""
-    return AutoProcessor.from_pretrained(folder)
+    """The checkpoint's processor alone; Refusal when a package that it needs is not there.
+
+    Where only its video side needs one (Qwen2.5-VL's wants torchvision, which still images do
+    without), that side is left out: prompts and pixels are the same, a video cannot be passed.
+    """
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except ImportError as error:
+        processor = _without_video(folder)
+        if processor is not None:
+            return processor
+        raise Refusal(f"{folder}: the processor needs a package that is not installed "
+                      f"({str(error).strip().splitlines()[0]}); install the extra for other "
+                      "families: pip install -e '.[families]'") from None
+
+
+def _without_video(folder: Path) -> Any | None:
+    """The processor for still images; None for a class that cannot do without its video side."""
+    whole = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder)), None)
+    parts = whole.get_attributes() if whole else []
+    # transformers builds a processor from its parts in this order: only the last can be left out.
+    if parts[-1:] != ["video_processor"]:
+        return None
+    still = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda _: parts[:-1])})
+    try:
+        return still.from_pretrained(folder)
+    except ImportError:
+        return None
+
+
+def transformed(image: Image.Image, transform: str, processor: Any) -> Image.Image:
+    """An RGB image as it is handed to the processor.
+
+    transform: "processor" leaves it to the processor; "pad" makes it square with bars of the
+    processor's mean colour, as LLaVA-1.5 was trained; "crop" cuts out the middle square.
+    """
+    width, height = image.size
+    if transform == "processor" or width == height:
+        return image
+    if transform == "crop":
+        return ImageOps.fit(image, (min(image.size),) * 2)
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), mean_colour(processor))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def mean_colour(processor: Any) -> tuple[int, int, int]:
+    """The colour that the processor normalises to zero."""
+    return tuple(round(255 * m) for m in processor.image_processor.image_mean)
 
 
 def noised_picture(processor: Any, image: Image.Image, step: int,
@@ -259,3 +314,24 @@ def adapter_targets(model: PreTrainedModel) -> str:
 def adapter_config(model: PreTrainedModel, *, rank: int, alpha: int, dropout: float) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM",
                       target_modules=adapter_targets(model))
+
+
+@quietly()
+def merge(folder: Path, adapter: Path, out: Path, *, precision: str = "float32") -> None:
+    """Writes into `out` the checkpoint of a folder with an adapter's change added to its weights: a
+    plain checkpoint with its processor, which loads as any other and needs no PEFT.
+
+    The sum is taken in float32 on the CPU, whatever `precision` it is saved in: small changes would
+    be lost in a shorter format one by one. Raises Refusal as `load` and `load_adapters` do.
+    """
+    whole = Checkpoint(_load(AutoModelForImageTextToText, folder, "float32", device="cpu"),
+                       load_processor(folder))
+    tuned = load_adapters(whole, {"merged": adapter}).model.merge_and_unload()
+    temporary = out / ".merging"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was interrupted
+    tuned.to(getattr(torch, precision)).save_pretrained(temporary)
+    whole.processor.save_pretrained(temporary)
+    # config.json is last: a folder without it is no checkpoint, so half of one is never loaded.
+    for file in sorted(temporary.iterdir(), key=lambda f: (f.name == "config.json", f.name)):
+        file.replace(out / file.name)
+    temporary.rmdir()

@@ -7,22 +7,34 @@ token makes every answer an ordinary next-token chain.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from bpo.models import Checkpoint
 
-# (checkpoint, left-padded prompts, answers' token ids [b][k]) -> log-probs [b][k] (tokens,)
-Scorer = Callable[..., list[list[torch.Tensor]]]
+@dataclass(frozen=True)
+class Weighed:
+    """One answer under one prompt, float32 on the CPU.
+
+    logprobs: (tokens,) log p(token | image, prompt, earlier tokens).
+    state: (H,) mean over its tokens of the last hidden state that predicts each.
+    """
+
+    logprobs: torch.Tensor
+    state: torch.Tensor
 
 
-def answer_logprobs(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
-                    answers: Sequence[Sequence[Sequence[int]]]) -> list[list[torch.Tensor]]:
-    """log p(token | image, prompt, earlier tokens) of every answer of every row.
+# (checkpoint, left-padded prompts, answers' token ids [b][k]) -> [b][k]
+Scorer = Callable[..., list[list[Weighed]]]
+
+
+def weigh(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
+          answers: Sequence[Sequence[Sequence[int]]]) -> list[list[Weighed]]:
+    """Every answer of every row, all answers of a row in one pass over its prompt.
 
     batch: left-padded prompts (B, S) as `models.collate` gives them.
     answers[b]: token ids of each answer to prompt b; rows may have different numbers of answers.
-    Returns [b][k] -> (tokens of answer k,) float32 on the CPU.
     Exact for models whose attention takes a plain 4-D mask and 1-D positions (LLaVA and its kin);
     see `choose`, which tries on the data at hand.
     """
@@ -44,14 +56,13 @@ def answer_logprobs(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
     position = torch.where(torch.arange(width) < start,
                            (branch == 0).cumsum(1) - 1, last[:, None] + offset).clamp_min(0)
     hidden = _hidden(checkpoint, batch, ids, position, _allowed(branch))
-    return [_chains(checkpoint, hidden[b, start:], answers[b]) for b in range(count)]
+    return [_weighed(checkpoint, hidden[b, start:], answers[b]) for b in range(count)]
 
 
-def answer_logprobs_unpacked(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
-                             answers: Sequence[Sequence[Sequence[int]]]
-                             ) -> list[list[torch.Tensor]]:
+def weigh_unpacked(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
+                   answers: Sequence[Sequence[Sequence[int]]]) -> list[list[Weighed]]:
     """The same numbers with each answer in a pass of its own: right for all families, slower."""
-    out: list[list[torch.Tensor]] = [[] for _ in answers]
+    out: list[list[Weighed]] = [[] for _ in answers]
     for k in range(max(map(len, answers))):
         # Rows with fewer answers repeat their last one, so that the images stay a whole batch.
         tokens = [a[min(k, len(a) - 1)] for a in answers]
@@ -64,35 +75,36 @@ def answer_logprobs_unpacked(checkpoint: Checkpoint, batch: dict[str, torch.Tens
         mask = torch.cat([batch["attention_mask"], seen.to(checkpoint.device)], dim=1)
         others = {n: torch.nn.functional.pad(v, (0, longest)) if v.shape == batch["input_ids"].shape
                   else v for n, v in batch.items() if n not in ("input_ids", "attention_mask")}
-        logits = checkpoint.model(input_ids=ids, attention_mask=mask, **others).logits.float()
-        logits = logits[:, batch["input_ids"].shape[1] - 1:-1]
+        hidden = checkpoint.base.base_model(
+            input_ids=ids, attention_mask=mask, use_cache=False, **others).last_hidden_state
+        hidden = hidden[:, batch["input_ids"].shape[1] - 1:-1]
         for b, answer in enumerate(answers):
             if k < len(answer):
-                chain = torch.log_softmax(logits[b, :len(answer[k])], dim=-1).cpu()
-                out[b].append(chain.gather(1, torch.tensor(answer[k])[:, None])[:, 0])
+                out[b] += _weighed(checkpoint, hidden[b], [answer[k]])
     return out
 
 
 def choose(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
            answers: Sequence[Sequence[Sequence[int]]]) -> Scorer:
-    """`answer_logprobs` if it is exact for this model on this batch, else the unpacked way, said.
+    """`weigh` if it is exact for this model on this batch, else the unpacked way, said.
 
     The bound is what float rounding leaves: 1e-3 nats a token in float32, 0.1 in bfloat16.
     """
     bound = 1e-3 if checkpoint.base.dtype == torch.float32 else 0.1
-    plain = answer_logprobs_unpacked(checkpoint, batch, answers)
+    plain = weigh_unpacked(checkpoint, batch, answers)
     try:
-        packed = answer_logprobs(checkpoint, batch, answers)
-        off = max((x - y).abs().max().item() for row, other in zip(packed, plain, strict=True)
+        packed = weigh(checkpoint, batch, answers)
+        off = max((x.logprobs - y.logprobs).abs().max().item()
+                  for row, other in zip(packed, plain, strict=True)
                   for x, y in zip(row, other, strict=True))
         if off <= bound:
-            return answer_logprobs
+            return weigh
         why = f"log-probs differ by {off:.2g}"
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         why = str(error).splitlines()[0]
     print(f"Answers cannot share their prompt's pass with this model ({why}): "
           "each gets a pass of its own, which is slower and right.")
-    return answer_logprobs_unpacked
+    return weigh_unpacked
 
 
 def _branches(last: int, answers: Sequence[Sequence[int]]
@@ -131,12 +143,14 @@ def _hidden(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], ids: torch.T
         position_ids=position.to(device), use_cache=False, **others).last_hidden_state
 
 
-def _chains(checkpoint: Checkpoint, hidden: torch.Tensor,
-            answers: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Log-probs of a row's answers from the hidden states behind the prefix (only those positions
-    go through the output layer)."""
-    used = sum(map(len, answers))
-    logits = checkpoint.base.get_output_embeddings()(hidden[:used]).float()
+def _weighed(checkpoint: Checkpoint, hidden: torch.Tensor,
+             answers: Sequence[Sequence[int]]) -> list[Weighed]:
+    """A row's answers from the hidden states behind the prefix (only those positions go through the
+    output layer)."""
+    sizes = [len(a) for a in answers]
+    hidden = hidden[:sum(sizes)]
+    logits = checkpoint.base.get_output_embeddings()(hidden).float()
     targets = torch.tensor([t for a in answers for t in a], device=logits.device)
     chains = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0].cpu()
-    return list(chains.split([len(a) for a in answers]))
+    return [Weighed(c, h.mean(0)) for c, h in zip(chains.split(sizes),
+                                                  hidden.float().cpu().split(sizes), strict=True)]

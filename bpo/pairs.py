@@ -1,154 +1,175 @@
 """Notebook 2's work: for every annotated answer, answers that the model should not prefer to it.
 
-Image weakening: the same model answers the same question while its image is noised. Error
-injection: the text model rewrites the annotated answer with plausible mistakes. What comes out is
-pairs.jsonl, one line a positive with its list of rejected answers, and an audit of the lot.
+Rows are taken stock of (`readers`), candidates are made and weighed (`candidates`), some become
+rejected (`selection`), and the lot is audited (`audit`). What comes out is pairs.jsonl, one line a
+positive with its list of rejected answers. No step holds the rows in memory, only their places.
 """
 
-import difflib
-import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from bpo import generate, metrics, models, noise, records, runs, seeds
-from bpo.generate import Request
-from bpo.params import PairGeneration, Refusal
-from bpo.records import Row
+import numpy as np
 
-SOURCES = ("weakened", "injected")
-NEAR_DUPLICATE = 0.9  # share of matching words from which two answers count as nearly the same
+from bpo import (
+    audit,
+    candidates,
+    endpoint,
+    entries,
+    generate,
+    images,
+    layouts,
+    metrics,
+    models,
+    noise,
+    packed,
+    ranks,
+    readers,
+    records,
+    runs,
+    seeds,
+    selection,
+    shards,
+    stock,
+)
+from bpo.candidates import Candidates
+from bpo.params import SOURCES, WEAKEN_MODES, PairGeneration, Refusal
+from bpo.records import LineFile, Row, to_json
 
 
 def run(p: PairGeneration) -> runs.Result:
-    """The stage of notebook 2: pairs.jsonl, dropped.jsonl, weakened.jsonl, injected.jsonl."""
-    inputs = {"model": p.path(p.model), "data": p.path(p.data),
-              "describe_prompt": p.path(p.describe_prompt),
-              "question_prompt": p.path(p.question_prompt)}
-    if p.text_model:
-        inputs["text_model"] = p.path(p.text_model)
-    if (inputs["data"].parent / "truth.json").is_file():
-        inputs["truth"] = inputs["data"].parent / "truth.json"
+    """The stage of notebook 2: rows.jsonl, rejected_rows.jsonl, weakened-*.jsonl, injected.jsonl,
+    scores.jsonl, candidates.jsonl, dropped.jsonl and pairs.jsonl."""
+    inputs = {"model": p.path(p.model)}
+    inputs |= {"data" if len(data_files(p)) == 1 else f"data {file.name}": file
+               for file in data_files(p)}
+    if "injected" in p.sources:
+        inputs |= {"describe_prompt": p.path(p.describe_prompt),
+                   "question_prompt": p.path(p.question_prompt)}
+        if p.text_model and not p.endpoint:
+            inputs["text_model"] = p.path(p.text_model)
+    if len(data_files(p)) == 1 and (truth := records.truth_file(next(iter(data_files(p))))):
+        inputs["truth"] = truth
     return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
-                      modules=[noise, seeds, records, models, generate, metrics,
+                      modules=[noise, seeds, records, images, layouts, entries, readers, stock, models, generate, packed,
+                               metrics, selection, audit, endpoint, shards, candidates,
                                sys.modules[__name__]])
 
 
-def read_annotated(p: PairGeneration) -> tuple[list[Row], Counter]:
-    """The positives that pairs are made for, and why rows were skipped."""
-    rows, skipped = records.read_rows(p.path(p.data), p.optional_path(p.image_folder))
-    short = [r for r in rows if len(r.answer.split()) <= p.max_words]
-    skipped[f"answer longer than {p.max_words} words"] += len(rows) - len(short)
-    return records.draw_rows(short, p.rows, p.seed, purpose="pair rows"), +skipped
+def data_files(p: PairGeneration) -> dict[Path, str]:
+    """The annotated files or folders, and the folder below image_folder that each starts from."""
+    if isinstance(p.data, str):
+        return {p.path(p.data): ""}
+    return {p.path(file): below for file, below in p.data.items()}
+
+
+def image_root(p: PairGeneration) -> Path:
+    """The folder that the image names of rows.jsonl and pairs.jsonl start from."""
+    first = next(iter(data_files(p)))
+    return p.optional_path(p.image_folder) or (first if first.is_dir() else first.parent)
+
+
+def _truth(p: PairGeneration) -> dict[str, Any]:
+    files = list(data_files(p))
+    if len(files) > 1:  # ids get the file's name in front, so no truth file fits them
+        return {"vocabulary": {}, "images": {}, "rows": {}}
+    return records.read_truth(files[0])
 
 
 def _work(p: PairGeneration, folder: Path) -> dict[str, Any]:
-    rows, skipped = read_annotated(p)
-    if not rows:
-        raise Refusal(f"{p.path(p.data)}: every answer is longer than max_words = {p.max_words}")
-    made = {"weakened": _weaken(p, rows, folder), "injected": _inject(p, rows, folder)}
-    lines, dropped = join(rows, made)
-    records.write_lines(folder / "dropped.jsonl", dropped)
-    records.write_lines(folder / "pairs.jsonl", lines)
-    return {"rows": len(rows), "rows_skipped": dict(sorted(skipped.items())),
-            **audit(lines, dropped, records.read_truth(p.path(p.data)), seed=p.seed)}
+    ranks.first(lambda: _take_stock(p, folder))
+    rows = LineFile(folder / "rows.jsonl")
+    candidates.make(p, rows, image_root(p), folder)
+    return ranks.first(lambda: _choose(p, rows, folder))
 
 
-def _weaken(p: PairGeneration, rows: Sequence[Row], folder: Path) -> dict[str, str]:
-    checkpoint = models.load(p.path(p.model), precision=p.precision)
-    requests = [Request(r.id, r.prompt, r.image, len(r.answer.split())) for r in rows]
-    return generate.sample_answers(
-        checkpoint, requests, folder / "weakened.jsonl", noise_step=p.noise_step, seed=p.seed,
-        purpose="weakened", temperature=p.weaken_temperature, top_p=p.weaken_top_p,
-        max_new_tokens=p.max_new_tokens, batch_size=p.batch_size)
+def _take_stock(p: PairGeneration, folder: Path) -> None:
+    if (folder / "rows.jsonl").is_file():
+        return  # written before an interruption
+
+    def too_long(row: Row) -> str | None:
+        words = len(row.answer.split())
+        return f"answer longer than {p.max_words} words" if words > p.max_words else None
+
+    stock.take_stock(data_files(p), p.optional_path(p.image_folder), folder, keep=too_long,
+                     count=p.rows, seed=p.seed, purpose="pair rows",
+                     max_bad_share=p.max_bad_share)
 
 
-def _inject(p: PairGeneration, rows: Sequence[Row], folder: Path) -> dict[str, str]:
-    if p.text_model:
-        checkpoint = models.load_text_model(p.path(p.text_model), precision=p.precision)
-    else:
-        checkpoint = models.load(p.path(p.model), precision=p.precision)
-    describe = p.path(p.describe_prompt).read_text(encoding="utf-8").strip()
-    question = p.path(p.question_prompt).read_text(encoding="utf-8").strip()
-    requests = [
-        Request(r.id, ({"role": "user", "content": fill(
-            describe if r.category == "caption" else question, r)},), None, len(r.answer.split()))
-        for r in rows]
-    return generate.sample_answers(
-        checkpoint, requests, folder / "injected.jsonl", noise_step=0, seed=p.seed,
-        purpose="injected", temperature=p.inject_temperature, top_p=p.inject_top_p,
-        max_new_tokens=p.max_new_tokens, batch_size=p.batch_size)
+def _choose(p: PairGeneration, rows: LineFile, folder: Path) -> dict[str, Any]:
+    """Candidates into rejected answers, a line a positive, and the counts and measures of the lot.
 
-
-def fill(template: str, row: Row) -> str:
-    """The template with {question} and {answer} filled in; other braces stay as they are."""
-    return re.sub(r"\{(question|answer)\}", lambda place: getattr(row, place[1]), template)
-
-
-def join(rows: Sequence[Row], made: dict[str, dict[str, str]]) -> tuple[list[dict], list[dict]]:
-    """One line a positive with its usable rejected answers; every dropped answer with its reason.
-
-    made: source -> row id -> generated answer. A rejected answer that says the same as the
-    annotation would train on nothing, so it is dropped; a positive may be left with none.
+    A rejected answer that says the same as the annotation would train on nothing, so it is dropped;
+    a positive may be left with none. With `select`, as many candidates drawn at random stand beside
+    the selected ones ("unselected"), the control for what selection does.
     """
-    lines, dropped = [], []
-    for row in rows:
-        rejected = []
-        for source, answers in made.items():
-            text = answers[row.id]
-            reason = _useless(text, row.answer)
-            if reason:
-                dropped.append({"id": row.id, "category": row.category, "source": source,
-                                "text": text, "reason": reason})
-            else:
-                rejected.append({"source": source, "text": text})
-        lines.append({"id": row.id, "image": row.image_name, "category": row.category,
-                      "prompt": list(row.prompt), "chosen": row.answer, "rejected": rejected})
-    return lines, dropped
+    truth, counts = _truth(p), _Counts()
+    with ExitStack() as files:
+        to_candidates, to_dropped, to_pairs = (
+            files.enter_context(records.whole(folder / f"{name}.jsonl"))
+            for name in ("candidates", "dropped", "pairs"))
+        for line in Candidates(p, rows, folder):
+            choice = selection.choose(line, weights=p.select, keep=p.keep, seed=p.seed,
+                                      drop_right=p.drop_right,
+                                      right=lambda text, line=line: is_right(line, text, truth))
+            pair = {n: line[n] for n in ("id", "image", "category", "prompt", "chosen")}
+            pair["rejected"] = choice.kept
+            if p.select:
+                pair["unselected"] = choice.unselected
+            to_candidates.write(f"{to_json(line)}\n")
+            to_pairs.write(f"{to_json(pair)}\n")
+            to_dropped.writelines(f"{to_json(d)}\n" for d in choice.dropped)
+            counts.add(line, choice)
+    skipped = Counter(line["reason"] for line in LineFile(folder / "rejected_rows.jsonl"))
+    audited = _audited(p, folder)
+    found = audit.audit(audited, seed=p.seed, right=lambda k, text: is_right(k, text, truth))
+    for source, exact in counts.by_source().items():
+        found[source] = found.get(source, {}) | exact
+    found["shortcut"] = audit.shortcut(audited, seed=p.seed)
+    return found | {"rows": len(rows), "rows_skipped": dict(sorted(skipped.items())),
+                    "pairs": counts.pairs, "positives": counts.positives, "audited": len(audited)}
 
 
-def _useless(text: str, annotated: str) -> str | None:
-    if not metrics.normalised(text):
-        return "empty"
-    if text == annotated:
-        return "equal to the annotation"
-    if metrics.normalised(text) == metrics.normalised(annotated):
-        return "equal but for case and punctuation"
-    return None
+class _Counts:
+    """Exact counts over all positives, which the audit may only sample."""
+
+    def __init__(self) -> None:
+        self.pairs = self.positives = self.rows = 0
+        self.made, self.kept, self.with_one = Counter(), Counter(), Counter()
+        self.dropped, self.categories, self.kept_in = Counter(), Counter(), Counter()
+
+    def add(self, line: dict[str, Any], choice: selection.Choice) -> None:
+        self.rows += 1
+        self.pairs += len(choice.kept)
+        self.positives += bool(choice.kept)
+        self.categories[line["category"]] += 1
+        self.made.update(c["source"] for c in line["candidates"])
+        self.kept.update(c["source"] for c in choice.kept)
+        self.with_one.update({c["source"] for c in choice.kept})
+        self.kept_in.update((c["source"], line["category"]) for c in choice.kept)
+        self.dropped.update((d["source"], d["reason"]) for d in choice.dropped)
+
+    def by_source(self) -> dict[str, dict[str, Any]]:
+        return {s: {"candidates": self.made[s], "kept": self.kept[s],
+                    "positives": self.with_one[s],
+                    "share_kept": round(self.with_one[s] / self.rows, 6),
+                    "dropped": {r: n for (of, r), n in sorted(self.dropped.items()) if of == s},
+                    "by_category": {c: {"rows": n, "kept": self.kept_in[s, c]}
+                                    for c, n in sorted(self.categories.items())}}
+                for s in SOURCES if self.made[s]}
 
 
-def audit(lines: Sequence[dict], dropped: Sequence[dict], truth: dict[str, Any], *,
-          seed: int) -> dict[str, Any]:
-    """What the pairs are like, by source: counts, length gap in words, near-duplicates, truth.
-
-    truth_right: share of rejected answers that are in truth right (None without a truth file):
-    such pairs teach the wrong thing. Intervals are bootstrapped over images.
-    """
-    pairs = {s: [(k, r["text"]) for k in lines for r in k["rejected"] if r["source"] == s]
-             for s in SOURCES}
-    out: dict[str, Any] = {"pairs": sum(map(len, pairs.values())),
-                           "positives": sum(bool(k["rejected"]) for k in lines)}
-    for source, mine in pairs.items():
-        reasons = Counter(d["reason"] for d in dropped if d["source"] == source)
-        by_category = Counter(k["category"] for k, _ in mine)
-        right = [(k["image"], (float(r), 1)) for k, text in mine
-                 if (r := is_right(k, text, truth)) is not None]
-        gaps = [(k["image"], (len(t.split()) - len(k["chosen"].split()), 1)) for k, t in mine]
-        near = [(k["image"], (float(_similar(t, k["chosen"])), 1)) for k, t in mine]
-        out[source] = {
-            "kept": len(mine), "share_kept": round(len(mine) / len(lines), 6),
-            "dropped": dict(sorted(reasons.items())),
-            "by_category": {c: {"rows": n, "kept": by_category[c]} for c, n in
-                            sorted(Counter(k["category"] for k in lines).items())},
-            "length_gap": _estimate(gaps, seed), "near_duplicates": _estimate(near, seed),
-            "truth_right": _estimate(right, seed)}
-    both = [[r["text"] for r in k["rejected"]] for k in lines if len(k["rejected"]) == 2]
-    out["sources_agree"] = round(sum(metrics.normalised(a) == metrics.normalised(b)
-                                     for a, b in both) / max(len(both), 1), 6)
-    return out
+def _audited(p: PairGeneration, folder: Path) -> list[dict[str, Any]]:
+    """The positives that the audit reads in full, drawn by seed, in their order."""
+    pairs, made = LineFile(folder / "pairs.jsonl"), LineFile(folder / "candidates.jsonl")
+    places = np.arange(len(pairs))
+    if len(pairs) > p.audit_positives:
+        draws = np.array([seeds.seed_for(p.seed, "audit", k["id"]) for k in pairs])
+        places = np.sort(np.argsort(draws, kind="stable")[:p.audit_positives])
+    return [made[i] | {"rejected": pairs[i]["rejected"]} for i in places.tolist()]
 
 
 def is_right(pair: dict, text: str, truth: dict[str, Any]) -> bool | None:
@@ -163,31 +184,16 @@ def is_right(pair: dict, text: str, truth: dict[str, Any]) -> bool | None:
                                     truth["images"][pair["image"]]["objects"])
 
 
-def _similar(text: str, other: str) -> bool:
-    matcher = difflib.SequenceMatcher(None, metrics.words(text), metrics.words(other), False)
-    return matcher.ratio() >= NEAR_DUPLICATE
-
-
-def _estimate(counts: Sequence[tuple], seed: int) -> dict[str, Any] | None:
-    if not counts:
-        return None
-    ratios = metrics.by_image(counts)
-    rng = seeds.numpy_generator(seed, "audit interval")
-    return metrics.estimate(ratios, metrics.bootstrap_weights(len(ratios), 1000, rng))
-
-
 def read_pairs(file: Path) -> list[dict]:
     """The lines of a pairs.jsonl; raises Refusal when the file is missing or holds none."""
     if not file.is_file():
         raise Refusal(f"{file}: there is no such file of pairs; notebooks/2_pair_generation.ipynb "
                       "writes it")
-    lines = []
-    with file.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                raise Refusal(f"{file}: line {number} is not JSON") from None
+    lines: list[dict] = []
+    try:
+        lines.extend(LineFile(file))
+    except ValueError:
+        raise Refusal(f"{file}: line {len(lines) + 1} is not JSON") from None
     usable = all(isinstance(line, dict) and {"id", "image", "prompt", "chosen",
                                              "rejected"} <= line.keys() for line in lines)
     if not lines or not usable:
@@ -195,14 +201,27 @@ def read_pairs(file: Path) -> list[dict]:
     return lines
 
 
-def to_preferences(pairs: Sequence[dict], image_folder: Path, *,
-                   sources: Sequence[str] = SOURCES) -> list[dict]:
+def rejected_for(pair: dict, method: str) -> list[dict]:
+    """The rejected answers of a positive that a method learns from, by the method's name.
+
+    bpo: all. bpo_weaken, bpo_inject: of one source. bpo_<mode>: of one way of weakening.
+    bpo_unselected: as many as were selected, drawn at random from the same candidates.
+    """
+    if method == "bpo_unselected":
+        return pair.get("unselected", [])
+    source = {"bpo_weaken": "weakened", "bpo_inject": "injected"}.get(method)
+    mode = method.removeprefix("bpo_")
+    return [r for r in pair["rejected"] if source in (None, r["source"])
+            and (mode not in WEAKEN_MODES or r.get("mode") == mode)]
+
+
+def to_preferences(pairs: Sequence[dict], image_folder: Path, *, method: str = "bpo") -> list[dict]:
     """TRL's conversational preference rows {images, prompt, chosen, rejected}, one a rejected
-    answer of the named sources; images are paths, to be opened when a batch is made."""
+    answer that the method learns from; images are paths, to be opened when a batch is made."""
     return [{"images": [str(image_folder / k["image"])], "prompt": k["prompt"],
              "chosen": [{"role": "assistant", "content": k["chosen"]}],
              "rejected": [{"role": "assistant", "content": r["text"]}]}
-            for k in pairs for r in k["rejected"] if r["source"] in sources]
+            for k in pairs for r in rejected_for(k, method)]
 
 
 def to_completions(rows: Sequence[dict]) -> list[dict]:
@@ -211,25 +230,21 @@ def to_completions(rows: Sequence[dict]) -> list[dict]:
 
 
 def examples(p: PairGeneration, result: runs.Result) -> list[dict[str, Any]]:
-    """Positives with both rejected answers for the gallery, drawn by seed, with the clean image and
-    the noised one that the weakened answer came from."""
-    rows = {r.id: r for r in read_annotated(p)[0]}
-    both = [k for k in read_pairs(result.folder / "pairs.jsonl") if len(k["rejected"]) == 2]
-    both.sort(key=lambda k: seeds.seed_for(p.seed, "pair gallery", k["id"]))
+    """Positives with the most rejected answers for the gallery, drawn by seed, with the clean image
+    and the weakened one of the first view."""
+    view, root = candidates.views(p)[0], image_root(p)
     processor = models.load_processor(p.path(p.model))
     out = []
-    for pair in both[:p.gallery]:
-        row = rows[pair["id"]]
-        image = records.load_image(row.image)
-        draw = seeds.torch_generator(p.seed, "noise", row.id, p.noise_step)
-        out.append({"image": image, "question": row.question, "chosen": pair["chosen"],
-                    "noised": models.noised_picture(processor, image, p.noise_step, draw),
-                    "category": pair["category"], "rejected": pair["rejected"]})
+    pairs, rows = (LineFile(result.folder / f"{n}.jsonl") for n in ("pairs", "rows"))
+    places = sorted(range(len(pairs)),
+                    key=lambda i: seeds.seed_for(p.seed, "pair gallery", pairs[i]["id"]))
+    most = max(len(k["rejected"]) for k in pairs)
+    for i in [i for i in places if len(pairs[i]["rejected"]) == most][:p.gallery]:
+        pair, asked = pairs[i], candidates.request(p, rows, root, i, view)
+        out.append({"image": images.load(asked.image), "chosen": pair["chosen"],
+                    "question": pair["prompt"][-1]["content"], "category": pair["category"],
+                    "weakened": generate.view_picture(
+                        processor, asked, view, transform=p.image_transform, seed=p.seed,
+                        crop_share=p.crop_share),
+                    "rejected": pair["rejected"]})
     return out
-
-
-def audit_table(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The audit, one row a source and category, for people."""
-    return [{"source": source, "category": category, "rows": n["rows"], "kept": n["kept"],
-             "share kept": f"{n['kept'] / n['rows']:.2f}"}
-            for source in SOURCES for category, n in found[source]["by_category"].items()]

@@ -16,6 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("sft", "sft_matched", "sft_compute", "bpo", "bpo_weaken", "bpo_inject")
+SOURCES = ("weakened", "injected", "given")
+# Noise on the processor's pixels, alone or against the clean image; then damage to the picture.
+STEPPED_MODES = ("noisy", "reverse_contrast", "contrast")
+WEAKEN_MODES = (*STEPPED_MODES, "crop", "blank", "swapped")
+# What a training method learns from: the pairs of some sources or modes, or the random control.
+EXTRA_METHODS = ("bpo_unselected", *(f"bpo_{mode}" for mode in WEAKEN_MODES))
+SCORES = ("similarity", "length", "image")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -118,6 +125,9 @@ class Checkpoint(Parameters):
                        description="folder of the vision-language checkpoint")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="number format of the model's weights")
+    image_transform: Literal["processor", "pad", "crop"] = Field(
+        "processor", description="what is done to an image before the processor: nothing, pad to "
+                                 "a square, or cut out the middle square")
 
 
 class NoiseProbability(Checkpoint):
@@ -164,28 +174,87 @@ class PairGeneration(Checkpoint):
 
     notebook: ClassVar[str] = "2_pair_generation"
 
-    data: str = Field("outputs/{study}/0_tiny_world/preference/rows.json",
-                      description="annotated rows in the LLaVA layout")
+    data: str | dict[str, str] = Field(
+        "outputs/{study}/0_tiny_world/preference/rows.json",
+        description="annotated rows in any layout of the README; several files: the file and its "
+                    "folder below image_folder, each")
     image_folder: str = Field("", description="folder of the images; empty: the data file's own")
     rows: int = Field(0, description="rows to use, drawn by seed; 0: all", ge=0)
     max_words: Count = Field(350, description="rows with an answer longer than this are dropped")
-    noise_step: NoiseStep = Field(800, description="diffusion step of image weakening")
+    max_bad_share: Fraction = Field(
+        0.5, description="the run stops when more than this share of the rows cannot be used")
+    sources: list[Literal[SOURCES]] = Field(
+        ["weakened", "injected"], min_length=1,
+        description="where rejected answers come from; given: the data set's own")
+    weaken_modes: list[Literal[WEAKEN_MODES]] = Field(
+        ["noisy"], min_length=1, description="how the image is weakened: noisy, reverse_contrast, "
+                                             "contrast, crop, blank, swapped")
+    weaken_steps: list[NoiseStep] = Field(
+        [800], min_length=1, description="diffusion steps of the noise")
+    weaken_draws: Count = Field(1, description="noise draws, crops or swaps of each image and step")
+    weaken_samples: Count = Field(1, description="answers sampled from each weakened image")
     weaken_temperature: float = Field(1.0, description="sampling temperature of image weakening",
                                       gt=0, le=5)
     weaken_top_p: float = Field(1.0, description="nucleus of image weakening", gt=0, le=1)
+    contrast_strength: float = Field(
+        1.0, description="weight of the branch that contrast and reverse_contrast take away", gt=0)
+    contrast_cutoff: Fraction = Field(
+        0.1, description="contrast keeps tokens with at least this share of the clean image's "
+                         "likeliest one")
+    crop_share: float = Field(0.3, description="share of each side that crop leaves", gt=0, lt=1)
     text_model: str = Field("outputs/{study}/0_tiny_world/language_model",
                             description="folder of the text model that injects errors; "
-                                        "empty: the checkpoint itself, without an image")
+                                        "empty: the checkpoint's own language model")
+    endpoint: str = Field("", description="URL of an OpenAI-compatible endpoint that injects "
+                                          "errors; empty: text_model does")
+    endpoint_model: str = Field("", description="the endpoint's name of its model")
+    endpoint_key_variable: str = Field(
+        "OPENAI_API_KEY", description="environment variable that holds the endpoint's key")
+    endpoint_requests: Count = shown(8, "requests to the endpoint that are under way at once")
+    endpoint_retries: int = shown(5, "tries again of one request before the run stops", ge=0)
+    endpoint_timeout: float = shown(120.0, "seconds of silence after which a request is lost", gt=0)
     describe_prompt: str = Field("outputs/{study}/0_tiny_world/prompts/describe.txt",
                                  description="file that asks to rewrite a description")
     question_prompt: str = Field("outputs/{study}/0_tiny_world/prompts/question.txt",
                                  description="file that asks to rewrite an answer")
+    inject_samples: Count = Field(1, description="rewritten answers of each row")
     inject_temperature: float = Field(0.8, description="sampling temperature of error injection",
                                       gt=0, le=5)
     inject_top_p: float = Field(0.95, description="nucleus of error injection", gt=0, le=1)
     max_new_tokens: Count = Field(40, description="longest generated answer, in tokens")
-    batch_size: Count = Field(64, description="rows decoded together")
+    batch_tokens: Count = Field(4096, description="tokens decoded together: prompts with their "
+                                                  "images, and answers as long as the annotated")
+    score_candidates: bool = Field(
+        True, description="weigh every candidate under the clean and the weakened image")
+    select: dict[Literal[SCORES], float] = Field(
+        {}, description="weights of the scores that choose among candidates: similarity, length, "
+                        "image; empty: the first made")
+    keep: Count = Field(1, description="rejected answers kept of each source and mode")
+    drop_right: bool = Field(
+        False, description="drop candidates that the truth file says are right")
+    audit_positives: Count = Field(
+        3000, description="positives, drawn by seed, that the audit reads in full")
     gallery: int = shown(6, "pairs shown in the gallery", ge=1, le=60)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "PairGeneration":
+        for name in ("sources", "weaken_modes", "weaken_steps"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name}: a value is named twice")
+        if isinstance(self.data, dict):
+            if not self.data:
+                raise ValueError("data: names no file")
+            if not self.image_folder:
+                raise ValueError("image_folder: must be named when data names several files")
+        if self.endpoint and not self.endpoint_model:
+            raise ValueError("endpoint_model: must be named when endpoint is")
+        if "image" in self.select and not self.score_candidates:
+            raise ValueError("select: the score image needs score_candidates")
+        noisy = [m for m in self.weaken_modes if m in STEPPED_MODES]
+        if "weakened" in self.sources and noisy and 0 in self.weaken_steps:
+            raise ValueError("weaken_steps: step 0 is the clean image, which weakens nothing")
+        return self
 
 
 class DPOTraining(Checkpoint):
@@ -197,8 +266,8 @@ class DPOTraining(Checkpoint):
                        description="pairs that notebook 2 wrote")
     image_folder: str = Field("outputs/{study}/0_tiny_world/preference",
                               description="folder that the pairs' image names start from")
-    methods: list[Literal[METHODS]] = Field(list(METHODS), min_length=1,
-                                            description="methods to train, one adapter each")
+    methods: list[Literal[(*METHODS, *EXTRA_METHODS)]] = Field(
+        list(METHODS), min_length=1, description="methods to train, one adapter each")
     steps: int = Field(80, description="optimizer steps of every method; 0: what epochs gives",
                        ge=0)
     epochs: float = Field(2.0, description="passes over the pairs of bpo, used when steps is 0",
@@ -217,6 +286,8 @@ class DPOTraining(Checkpoint):
     max_tokens: Count = Field(2048, description="rows longer than this are dropped and counted")
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     save_every: Count = Field(20, description="optimizer steps between checkpoints to resume from")
+    rounds: int = shown(1, "rounds of pairs and training, each from the model that the last one "
+                           "tuned", ge=1)
 
     @model_validator(mode="after")
     def _batches_fit(self) -> "DPOTraining":
@@ -393,7 +464,7 @@ def read_study(study: str, overrides: Mapping[str, Any] | None = None) -> dict[s
             read[name] = validate(schema, values, where=f"params/{study}/{file.name}")
         except Refusal as refusal:
             problems.append(str(refusal))
-    for key in ("study", "seed", "model", "precision"):
+    for key in ("study", "seed", "model", "precision", "image_transform"):
         values = {n: getattr(p, key) for n, p in read.items() if hasattr(p, key)}
         if len(set(values.values())) > 1:
             problems.append(f"params/{study}: {key} must be the same in all files, is "

@@ -16,7 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from bpo import generate, metrics, models, noise, packed, records, runs, seeds
+from bpo import (
+    entries,
+    generate,
+    images,
+    layouts,
+    metrics,
+    models,
+    noise,
+    packed,
+    readers,
+    records,
+    runs,
+    seeds,
+    shards,
+)
 from bpo.generate import Request
 from bpo.models import Checkpoint
 from bpo.params import NoiseProbability, Refusal
@@ -28,7 +42,7 @@ KINDS = ("true", "prior")
 
 @dataclass(frozen=True)
 class Look:
-    """One image under one noise draw at one step; `length` lets `generate.plan` order looks."""
+    """One image under one noise draw at one step; `length` lets `shards.by_length` order looks."""
 
     id: str
     row: Row
@@ -41,23 +55,27 @@ def run(p: NoiseProbability) -> runs.Result:
     """The stage of notebook 1: looks.jsonl (a line an image, step and draw), candidates.json."""
     data = p.path(p.data)
     inputs = {"model": p.path(p.model), "data": data}
-    if (data.parent / "truth.json").is_file():
-        inputs["truth"] = data.parent / "truth.json"
+    if truth := records.truth_file(data):
+        inputs["truth"] = truth
     return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
-                      modules=[noise, seeds, records, models, generate, packed, metrics,
-                               sys.modules[__name__]])
+                      modules=[noise, seeds, records, images, layouts, entries, readers, models,
+                               generate, packed, metrics, shards, sys.modules[__name__]])
 
 
 def _work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
-    rows, skipped = records.read_rows(p.path(p.data), p.optional_path(p.image_folder))
+    rows, skipped = readers.list_rows(p.path(p.data), p.optional_path(p.image_folder))
     rows = [r for r in rows if not p.category or r.category == p.category]
     if p.question:
         rows = _one_question(rows, p.question)
     if not rows:
         raise Refusal(f"{p.path(p.data)}: no row has the category {p.category!r}; "
                       "set category to an empty text to use all")
-    rows = records.draw_rows(rows, p.rows, p.seed, purpose="probe rows")
-    checkpoint = models.load(p.path(p.model), precision=p.precision)
+    rows, bad = readers.open_images(
+        records.draw_rows(rows, p.rows, p.seed, purpose="probe rows"))
+    if not rows:
+        raise Refusal(f"{p.path(p.data)}: no image can be used: {readers.told(bad)}")
+    skipped += bad
+    checkpoint = models.load(p.path(p.model), precision=p.precision, transform=p.image_transform)
     candidates, unused = _candidates(p, checkpoint, rows)
     rows = [r for r in rows if r.id in candidates]
     if not rows:
@@ -67,13 +85,12 @@ def _work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
     score = _scorer(p, checkpoint, rows, candidates)
     looks = _looks(rows, p)
     sampled = {r.id for r in rows[:p.sampled_answers]}
-    batches = generate.plan(looks, p.batch_size)
-    lines = generate.resumable(
-        folder / "looks.jsonl", batches,
+    lines = shards.run_on(
+        folder / "looks.jsonl", looks, p.batch_size,
         lambda batch: _look(p, checkpoint, batch, candidates, score=score, sampled=sampled),
         label="noise steps")
     return {**summary(lines, p.noise_steps, seed=p.seed), "images": len(rows),
-            "prefix_shared": score is packed.answer_logprobs,
+            "prefix_shared": score is packed.weigh,
             "rows_skipped": dict(sorted((skipped + unused).items()))}
 
 
@@ -98,7 +115,9 @@ def _candidates(p: NoiseProbability, checkpoint: Checkpoint, rows: Sequence[Row]
              if r.id in truth and truth[r.id]["true"] and truth[r.id]["prior"]}
     asked = [r for r in rows if r.id not in truth]
     unused = Counter({"the prior has no answer": len(rows) - len(known) - len(asked)})
-    for batch in generate.plan([_request(r) for r in asked], p.batch_size):
+    requests = [_request(r) for r in asked]
+    for places in shards.by_length(requests, p.batch_size):
+        batch = [requests[i] for i in places]
         inputs = generate.encode_batch(checkpoint, batch, noise_step=p.noise_steps[-1], seed=p.seed)
         blind = generate.decode(checkpoint, inputs, max_new_tokens=p.max_new_tokens)
         for request, answer in zip(batch, blind, strict=True):
@@ -129,7 +148,7 @@ def _encode(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look]
     for look in batch:
         if look.row.id not in clean:
             text = models.prompt_text(checkpoint, look.row.prompt, image=True)
-            clean[look.row.id] = models.encode(checkpoint, text, records.load_image(look.row.image))
+            clean[look.row.id] = models.encode(checkpoint, text, images.load(look.row.image))
     rows = []
     for look in batch:
         draw = seeds.torch_generator(p.seed, "probe noise", look.row.id, look.draw)
@@ -158,19 +177,19 @@ def _look(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look], ca
           score: packed.Scorer, sampled: set[str]) -> list[dict]:
     inputs = _encode(p, checkpoint, batch)
     tokens = _answer_ids(checkpoint, batch, candidates)
-    chains = score(checkpoint, inputs, tokens)
+    weighed = score(checkpoint, inputs, tokens)
     said = _sampled(p, checkpoint, batch, sampled)
     lines = []
-    for look, ids, row_chains in zip(batch, tokens, chains, strict=True):
+    for look, ids, row_weighed in zip(batch, tokens, weighed, strict=True):
         kinds = [(k, t) for k in KINDS for t in candidates[look.row.id][k]]
         lines.append({
             "id": look.id, "row": look.row.id, "image": look.row.image_name, "step": look.step,
             "draw": look.draw, "sampled": said.get(look.id),
-            "answers": [{"kind": kind, "text": text, "logp": round(chain.sum().item(), 5),
-                         "logp_first": round(chain[0].item(), 5), "first_token": answer[0],
+            "answers": [{"kind": kind, "text": text, "logp": round(w.logprobs.sum().item(), 5),
+                         "logp_first": round(w.logprobs[0].item(), 5), "first_token": answer[0],
                          "tokens": len(answer)}
-                        for (kind, text), answer, chain in zip(kinds, ids, row_chains,
-                                                               strict=True)]})
+                        for (kind, text), answer, w in zip(kinds, ids, row_weighed,
+                                                           strict=True)]})
     return lines
 
 
@@ -255,10 +274,11 @@ def example(p: NoiseProbability, result: runs.Result, *, number: int = 0) -> dic
     """One analysed image for the strip: its picture at each step, what was sampled there, its
     question and its candidates."""
     lines, candidates = load(result)
-    rows, _ = records.read_rows(p.path(p.data), p.optional_path(p.image_folder))
+    rows, _ = readers.list_rows(p.path(p.data), p.optional_path(p.image_folder))
     sampled = [x["row"] for x in lines if x["sampled"] is not None and x["step"] == 0]
     row = next(r for r in rows if r.id == sorted(sampled)[number % len(sampled)])
-    processor, image = models.load_processor(p.path(p.model)), records.load_image(row.image)
+    processor = models.load_processor(p.path(p.model))
+    image = models.transformed(images.load(row.image), p.image_transform, processor)
     said = {x["step"]: x["sampled"] for x in lines if x["row"] == row.id and x["draw"] == 0}
     pictures = [models.noised_picture(processor, image, step, seeds.torch_generator(
         p.seed, "probe noise", row.id, 0)) for step in p.noise_steps]

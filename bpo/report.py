@@ -10,6 +10,7 @@ import math
 import os
 import re
 import string
+from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,6 +192,18 @@ def index_page(study_folder: Path, notebooks: list[dict[str, Any]]) -> Path:
     )
     _write(study_folder / "index.html", page)
     return study_folder / "index.html"
+
+
+def results_page(out: Path, title: str, parts: Sequence[Shown]) -> Path:
+    """Write tables and sentences that no notebook holds as one offline page beside the index."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True)
+    page = environment.get_template("results.html.j2").render(
+        title=visible(title), parts=[part.html for part in parts], styles=_styles(),
+        study=visible(out.resolve().parent.name))
+    _write(out, page)
+    return out
 
 
 def _index_row(folder: Path, notebook: dict[str, Any]) -> dict[str, Any]:

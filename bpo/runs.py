@@ -16,12 +16,13 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from bpo import ranks
 from bpo.params import ROOT, SCHEMAS, Parameters, Refusal, outputs_root
 from bpo.records import to_json, write_whole
 
@@ -76,32 +77,51 @@ def stage(p: Parameters, work: Callable[[Path], dict[str, Any]], *, inputs: Mapp
     go on from what it finds there.
     inputs: files or folders that the result depends on, by name.
     modules: the modules whose code shapes the result; comments and layout do not count.
-    Raises Refusal when an input is missing or was edited, or another run holds the study.
+    Under a launcher every process calls this and does its share of the work; the first one keeps
+    the books. Raises Refusal when an input is missing or was edited, or another run holds the study.
     """
     folder = stage_folder(p.study, p.notebook)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.parent / ".stage.lock", f"study {p.study} is being computed by another run; "
-                "wait for it to end, or write to another study with `--as`"):
-        key = {"parameters": p.shaping(),
-               "inputs": {n: fingerprint(path) for n, path in inputs.items()},
-               "modules": {m.__name__: code_hash(Path(m.__file__)) for m in modules}}
-        reason = why_stale(folder, key)
-        if reason is None:
+    with ExitStack() as held:
+        key, done = ranks.first(lambda: _begin(p, folder, inputs, modules, held))
+        if done is None:
             return Result(folder, _manifest(folder), "up to date, read again")
-        done = _open_folder(folder, key, reason)
-        print(f"{p.notebook} is {done}")
         began = time.monotonic()
         metrics = work(folder)
-        manifest = {"stage": p.notebook, "study": p.study, **key, "metrics": metrics,
-                    "outputs": {str(f.relative_to(folder)): file_hash(f) for f in _files(folder)},
-                    "versions": {v: importlib.metadata.version(v) for v in VERSIONS},
-                    "python": platform.python_version(), "device": device_name(),
-                    "commit": git_commit(),
-                    "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-                    "seconds": round(time.monotonic() - began, 1)}
-        write_whole(folder / MANIFEST, to_json(manifest, indent=1) + "\n")
-        (folder / STARTED).unlink()
-        return Result(folder, manifest, done)
+        ranks.wait()
+        seconds = round(time.monotonic() - began, 1)
+        return ranks.first(lambda: _finish(p, folder, key, metrics, seconds, done))
+
+
+def _begin(p: Parameters, folder: Path, inputs: Mapping[str, Path],
+           modules: Sequence[ModuleType], held: ExitStack) -> tuple[dict[str, Any], str | None]:
+    """Takes the study's lock; the stage's key, and what is to be done (None: nothing)."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    held.enter_context(locked(
+        folder.parent / ".stage.lock", f"study {p.study} is being computed by another run; "
+        "wait for it to end, or write to another study with `--as`"))
+    key = {"parameters": p.shaping(),
+           "inputs": {n: fingerprint(path) for n, path in inputs.items()},
+           "modules": {m.__name__: code_hash(Path(m.__file__)) for m in modules}}
+    reason = why_stale(folder, key)
+    if reason is None:
+        return key, None
+    done = _open_folder(folder, key, reason)
+    print(f"{p.notebook} is {done}")
+    return key, done
+
+
+def _finish(p: Parameters, folder: Path, key: dict[str, Any], metrics: dict[str, Any],
+            seconds: float, done: str) -> Result:
+    manifest = {"stage": p.notebook, "study": p.study, **key, "metrics": metrics,
+                "outputs": {str(f.relative_to(folder)): file_hash(f) for f in _files(folder)},
+                "versions": {v: importlib.metadata.version(v) for v in VERSIONS},
+                "python": platform.python_version(), "device": device_name(),
+                "processes": ranks.world(), "commit": git_commit(),
+                "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+                "seconds": seconds}
+    write_whole(folder / MANIFEST, to_json(manifest, indent=1) + "\n")
+    (folder / STARTED).unlink()
+    return Result(folder, manifest, done)
 
 
 def why_stale(folder: Path, key: Mapping[str, Any]) -> str | None:

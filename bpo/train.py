@@ -23,25 +23,26 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from bpo import metrics, models, pairs, records, runs, seeds
+from bpo import images, metrics, models, pairs, records, runs, seeds
 from bpo.models import Checkpoint
 from bpo.params import DPOTraining, Refusal
 
 LOGGED = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected",
           "logps/chosen", "logps/rejected", "grad_norm", "learning_rate")
 COUNTED_STEPS = 8
-SOURCES = {"bpo": pairs.SOURCES, "bpo_weaken": ("weakened",), "bpo_inject": ("injected",)}
 
 
 def run(p: DPOTraining) -> runs.Result:
     """The stage of notebook 3: for every method adapter/, history.json and compute.json."""
     inputs = {"model": p.path(p.model), "pairs": p.path(p.pairs)}
     return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
-                      modules=[seeds, records, models, metrics, pairs, sys.modules[__name__]])
+                      modules=[seeds, records, images, models, metrics, pairs,
+                               sys.modules[__name__]])
 
 
 def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
-    checkpoint = models.load(p.path(p.model), precision=p.precision)
+    checkpoint = models.load(p.path(p.model), precision=p.precision,
+                             transform=p.image_transform)
     image_folder = p.path(p.image_folder)
     lines, skipped = usable(checkpoint, pairs.read_pairs(p.path(p.pairs)), image_folder,
                             max_tokens=p.max_tokens)
@@ -72,8 +73,14 @@ def method_rows(method: str, lines: Sequence[dict], image_folder: Path) -> list[
         return pairs.to_completions([
             {"images": [str(image_folder / k["image"])], "prompt": k["prompt"],
              "chosen": [{"role": "assistant", "content": k["chosen"]}]} for k in lines])
-    rows = pairs.to_preferences(lines, image_folder, sources=SOURCES.get(method, pairs.SOURCES))
-    return rows if method in SOURCES else pairs.to_completions(rows)
+    if learns_pairs(method):
+        return pairs.to_preferences(lines, image_folder, method=method)
+    return pairs.to_completions(pairs.to_preferences(lines, image_folder))
+
+
+def learns_pairs(method: str) -> bool:
+    """Whether a method learns from pairs (DPO); the others from positives alone (SFT)."""
+    return method.startswith("bpo")
 
 
 def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
@@ -85,14 +92,14 @@ def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
     kept, dropped, placeholders = [], {}, {}
     for line in lines:
         file = image_folder / line["image"]
-        if not file.is_file():
+        if not images.exists(file):
             raise Refusal(f"{file}: the image of pair {line['id']} is missing; set image_folder to "
                           "the folder that the pairs' image names start from")
         texts = [line["chosen"], *(r["text"] for r in line["rejected"])]
         if any(metrics.normalised(t) == metrics.normalised(line["chosen"]) for t in texts[1:]):
             raise Refusal(f"pair {line['id']}: a rejected answer equals the chosen one, "
                           "which would train on nothing")
-        image = records.load_image(file)
+        image = images.load(file)
         prompt = models.prompt_text(checkpoint, line["prompt"], image=True)
         text_tokens = len(models.answer_ids(checkpoint, prompt))
         if image.size not in placeholders:  # an image's tokens depend on its size alone
@@ -111,7 +118,8 @@ def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
 def _rendered(checkpoint: Checkpoint, row: dict, answers: Sequence[str]) -> dict[str, Any]:
     """A row with its images opened and its texts as the model reads them. The row is not changed:
     TRL's collators write into what they are given."""
-    out = {"images": [records.load_image(Path(i)) for i in row["images"]],
+    out = {"images": [models.transformed(images.load(Path(i)), checkpoint.transform,
+                                         checkpoint.processor) for i in row["images"]],
            "prompt": models.prompt_text(checkpoint, row["prompt"], image=True)}
     for name in answers:
         out[name] = models.answer_text(checkpoint, row["prompt"], row[name][0]["content"],
@@ -185,8 +193,9 @@ def make_trainer(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path
     """The TRL trainer of a method on a freshly loaded model with a fresh adapter."""
     # The adapter's first values are drawn here: the same for every method.
     set_seed(seeds.seed_for(p.seed, "adapter") % 2**32)
-    checkpoint = models.load(p.path(p.model), precision=p.precision)
-    preference = method in SOURCES
+    checkpoint = models.load(p.path(p.model), precision=p.precision,
+                             transform=p.image_transform)
+    preference = learns_pairs(method)
     common = dict(
         output_dir=str(folder / "checkpoints"), max_steps=steps, seed=p.seed, data_seed=p.seed,
         per_device_train_batch_size=p.device_batch,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bpo import generate, models, packed, params, records
+from bpo import generate, models, packed, params, readers, records
 from bpo.generate import Request
 
 ROUNDS = 7
@@ -37,7 +37,7 @@ def main() -> int:
         print("run `make report` first: the benchmark uses its checkpoint", file=sys.stderr)
         return 1
     checkpoint = models.load(world / "model")
-    rows, _ = records.read_rows(world / "counterfactual" / "rows.json")
+    rows, _ = readers.read_rows(world / "counterfactual" / "rows.json")
     print(f"torch {torch.__version__}, 1 thread, medians of {ROUNDS} interleaved rounds, CPU time")
     print(f"six candidates on one prefix against one pass each: {_probe(checkpoint, rows):.1f}")
     print(f"decoding 64 rows in one batch against one at a time: {_decode(checkpoint, rows):.1f}")
@@ -50,9 +50,9 @@ def _probe(checkpoint: models.Checkpoint, rows: list[records.Row]) -> float:
     batch = generate.encode_batch(checkpoint, _requests(asked))
     singles = [generate.encode_batch(checkpoint, [r]) for r in _requests(asked)]
     ids = [models.answer_ids(checkpoint, c + checkpoint.tokenizer.eos_token) for c in COLOURS]
-    return ratio(lambda: [packed.answer_logprobs_unpacked(checkpoint, s, [[i]])
+    return ratio(lambda: [packed.weigh_unpacked(checkpoint, s, [[i]])
                           for s in singles for i in ids],
-                 lambda: packed.answer_logprobs(checkpoint, batch, [ids] * len(asked)))
+                 lambda: packed.weigh(checkpoint, batch, [ids] * len(asked)))
 
 
 def _decode(checkpoint: models.Checkpoint, rows: list[records.Row]) -> float:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from bpo import benchmarks, compare, generate, models, records
+from bpo import benchmarks, compare, generate, models, readers, records
 from bpo.generate import Request
 from bpo.params import QualitativeComparison, Refusal
 from bpo.seeds import torch_generator
@@ -225,6 +225,7 @@ def test_tables_show_values_with_intervals_and_counts(scored):
 def adapters(model_folder, tmp_path_factory):
     """Three random adapters, as notebook 3 lays them: sft does nothing, the others differ."""
     folder = tmp_path_factory.mktemp("adapters")
+    torch.manual_seed(0)  # PEFT draws the other half of each adapter
     for method, size in (("sft", 0.0), ("bpo", 0.4), ("bpo_weaken", 0.4)):
         model = models.load(model_folder).model
         config = models.adapter_config(model, rank=4, alpha=8, dropout=0)
@@ -260,12 +261,12 @@ def lines(result):
 
 
 def test_every_method_answers_every_question(lines, data_file):
-    assert {x["id"] for x in lines} == {r.id for r in records.read_rows(data_file)[0]}
+    assert {x["id"] for x in lines} == {r.id for r in readers.read_rows(data_file)[0]}
     assert all(set(x["answers"]) == {"base", "sft", "bpo", "bpo_weaken"} for x in lines)
 
 
 def requests_of(data_file):
-    return {r.id: Request(r.id, r.prompt, r.image) for r in records.read_rows(data_file)[0]}
+    return {r.id: Request(r.id, r.prompt, r.image) for r in readers.read_rows(data_file)[0]}
 
 
 def test_base_answers_are_those_of_the_plain_model(lines, data_file, checkpoint):
@@ -349,13 +350,15 @@ def test_methods_come_in_the_order_in_which_they_were_trained(model_folder, adap
         (tmp_path / method).symlink_to(adapters / method)
     (tmp_path / "manifest.json").write_text(json.dumps(
         {"metrics": {"methods": {"sft": {}, "bpo_weaken": {}, "bpo": {}}}}))
-    _, names = benchmarks.load_methods(model_folder, tmp_path, precision="float32")
+    _, names = benchmarks.load_methods(QualitativeComparison(
+            study="s", model=str(model_folder), adapters=str(tmp_path)))
     assert names == ["base", "sft", "bpo_weaken", "bpo"]
 
 
 def test_a_folder_without_adapters_is_refused(model_folder, tmp_path):
     with pytest.raises(Refusal, match="3_dpo_training writes them"):
-        benchmarks.load_methods(model_folder, tmp_path, precision="float32")
+        benchmarks.load_methods(QualitativeComparison(
+            study="s", model=str(model_folder), adapters=str(tmp_path)))
 
 
 def test_an_adapter_of_another_model_is_refused(model_folder, adapters, tmp_path):
@@ -366,7 +369,8 @@ def test_an_adapter_of_another_model_is_refused(model_folder, adapters, tmp_path
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 2}))
     with pytest.raises(Refusal, match="trained on another model"):
-        benchmarks.load_methods(model_folder, tmp_path, precision="float32")
+        benchmarks.load_methods(QualitativeComparison(
+            study="s", model=str(model_folder), adapters=str(tmp_path)))
 
 
 def test_data_without_a_truth_file_is_measured_by_length_and_change(parameters, untold_file,
@@ -383,7 +387,7 @@ def test_data_without_a_truth_file_is_measured_by_length_and_change(parameters, 
 def test_the_gallery_shows_wins_and_losses_and_counts_them_all(parameters, result, data_file):
     cards, verdicts = compare.gallery(parameters, result, split="natural", method="bpo",
                                       against="base")
-    assert sum(verdicts.values()) == len(records.read_rows(data_file)[0])
+    assert sum(verdicts.values()) == len(readers.read_rows(data_file)[0])
     assert len(cards) == 4
     assert {c["verdict"] for c in cards} == {v for v, n in verdicts.items() if n}
     assert all(set(c["answers"]) == {"base", "sft", "bpo", "bpo_weaken"} for c in cards)

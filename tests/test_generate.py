@@ -1,114 +1,16 @@
-"""Decoding: resumable to the byte, seeded by row, the same alone as in a batch."""
+"""Decoding: seeded by row, the same alone as in a batch, from images weakened in every way."""
 
-import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from bpo import generate, models, records
-from bpo.generate import Request, SeededSampling
+from bpo import generate, images, models, readers
+from bpo.generate import Request, SeededSampling, View
 from bpo.noise import add_noise
-from bpo.seeds import torch_generator
-
-
-class Killed(Exception):
-    pass
-
-
-def named(names, lengths=None):
-    return [Request(n, (), None, (lengths or {}).get(n, 0)) for n in names]
-
-
-class Work:
-    """Makes a record a request; counts what it was asked for and can be killed at a batch."""
-
-    def __init__(self, killed_at=None):
-        self.killed_at, self.asked = killed_at, []
-
-    def __call__(self, batch):
-        if len(self.asked) == self.killed_at:
-            raise Killed
-        self.asked.append([r.id for r in batch])
-        return [{"id": r.id, "text": f"ä {r.id}\u2028\r\n"} for r in batch]
-
-
-# --- the plan -----------------------------------------------------------------------------------
-
-def test_the_plan_puts_long_answers_first_and_does_not_depend_on_order():
-    lengths = {"a": 1, "b": 5, "c": 3, "d": 5, "e": 2}
-    batches = generate.plan(named("abcde", lengths), 2)
-    assert [[r.id for r in b] for b in batches] == [["b", "d"], ["c", "e"], ["a"]]
-    assert generate.plan(named("edcba", lengths), 2) == batches
-
-
-# --- resuming -----------------------------------------------------------------------------------
-
-BATCHES = generate.plan(named("abcdefg"), 3)  # abc, def, g
-
-
-def whole(tmp_path):
-    generate.resumable(tmp_path / "whole", BATCHES, Work(), label="x")
-    return (tmp_path / "whole").read_bytes()
-
-
-def test_records_come_in_the_plan_s_order_and_are_kept(tmp_path):
-    work = Work()
-    found = generate.resumable(tmp_path / "f", BATCHES, work, label="x")
-    assert [r["id"] for r in found] == list("abcdefg")
-    assert work.asked == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
-    assert records.read_lines(tmp_path / "f") == found
-
-
-def test_finished_work_is_only_read(tmp_path):
-    first = generate.resumable(tmp_path / "f", BATCHES, Work(), label="x")
-    again = Work()
-    assert generate.resumable(tmp_path / "f", BATCHES, again, label="x") == first
-    assert again.asked == []
-
-
-@pytest.mark.parametrize("killed_at", (0, 1, 2))
-def test_a_resumed_run_writes_the_same_bytes_and_repeats_no_batch(tmp_path, killed_at):
-    file = tmp_path / "f"
-    with pytest.raises(Killed):
-        generate.resumable(file, BATCHES, Work(killed_at), label="x")
-    work = Work()
-    found = generate.resumable(file, BATCHES, work, label="x")
-    assert len(work.asked) == 3 - killed_at
-    assert file.read_bytes() == whole(tmp_path)
-    assert [r["id"] for r in found] == list("abcdefg")
-
-
-@pytest.mark.parametrize("lost", (1, 5, 30))
-def test_half_a_batch_at_the_end_is_cut_off_and_made_again(tmp_path, lost):
-    file = tmp_path / "f"
-    with pytest.raises(Killed):
-        generate.resumable(file, BATCHES, Work(2), label="x")
-    file.write_bytes(file.read_bytes()[:-lost])
-    work = Work()
-    generate.resumable(file, BATCHES, work, label="x")
-    assert work.asked == [["d", "e", "f"], ["g"]]
-    assert file.read_bytes() == whole(tmp_path)
-
-
-@pytest.mark.parametrize("rubbish", (b'{"id": "x"}\n', b"\0\0\0\n", b"{", b'{"id": "g", "te'))
-def test_what_follows_the_last_whole_batch_is_cut_off(tmp_path, rubbish):
-    file = tmp_path / "f"
-    with pytest.raises(Killed):
-        generate.resumable(file, BATCHES, Work(1), label="x")
-    with file.open("ab") as stream:
-        stream.write(rubbish)
-    generate.resumable(file, BATCHES, Work(), label="x")
-    assert file.read_bytes() == whole(tmp_path)
-
-
-def test_a_file_of_another_plan_is_not_mixed_in(tmp_path):
-    file = tmp_path / "f"
-    generate.resumable(file, generate.plan(named("abxdefg"), 3), Work(), label="x")
-    work = Work()
-    generate.resumable(file, BATCHES, work, label="x")
-    assert len(work.asked) == 3
-    assert file.read_bytes() == whole(tmp_path)
+from bpo.seeds import numpy_generator, torch_generator
 
 
 # --- sampling -----------------------------------------------------------------------------------
@@ -164,7 +66,7 @@ def test_a_row_s_draws_do_not_depend_on_the_other_rows():
 @pytest.fixture(scope="module")
 def requests(data_file):
     return [Request(r.id, r.prompt, r.image, len(r.answer.split()))
-            for r in records.read_rows(data_file)[0]]
+            for r in readers.read_rows(data_file)[0]]
 
 
 def answers(checkpoint, requests, **options):
@@ -204,7 +106,7 @@ def test_each_row_has_its_own_draw_of_noise(checkpoint, requests):
     assert torch.equal(clean[0], clean[1])
     noised = generate.encode_batch(checkpoint, same_image, noise_step=500, seed=3)["pixel_values"]
     assert not torch.allclose(noised[0], noised[1])
-    draw = torch_generator(3, "noise", same_image[0].id, 500)
+    draw = torch_generator(3, "noise", same_image[0].id, 500, 0)
     assert torch.equal(noised[0], add_noise(clean[:1], 500, draw)[0])
     other = generate.encode_batch(checkpoint, same_image, noise_step=500, seed=4)["pixel_values"]
     assert not torch.allclose(noised, other)
@@ -218,9 +120,9 @@ def test_greedy_answers_are_the_same_every_time_and_alone(checkpoint, requests):
 
 
 def test_greedy_answers_depend_on_the_image(checkpoint, requests):
-    images = {r.image for r in requests}
-    said = {answers(checkpoint, [replace(requests[0], image=i)])[0] for i in images}
-    assert len(said) > 1
+    pictures = {r.image for r in requests}
+    told = {answers(checkpoint, [replace(requests[0], image=i)])[0] for i in pictures}
+    assert len(told) > 1
 
 
 def test_answers_stop_at_the_longest_length_and_hold_no_special_tokens(checkpoint, requests):
@@ -230,29 +132,156 @@ def test_answers_stop_at_the_longest_length_and_hold_no_special_tokens(checkpoin
 
 
 def options(**changes):
-    return dict(noise_step=600, seed=0, purpose="weakened", temperature=1.0, top_p=1.0,
-                max_new_tokens=6, batch_size=5) | changes
+    return dict(seed=0, purpose="weakened", temperature=1.0, top_p=1.0, samples=1,
+                max_new_tokens=6) | changes
 
 
-def test_sampled_answers_are_reproducible_in_any_order_and_batch(checkpoint, requests, tmp_path):
-    first = generate.sample_answers(checkpoint, requests, tmp_path / "a", **options())
-    again = generate.sample_answers(checkpoint, requests[::-1], tmp_path / "b", **options())
-    assert set(first) == {r.id for r in requests}
-    assert first == again
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    other = generate.sample_answers(checkpoint, requests, tmp_path / "c", **options(batch_size=2))
-    assert other == first
+NOISY = View("noisy", 600)
+
+
+def said(checkpoint, requests, view=NOISY, **changes):
+    return generate.sample_answers(checkpoint, requests, view, **options(**changes))
+
+
+def test_sampled_answers_are_reproducible_in_any_order_and_batch(checkpoint, requests):
+    first = said(checkpoint, requests)
+    assert said(checkpoint, requests[::-1])[::-1] == first
+    assert [said(checkpoint, [r])[0] for r in requests] == first
     for changes in ({"seed": 1}, {"purpose": "other"}):
-        assert generate.sample_answers(checkpoint, requests, tmp_path / json.dumps(changes),
-                                       **options(**changes)) != first
+        assert said(checkpoint, requests, **changes) != first
 
 
-def test_a_text_model_answers_without_an_image(text_checkpoint, tmp_path):
+def test_several_samples_of_a_row_differ_and_the_first_is_the_only_one_s(checkpoint, requests):
+    three = said(checkpoint, requests, samples=3)
+    assert [len(x) for x in three] == [3] * len(requests)
+    assert [x[:1] for x in three] == said(checkpoint, requests)
+    assert any(len(set(x)) > 1 for x in three)
+
+
+def test_an_image_is_encoded_once_for_all_its_samples(checkpoint, requests):
+    encoded = []
+    tower = next(m for n, m in checkpoint.model.named_modules() if n.endswith("vision_tower"))
+    hook = tower.register_forward_hook(lambda module, args, kwargs, out: encoded.append(
+        len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True)
+    said(checkpoint, requests[:3], samples=4)
+    hook.remove()
+    assert encoded == [3]
+
+
+def test_a_text_model_answers_without_an_image(text_checkpoint):
     asked = [Request(str(i), ({"role": "user", "content": t},), None)
              for i, t in enumerate(("what is this ?", "describe the big cat"))]
-    found = generate.sample_answers(text_checkpoint, asked, tmp_path / "a",
-                                    **options(noise_step=0))
-    assert set(found) == {"0", "1"}
+    found = said(text_checkpoint, asked, None)
+    assert len(found) == 2 and all(isinstance(x[0], str) for x in found)
+
+
+# --- weakening ----------------------------------------------------------------------------------
+
+def pixels(checkpoint, requests, view):
+    return generate.encode_view(checkpoint, requests, view, seed=0,
+                                crop_share=0.5)["pixel_values"]
+
+
+def test_every_mode_weakens_the_image_in_its_own_way(checkpoint, requests):
+    asked = [replace(requests[0], other=requests[3].image)]
+    clean = pixels(checkpoint, asked, None)
+    seen = {v.name: pixels(checkpoint, asked, v) for v in (
+        View("noisy", 500), View("noisy", 900), View("noisy", 500, 1), View("crop"),
+        View("crop", 0, 1), View("blank"), View("swapped"))}
+    assert len(seen) == 7
+    everything = [clean, *seen.values()]
+    for i, one in enumerate(everything):
+        assert not any(torch.allclose(one, other) for other in everything[:i])
+    assert (seen["blank"] == 0).all()
+    # What is told to a contrast is the noised branch of the same draw.
+    for mode in ("contrast", "reverse_contrast"):
+        assert torch.equal(pixels(checkpoint, asked, View(mode, 500)), seen["noisy-500-0"])
+
+
+def test_the_swapped_image_is_the_other_row_s(checkpoint, requests):
+    other = requests[3]
+    assert other.image != requests[0].image
+    swapped = pixels(checkpoint, [replace(requests[0], other=other.image)], View("swapped"))
+    with images.load(other.image) as picture:
+        size = images.load(requests[0].image).size
+        own = models.encode(checkpoint, models.prompt_text(
+            checkpoint, requests[0].messages, image=True), picture.resize(size))["pixel_values"]
+    assert torch.equal(swapped, own)
+
+
+def test_a_crop_is_a_piece_of_the_image_in_its_size():
+    image = Image.fromarray(np.arange(100, dtype=np.uint8).reshape(10, 10))
+    piece = np.asarray(generate.crop(image, 0.5, numpy_generator(0, "x")))
+    assert piece.shape == (10, 10)
+    # Four rows of ten and four columns lie between its corners; smoothing adds a little.
+    assert piece.max() - piece.min() <= 48
+    places = {np.asarray(generate.crop(image, 0.5, numpy_generator(0, i))).tobytes()
+              for i in range(20)}
+    assert len(places) > 5
+
+
+def test_contrasts_are_the_stated_arithmetic():
+    clean = torch.log_softmax(torch.tensor([[2.0, 1.0, 0.0, -3.0]]), dim=-1)
+    noisy = torch.log_softmax(torch.tensor([[0.0, 1.0, 2.0, 0.0]]), dim=-1)
+    both = torch.cat([clean, noisy])
+    less = generate.Contrast("contrast", strength=0.5, cutoff=0.2)(None, both)
+    # p_clean: .66 .24 .09 .004; a fifth of the likeliest is .13, so two tokens are left.
+    wanted = 1.5 * clean - 0.5 * noisy
+    assert torch.allclose(less[0, :2], wanted[0, :2]) and less[0, 2:].tolist() == [-torch.inf] * 2
+    more = generate.Contrast("reverse_contrast", strength=0.5, cutoff=0.2)(None, both)
+    assert torch.allclose(more[0], (1.5 * noisy - 0.5 * clean)[0])
+    assert torch.equal(less[0], less[1]) and torch.equal(more[0], more[1])
+
+
+@pytest.mark.parametrize("mode", ("contrast", "reverse_contrast"))
+def test_both_branches_of_a_contrast_stay_apart_beyond_the_first_token(checkpoint, requests,
+                                                                       monkeypatch, mode):
+    gaps, right = [], generate.Contrast.__call__
+
+    def watched(self, input_ids, scores):
+        clean, weakened = scores.float().chunk(2)
+        gaps.append((clean - weakened).abs().amax(1))
+        return right(self, input_ids, scores)
+
+    monkeypatch.setattr(generate.Contrast, "__call__", watched)
+    asked = requests[:4]
+    texts = said(checkpoint, asked, View(mode, 900))
+    assert len(gaps) > 2 and len(texts) == 4
+    # A cache that noise reaches at the first token only would make later gaps vanish.
+    assert all((g > 1e-3).all() for g in gaps[:3])
+
+
+@torch.no_grad()
+def test_a_contrast_decodes_what_two_plain_forward_passes_a_token_give(checkpoint, requests):
+    asked, view, steps = requests[:3], View("reverse_contrast", 900), 6
+    clean = generate.encode_view(checkpoint, asked, None, seed=0)
+    dull = generate.encode_view(checkpoint, asked, view, seed=0)
+    both = {n: torch.cat([clean[n], v]) for n, v in dull.items()}
+    found = generate.decode(checkpoint, both, max_new_tokens=steps, contrast=generate.Contrast(
+        "reverse_contrast", strength=1.0, cutoff=0.1))
+    for i, text in enumerate(found):
+        rows = [generate.encode_view(checkpoint, [asked[i]], v, seed=0) for v in (None, view)]
+        ids = rows[0]["input_ids"]
+        for _ in range(steps):
+            sharp, noised = (torch.log_softmax(checkpoint.model(
+                input_ids=ids, attention_mask=torch.ones_like(ids),
+                pixel_values=r["pixel_values"]).logits[:, -1], dim=-1) for r in rows)
+            ids = torch.cat([ids, (2 * noised - sharp).argmax(1, keepdim=True)], dim=1)
+            if ids[0, -1] == checkpoint.tokenizer.eos_token_id:
+                break
+        answer = ids[0, rows[0]["input_ids"].shape[1]:]
+        assert text == checkpoint.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("size", ((40, 20), (20, 40)))
+def test_image_transforms_keep_all_of_the_image_or_its_middle(checkpoint, size):
+    image = Image.new("RGB", size, "red")
+    padded = models.transformed(image, "pad", checkpoint.processor)
+    cut = models.transformed(image, "crop", checkpoint.processor)
+    assert padded.size == (40, 40) and cut.size == (20, 20)
+    assert np.asarray(padded).tolist().count([[255, 0, 0]] * 40) == (20 if size == (40, 20) else 0)
+    assert padded.getpixel((0, 0)) == models.mean_colour(checkpoint.processor)
+    assert models.transformed(image, "processor", checkpoint.processor) is image
 
 
 def test_a_vision_model_answers_without_an_image_too(checkpoint):

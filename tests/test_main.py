@@ -2,7 +2,7 @@
 
 import pytest
 
-from bpo import params, runs
+from bpo import __main__, params, rounds, runs
 from bpo.__main__ import main
 
 
@@ -62,3 +62,61 @@ def test_two_runs_of_one_study_at_once_are_refused(capsys, outputs):
     with runs.locked(outputs / "tiny" / ".run.lock", "unused"):
         assert main(["run", "tiny", "--only", "0"]) == 1
     assert "is being run by another process" in capsys.readouterr().err
+
+
+def test_rounds_without_their_method_are_refused_before_anything_runs(capsys, outputs):
+    for command in ("run", "check"):
+        assert main([command, "tiny", "-p", "rounds", "2", "-p", "methods", "[sft]"]) == 1
+        told = capsys.readouterr()
+        assert "add bpo or set rounds to 1" in told.err and not told.out
+    assert not list(outputs.iterdir())
+
+
+@pytest.fixture
+def ran(monkeypatch, outputs):
+    """What `run` does in order, without doing it."""
+    did = []
+
+    def merge(before, after):
+        before, after = (p["3_dpo_training"].study for p in (before, after))
+        (outputs / after).mkdir()
+        did.append(f"merge {before} for {after}")
+
+    monkeypatch.setattr(__main__, "_execute",
+                        lambda notebook, p, folder: did.append(f"{p.study} {notebook[0]}") or True)
+    monkeypatch.setattr(rounds, "merge", merge)
+    monkeypatch.setattr(rounds, "write",
+                        lambda study, *, rounds: did.append(f"table {study} {rounds}") or [])
+    return did
+
+
+LATER = ["merge x for x.round-2", "x.round-2 2", "x.round-2 3", "x.round-2 4",
+         "merge x.round-2 for x.round-3", "x.round-3 2", "x.round-3 3", "x.round-3 4", "table x 3"]
+
+
+def test_later_rounds_follow_the_study_each_from_the_one_before(ran):
+    assert main(["run", "tiny", "--as", "x", "-p", "rounds", "3"]) == 0
+    assert ran == ["x 0", "x 1", "x 2", "x 3", "x 4", *LATER]
+
+
+def test_from_starts_the_study_later_and_leaves_the_later_rounds_whole(ran):
+    assert main(["run", "tiny", "--as", "x", "-p", "rounds", "3", "--from", "4"]) == 0
+    assert ran == ["x 4", *LATER]
+
+
+def test_only_runs_one_notebook_and_no_later_round(ran):
+    assert main(["run", "tiny", "--as", "x", "-p", "rounds", "3", "--only", "3"]) == 0
+    assert ran == ["x 3"]
+
+
+def test_a_notebook_that_fails_in_a_later_round_ends_the_run(ran, monkeypatch):
+    monkeypatch.setattr(__main__, "_execute", lambda notebook, p, folder: ran.append(p.study)
+                        or "round-2" not in p.study)
+    assert main(["run", "tiny", "--as", "x", "-p", "rounds", "3", "--from", "4"]) == 1
+    assert ran == ["x", "merge x for x.round-2", "x.round-2"]
+
+
+def test_check_names_the_later_rounds(capsys, outputs):
+    assert main(["check", "tiny", "-p", "rounds", "3"]) == 0
+    told = capsys.readouterr().out
+    assert "tiny.round-2" in told and "tiny.round-3" in told and "tiny.round-4" not in told

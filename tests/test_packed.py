@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bpo import generate, models, packed, records
+from bpo import generate, models, packed, readers
 from bpo.generate import Request
 
 ANSWERS = [["red", "this shows a green cat on the mat", "blue"],
@@ -15,7 +15,7 @@ ANSWERS = [["red", "this shows a green cat on the mat", "blue"],
 @pytest.fixture(scope="module")
 def asked(data_file, checkpoint):
     """Prompts of unequal length with different images, and unequal numbers of answers."""
-    rows = records.read_rows(data_file)[0]
+    rows = readers.read_rows(data_file)[0]
     rows = [rows[i] for i in (0, 4, 8, 10)]
     requests = [Request(r.id, r.prompt, r.image) for r in rows]
     batch = generate.encode_batch(checkpoint, requests)
@@ -27,9 +27,14 @@ def asked(data_file, checkpoint):
 
 
 def largest_gap(first, second):
+    """The largest difference between log-probs, and between mean states where both have them."""
+    states = [(a.state - b.state).abs().max().item() for row, other in zip(first, second)
+              for a, b in zip(row, other) if hasattr(a, "state") and hasattr(b, "state")]
+    first, second = ([[getattr(c, "logprobs", c) for c in row] for row in side]
+                     for side in (first, second))
     assert [[c.shape for c in row] for row in first] == [[c.shape for c in row] for row in second]
-    return max((a - b).abs().max().item() for row, other in zip(first, second, strict=True)
-               for a, b in zip(row, other, strict=True))
+    return max([(a - b).abs().max().item() for row, other in zip(first, second, strict=True)
+                for a, b in zip(row, other, strict=True)] + states)
 
 
 @torch.no_grad()
@@ -48,14 +53,14 @@ def by_hand(checkpoint, request, answer):
 @torch.no_grad()
 def test_packed_log_probs_are_the_unpacked_ones(asked, checkpoint):
     _, batch, answers = asked
-    first = packed.answer_logprobs(checkpoint, batch, answers)
-    second = packed.answer_logprobs_unpacked(checkpoint, batch, answers)
+    first = packed.weigh(checkpoint, batch, answers)
+    second = packed.weigh_unpacked(checkpoint, batch, answers)
     assert [len(row) for row in first] == [3, 1, 4, 2]
     assert largest_gap(first, second) < 1e-4
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("score", (packed.answer_logprobs, packed.answer_logprobs_unpacked))
+@pytest.mark.parametrize("score", (packed.weigh, packed.weigh_unpacked))
 def test_both_agree_with_a_plain_forward_pass_of_each_answer(asked, checkpoint, score):
     requests, batch, answers = asked
     plain = [[by_hand(checkpoint, r, a) for a in mine]
@@ -64,7 +69,7 @@ def test_both_agree_with_a_plain_forward_pass_of_each_answer(asked, checkpoint, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("score", (packed.answer_logprobs, packed.answer_logprobs_unpacked))
+@pytest.mark.parametrize("score", (packed.weigh, packed.weigh_unpacked))
 def test_an_answer_s_log_probs_do_not_depend_on_its_company(asked, checkpoint, score):
     _, batch, answers = asked
     whole = score(checkpoint, batch, answers)
@@ -78,8 +83,8 @@ def test_an_answer_s_log_probs_do_not_depend_on_its_company(asked, checkpoint, s
 def test_the_image_counts(asked, checkpoint):
     _, batch, answers = asked
     other = batch | {"pixel_values": batch["pixel_values"].flip(0)}
-    assert largest_gap(packed.answer_logprobs(checkpoint, batch, answers),
-                       packed.answer_logprobs(checkpoint, other, answers)) > 0.01
+    assert largest_gap(packed.weigh(checkpoint, batch, answers),
+                       packed.weigh(checkpoint, other, answers)) > 0.01
 
 
 @torch.no_grad()
@@ -88,14 +93,14 @@ def test_a_text_model_is_packed_too(text_checkpoint):
     batch = generate.encode_batch(text_checkpoint, [Request(str(i), p, None)
                                                     for i, p in enumerate(prompts)])
     answers = [[[5, 6, 7], [8]], [[9, 10]]]
-    assert largest_gap(packed.answer_logprobs(text_checkpoint, batch, answers),
-                       packed.answer_logprobs_unpacked(text_checkpoint, batch, answers)) < 1e-4
+    assert largest_gap(packed.weigh(text_checkpoint, batch, answers),
+                       packed.weigh_unpacked(text_checkpoint, batch, answers)) < 1e-4
 
 
 @torch.no_grad()
 def test_the_packed_way_is_chosen_where_it_is_exact(asked, checkpoint, capsys):
     _, batch, answers = asked
-    assert packed.choose(checkpoint, batch, answers) is packed.answer_logprobs
+    assert packed.choose(checkpoint, batch, answers) is packed.weigh
     assert capsys.readouterr().out == ""
 
 
@@ -133,7 +138,7 @@ def test_where_packing_is_not_exact_each_answer_gets_its_own_pass(asked, checkpo
                                                                   capsys, broken, why):
     _, batch, answers = asked
     broken(monkeypatch)
-    assert packed.choose(checkpoint, batch, answers) is packed.answer_logprobs_unpacked
+    assert packed.choose(checkpoint, batch, answers) is packed.weigh_unpacked
     said = capsys.readouterr().out
     assert why in said and said.count("\n") == 1
 

@@ -1,10 +1,13 @@
-"""Pairs: which rejected answers are kept, what the audit says of them, and the whole stage."""
+"""Pairs: prompts of injection, what methods learn from, and the whole stage of notebook 2."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
-from bpo import generate, metrics, pairs, records
+from bpo import candidates, generate, metrics, pair_tables, pairs, params, readers, records
 from bpo.params import PairGeneration, Refusal
 from bpo.records import Row
 
@@ -13,134 +16,26 @@ def row(row_id, answer, *, image="0.png", category="attribute", question="what c
     return Row(row_id, None, image, ({"role": "user", "content": question},), answer, category)
 
 
-# --- joining ------------------------------------------------------------------------------------
-
-def test_a_positive_keeps_a_list_of_its_useful_rejected_answers():
-    rows = [row("a", "red"), row("b", "a red dog")]
-    lines, dropped = pairs.join(rows, {"weakened": {"a": "blue", "b": "a red cat"},
-                                       "injected": {"a": "green", "b": "a blue dog"}})
-    assert dropped == []
-    assert lines[0] == {"id": "a", "image": "0.png", "category": "attribute",
-                        "prompt": [{"role": "user", "content": "what colour ?"}], "chosen": "red",
-                        "rejected": [{"source": "weakened", "text": "blue"},
-                                     {"source": "injected", "text": "green"}]}
-    assert [r["text"] for r in lines[1]["rejected"]] == ["a red cat", "a blue dog"]
-
-
-@pytest.mark.parametrize("text, reason", [
-    ("A red dog.", "equal to the annotation"), ("a Red dog", "equal but for case and punctuation"),
-    (" A, red   dog!", "equal but for case and punctuation"), ("", "empty"), (" ... ", "empty")])
-def test_an_answer_that_would_train_on_nothing_is_dropped_with_its_reason(text, reason):
-    lines, dropped = pairs.join([row("a", "A red dog.")], {"weakened": {"a": text},
-                                                           "injected": {"a": "a blue dog"}})
-    assert dropped == [{"id": "a", "category": "attribute", "source": "weakened", "text": text,
-                        "reason": reason}]
-    assert [r["source"] for r in lines[0]["rejected"]] == ["injected"]
-
-
-def test_a_positive_without_a_rejected_answer_stays():
-    lines, dropped = pairs.join([row("a", "red")], {"weakened": {"a": "red"},
-                                                    "injected": {"a": "Red!"}})
-    assert [(k["id"], k["rejected"]) for k in lines] == [("a", [])]
-    assert len(dropped) == 2
-
-
-# --- the audit ----------------------------------------------------------------------------------
-
-TRUTH = {
-    "vocabulary": {"objects": {"dog": ["dog", "dogs"], "cat": ["cat", "cats"]},
-                   "colours": ["red", "blue"]},
-    "images": {"0.png": {"objects": [{"name": "dog", "colour": "red"}]},
-               "1.png": {"objects": [{"name": "cat", "colour": "blue"}]}},
-    "rows": {"colour": {"category": "attribute", "true": ["red"], "prior": ["blue"], "kind": None},
-             "caption": {"category": "caption", "true": ["x"], "prior": [], "kind": None},
-             "yes": {"category": "presence", "true": ["yes"], "prior": [], "kind": None}}}
-LONG = "there is a red dog on a mat in the house of my friend"
-
-
-@pytest.fixture
-def audited():
-    rows = [row("colour", "red"), row("caption", LONG, category="caption"),
-            row("yes", "yes", image="1.png", category="presence"),
-            row("unknown", "red", image="1.png")]
-    made = {"weakened": {"colour": "blue", "caption": "a dog", "yes": "yes",
-                         "unknown": "a red one"},
-            "injected": {"colour": "blue .", "caption": LONG.replace("dog", "cat"), "yes": "",
-                         "unknown": "blue"}}
-    lines, dropped = pairs.join(rows, made)
-    return pairs.audit(lines, dropped, TRUTH, seed=0)
-
-
-def test_the_audit_counts_pairs_and_positives(audited):
-    assert (audited["pairs"], audited["positives"]) == (6, 3)
-    assert (audited["weakened"]["kept"], audited["weakened"]["share_kept"]) == (3, 0.75)
-    assert audited["weakened"]["dropped"] == {"equal to the annotation": 1}
-    assert audited["injected"]["dropped"] == {"empty": 1}
-
-
-def test_the_audit_counts_by_category(audited):
-    assert audited["weakened"]["by_category"] == {
-        "attribute": {"rows": 2, "kept": 2}, "caption": {"rows": 1, "kept": 1},
-        "presence": {"rows": 1, "kept": 0}}
-    table = pairs.audit_table(audited)
-    assert {"source": "injected", "category": "presence", "rows": 1, "kept": 0,
-            "share kept": "0.00"} in table
-    assert len(table) == 6
-
-
-def test_the_audit_measures_the_gap_in_length(audited):
-    # Words: 1 - 1, 2 - 14, 3 - 1; and 2 - 1 (the stop stands alone), 14 - 14, 1 - 1.
-    assert audited["weakened"]["length_gap"]["value"] == pytest.approx(-10 / 3, abs=1e-6)
-    assert audited["injected"]["length_gap"]["value"] == pytest.approx(1 / 3, abs=1e-6)
-    assert audited["weakened"]["length_gap"]["n"] == 3
-
-
-def test_the_audit_finds_near_duplicates(audited):
-    # One word of fourteen differs: 13 / 14 of the words match.
-    assert audited["injected"]["near_duplicates"]["value"] == pytest.approx(1 / 3, abs=1e-6)
-    assert audited["weakened"]["near_duplicates"]["value"] == 0
-
-
-def test_the_audit_finds_rejected_answers_that_are_right(audited):
-    # "a dog" is a right caption of an image with a dog; "unknown" is in no truth.
-    assert audited["weakened"]["truth_right"] == pytest.approx(
-        audited["weakened"]["truth_right"] | {"value": 1 / 2, "n": 2})
-    assert audited["injected"]["truth_right"]["value"] == 0
-
-
-def test_the_audit_says_how_often_the_sources_agree(audited):
-    assert audited["sources_agree"] == pytest.approx(1 / 3, abs=1e-6)  # blue and "blue ."
-
-
-def test_without_a_truth_file_nothing_is_said_of_it():
-    lines, dropped = pairs.join([row("a", "red")], {"weakened": {"a": "blue"},
-                                                    "injected": {"a": "red"}})
-    found = pairs.audit(lines, dropped, {"vocabulary": {}, "images": {}, "rows": {}}, seed=0)
-    assert found["weakened"]["truth_right"] is None
-    assert found["injected"]["length_gap"] is None
-    assert (found["injected"]["kept"], found["sources_agree"]) == (0, 0)
-
-
 # --- prompts, layouts, files --------------------------------------------------------------------
 
 def test_a_prompt_s_places_are_filled():
     asked = row("a", "red", question="what colour ?")
-    assert pairs.fill("Q {question} A {answer} W", asked) == "Q what colour ? A red W"
-    assert pairs.fill("{question} {question} {answer}", asked) == "what colour ? what colour ? red"
+    assert candidates.fill("Q {question} A {answer} W", asked) == "Q what colour ? A red W"
+    assert candidates.fill("{question} {question} {answer}", asked) == "what colour ? what colour ? red"
 
 
 def test_other_braces_stay_as_they_are():
-    assert pairs.fill('{"a": {}} {x} {answer}', row("a", "red")) == '{"a": {}} {x} red'
+    assert candidates.fill('{"a": {}} {x} {answer}', row("a", "red")) == '{"a": {}} {x} red'
 
 
 def test_braces_in_the_data_are_not_filled():
     braces = row("a", "it says {question}", question="what is in {answer} ?")
-    assert pairs.fill("{question} : {answer}", braces) == \
+    assert candidates.fill("{question} : {answer}", braces) == \
         "what is in {answer} ? : it says {question}"
 
 
 def test_the_question_may_stand_behind_the_answer():
-    assert pairs.fill("{answer} to {question}", row("a", "red", question="q ?")) == "red to q ?"
+    assert candidates.fill("{answer} to {question}", row("a", "red", question="q ?")) == "red to q ?"
 
 
 LINES = [
@@ -160,8 +55,20 @@ def test_pairs_become_one_preference_row_a_rejected_answer(tmp_path):
                        "chosen": [{"role": "assistant", "content": "red"}],
                        "rejected": [{"role": "assistant", "content": "blue"}]}
     assert [r["rejected"][0]["content"] for r in rows] == ["blue", "green", "cat"]
-    weak = pairs.to_preferences(LINES, tmp_path, sources=("weakened",))
-    assert [r["rejected"][0]["content"] for r in weak] == ["blue"]
+
+
+@pytest.mark.parametrize("method, texts", [
+    ("bpo", ["blue", "grey", "green", "cat"]), ("bpo_weaken", ["blue", "grey"]),
+    ("bpo_inject", ["green", "cat"]), ("bpo_noisy", ["blue"]), ("bpo_crop", ["grey"]),
+    ("bpo_blank", []), ("bpo_unselected", ["black"])])
+def test_each_method_learns_from_its_own_rejected_answers(method, texts, tmp_path):
+    lines = [LINES[0] | {"rejected": [
+        {"source": "weakened", "mode": "noisy", "text": "blue"},
+        {"source": "weakened", "mode": "crop", "text": "grey"},
+        {"source": "injected", "mode": "endpoint", "text": "green"}],
+        "unselected": [{"source": "weakened", "mode": "noisy", "text": "black"}]}, LINES[1]]
+    rows = pairs.to_preferences(lines, tmp_path, method=method)
+    assert [r["rejected"][0]["content"] for r in rows] == texts
 
 
 def test_preference_rows_become_completions_in_order_and_as_often(tmp_path):
@@ -197,13 +104,14 @@ def test_a_broken_line_is_named(tmp_path):
 
 # --- the stage ----------------------------------------------------------------------------------
 
-FILES = ("pairs.jsonl", "dropped.jsonl", "weakened.jsonl", "injected.jsonl")
+FILES = ("rows.jsonl", "rejected_rows.jsonl", "weakened-noisy-800-0.jsonl", "injected.jsonl",
+         "scores.jsonl", "candidates.jsonl", "dropped.jsonl", "pairs.jsonl")
 
 
 @pytest.fixture(scope="module")
 def parameters(model_folder, text_folder, data_file, prompt_files):
     return PairGeneration(study="s", model=str(model_folder), text_model=str(text_folder),
-                          data=str(data_file), max_new_tokens=6, batch_size=5, **prompt_files)
+                          data=str(data_file), max_new_tokens=6, batch_tokens=120, **prompt_files)
 
 
 @pytest.fixture(scope="module")
@@ -215,12 +123,16 @@ def uninterrupted(parameters, tmp_path_factory):
     return result
 
 
-def written(result):
-    return {f: (result.folder / f).read_bytes() for f in FILES}
+def written(folder):
+    return {f: (folder / f).read_bytes() for f in FILES}
+
+
+def changed(parameters, **changes):
+    return PairGeneration(**{**parameters.model_dump(), **changes})
 
 
 def test_the_stage_writes_a_line_a_positive_and_its_audit(uninterrupted, data_file):
-    rows, _ = records.read_rows(data_file)
+    rows, _ = readers.read_rows(data_file)
     lines = pairs.read_pairs(uninterrupted.folder / "pairs.jsonl")
     assert [k["id"] for k in lines] == [r.id for r in rows]
     assert [k["chosen"] for k in lines] == [r.answer for r in rows]
@@ -230,23 +142,42 @@ def test_the_stage_writes_a_line_a_positive_and_its_audit(uninterrupted, data_fi
     assert kept > 0
     found = uninterrupted.metrics
     assert (found["rows"], found["pairs"], found["rows_skipped"]) == (len(rows), kept, {})
+    assert found["audited"] == len(rows)
+    assert sum(found[s]["kept"] for s in ("weakened", "injected")) == kept
     assert set(uninterrupted.manifest["inputs"]) == {
         "model", "text_model", "data", "truth", "describe_prompt", "question_prompt"}
+    assert {f.name for f in uninterrupted.folder.iterdir()} == {*FILES, "manifest.json"}
 
 
 def test_rejected_answers_are_what_the_models_said(uninterrupted):
-    said = {s: {x["id"]: x["text"] for x in records.read_lines(uninterrupted.folder / f"{s}.jsonl")}
-            for s in pairs.SOURCES}
+    said = {s: {x["id"]: x["texts"] for x in records.read_lines(uninterrupted.folder / f)}
+            for s, f in (("weakened", FILES[2]), ("injected", FILES[3]))}
     for line in pairs.read_pairs(uninterrupted.folder / "pairs.jsonl"):
         for rejected in line["rejected"]:
-            assert rejected["text"] == said[rejected["source"]][line["id"]]
+            assert [rejected["text"]] == said[rejected["source"]][line["id"]]
             assert metrics.normalised(rejected["text"]) != metrics.normalised(line["chosen"])
+
+
+def test_scores_are_the_model_s_log_probs_under_both_images(uninterrupted, parameters, checkpoint):
+    from bpo import models, packed
+    rows = records.LineFile(uninterrupted.folder / "rows.jsonl")
+    view = candidates.views(parameters)[0]
+    number, line = next((i, x) for i, x in enumerate(records.read_lines(
+        uninterrupted.folder / "candidates.jsonl")) if "scores" in x["candidates"][0])
+    request = candidates.request(parameters, rows, pairs.image_root(parameters), number, view)
+    text = models.answer_text(checkpoint, request.messages, line["candidates"][0]["text"],
+                              image=True)
+    for name, seen in (("logp_clean", None), ("logp_noisy", view)):
+        inputs = generate.encode_view(checkpoint, [request], seen, seed=parameters.seed)
+        [[alone]] = packed.weigh_unpacked(checkpoint, inputs, [[models.answer_ids(checkpoint, text)]])
+        assert line["candidates"][0]["scores"][name] == pytest.approx(
+            alone.logprobs.mean().item(), abs=1e-4)
 
 
 def test_the_same_parameters_give_the_same_bytes_anywhere(uninterrupted, parameters, outputs):
     result = pairs.run(parameters)
     assert result.folder != uninterrupted.folder
-    assert written(result) == written(uninterrupted)
+    assert written(result.folder) == written(uninterrupted.folder)
     assert result.metrics == uninterrupted.metrics
 
 
@@ -261,48 +192,174 @@ def test_an_interrupted_stage_goes_on_to_the_same_bytes(uninterrupted, parameter
             raise KeyboardInterrupt
         return decode(*args, **options)
 
+    whole = []
+    monkeypatch.setattr(generate, "decode",
+                        lambda *args, **options: whole.append(1) or decode(*args, **options))
     with monkeypatch.context() as patch:
         patch.setattr(generate, "decode", killed)
         with pytest.raises(KeyboardInterrupt):
             pairs.run(parameters)
-    counted = []
-    monkeypatch.setattr(generate, "decode",
-                        lambda *args, **options: counted.append(1) or decode(*args, **options))
     result = pairs.run(parameters)
-    assert len(counted) == 6 - killed_at  # three batches of each source, none made twice
-    assert written(result) == written(uninterrupted)
+    assert written(result.folder) == written(uninterrupted.folder)
+    again = len(whole)
+    pairs.run(changed(parameters, study="other"))
+    assert again == len(whole) - again - killed_at, "a batch was decoded twice"
 
 
 def test_another_seed_gives_other_pairs(uninterrupted, parameters, outputs):
-    result = pairs.run(parameters.model_copy(update={"seed": 1}))
-    assert written(result)["weakened.jsonl"] != written(uninterrupted)["weakened.jsonl"]
+    result = pairs.run(changed(parameters, seed=1))
+    assert written(result.folder)[FILES[2]] != written(uninterrupted.folder)[FILES[2]]
+
+
+def test_another_budget_of_tokens_gives_the_same_answers(uninterrupted, parameters, outputs):
+    """Not promised in general: logits may differ in their last bits. Here they do not matter."""
+    result = pairs.run(changed(parameters, batch_tokens=1000))
+    assert written(result.folder)[FILES[2]] == written(uninterrupted.folder)[FILES[2]]
+
+
+def launched(processes, parameters, root, tmp_path):
+    """The stage under the launcher of accelerate, in so many processes."""
+    values = {n: v for n, v in parameters.model_dump().items()
+              if v != type(parameters).model_fields[n].get_default() and n != "study"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
+               "--num_processes", str(processes), "--mixed_precision", "no",
+               "--dynamo_backend", "no", "--main_process_port", "0",
+               "-m", "bpo", "stage", "tiny", "2", "--as", "s",
+               *(x for n, v in values.items() for x in ("-p", n, json.dumps(v)))]
+    return subprocess.run(command, text=True, capture_output=True, cwd=tmp_path, timeout=300,
+                          env={**os.environ, "BPO_OUTPUTS": str(root), "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", (2, 3))
+def test_several_processes_write_the_bytes_of_one(uninterrupted, parameters, tmp_path, processes):
+    done = launched(processes, parameters, tmp_path / "out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "out" / "s" / "2_pair_generation"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["processes"] == processes
+    assert written(folder) == written(uninterrupted.folder)
+    assert manifest["metrics"] == uninterrupted.metrics
+
+
+def test_several_samples_and_draws_give_several_candidates_and_one_is_kept(parameters, outputs):
+    result = pairs.run(changed(
+        parameters, sources=["weakened"], weaken_modes=["noisy", "crop", "blank", "swapped"],
+        weaken_steps=[500, 900], weaken_draws=2, weaken_samples=2, rows=4,
+        select={"image": 1.0, "length": 0.5}))
+    made = records.read_lines(result.folder / "candidates.jsonl")
+    for line in made:
+        groups = [(c["mode"], c.get("step"), c["draw"]) for c in line["candidates"]]
+        assert len(groups) == 2 * (2 * 2 + 2 + 1 + 2)
+        assert len(set(groups)) == len(groups) // 2
+    for line in pairs.read_pairs(result.folder / "pairs.jsonl"):
+        modes = [r["mode"] for r in line["rejected"]]
+        assert len(set(modes)) == len(modes)
+        assert [r["mode"] for r in line["unselected"]] == modes
+    drop = result.metrics["weakened"]["dropped"]
+    assert drop["not selected"] > 0
+    # What selection is for: the kept are liked more by the prior, and less by the image.
+    gain = {side: [c["scores"]["logp_noisy"] - c["scores"]["logp_clean"] for x in lines
+                   for c in x[side] if "scores" in c]
+            for lines, side in ((made, "candidates"),
+                                (pairs.read_pairs(result.folder / "pairs.jsonl"), "rejected"))}
+    assert (sum(gain["rejected"]) / len(gain["rejected"])
+            > sum(gain["candidates"]) / len(gain["candidates"]))
+
+
+@pytest.mark.parametrize("mode", ("contrast", "reverse_contrast"))
+def test_contrasts_make_pairs_too(parameters, outputs, mode):
+    result = pairs.run(changed(parameters, sources=["weakened"], weaken_modes=[mode], rows=3,
+                               score_candidates=False))
+    assert (result.folder / f"weakened-{mode}-800-0.jsonl").is_file()
+    assert result.metrics["rows"] == 3 and result.metrics["weakened"]["candidates"] == 3
+
+
+def test_rejected_answers_that_the_data_brings_are_taken(parameters, data_file, outputs, tmp_path):
+    image = next((data_file.parent / "images").iterdir())
+    (tmp_path / "rows.json").write_text(json.dumps([
+        {"question": "what colour ?", "chosen": "red", "rejected": "blue",
+         "image": image.name}]))
+    result = pairs.run(changed(parameters, data=str(tmp_path / "rows.json"), sources=["given"],
+                               image_folder=str(image.parent)))
+    [line] = pairs.read_pairs(result.folder / "pairs.jsonl")
+    assert [(r["source"], r["text"]) for r in line["rejected"]] == [("given", "blue")]
+    assert result.metrics["given"]["kept"] == 1
+
+
+def test_several_data_files_become_one_set(parameters, data_file, outputs, tmp_path):
+    entries = json.loads(data_file.read_text())
+    (tmp_path / "a.json").write_text(json.dumps(entries[:3]))
+    (tmp_path / "b.json").write_text(json.dumps(
+        [e | {"image": e["image"].removeprefix("images/")} for e in entries[:2]]))
+    result = pairs.run(changed(
+        parameters, data={str(tmp_path / "a.json"): "", str(tmp_path / "b.json"): "images"},
+        image_folder=str(data_file.parent), score_candidates=False))
+    lines = pairs.read_pairs(result.folder / "pairs.jsonl")
+    assert [k["id"] for k in lines] == ["a/caption-0", "a/attribute-0", "a/presence-0",
+                                        "b/caption-0", "b/attribute-0"]
+    assert len({k["image"] for k in lines}) == 1
+    assert {"data a.json", "data b.json"} <= set(result.manifest["inputs"])
+
+
+def test_swapping_needs_two_images(parameters, data_file, outputs, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(json.loads(data_file.read_text())[:3]))
+    with pytest.raises(Refusal, match="swapped needs rows with different images"):
+        pairs.run(changed(parameters, data=str(tmp_path / "rows.json"), weaken_modes=["swapped"],
+                          image_folder=str(data_file.parent)))
 
 
 def test_the_checkpoint_itself_injects_errors_where_no_text_model_is_named(parameters, outputs):
-    result = pairs.run(parameters.model_copy(update={"text_model": "", "rows": 3}))
+    result = pairs.run(changed(parameters, text_model="", rows=3))
     assert result.metrics["rows"] == 3
     assert len(records.read_lines(result.folder / "injected.jsonl")) == 3
     assert "text_model" not in result.manifest["inputs"]
 
 
-def test_long_answers_are_dropped_and_counted(parameters):
-    rows, skipped = pairs.read_annotated(parameters.model_copy(update={"max_words": 3}))
-    assert {r.category for r in rows} == {"attribute", "presence"}
-    assert skipped == {"answer longer than 3 words": 4}
+def test_long_answers_are_left_out_listed_and_counted(parameters, outputs):
+    result = pairs.run(changed(parameters, max_words=3, score_candidates=False))
+    assert {k["category"] for k in pairs.read_pairs(result.folder / "pairs.jsonl")} == {
+        "attribute", "presence"}
+    assert result.metrics["rows_skipped"] == {"answer longer than 3 words": 4}
+    listed = records.read_lines(result.folder / "rejected_rows.jsonl")
+    assert [x["id"] for x in listed] == [f"caption-{n}" for n in range(4)]
 
 
 def test_a_limit_that_drops_every_row_is_refused(parameters, data_file, outputs, tmp_path):
     entries = [e for e in json.loads(data_file.read_text()) if e["id"].startswith("caption")]
     (tmp_path / "rows.json").write_text(json.dumps(entries))
-    changes = {"data": str(tmp_path / "rows.json"), "image_folder": str(data_file.parent),
-               "max_words": 3}
-    with pytest.raises(Refusal, match="every answer is longer than max_words = 3"):
-        pairs.run(parameters.model_copy(update=changes))
+    with pytest.raises(Refusal, match="4 answer longer than 3 words"):
+        pairs.run(changed(parameters, data=str(tmp_path / "rows.json"), max_words=3,
+                          image_folder=str(data_file.parent)))
 
 
-def test_the_gallery_shows_pairs_with_both_rejected_answers(uninterrupted, parameters):
+@pytest.mark.parametrize("wrong, said", [
+    ({"weaken_steps": [0]}, "step 0 is the clean image"),
+    ({"weaken_modes": ["noisy", "noisy"]}, "weaken_modes: a value is named twice"),
+    ({"data": {"a.json": ""}, "image_folder": ""}, "must be named when data names several files"),
+    ({"endpoint": "http://127.0.0.1:1/v1"}, "endpoint_model: must be named"),
+    ({"select": {"image": 1.0}, "score_candidates": False}, "the score image needs"),
+    ({"select": {"magic": 1.0}}, "select")])
+def test_parameters_that_do_not_fit_together_are_refused(wrong, said):
+    with pytest.raises(Refusal, match=said):
+        params.validate(PairGeneration, wrong, where="here")
+
+
+def test_the_gallery_shows_pairs_with_the_most_rejected_answers(uninterrupted, parameters):
     cards = pairs.examples(parameters.model_copy(update={"gallery": 2}), uninterrupted)
     assert len(cards) == 2
     for card in cards:
         assert [r["source"] for r in card["rejected"]] == ["weakened", "injected"]
-        assert card["image"].mode == "RGB" and card["noised"].size == (32, 32)
+        assert card["image"].mode == "RGB" and card["weakened"].size == (32, 32)
+
+
+def test_the_tables_have_a_row_for_everything_that_was_counted(uninterrupted):
+    found = uninterrupted.metrics
+    assert pair_tables.sources(found) == ["weakened", "injected"]
+    assert len(pair_tables.kept(found)) == 6
+    assert sum(r["how many"] for r in pair_tables.dropped(found)) == 2 * 12 - found["pairs"]
+    checks = {r["measure"]: r for r in pair_tables.checks(found)}
+    assert checks["words more than the chosen answer"]["weakened, as kept"].count("[") == 1
+    assert {r["category"] for r in pair_tables.shortcuts(found)} >= {"all"}
+    assert [r["source"] for r in pair_tables.displacement(found)] == ["weakened", "injected"]
+    assert [r["score"] for r in pair_tables.scores()] == list(params.SCORES)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from bpo import generate, packed, probe, records
+from bpo import generate, packed, probe, readers, records
 from bpo.params import NoiseProbability, Refusal
 
 STEPS = [0, 500, 999]
@@ -103,7 +103,7 @@ def test_answers_are_sampled_for_the_chosen_images_and_first_draws_alone(result)
 def test_the_prompt_s_pass_is_shared_here_and_the_numbers_are_the_same_without(
         result, parameters, outputs, monkeypatch):
     assert result.metrics["prefix_shared"] is True
-    monkeypatch.setattr(packed, "choose", lambda *args: packed.answer_logprobs_unpacked)
+    monkeypatch.setattr(packed, "choose", lambda *args: packed.weigh_unpacked)
     alone = probe.run(parameters)
     assert alone.metrics["prefix_shared"] is False
     assert alone.metrics["p_true"] == pytest.approx(result.metrics["p_true"], abs=1e-4)
@@ -156,7 +156,7 @@ def test_without_a_truth_file_the_prior_s_answer_is_what_the_model_says_blindly(
                 noise_steps=[0, 999], draws=1)
     found = probe.run(p)
     _, candidates = probe.load(found)
-    rows = {r.id: r for r in records.read_rows(untold_file, data_file.parent)[0]}
+    rows = {r.id: r for r in readers.read_rows(untold_file, data_file.parent)[0]}
     assert "truth" not in found.manifest["inputs"]
     assert len(candidates) + sum(found.metrics["rows_skipped"].values()) == len(rows)
     assert len(candidates) > 6

@@ -66,11 +66,13 @@ def test_the_environment_for_conda_is_the_package_itself():
 
 # A module imports from lower floors alone; nothing but notebook 0 imports the tiny world.
 FLOORS = [
-    {"params", "seeds", "noise", "metrics", "galleries"},
-    {"records", "models", "figures", "report"},
-    {"runs", "generate", "packed"},
-    {"probe", "pairs", "benchmarks"},
-    {"train", "compare"},
+    {"params", "seeds", "noise", "metrics", "galleries", "ranks", "layouts"},
+    {"records", "images", "models", "endpoint", "selection", "audit", "figures", "report"},
+    {"runs", "entries", "shards", "generate", "packed", "writers", "card", "pair_tables"},
+    {"readers", "candidates", "exports"},
+    {"stock", "probe", "benchmarks", "sizes"},
+    {"pairs", "compare"},
+    {"train", "rounds"},
     {"__main__"},
 ]
 

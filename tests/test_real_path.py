@@ -1,8 +1,10 @@
-"""The study of a real model, run whole on a random checkpoint in the same layout: 336 pixels, 576
-image tokens, photographs, answers in ordinary English."""
+"""The studies of real models, run whole and as they stand: a copy of the project, the published
+data layouts below its data/, and random checkpoints in the layouts of the real ones."""
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -10,63 +12,91 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models as tokenizing, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
 
-from bpo import params
+from bpo import generate, models, packed, params, train
+from bpo.generate import Request, View
 
 # The turns of the public LLaVA-1.5 layout: no end token behind an answer, a space instead.
-CHAT = ("{% for m in messages %}{{ m['role'].upper() + ': ' }}"
-        "{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
-        "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }} {% endfor %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
-ROWS = [
-    ("astronaut", "Who is in the picture?", "An astronaut in an orange suit, smiling."),
-    ("astronaut", "Is there a flag?", "Yes"),
-    ("astronaut", "What colour is the suit?", "Orange"),
-    ("chelsea", "What animal is this?", "A tabby cat."),
-    ("chelsea", "Describe the image.", "A close view of a tabby cat that looks past the camera "
-     "with green eyes, its whiskers long and white, its fur brown and grey in stripes."),
-    ("coffee", "What stands on the table?", "A cup of coffee on a saucer with a spoon."),
-    ("coffee", "What colour is the cup?", "Dark red"),
-    ("rocket", "What is about to fly?", "A rocket on its launch pad."),
-    ("rocket", "Is it a photograph of the sea?", "No"),
-    ("china", "What kind of building is this?", "A Chinese pavilion with a curved roof."),
-    ("flower", "What is in the foreground?", "A flower with pink petals."),
-    ("flower", "How many flowers are sharp?", "One"),
+LLAVA_CHAT = ("{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+              "{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+              "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }} {% endfor %}"
+              "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+# Those of Qwen2.5-VL: a system turn of its own, content as text or as parts.
+QWEN_CHAT = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+                "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+CLIP_COLOURS = {"image_mean": [0.48145466, 0.4578275, 0.40821073],
+                "image_std": [0.26862954, 0.26130258, 0.27577711]}
+# photograph: (name as the data sets write it, question and answer turns)
+SHAREGPT4V = [
+    ("chelsea", "coco/train2017/000000000009.jpg", [
+        ("What do you see?", "A close view of a tabby cat that looks past the camera with green "
+         "eyes, its whiskers long and white, its fur brown and grey in stripes.")]),
+    ("rocket", "sam/images/sa_1.jpg", [
+        ("Describe this.", "A rocket stands on its pad, a tower with arms beside it, and clouds of "
+         "white vapour hang low over the ground in the light of the evening sky.")]),
+    ("coffee", "wikiart/images/not-fetched.jpg", [("What is it?", "A cup of coffee.")]),
 ]
+LLAVAR = [
+    ("astronaut", "000000033471.jpg", [
+        ("Who is in the picture?", "An astronaut in an orange suit, smiling."),
+        ("Is there a flag?", "Yes"), ("What colour is the suit?", "Orange")]),
+    ("coffee", "000000052846.jpg", [
+        ("What stands on the table?", "A cup of coffee on a saucer with a spoon."),
+        ("What colour is the cup?", "Dark red"), ("Is it the sea?", "No")]),
+    ("page", "000000600001.jpg", [
+        ("What does the text speak of?", "Regions of an image."), ("Is it printed?", "Yes")]),
+]
+CAPTIONS = [("flower", 2, "The image shows a flower with pink petals before dark green leaves."),
+            ("china", 3, "The image shows a pavilion with a curved roof among trees.")]
+FOUND = 10  # answers whose image is there
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A LLaVA of two thin layers with the image side of the real one."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "llava-random"
-    core = Tokenizer(models.BPE())
+def trained_tokenizer(special: list[str]) -> Tokenizer:
+    core = Tokenizer(tokenizing.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.post_processor = processors.ByteLevel(trim_offsets=False)
-    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-    core.train_from_iterator([f"{q} {a}" for _, q, a in ROWS], trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    core.train_from_iterator(
+        [text for *_, turns in SHAREGPT4V + LLAVAR for turn in turns for text in turn],
+        trainers.BpeTrainer(vocab_size=600, special_tokens=special,
+                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return core
+
+
+def write_llava(folder):
+    """A LLaVA-1.5 of two thin layers with the image side of the real one: 576 image tokens."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        pad_token="<pad>", extra_special_tokens={"image_token": "<image>"})
-    processor = LlavaProcessor(
+        tokenizer_object=trained_tokenizer(["<unk>", "<s>", "</s>", "<pad>", "<image>"]),
+        unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"})
+    LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 336},
                               crop_size={"height": 336, "width": 336}),
         tokenizer, patch_size=14, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=CHAT, image_token="<image>")
+        num_additional_image_tokens=1, chat_template=LLAVA_CHAT, image_token="<image>",
+    ).save_pretrained(folder)
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(LlavaConfig(
+    LlavaForConditionalGeneration(LlavaConfig(
         vision_config=CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                        num_attention_heads=2, image_size=336, patch_size=14),
         text_config=LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128,
@@ -75,58 +105,210 @@ def checkpoint(tmp_path_factory):
                                 pad_token_id=tokenizer.pad_token_id,
                                 bos_token_id=tokenizer.bos_token_id),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-2, vision_feature_select_strategy="default"))
+        vision_feature_layer=-2, vision_feature_select_strategy="default")).save_pretrained(folder)
+
+
+def write_qwen(folder):
+    """A Qwen2.5-VL of two thin layers, its files as they are published: a flat config, the image
+    processor's settings and a chat template, no file for videos."""
+    core = trained_tokenizer([])
+    core.add_special_tokens(QWEN_SPECIAL)
+    end, start, stop, opened, closed, vision, image, video = map(core.token_to_id, QWEN_SPECIAL)
+    config = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
+        "bos_token_id": end, "eos_token_id": stop, "vision_start_token_id": opened,
+        "vision_end_token_id": closed, "vision_token_id": vision, "image_token_id": image,
+        "video_token_id": video, "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 128,
+        "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2,
+        "max_position_embeddings": 128000, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "initializer_range": 0.1,
+        "tie_word_embeddings": False, "use_sliding_window": False, "torch_dtype": "bfloat16",
+        "vocab_size": core.get_vocab_size(),
+        "vision_config": {
+            "depth": 2, "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 64,
+            "num_heads": 2, "in_chans": 3, "out_hidden_size": 64, "patch_size": 14,
+            "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
+            "fullatt_block_indexes": [1], "tokens_per_second": 2, "temporal_patch_size": 2}}
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+    model.generation_config = GenerationConfig(eos_token_id=[stop, end], pad_token_id=end)
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    core.save(str(folder / "tokenizer.json"))
+    for name, content in {
+        "config.json": config,
+        "tokenizer_config.json": {
+            "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "unk_token": None,
+            "pad_token": "<|endoftext|>", "bos_token": None, "model_max_length": 131072,
+            "additional_special_tokens": QWEN_SPECIAL[1:], "chat_template": QWEN_CHAT},
+        "chat_template.json": {"chat_template": QWEN_CHAT},
+        "preprocessor_config.json": {
+            "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2,
+            "merge_size": 2, **CLIP_COLOURS, "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor"}}.items():
+        (folder / name).write_text(json.dumps(content))
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A dozen rows in the LLaVA layout over the sample photographs of two libraries."""
+def photograph(name: str) -> Image.Image:
     from skimage import data as photographs
     from sklearn.datasets import load_sample_image
 
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "images").mkdir()
-    for name in {r[0] for r in ROWS}:
-        pixels = (load_sample_image(f"{name}.jpg") if name in ("china", "flower")
-                  else getattr(photographs, name)())
-        Image.fromarray(np.asarray(pixels)).save(folder / "images" / f"{name}.jpg")
-    (folder / "rows.json").write_text(json.dumps([
-        {"id": f"photo-{i}", "image": f"{name}.jpg", "conversations": [
-            {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]}
-        for i, (name, question, answer) in enumerate(ROWS)]))
-    return folder
+    pixels = (load_sample_image(f"{name}.jpg") if name in ("china", "flower")
+              else getattr(photographs, name)())
+    picture = Image.fromarray(np.asarray(pixels))
+    picture.thumbnail((200, 200))
+    return picture.convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project with data/ as the README says that it lies."""
+    root = tmp_path_factory.mktemp("project")
+    for name in ("bpo", "notebooks", "params"):
+        shutil.copytree(params.ROOT / name, root / name,
+                        ignore=shutil.ignore_patterns("__pycache__"))
+    data = root / "data"
+    for file, rows, below in (
+            ("sharegpt4v/sharegpt4v_instruct_gpt4-vision_cap100k.json", SHAREGPT4V, ""),
+            ("LLaVAR/llava_instruct_150k_llavar_16k.json", LLAVAR, "coco/train2017")):
+        (data / file).parent.mkdir(parents=True)
+        (data / file).write_text(json.dumps([
+            {"id": name.rsplit("/")[-1].removesuffix(".jpg"), "image": name, "conversations": [
+                {"from": "human" if i % 2 == 0 else "gpt",
+                 "value": text if i else f"<image>\n{text}"}
+                for i, text in enumerate(text for turn in turns for text in turn)]}
+            for _, name, turns in rows]))
+        for picture, name, _ in rows:
+            if "not-fetched" not in name:
+                (data / below / name).parent.mkdir(parents=True, exist_ok=True)
+                photograph(picture).save(data / below / name)
+    (data / "cc_sbu_align" / "image").mkdir(parents=True)
+    for picture, number, _ in CAPTIONS:
+        photograph(picture).save(data / "cc_sbu_align" / "image" / f"{number}.jpg")
+    (data / "cc_sbu_align" / "filter_cap.json").write_text(json.dumps({"annotations": [
+        {"image_id": str(number), "caption": caption} for _, number, caption in CAPTIONS]}))
+    for name, write in (("llava-1.5-7b-hf", write_llava), ("Qwen2.5-VL-7B-Instruct", write_qwen)):
+        (data / name).mkdir()
+        write(data / name)
+    shutil.copytree(data / "llava-1.5-7b-hf", data / "llava-1.5-13b-hf")  # one layout
+    return root
+
+
+LESS_WORK = {"rows": 0, "max_new_tokens": 8, "noise_steps": "[0, 700, 999]", "sampled_answers": 2,
+             "steps": 2, "device_batch": 2, "batch_pairs": 4, "resamples": 100}
+
+
+def bpo(project, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "bpo", *arguments], cwd=project, text=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(project), "HF_HUB_OFFLINE": "1"})
 
 
 @pytest.mark.slow
-def test_the_whole_study_of_a_real_model_runs_on_photographs(checkpoint, data, tmp_path):
-    arguments = {"model": checkpoint, "data": data / "rows.json", "image_folder": data / "images",
-                 "splits": f"{{held_out: {data / 'rows.json'}}}", "max_new_tokens": 8,
-                 "noise_steps": "[0, 700, 999]", "steps": 2, "device_batch": 2, "batch_pairs": 4}
-    done = subprocess.run(
-        [sys.executable, "-m", "bpo", "run", "llava-1.5-7b",
-         *(str(x) for n, v in arguments.items() for x in ("-p", n, v))],
-        env={**os.environ, "BPO_OUTPUTS": str(tmp_path), "HF_HUB_OFFLINE": "1"}, text=True,
-        capture_output=True)
+@pytest.mark.parametrize("study, image_tokens", [
+    ("llava-1.5-7b", 576), ("llava-1.5-13b", 576), ("qwen2.5-vl-7b", 391)])
+def test_the_whole_study_of_a_real_model_runs_on_photographs(project, study, image_tokens):
+    checked = bpo(project, "check", study)
+    assert checked.returncode == 0 and "MISSING" not in checked.stdout, checked.stdout
+    assert f"640 x 480 pixels ({image_tokens} tokens)" in checked.stdout
+    done = bpo(project, "run", study,
+               *(x for n, v in LESS_WORK.items() for x in ("-p", n, str(v))))
     assert done.returncode == 0, done.stdout + done.stderr
-    study = tmp_path / "llava-1.5-7b"
-    found = {n: json.loads((study / n / "manifest.json").read_text())["metrics"]
-             for n in params.study_files("llava-1.5-7b")}
-    probed = found["1_noise_probability"]
+    folder = project / "outputs" / study
+    found = {n: json.loads((folder / n / "manifest.json").read_text()) for n in
+             params.study_files(study)}
+    probed, made, trained, compared = (m["metrics"] for m in found.values())
     assert len(probed["p_true"]) == 3 and probed["images"] > 0
+    assert made["rows"] == FOUND and made["rows_skipped"] == {"image file is missing": 1}
+    assert made["weakened"]["kept"] > 0 and made["injected"]["kept"] > 0
     pairs = [json.loads(x) for x in
-             (study / "2_pair_generation" / "pairs.jsonl").read_text().splitlines()]
-    assert len(pairs) == len(ROWS)
+             (folder / "2_pair_generation" / "pairs.jsonl").read_text().splitlines()]
     assert {p["category"] for p in pairs} == {"question", "presence", "caption"}
-    assert found["2_pair_generation"]["injected"]["kept"] > 0
-    assert found["2_pair_generation"]["injected"]["truth_right"] is None
-    for method in params.METHODS:
-        adapter = json.loads((study / "3_dpo_training" / method / "adapter" /
+    assert {p["image"] for p in pairs} == {
+        name if "/" in name else f"coco/train2017/{name}" for _, name, _ in SHAREGPT4V + LLAVAR
+        if "not-fetched" not in name}
+    methods = params.read_study(study)["3_dpo_training"].methods
+    assert set(trained["methods"]) == set(methods)
+    for method in methods:
+        adapter = json.loads((folder / "3_dpo_training" / method / "adapter" /
                               "adapter_config.json").read_text())
         assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (32, 256, 0.05)
         assert "language_model" in adapter["target_modules"]
-    assert set(found["4_qualitative_comparison"]["held_out"]) == {"base", *params.METHODS}
-    assert "changed" in found["4_qualitative_comparison"]["held_out"]["bpo"]
-    assert (study / "index.html").is_file()
+    assert set(compared["captions"]) == {"base", *methods}
+    assert "changed" in compared["captions"]["bpo"]
+    assert (folder / "index.html").is_file()
+
+
+@pytest.mark.parametrize("study", ["llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-7b"])
+def test_a_study_of_a_real_model_has_the_settings_of_the_paper(study):
+    read = params.read_study(study)
+    made, trained = read["2_pair_generation"], read["3_dpo_training"]
+    assert (made.weaken_modes, made.weaken_steps, made.weaken_temperature) == (["noisy"], [900], .2)
+    assert (made.inject_temperature, made.inject_top_p, made.max_new_tokens) == (0.8, 0.95, 1024)
+    assert (made.select, made.keep, made.score_candidates) == ({}, 1, False)
+    assert (trained.lora_rank, trained.lora_alpha, trained.lora_dropout) == (32, 256, 0.05)
+    assert (trained.learning_rate, trained.beta, trained.nll_weight) == (2e-6, 0.1, 0)
+    assert (trained.epochs, trained.batch_pairs, trained.max_tokens) == (2, 32, 2048)
+
+
+@pytest.fixture(scope="module")
+def qwen(project):
+    return models.load(project / "data" / "Qwen2.5-VL-7B-Instruct")
+
+
+@pytest.fixture(scope="module")
+def asked(project):
+    """Questions of other lengths on images of other sizes."""
+    folder = project / "data" / "coco" / "train2017"
+    files = sorted(folder.glob("*.jpg"))
+    return [Request(f"row-{i}", ({"role": "user", "content": "What is it? " * (i + 1)},), file,
+                    other=files[i - 1]) for i, file in enumerate(files)]
+
+
+def test_a_processor_without_its_video_side_gives_the_prompts_and_pixels_of_its_parts(qwen, asked):
+    text = models.prompt_text(qwen, asked[0].messages, image=True)
+    image = Image.open(asked[0].image)
+    row = models.encode(qwen, text, image)
+    parts = qwen.processor.image_processor(images=image, return_tensors="pt")
+    assert torch.equal(row["pixel_values"], parts["pixel_values"])
+    assert torch.equal(row["image_grid_thw"], parts["image_grid_thw"])
+    count = int(parts["image_grid_thw"].prod()) // 4
+    spelt = text.replace("<|image_pad|>", "<|image_pad|>" * count)
+    assert row["input_ids"][0].tolist() == qwen.tokenizer(spelt)["input_ids"]
+    assert text.startswith("<|im_start|>system\n") and text.count("<|image_pad|>") == 1
+
+
+@pytest.mark.parametrize("view", [None, View("noisy", 900), View("contrast", 900), View("swapped")])
+def test_images_of_other_sizes_decode_in_a_batch_as_alone(qwen, asked, view):
+    def drawn(requests):
+        return generate.sample_answers(qwen, requests, view, seed=0, purpose="test", samples=2,
+                                       temperature=1.0, top_p=1.0, max_new_tokens=8)
+
+    assert drawn(asked) == [drawn([r])[0] for r in asked]
+
+
+@torch.no_grad()
+def test_positions_in_three_dimensions_are_seen_and_weighed_in_passes_of_their_own(
+        qwen, asked, capsys):
+    answers = ["A cat.", "No dog is here"]
+    ids = [[models.answer_ids(qwen, models.answer_text(qwen, r.messages, a, image=True))
+            for a in answers] for r in asked]
+    batch = generate.encode_view(qwen, asked, None, seed=0)
+    assert packed.choose(qwen, batch, ids) is packed.weigh_unpacked
+    assert "slower and right" in capsys.readouterr().out
+    # TRL's collator, with its own padding, comes to the same log-probs.
+    rows = [{"images": [str(r.image)], "prompt": list(r.messages),
+             **{n: [{"role": "assistant", "content": a}]
+                for n, a in zip(("chosen", "rejected"), answers, strict=True)}} for r in asked]
+    collated = train.collator(qwen, preference=True)(rows)
+    answered = collated.pop("completion_mask")[:, 1:]
+    chains = qwen.model(**collated).logits[:, :-1].log_softmax(-1).gather(
+        -1, collated["input_ids"][:, 1:, None])[..., 0]
+    weighed = packed.weigh_unpacked(qwen, batch, ids)
+    mine = [row[k].logprobs.sum() for k in range(2) for row in weighed]
+    torch.testing.assert_close((chains * answered).sum(1), torch.stack(mine), atol=1e-4, rtol=0)
+
+
+def test_adapters_of_a_model_with_a_tower_of_linear_layers_stay_in_its_language_model(qwen):
+    adapted = models.adapter_config(qwen.base, rank=2, alpha=4, dropout=0.0).target_modules
+    hit = {n for n, _ in qwen.base.named_modules() if re.fullmatch(adapted, n)}
+    assert len(hit) == 2 * 7 and not any("visual" in n for n in hit)

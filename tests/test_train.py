@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bpo import generate, models, pairs, records, train
+from bpo import generate, models, pairs, readers, records, train
 from bpo.generate import Request
 from bpo.params import DPOTraining, Refusal
 
@@ -24,7 +24,7 @@ def lines(data_file):
     """Pairs of the data set's rows; one has a single rejected answer, one has none."""
     made = [{"id": r.id, "image": r.image_name, "category": r.category, "prompt": list(r.prompt),
              "chosen": r.answer, "rejected": [{"source": s, "text": t} for s, t in WRONG.items()]}
-            for r in records.read_rows(data_file)[0]]
+            for r in readers.read_rows(data_file)[0]]
     made[2]["rejected"] = made[2]["rejected"][:1]
     made[5]["rejected"] = []
     return made
