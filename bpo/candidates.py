@@ -257,8 +257,8 @@ def _scorer(checkpoint: Checkpoint, asked: Sequence[tuple[Request, list[str], li
 def _weighed(p: PairGeneration, checkpoint: Checkpoint, weigh: packed.Scorer, view: View,
              asked: Sequence[tuple[Request, list[str], list[bool]]]) -> list[dict]:
     requests, ids = [r for r, _, _ in asked], _ids(checkpoint, asked)
-    clean, weakened = (weigh(checkpoint, generate.encode_view(
-        checkpoint, requests, v, seed=p.seed, crop_share=p.crop_share), ids) for v in (None, view))
+    clean, weakened = (weigh(checkpoint, batch, ids) for batch in generate.encode_views(
+        checkpoint, requests, [None, view], seed=p.seed, crop_share=p.crop_share))
     out = []
     for (request, _, usable), sharp, dull in zip(asked, clean, weakened, strict=True):
         found = iter([{"logp_clean": round(a.logprobs.mean().item(), 5),

@@ -77,18 +77,40 @@ def encode_view(checkpoint: Checkpoint, requests: Sequence[Request], view: View 
 
     A view of two branches gives its weakened one. crop_share: of each side, for crop.
     """
-    rows = []
+    return encode_views(checkpoint, requests, [view], seed=seed, crop_share=crop_share)[0]
+
+
+def encode_views(checkpoint: Checkpoint, requests: Sequence[Request],
+                 views: Sequence[View | None], *, seed: int, crop_share: float = 1.0
+                 ) -> list[dict[str, torch.Tensor]]:
+    """A batch a view, as `encode_view` gives it; views that differ in the processor's pixels alone
+    share its work."""
+    rows: list[list[dict]] = [[] for _ in views]
     for request in requests:
-        image = _picture(request, view, seed=seed, crop_share=crop_share)
-        text = models.prompt_text(checkpoint, request.messages, image=image is not None)
-        row = models.encode(checkpoint, text, image)
-        if view is not None and view.mode in STEPPED_MODES:
-            draw = torch_generator(seed, "noise", request.id, view.step, view.draw)
-            row["pixel_values"] = add_noise(row["pixel_values"], view.step, draw)
-        elif view is not None and view.mode == "blank":
-            row["pixel_values"] = torch.zeros_like(row["pixel_values"])
-        rows.append(row)
-    return models.collate(checkpoint, rows)
+        clean: dict[str, torch.Tensor] = {}
+        for view, out in zip(views, rows, strict=True):
+            if view is not None and view.mode in ("crop", "swapped"):
+                out.append(_encoded(checkpoint, request, view, seed=seed, crop_share=crop_share))
+                continue
+            clean = clean or _encoded(checkpoint, request, None, seed=seed, crop_share=crop_share)
+            out.append(clean if view is None else _weakened(clean, request, view, seed=seed))
+    return [models.collate(checkpoint, r) for r in rows]
+
+
+def _encoded(checkpoint: Checkpoint, request: Request, view: View | None, *, seed: int,
+             crop_share: float) -> dict[str, torch.Tensor]:
+    image = _picture(request, view, seed=seed, crop_share=crop_share)
+    text = models.prompt_text(checkpoint, request.messages, image=image is not None)
+    return models.encode(checkpoint, text, image)
+
+
+def _weakened(row: dict[str, torch.Tensor], request: Request, view: View, *, seed: int
+              ) -> dict[str, torch.Tensor]:
+    """An encoded request with its pixels noised by the row's own draw, or blank."""
+    if view.mode == "blank":
+        return row | {"pixel_values": torch.zeros_like(row["pixel_values"])}
+    draw = torch_generator(seed, "noise", request.id, view.step, view.draw)
+    return row | {"pixel_values": add_noise(row["pixel_values"], view.step, draw)}
 
 
 def _picture(request: Request, view: View | None, *, seed: int, crop_share: float
@@ -205,11 +227,12 @@ def sample_answers(checkpoint: Checkpoint, requests: Sequence[Request], view: Vi
     Draws are seeded by (seed, purpose, row id, number of the sample).
     """
     draws = [torch_generator(seed, purpose, r.id, k) for r in requests for k in range(samples)]
-    inputs = encode_view(checkpoint, requests, view, seed=seed, crop_share=crop_share)
+    both = view is not None and view.two_branches
+    branches = encode_views(checkpoint, requests, [None, view] if both else [view], seed=seed,
+                            crop_share=crop_share)
+    inputs = {n: torch.cat([b[n] for b in branches]) for n in branches[0]}
     contrast = None
-    if view is not None and view.two_branches:
-        clean = encode_view(checkpoint, requests, None, seed=seed)
-        inputs = {n: torch.cat([clean[n], v]) for n, v in inputs.items()}
+    if both:
         contrast = Contrast(view.mode, strength=contrast_strength, cutoff=contrast_cutoff)
         # The branches take the same draws: the same token comes out for both.
         draws += [torch_generator(seed, purpose, r.id, k) for r in requests for k in range(samples)]
