@@ -1,6 +1,7 @@
 """The command line: python -m bpo check | run | stage | export | report STUDY."""
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "report":
             return _report(options.study)
-        overrides = {n: yaml.safe_load(v) for n, v in options.overrides}
+        overrides = {n: yaml.safe_load(v) if v else "" for n, v in options.overrides}
         if options.command == "check":
             return _check(options.study, overrides)
         if options.name:
@@ -103,12 +104,17 @@ def path_parameters(p: params.Parameters) -> list[tuple[str, Path]]:
     return [(n, p.path(v)) for n, v in named]
 
 
+@functools.cache
+def _size(path: Path) -> str:
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+    size = sum(f.stat().st_size for f in files)
+    return f"{size / 1e6:,.1f} MB" if size > 1e5 else f"{size:,} bytes"
+
+
 def _found(path: Path, read: dict[str, params.Parameters]) -> tuple[bool, str]:
     """Whether a path is there or will be, once an earlier notebook of the study has run."""
     if path.exists():
-        files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
-        size = sum(f.stat().st_size for f in files)
-        return True, f"{size / 1e6:,.1f} MB" if size > 1e5 else f"{size:,} bytes"
+        return True, _size(path)
     for name, p in read.items():
         if path.is_relative_to(runs.stage_folder(p.study, name)):
             return True, f"written by {name}"

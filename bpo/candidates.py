@@ -24,6 +24,9 @@ from bpo.records import LineFile, Row
 MEASURED_IMAGES = 8  # an image's tokens are looked up on so many rows, and the largest one counts
 SWAP_TRIES = 50
 
+_Asked = tuple[Request, list[str], list[bool]]  # what to weigh for a row: see _to_weigh
+_Prepared = tuple[list[_Asked], list[list[list[int]]], list[dict[str, torch.Tensor]]]
+
 
 def views(p: PairGeneration) -> list[View]:
     """Every way of weakening that the parameters ask for."""
@@ -42,6 +45,9 @@ def make(p: PairGeneration, rows: LineFile, root: Path, folder: Path) -> None:
         p.path(p.model), precision=p.precision, transform=p.image_transform))
     # Measured when the first file that needs it is made: rows do not change between the files.
     lengths = functools.cache(lambda: _lengths(vision(), rows, root))
+    if "injected" in p.sources and p.endpoint and not ranks.first(
+            (folder / "injected.jsonl").is_file):
+        ranks.first(_endpoint(p).check)  # now, and not after hours of weakening
     if "weakened" in p.sources:
         for view in views(p):
             _weaken(p, view, rows, root, folder, vision=vision, lengths=lengths)
@@ -53,18 +59,25 @@ def make(p: PairGeneration, rows: LineFile, root: Path, folder: Path) -> None:
 
 def _weaken(p: PairGeneration, view: View, rows: LineFile, root: Path, folder: Path, *,
             vision: Callable[[], Checkpoint], lengths: Callable[[], Any]) -> None:
-    def work(batch: np.ndarray) -> list[dict]:
+    reader = functools.cache(lambda: models.reader(vision()))
+
+    def prepare(batch: np.ndarray) -> tuple[list[Request], dict[str, torch.Tensor]]:
         requests = [request(p, rows, root, i, view) for i in batch.tolist()]
+        return requests, generate.encode_branches(reader(), requests, view, seed=p.seed,
+                                                  crop_share=p.crop_share)
+
+    def work(prepared: tuple[list[Request], dict[str, torch.Tensor]]) -> list[dict]:
+        requests, inputs = prepared
         texts = generate.sample_answers(
-            vision(), requests, view, seed=p.seed, purpose=f"weakened {view.name}",
+            vision(), requests, inputs, view, seed=p.seed, purpose=f"weakened {view.name}",
             temperature=p.weaken_temperature, top_p=p.weaken_top_p, samples=p.weaken_samples,
             max_new_tokens=p.max_new_tokens, contrast_strength=p.contrast_strength,
-            contrast_cutoff=p.contrast_cutoff, crop_share=p.crop_share)
+            contrast_cutoff=p.contrast_cutoff)
         return [{"id": r.id, "texts": t} for r, t in zip(requests, texts, strict=True)]
 
     _made(folder / f"weakened-{view.name}.jsonl", lambda: shards.by_budget(
         *lengths(), p.batch_tokens // (p.weaken_samples * (1 + view.two_branches))), work,
-        label=f"weakened, {view.name}")
+        prepare=prepare, label=f"weakened, {view.name}")
 
 
 def request(p: PairGeneration, rows: LineFile, root: Path, number: int, view: View | None
@@ -97,9 +110,7 @@ def _inject(p: PairGeneration, rows: LineFile, root: Path, folder: Path, *,
 
     file = folder / "injected.jsonl"
     if p.endpoint:
-        client = Endpoint(url=p.endpoint, model=p.endpoint_model,
-                          key_variable=p.endpoint_key_variable, at_once=p.endpoint_requests,
-                          retries=p.endpoint_retries, timeout=p.endpoint_timeout)
+        client = _endpoint(p)
         _made(file, lambda: np.array_split(np.arange(len(rows)), -(-len(rows) // (
             4 * p.endpoint_requests))), lambda batch: _asked(p, client, rewriting, batch),
             label="injected")
@@ -109,8 +120,9 @@ def _inject(p: PairGeneration, rows: LineFile, root: Path, folder: Path, *,
 
     def work(batch: np.ndarray) -> list[dict]:
         requests = [rewriting(i) for i in batch.tolist()]
+        inputs = generate.encode_branches(text(), requests, None, seed=p.seed)
         texts = generate.sample_answers(
-            text(), requests, None, seed=p.seed, purpose="injected",
+            text(), requests, inputs, None, seed=p.seed, purpose="injected",
             temperature=p.inject_temperature, top_p=p.inject_top_p, samples=p.inject_samples,
             max_new_tokens=p.max_new_tokens)
         return [{"id": r.id, "texts": t} for r, t in zip(requests, texts, strict=True)]
@@ -122,6 +134,12 @@ def _inject(p: PairGeneration, rows: LineFile, root: Path, folder: Path, *,
         return shards.by_budget(prompts, answers, p.batch_tokens // p.inject_samples)
 
     _made(file, batches, work, label="injected")
+
+
+def _endpoint(p: PairGeneration) -> Endpoint:
+    return Endpoint(url=p.endpoint, model=p.endpoint_model, key_variable=p.endpoint_key_variable,
+                    at_once=p.endpoint_requests, retries=p.endpoint_retries,
+                    timeout=p.endpoint_timeout)
 
 
 def _asked(p: PairGeneration, client: Endpoint, rewriting: Callable[[int], Request],
@@ -144,10 +162,10 @@ def fill(template: str, row: Row) -> str:
 
 
 def _made(file: Path, batches: Callable[[], Sequence[np.ndarray]],
-          work: Callable[[np.ndarray], list[dict]], *, label: str) -> None:
+          work: Callable[[Any], list[dict]], *, label: str, **options: Any) -> None:
     # The plan needs the model's tokenizer: not worth loading for a file that is there.
     if not ranks.first(file.is_file):
-        shards.run(file, batches(), work, label=label)
+        shards.run(file, batches(), work, label=label, **options)
 
 
 def _lengths(checkpoint: Checkpoint, rows: LineFile, root: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -220,18 +238,22 @@ def _score(p: PairGeneration, rows: LineFile, root: Path, folder: Path, *,
     scorer = functools.cache(lambda: _scorer(vision(), [
         _to_weigh(p, rows, root, made, i, view) for i in range(min(len(rows), 4))]))
 
-    def work(batch: np.ndarray) -> list[dict]:
-        return _weighed(p, vision(), scorer(), view,
-                        [_to_weigh(p, rows, root, made, i, view) for i in batch.tolist()])
+    reader = functools.cache(lambda: models.reader(vision()))
+
+    def prepare(batch: np.ndarray) -> _Prepared:
+        asked = [_to_weigh(p, rows, root, made, i, view) for i in batch.tolist()]
+        return asked, _ids(reader(), asked), generate.encode_views(
+            reader(), [r for r, _, _ in asked], [None, view], seed=p.seed, crop_share=p.crop_share)
 
     prompts, answers = lengths()
     texts = 1 + len(made[0]["candidates"])
-    shards.run(file, shards.by_budget(prompts, texts * answers, p.batch_tokens), work,
+    shards.run(file, shards.by_budget(prompts, texts * answers, p.batch_tokens),
+               lambda prepared: _weighed(vision(), scorer(), *prepared), prepare=prepare,
                label="weighed")
 
 
 def _to_weigh(p: PairGeneration, rows: LineFile, root: Path, made: Candidates, number: int,
-              view: View) -> tuple[Request, list[str], list[bool]]:
+              view: View) -> _Asked:
     """A row's request, the texts to weigh (the annotation first), and which candidates they are."""
     line = made[number]
     usable = [selection.useless(c["text"], line["chosen"]) is None for c in line["candidates"]]
@@ -239,7 +261,7 @@ def _to_weigh(p: PairGeneration, rows: LineFile, root: Path, made: Candidates, n
     return request(p, rows, root, number, view), [line["chosen"], *texts], usable
 
 
-def _ids(checkpoint: Checkpoint, asked: Sequence[tuple[Request, list[str], list[bool]]]
+def _ids(checkpoint: Checkpoint, asked: Sequence[_Asked]
          ) -> list[list[list[int]]]:
     return [[models.answer_ids(checkpoint, models.answer_text(checkpoint, r.messages, text,
                                                               image=True)) for text in texts]
@@ -247,18 +269,16 @@ def _ids(checkpoint: Checkpoint, asked: Sequence[tuple[Request, list[str], list[
 
 
 @torch.no_grad()
-def _scorer(checkpoint: Checkpoint, asked: Sequence[tuple[Request, list[str], list[bool]]]
+def _scorer(checkpoint: Checkpoint, asked: Sequence[_Asked]
             ) -> packed.Scorer:
     inputs = generate.encode_view(checkpoint, [r for r, _, _ in asked], None, seed=0)
     return packed.choose(checkpoint, inputs, _ids(checkpoint, asked))
 
 
 @torch.no_grad()
-def _weighed(p: PairGeneration, checkpoint: Checkpoint, weigh: packed.Scorer, view: View,
-             asked: Sequence[tuple[Request, list[str], list[bool]]]) -> list[dict]:
-    requests, ids = [r for r, _, _ in asked], _ids(checkpoint, asked)
-    clean, weakened = (weigh(checkpoint, batch, ids) for batch in generate.encode_views(
-        checkpoint, requests, [None, view], seed=p.seed, crop_share=p.crop_share))
+def _weighed(checkpoint: Checkpoint, weigh: packed.Scorer, asked: Sequence[_Asked],
+             ids: list[list[list[int]]], views: list[dict[str, torch.Tensor]]) -> list[dict]:
+    clean, weakened = (weigh(checkpoint, batch, ids) for batch in views)
     out = []
     for (request, _, usable), sharp, dull in zip(asked, clean, weakened, strict=True):
         found = iter([{"logp_clean": round(a.logprobs.mean().item(), 5),

@@ -5,6 +5,7 @@ their last bits between batches of another make-up, so bytes are promised for on
 however it is interrupted or dealt out to processes (`shards`).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from bpo import models
 from bpo.images import load
 from bpo.models import Checkpoint
-from bpo.noise import add_noise
 from bpo.params import STEPPED_MODES
 from bpo.seeds import numpy_generator, torch_generator
 
@@ -85,32 +85,37 @@ def encode_views(checkpoint: Checkpoint, requests: Sequence[Request],
                  ) -> list[dict[str, torch.Tensor]]:
     """A batch a view, as `encode_view` gives it; views that differ in the processor's pixels alone
     share its work."""
-    rows: list[list[dict]] = [[] for _ in views]
-    for request in requests:
-        clean: dict[str, torch.Tensor] = {}
-        for view, out in zip(views, rows, strict=True):
-            if view is not None and view.mode in ("crop", "swapped"):
-                out.append(_encoded(checkpoint, request, view, seed=seed, crop_share=crop_share))
-                continue
-            clean = clean or _encoded(checkpoint, request, None, seed=seed, crop_share=crop_share)
-            out.append(clean if view is None else _weakened(clean, request, view, seed=seed))
-    return [models.collate(checkpoint, r) for r in rows]
+    encoded = functools.partial(_encoded, checkpoint, requests, seed=seed, crop_share=crop_share)
+    clean = functools.cache(lambda: encoded(None))
+    batches = []
+    for view in views:
+        if view is not None and view.mode in ("crop", "swapped"):
+            rows = encoded(view)
+        else:
+            rows = [_weakened(checkpoint, row, request, view, seed=seed)
+                    for row, request in zip(clean(), requests, strict=True)]
+        batches.append(models.collate(checkpoint, rows))
+    return batches
 
 
-def _encoded(checkpoint: Checkpoint, request: Request, view: View | None, *, seed: int,
-             crop_share: float) -> dict[str, torch.Tensor]:
-    image = _picture(request, view, seed=seed, crop_share=crop_share)
-    text = models.prompt_text(checkpoint, request.messages, image=image is not None)
-    return models.encode(checkpoint, text, image)
+def _encoded(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None, *,
+             seed: int, crop_share: float) -> list[dict[str, torch.Tensor]]:
+    pictures = [_picture(r, view, seed=seed, crop_share=crop_share) for r in requests]
+    texts = [models.prompt_text(checkpoint, r.messages, image=i is not None)
+             for r, i in zip(requests, pictures, strict=True)]
+    return models.encode_all(checkpoint, texts, pictures)
 
 
-def _weakened(row: dict[str, torch.Tensor], request: Request, view: View, *, seed: int
-              ) -> dict[str, torch.Tensor]:
-    """An encoded request with its pixels noised by the row's own draw, or blank."""
+def _weakened(checkpoint: Checkpoint, row: dict[str, torch.Tensor], request: Request,
+              view: View | None, *, seed: int) -> dict[str, torch.Tensor]:
+    """An encoded request with its pixels noised by the row's own draw, or blank, or as it is."""
+    if view is None:
+        return row
     if view.mode == "blank":
         return row | {"pixel_values": torch.zeros_like(row["pixel_values"])}
     draw = torch_generator(seed, "noise", request.id, view.step, view.draw)
-    return row | {"pixel_values": add_noise(row["pixel_values"], view.step, draw)}
+    return row | {"pixel_values": models.noised(checkpoint.processor, row["pixel_values"],
+                                                view.step, draw)}
 
 
 def _picture(request: Request, view: View | None, *, seed: int, crop_share: float
@@ -218,21 +223,29 @@ def decode(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], *, max_new_to
             checkpoint.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
-def sample_answers(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None, *,
-                   seed: int, purpose: str, temperature: float, top_p: float, samples: int,
-                   max_new_tokens: int, contrast_strength: float = 1.0,
-                   contrast_cutoff: float = 0.1, crop_share: float = 1.0) -> list[list[str]]:
-    """For each request `samples` answers, drawn from its weakened image (None: as it is).
-
-    Draws are seeded by (seed, purpose, row id, number of the sample).
-    """
-    draws = [torch_generator(seed, purpose, r.id, k) for r in requests for k in range(samples)]
+def encode_branches(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None, *,
+                    seed: int, crop_share: float = 1.0) -> dict[str, torch.Tensor]:
+    """What `sample_answers` decodes: the weakened prompts, behind the clean ones where the view has
+    two branches."""
     both = view is not None and view.two_branches
     branches = encode_views(checkpoint, requests, [None, view] if both else [view], seed=seed,
                             crop_share=crop_share)
-    inputs = {n: torch.cat([b[n] for b in branches]) for n in branches[0]}
+    return {n: torch.cat([b[n] for b in branches]) for n in branches[0]}
+
+
+def sample_answers(checkpoint: Checkpoint, requests: Sequence[Request],
+                   inputs: dict[str, torch.Tensor], view: View | None, *, seed: int, purpose: str,
+                   temperature: float, top_p: float, samples: int, max_new_tokens: int,
+                   contrast_strength: float = 1.0, contrast_cutoff: float = 0.1
+                   ) -> list[list[str]]:
+    """For each request `samples` answers, drawn from its weakened image (None: as it is).
+
+    inputs: `encode_branches` of the requests and the view.
+    Draws are seeded by (seed, purpose, row id, number of the sample).
+    """
+    draws = [torch_generator(seed, purpose, r.id, k) for r in requests for k in range(samples)]
     contrast = None
-    if both:
+    if view is not None and view.two_branches:
         contrast = Contrast(view.mode, strength=contrast_strength, cutoff=contrast_cutoff)
         # The branches take the same draws: the same token comes out for both.
         draws += [torch_generator(seed, purpose, r.id, k) for r in requests for k in range(samples)]

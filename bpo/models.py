@@ -4,6 +4,7 @@ Nothing here knows a model family: prompts come from the checkpoint's chat templ
 placeholders from its processor, the language model from transformers' own `get_decoder`.
 """
 
+import copy
 import re
 import shutil
 import warnings
@@ -198,11 +199,48 @@ def encode(checkpoint: Checkpoint, text: str, image: Image.Image | None) -> dict
 
     The template wrote the special tokens already, so none are added.
     """
+    return _processed(checkpoint, [text], [image])
+
+
+def encode_all(checkpoint: Checkpoint, texts: Sequence[str],
+               images: Sequence[Image.Image | None]) -> list[dict[str, torch.Tensor]]:
+    """`encode` of each prompt, to the byte; in one call where images are fixed in size, which
+    spares most of the processor's time."""
+    rows = [encode(checkpoint, t, i) for t, i in zip(texts[:1], images[:1], strict=True)]
+    texts, images = texts[1:], images[1:]
+    if not texts or not _stacks(rows[0]) or len({i is None for i in images}) > 1:
+        return rows + [encode(checkpoint, t, i) for t, i in zip(texts, images, strict=True)]
+    batch = _processed(checkpoint, texts, images)
+    mask = batch["attention_mask"].bool()
+    for n, seen in enumerate(mask):
+        rows.append({name: values[n:n + 1] if name == "pixel_values" else values[n:n + 1, seen]
+                     for name, values in batch.items()})
+    return rows
+
+
+def reader(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a processor of its own, to encode in a thread while others use the first:
+    a tokenizer cannot be set to padding while it decodes."""
+    return replace(checkpoint, processor=copy.deepcopy(checkpoint.processor))
+
+
+def _stacks(row: Mapping[str, torch.Tensor]) -> bool:
+    """Whether rows like this one can be processed together: an image is one array of its own, and
+    all else has a value a token. Tiles, patches and sizes (other families) tell otherwise."""
+    pixels = row.get("pixel_values")
+    return ((pixels is None or pixels.ndim == 4 and len(pixels) == 1)
+            and all(v.shape == row["input_ids"].shape for n, v in row.items()
+                    if n != "pixel_values"))
+
+
+def _processed(checkpoint: Checkpoint, texts: Sequence[str],
+               images: Sequence[Image.Image | None]) -> dict[str, torch.Tensor]:
     kwargs = {}
-    if image is not None:
-        kwargs["images"] = transformed(image, checkpoint.transform, checkpoint.processor)
-    return dict(checkpoint.processor(text=text, add_special_tokens=False, return_tensors="pt",
-                                     **kwargs))
+    if images[0] is not None:
+        kwargs["images"] = [transformed(i, checkpoint.transform, checkpoint.processor)
+                            for i in images]
+    return dict(checkpoint.processor(text=list(texts), add_special_tokens=False, padding=True,
+                                     padding_side="left", return_tensors="pt", **kwargs))
 
 
 def load_processor(folder: Path) -> Any:
@@ -256,6 +294,21 @@ def transformed(image: Image.Image, transform: str, processor: Any) -> Image.Ima
 def mean_colour(processor: Any) -> tuple[int, int, int]:
     """The colour that the processor normalises to zero."""
     return tuple(round(255 * m) for m in processor.image_processor.image_mean)
+
+
+def noised(processor: Any, pixels: torch.Tensor, step: int,
+           generator: torch.Generator) -> torch.Tensor:
+    """The processor's pixels of one image at a noise step.
+
+    Where a still image fills several frames (Qwen2-VL's kin lay each patch down
+    `temporal_patch_size` times, and the model adds them up), all frames get the same noise:
+    independent draws would average out and weaken it.
+    """
+    copies = getattr(processor.image_processor, "temporal_patch_size", 1)
+    if copies == 1 or pixels.ndim != 2:
+        return add_noise(pixels, step, generator)
+    frames = pixels.unflatten(1, (3, copies, -1))  # (patches, colours, frames, pixels)
+    return add_noise(frames[:, :, :1], step, generator).expand_as(frames).flatten(1)
 
 
 def noised_picture(processor: Any, image: Image.Image, step: int,

@@ -90,6 +90,12 @@ def choose(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
 
     The bound is what float rounding leaves: 1e-3 nats a token in float32, 0.1 in bfloat16.
     """
+    more = [n for n, v in batch.items() if n not in ("input_ids", "attention_mask")
+            and v.shape == batch["input_ids"].shape]
+    if more:  # such as the kinds of tokens that 3-D positions are counted from
+        print(f"Answers do not share their prompt's pass with this model (its prompts come with "
+              f"{', '.join(more)}): each gets a pass of its own, which is slower and right.")
+        return weigh_unpacked
     bound = 1e-3 if checkpoint.base.dtype == torch.float32 else 0.1
     plain = weigh_unpacked(checkpoint, batch, answers)
     try:
@@ -136,8 +142,7 @@ def _hidden(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], ids: torch.T
     dtype, device = checkpoint.base.dtype, checkpoint.device
     # A float mask is right under every attention implementation; eager misreads a bool one.
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
-    others = {n: v for n, v in batch.items()
-              if n not in ("input_ids", "attention_mask") and v.shape != batch["input_ids"].shape}
+    others = {n: v for n, v in batch.items() if n not in ("input_ids", "attention_mask")}
     return checkpoint.base.base_model(
         input_ids=ids.to(device), attention_mask=mask.to(device),
         position_ids=position.to(device), use_cache=False, **others).last_hidden_state

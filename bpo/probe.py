@@ -153,7 +153,8 @@ def _encode(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look]
     for look in batch:
         draw = seeds.torch_generator(p.seed, "probe noise", look.row.id, look.draw)
         row = clean[look.row.id]
-        rows.append({**row, "pixel_values": noise.add_noise(row["pixel_values"], look.step, draw)})
+        rows.append({**row, "pixel_values": models.noised(
+            checkpoint.processor, row["pixel_values"], look.step, draw)})
     return models.collate(checkpoint, rows)
 
 

@@ -5,6 +5,7 @@ stops a run, it is counted by its reason. Lists are for held-out sets; data of a
 """
 
 import itertools
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,39 @@ from bpo.seeds import seed_for
 
 _PEEK = 100  # entries in which a layout must show itself: the first ones may be bad rows
 _NAMED = 12  # fields of an unknown layout that a message names
+
+
+class Digests:
+    """A set of texts that holds 8 bytes of each, in a table of 16 to 32 bytes a text.
+
+    Of a million texts, two different ones are taken for the same with a chance of about 5
+    in 10^8.
+    """
+
+    def __init__(self) -> None:
+        self._table, self._count = array("Q", bytes(8 * 1024)), 0
+
+    def add(self, *text: object) -> bool:
+        """Adds a text; False if it was there."""
+        if 2 * self._count >= len(self._table):
+            old, self._table = self._table, array("Q", bytes(16 * len(self._table)))
+            for digest in filter(None, old):
+                self._table[self._place(digest)] = digest
+        digest = seed_for(0, *text) or 1  # 0 marks an empty place
+        place = self._place(digest)
+        if self._table[place]:
+            return False
+        self._table[place] = digest
+        self._count += 1
+        return True
+
+    def _place(self, digest: int) -> int:
+        """Where a digest stands, or the empty place where it would."""
+        last = len(self._table) - 1  # sizes are powers of two
+        place = digest & last
+        while self._table[place] and self._table[place] != digest:
+            place = place + 1 & last
+        return place
 
 
 def layout(data: Path) -> str:
@@ -47,7 +81,8 @@ def image_root(data: Path, image_folder: Path | None) -> Path:
 def stream(data: Path, image_folder: Path | None = None) -> Iterator[Row | Rejected]:
     """The rows of a data file or folder in their order, and those that cannot be used.
 
-    Images are looked up, not opened. Memory: 8 bytes an id, kept in a set (some 80 bytes a row).
+    Images are looked up, not opened. A repeated row is rejected; an id that other rows have already
+    gets ~2, ~3, ... behind it. Memory: some 50 bytes a row, to know the ids and rows seen.
     Raises Refusal when the data is missing, of no known layout, or breaks off.
     """
     return (row for _, row in located(data, image_root(data, image_folder)))
@@ -57,7 +92,7 @@ def located(data: Path, root: Path) -> Iterator[tuple[str, Row | Rejected]]:
     """`stream` with where each row stands; root: as `image_root` gives it."""
     form = layouts.LAYOUTS[layout(data)]
     truth = records.read_truth(data)["rows"]
-    seen: set[int] = set()
+    seen = Digests()
     for number, (where, entry) in enumerate(entries.read(data, root)):
         entry = form.plain(entry) if isinstance(entry, Mapping) else entry
         base = layouts.entry_id(entry, number)
@@ -74,16 +109,23 @@ def located(data: Path, root: Path) -> Iterator[tuple[str, Row | Rejected]]:
             yield where, Rejected(base, where, str(reason))
             continue
         for one in answered:
-            digest = seed_for(0, one.id)
             if not one.answer:
                 yield where, Rejected(one.id, where, "empty answer")
-            elif digest in seen:
+            elif not seen.add("row", one.id, name, one.prompt, one.answer):
                 yield where, Rejected(one.id, where, "duplicate id")
             else:
-                seen.add(digest)
                 category = (truth.get(one.id, {}).get("category")
                             or records.guess_category(one.answer))
-                yield where, Row(one.id, file, name, one.prompt, one.answer, category, one.given)
+                yield where, Row(_unused(one.id, seen), file, name, one.prompt, one.answer,
+                                 category, one.given)
+
+
+def _unused(row_id: str, seen: Digests) -> str:
+    """The id, or with ~2, ~3, ... behind it: published sets give several questions about an image
+    its one id, and none of them is to be lost."""
+    if seen.add("id", row_id):
+        return row_id
+    return next(one for n in itertools.count(2) if seen.add("id", one := f"{row_id}~{n}"))
 
 
 def list_rows(data: Path, image_folder: Path | None = None) -> tuple[list[Row], Counter]:

@@ -11,6 +11,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,12 +49,14 @@ def by_budget(prompt_tokens: np.ndarray, answer_tokens: np.ndarray, budget: int
     return [*batches, order[start:]] if len(order) else []
 
 
-def run(file: Path, batches: Sequence[np.ndarray], work: Callable[[np.ndarray], list[dict]], *,
-        label: str) -> None:
+def run(file: Path, batches: Sequence[np.ndarray], work: Callable[[Any], list[dict]], *,
+        label: str, prepare: Callable[[np.ndarray], Any] = lambda batch: batch) -> None:
     """Writes `file`, one JSON line a row in the order of the rows; nothing to do if it is there.
 
     batches: arrays of row numbers that cover 0 .. rows - 1 once.
-    work: batch -> one record a row of it. Called by the process that the batch was dealt to.
+    work: what `prepare` made of a batch -> one record a row of it. Called by the process that the
+    batch was dealt to.
+    prepare: runs in a thread, a batch ahead, so that images are read while the model is at work.
     """
     if ranks.first(file.is_file):
         return
@@ -69,9 +72,9 @@ def run(file: Path, batches: Sequence[np.ndarray], work: Callable[[np.ndarray], 
     with (folder / f"{file.stem}.{ranks.rank()}.jsonl").open("ab") as shard, tqdm(
             total=rows, initial=rows - sum(map(len, left)), desc=label, unit="row", leave=False,
             disable=ranks.rank() > 0) as bar:
-        for batch in mine:
+        for batch, prepared in _ahead(mine, prepare):
             lines = [f"{row}\t{to_json(record)}\n"
-                     for row, record in zip(batch.tolist(), work(batch), strict=True)]
+                     for row, record in zip(batch.tolist(), work(prepared), strict=True)]
             shard.write("".join(lines).encode())
             shard.flush()
             os.fsync(shard.fileno())
@@ -79,6 +82,18 @@ def run(file: Path, batches: Sequence[np.ndarray], work: Callable[[np.ndarray], 
             bar.update(min(len(batch) * ranks.world(), bar.total - bar.n))
     ranks.wait()
     ranks.first(lambda: _merge(folder, file, rows))
+
+
+def _ahead(batches: Sequence[np.ndarray], prepare: Callable[[np.ndarray], Any]
+           ) -> Iterator[tuple[np.ndarray, Any]]:
+    """Each batch with what was prepared of it, while the next one is being prepared."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(prepare, batches[0]) if batches else None
+        for number, batch in enumerate(batches):
+            prepared = coming.result()
+            if number + 1 < len(batches):
+                coming = pool.submit(prepare, batches[number + 1])
+            yield batch, prepared
 
 
 def run_on(file: Path, items: Sequence[Item], batch_size: int,

@@ -1,3 +1,5 @@
+"""Asking a model behind an endpoint: a scripted server for faults, a real one that dies."""
+
 import asyncio
 import json
 import logging
@@ -18,9 +20,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bpo import pairs, records
 from bpo.endpoint import Endpoint, NoAnswer
-from bpo.params import Refusal
+from bpo.params import PairGeneration, Refusal
 
+POSTED = "POST /v1/chat/completions"
 KEY = "sk-very-secret-0123456789"
 SETTINGS = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 6}
 
@@ -459,4 +463,40 @@ def test_a_server_killed_midway_is_asked_for_the_rest_alone_when_it_is_back(
     log = served.start()
     asked(batches(prompts(*QUESTIONS)))
     assert [t for line in file.read_text().splitlines() for t in json.loads(line)] == expected
-    assert log.read_text().count("POST /v1/chat/completions") == 6
+    assert log.read_text().count(POSTED) == 6
+
+
+@pytest.mark.slow
+def test_pairs_go_on_when_the_server_that_injects_errors_dies_and_comes_back(
+        served, model_folder, data_file, prompt_files, outputs, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", KEY)
+    p = PairGeneration(
+        study="s", model=str(model_folder), data=str(data_file), sources=["injected"],
+        score_candidates=False, endpoint=f"http://127.0.0.1:{served.port}/v1",
+        endpoint_model=str(served.model), endpoint_key_variable="SOME_KEY", endpoint_requests=1,
+        endpoint_retries=0, max_new_tokens=6, **prompt_files)
+    asked, right = [], Endpoint.answers
+    log = served.start()
+    before = log.read_text().count(POSTED)
+
+    def watched(self, prompts, **settings):
+        asked.append(len(prompts))
+        if sum(asked) > 6:
+            served.kill()  # two batches of four are asked for, the second finds nobody
+        return right(self, prompts, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Endpoint, "answers", watched)
+        with pytest.raises(NoAnswer, match="0 of this batch's 4"):
+            pairs.run(p)
+    shard, = (outputs / "s" / "2_pair_generation" / "shards").iterdir()
+    assert len(shard.read_text().splitlines()) == 4
+    assert log.read_text().count(POSTED) - before == 1 + 4  # the check and a batch
+
+    log = served.start()
+    result = pairs.run(p)
+    assert log.read_text().count(POSTED) == 1 + 8
+    made = records.read_lines(result.folder / "candidates.jsonl")
+    assert [c["mode"] for line in made for c in line["candidates"]] == ["endpoint"] * 12
+    everything = b"".join(f.read_bytes() for f in outputs.rglob("*") if f.is_file())
+    assert b"SOME_KEY" in everything and KEY.encode() not in everything

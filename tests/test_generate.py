@@ -140,7 +140,9 @@ NOISY = View("noisy", 600)
 
 
 def said(checkpoint, requests, view=NOISY, **changes):
-    return generate.sample_answers(checkpoint, requests, view, **options(**changes))
+    asked = options(**changes)
+    inputs = generate.encode_branches(checkpoint, requests, view, seed=asked["seed"])
+    return generate.sample_answers(checkpoint, requests, inputs, view, **asked)
 
 
 def test_sampled_answers_are_reproducible_in_any_order_and_batch(checkpoint, requests):
@@ -290,3 +292,15 @@ def test_a_vision_model_answers_without_an_image_too(checkpoint):
     assert "<image>" not in text
     asked = Request("0", ({"role": "user", "content": "what is this ?"},), None)
     assert isinstance(answers(checkpoint, [asked])[0], str)
+
+
+@pytest.mark.parametrize("count", (1, 2, 7))
+def test_prompts_encoded_together_are_those_encoded_alone(checkpoint, requests, count):
+    asked = requests[:count]
+    texts = [models.prompt_text(checkpoint, r.messages, image=True) for r in asked]
+    pictures = [images.load(r.image) for r in asked]
+    together = models.encode_all(checkpoint, texts, pictures)
+    for row, text, picture in zip(together, texts, pictures, strict=True):
+        alone = models.encode(checkpoint, text, picture)
+        assert row.keys() == alone.keys()
+        assert all(torch.equal(row[n], alone[n]) for n in alone)

@@ -131,7 +131,7 @@ def test_the_study_and_what_is_only_shown_do_not_shape_a_result():
     shaping = PairGeneration(study="other", gallery=9).shaping()
     assert shaping == PairGeneration().shaping()
     assert "weaken_steps" in shaping and "seed" in shaping
-    assert PairGeneration(noise_step=5).shaping() != shaping
+    assert PairGeneration(weaken_steps=[5]).shaping() != shaping
 
 
 # --- files --------------------------------------------------------------------------------------

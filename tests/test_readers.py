@@ -338,11 +338,18 @@ def test_bad_rows_of_other_layouts_are_rejected(folder, name, change, reason):
         "", reason]
 
 
-def test_the_second_row_with_an_id_is_skipped(folder):
-    twice = [conversation("r", "a.png", "q ?", a) for a in ("first", "second")]
-    rows, skipped = readers.read_rows(written(folder, twice))
-    assert [r.answer for r in rows] == ["first"]
+def test_a_repeated_row_is_skipped_and_a_repeated_id_gets_a_number(folder):
+    same_id = [conversation("r", "a.png", "q ?", a) for a in ("first", "second", "first", "third")]
+    rows, skipped = readers.read_rows(written(folder, same_id))
+    assert [(r.id, r.answer) for r in rows] == [("r", "first"), ("r~2", "second"), ("r~3", "third")]
     assert skipped == {"duplicate id": 1}
+
+
+def test_a_set_of_digests_knows_what_it_was_given():
+    seen = readers.Digests()
+    assert all(seen.add("id", n) for n in range(5000))
+    assert not any(seen.add("id", n) for n in range(5000))
+    assert seen.add("row", 1) and seen.add("id", 5000) and not seen.add("id", 5000)
 
 
 def test_a_file_of_unusable_rows_alone_is_refused_with_the_counts(folder):

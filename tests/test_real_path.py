@@ -26,7 +26,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from bpo import generate, models, packed, params, train
+from bpo import generate, models, noise, packed, params, train
 from bpo.generate import Request, View
 
 # The turns of the public LLaVA-1.5 layout: no end token behind an answer, a space instead.
@@ -280,10 +280,21 @@ def test_a_processor_without_its_video_side_gives_the_prompts_and_pixels_of_its_
 @pytest.mark.parametrize("view", [None, View("noisy", 900), View("contrast", 900), View("swapped")])
 def test_images_of_other_sizes_decode_in_a_batch_as_alone(qwen, asked, view):
     def drawn(requests):
-        return generate.sample_answers(qwen, requests, view, seed=0, purpose="test", samples=2,
-                                       temperature=1.0, top_p=1.0, max_new_tokens=8)
+        inputs = generate.encode_branches(qwen, requests, view, seed=0)
+        return generate.sample_answers(qwen, requests, inputs, view, seed=0, purpose="test",
+                                       samples=2, temperature=1.0, top_p=1.0, max_new_tokens=8)
 
     assert drawn(asked) == [drawn([r])[0] for r in asked]
+
+
+def test_all_frames_of_a_still_image_get_the_same_noise_at_its_full_strength(qwen, asked):
+    clean, noised = (generate.encode_view(qwen, asked[:1], v, seed=0)["pixel_values"]
+                     for v in (None, View("noisy", 900)))
+    share = noise.alpha_bars()[900].item()
+    frames = (noised - share**0.5 * clean).unflatten(1, (3, 2, -1))
+    assert torch.allclose(frames[:, :, 0], frames[:, :, 1], atol=1e-6)
+    # The model adds the frames up: independent draws would leave .71 of the noise.
+    assert frames.mean(2).std().item() == pytest.approx((1 - share) ** 0.5, rel=0.03)
 
 
 @torch.no_grad()

@@ -73,9 +73,10 @@ def sorrows(folder):
         {"id": "talk", "image": "palette.png", "conversations": turns},
         *[conversation(n, n, "q ?", "a") for n in ("cut.jpg", "empty.png", "bomb.png", "none.png",
                                                     "link.png", "../outside.png", "/outside.png")],
+        conversation("palette.png", "palette.png", "q ?", "red"),
         conversation("palette.png", "palette.png", "q ?", "another"),
         conversation("silent", "palette.png", "q ?", " "), text_only, "neither"]
-    return entries, [*good, "talk#0", "talk#1"], {
+    return entries, [*good, "talk#0", "talk#1", "palette.png~2"], {
         "image is cut off or damaged": 1, "image file is empty": 1, "image is too large": 1,
         "image file is missing": 1, "image path leaves the image folder": 3, "duplicate id": 1,
         "empty answer": 1, "no image": 1, "not a row": 1}
