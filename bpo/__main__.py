@@ -36,10 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("study")
     stage.add_argument("number", type=int, metavar="N", help="the notebook's number")
     export.add_argument("--to", required=True, metavar="LAYOUT", help=", ".join(LAYOUTS))
-    for command in (check, run, stage, export):
+    for command in (check, run, stage):
         command.add_argument("-p", nargs=2, action="append", default=[], dest="overrides",
                              metavar=("NAME", "VALUE"), help="override a parameter wherever it is")
-    for command in (run, stage, export):
+    for command in (run, stage):
         command.add_argument("--as", dest="name", help="the results' name, if not the study's")
     run.add_argument("--only", type=int, metavar="N",
                      help="run notebook N alone, and no later round")
@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "report":
             return _report(options.study)
+        if options.command == "export":
+            return _export(options.study, to=options.to)
         overrides = {n: yaml.safe_load(v) if v else "" for n, v in options.overrides}
         if options.command == "check":
             return _check(options.study, overrides)
@@ -56,8 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
             overrides["study"] = options.name
         if options.command == "stage":
             return _stage(options.study, overrides, number=options.number)
-        if options.command == "export":
-            return _export(options.study, overrides, to=options.to)
         return _run(options.study, overrides, only=options.only, first=options.first)
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
@@ -210,15 +210,17 @@ def _stage(study: str, overrides: dict[str, Any], *, number: int) -> int:
     return 0
 
 
-def _export(study: str, overrides: dict[str, Any], *, to: str) -> int:
+def _export(study: str, *, to: str) -> int:
+    """The pairs of a finished stage in another tool's layout, with the parameters they were made
+    with, so that a study of another name or of a later round is exported alike."""
     from bpo import exports, pairs
 
-    p = params.read_study(study, overrides).get("2_pair_generation")
-    if p is None:
-        raise Refusal(f"study {study} makes no pairs: it has no 2_pair_generation.yaml")
-    folder = exports.export(runs.stage_folder(p.study, p.notebook), to,
-                            image_folder=pairs.image_root(p))
-    print(f"the export is {_short(folder)}")
+    stage = runs.stage_folder(study, params.PairGeneration.notebook)
+    root = stage
+    if (stage / runs.MANIFEST).is_file():
+        known = json.loads((stage / runs.MANIFEST).read_text(encoding="utf-8"))["parameters"]
+        root = pairs.image_root(params.PairGeneration(study=study, **known))
+    print(f"the export is {_short(exports.export(stage, to, image_folder=root))}")
     return 0
 
 

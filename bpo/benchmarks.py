@@ -49,7 +49,8 @@ METRICS = {
     "answer_words": ("words an answer", "any", None),
     "changed": ("answers that differ from base", "any", None),
 }
-BASELINES = ("base", "sft", "sft_matched", "sft_compute")
+# What a method is compared with, where it was trained.
+BASELINES = ("base", "sft", "sft_matched", "sft_compute", "bpo_unselected", "bpo_noisy")
 
 
 def run(p: QualitativeComparison) -> runs.Result:

@@ -241,7 +241,8 @@ def sample_answers(checkpoint: Checkpoint, requests: Sequence[Request],
     """For each request `samples` answers, drawn from its weakened image (None: as it is).
 
     inputs: `encode_branches` of the requests and the view.
-    Draws are seeded by (seed, purpose, row id, number of the sample).
+    Draws are seeded by (seed, purpose, row id, number of the sample). temperature 0: the likeliest
+    tokens, one answer a request.
     """
     draws = [torch_generator(seed, purpose, r.id, k) for r in requests for k in range(samples)]
     contrast = None
@@ -249,7 +250,7 @@ def sample_answers(checkpoint: Checkpoint, requests: Sequence[Request],
         contrast = Contrast(view.mode, strength=contrast_strength, cutoff=contrast_cutoff)
         # The branches take the same draws: the same token comes out for both.
         draws += [torch_generator(seed, purpose, r.id, k) for r in requests for k in range(samples)]
+    sampling = SeededSampling(draws, temperature=temperature, top_p=top_p) if temperature else None
     texts = decode(checkpoint, inputs, max_new_tokens=max_new_tokens, samples=samples,
-                   sampling=SeededSampling(draws, temperature=temperature, top_p=top_p),
-                   contrast=contrast)
+                   sampling=sampling, contrast=contrast)
     return [texts[i:i + samples] for i in range(0, len(texts), samples)]

@@ -193,8 +193,8 @@ class PairGeneration(Checkpoint):
         [800], min_length=1, description="diffusion steps of the noise")
     weaken_draws: Count = Field(1, description="noise draws, crops or swaps of each image and step")
     weaken_samples: Count = Field(1, description="answers sampled from each weakened image")
-    weaken_temperature: float = Field(1.0, description="sampling temperature of image weakening",
-                                      gt=0, le=5)
+    weaken_temperature: float = Field(1.0, description="sampling temperature of image weakening; "
+                                                       "0: the likeliest token", ge=0, le=5)
     weaken_top_p: float = Field(1.0, description="nucleus of image weakening", gt=0, le=1)
     contrast_strength: float = Field(
         1.0, description="weight of the branch that contrast and reverse_contrast take away", gt=0)
@@ -218,8 +218,8 @@ class PairGeneration(Checkpoint):
     question_prompt: str = Field("outputs/{study}/0_tiny_world/prompts/question.txt",
                                  description="file that asks to rewrite an answer")
     inject_samples: Count = Field(1, description="rewritten answers of each row")
-    inject_temperature: float = Field(0.8, description="sampling temperature of error injection",
-                                      gt=0, le=5)
+    inject_temperature: float = Field(0.8, description="sampling temperature of error injection; "
+                                                       "0: the likeliest token", ge=0, le=5)
     inject_top_p: float = Field(0.95, description="nucleus of error injection", gt=0, le=1)
     max_new_tokens: Count = Field(40, description="longest generated answer, in tokens")
     batch_tokens: Count = Field(4096, description="tokens decoded together: prompts with their "
@@ -249,6 +249,10 @@ class PairGeneration(Checkpoint):
                 raise ValueError("image_folder: must be named when data names several files")
         if self.endpoint and not self.endpoint_model:
             raise ValueError("endpoint_model: must be named when endpoint is")
+        for kind in ("weaken", "inject"):
+            if getattr(self, f"{kind}_samples") > 1 and not getattr(self, f"{kind}_temperature"):
+                raise ValueError(f"{kind}_samples: several samples at {kind}_temperature 0 would "
+                                 "all be the same; ask for 1, or raise the temperature")
         if "image" in self.select and not self.score_candidates:
             raise ValueError("select: the score image needs score_candidates")
         noisy = [m for m in self.weaken_modes if m in STEPPED_MODES]

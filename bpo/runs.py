@@ -211,8 +211,10 @@ def _touched(folder: Path, manifest: Mapping[str, Any]) -> str | None:
 
 
 def _files(folder: Path) -> list[Path]:
+    """The files of a result; what a kill left under a temporary name is none."""
     return sorted(f for f in folder.rglob("*") if f.is_file()
-                  and f.relative_to(folder).parts not in ((MANIFEST,), (STARTED,), (TIMINGS,)))
+                  and f.relative_to(folder).parts not in ((MANIFEST,), (STARTED,), (TIMINGS,))
+                  and not (f.name.startswith(".") and f.name.endswith(".tmp")))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -95,7 +95,8 @@ def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
         if not images.exists(file):
             raise Refusal(f"{file}: the image of pair {line['id']} is missing; set image_folder to "
                           "the folder that the pairs' image names start from")
-        texts = [line["chosen"], *(r["text"] for r in line["rejected"])]
+        texts = [line["chosen"], *(r["text"] for r in (*line["rejected"],
+                                                       *line.get("unselected", ())))]
         if any(metrics.normalised(t) == metrics.normalised(line["chosen"]) for t in texts[1:]):
             raise Refusal(f"pair {line['id']}: a rejected answer equals the chosen one, "
                           "which would train on nothing")

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import nbformat
 import pytest
 
@@ -209,7 +210,7 @@ class TestTheWholeStudy:
 
     def test_a_run_killed_twice_ends_with_the_bytes_of_one_that_was_not(self, study, root):
         killed = root / "killed"
-        _kill_when(root, killed / "2_pair_generation" / "weakened.jsonl",
+        _kill_when(root, killed / "2_pair_generation" / "shards" / "weakened-noisy-800-0.0.jsonl",
                    lambda f: f.is_file() and f.stat().st_size > 0)
         assert not (killed / "2_pair_generation" / "manifest.json").exists()
         _kill_when(root, killed / "3_dpo_training" / "bpo" / "checkpoints",
@@ -218,13 +219,32 @@ class TestTheWholeStudy:
         done = subprocess.run(run_little("killed"), env=environment(root), text=True,
                               capture_output=True)
         assert done.returncode == 0, done.stderr
-        for name in ("2_pair_generation/pairs.jsonl", "2_pair_generation/weakened.jsonl",
+        for name in ("2_pair_generation/pairs.jsonl", "2_pair_generation/weakened-noisy-800-0.jsonl",
                      "3_dpo_training/bpo/history.json",
                      "3_dpo_training/bpo/adapter/adapter_model.safetensors",
                      "4_qualitative_comparison/answers-counterfactual.jsonl"):
             assert (killed / name).read_bytes() == (study / name).read_bytes(), name
         for notebook in params.SCHEMAS:
             assert manifest(killed, notebook)["metrics"] == manifest(study, notebook)["metrics"]
+
+    def test_its_pairs_are_exported_for_other_tools(self, study, root):
+        for layout in ("trl", "bpo"):
+            done = subprocess.run(command("export", "little", "--to", layout),
+                                  env=environment(root), text=True, capture_output=True)
+            assert done.returncode == 0, done.stderr
+            assert (study / "exports" / layout / "README.md").is_file()
+        rows = datasets.load_dataset("parquet", split="train", cache_dir=str(root / "cache"),
+                                     data_files=str(study / "exports" / "trl" / "*.parquet"))
+        found = manifest(study, "2_pair_generation")["metrics"]
+        assert len(rows) == found["pairs"]
+        assert rows[0]["images"][0].size == (64, 64)
+
+    def test_a_stage_is_found_up_to_date_without_a_kernel(self, study, root):
+        overrides = [x for n, v in LITTLE.items() for x in ("-p", n, str(v))]
+        done = subprocess.run(command("stage", "tiny", "2", "--as", "little", *overrides),
+                              env=environment(root), text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("up to date, read again")
 
     def test_one_notebook_runs_alone_with_one_parameter_changed(self, study, root):
         again = [*run_little("little"), "--only", "1", "-p", "draws", "1"]

@@ -2,10 +2,15 @@
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
+from tqdm import tqdm
 
 from bpo import candidates, generate, metrics, pair_tables, pairs, params, readers, records
 from bpo.params import PairGeneration, Refusal
@@ -231,15 +236,63 @@ def launched(processes, parameters, root, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", (2, 3))
-def test_several_processes_write_the_bytes_of_one(uninterrupted, parameters, tmp_path, processes):
-    done = launched(processes, parameters, tmp_path / "out", tmp_path)
+@pytest.mark.parametrize("processes, temperature", [(2, 1.0), (3, 1.0), (2, 0.0)])
+def test_several_processes_write_the_bytes_of_one(parameters, outputs, tmp_path, processes,
+                                                  temperature):
+    p = changed(parameters, weaken_temperature=temperature, inject_temperature=temperature)
+    alone = pairs.run(p)
+    done = launched(processes, p, tmp_path / "out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "out" / "s" / "2_pair_generation"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["processes"] == processes
-    assert written(folder) == written(uninterrupted.folder)
-    assert manifest["metrics"] == uninterrupted.metrics
+    assert written(folder) == written(alone.folder)
+    assert manifest["metrics"] == alone.metrics
+
+
+KILLS = 200
+
+
+@pytest.mark.slow
+def test_two_hundred_kills_at_any_time_leave_the_bytes_of_a_run_without_one(
+        parameters, data_file, outputs, tmp_path):
+    entries = json.loads(data_file.read_text())
+    (tmp_path / "rows.json").write_text(json.dumps(
+        [e | {"id": f"{e['id']} {n}"} for n in range(8) for e in entries]))
+    p = changed(parameters, data=str(tmp_path / "rows.json"), image_folder=str(data_file.parent))
+    whole = pairs.run(changed(p, study="whole"))
+    rng, kills, ends = random.Random(0), 0, 0
+    while kills < KILLS:
+        study = changed(p, study=f"killed-{ends}")
+        folder = outputs / study.study / study.notebook
+        while not (folder / "manifest.json").is_file():
+            child = in_a_child(study)
+            time.sleep(rng.uniform(0.05, 0.7))
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            kills += os.WIFSIGNALED(status)
+            assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        ends += 1
+        result = pairs.run(study)
+        assert result.done == "up to date, read again"
+        assert written(folder) == written(whole.folder)
+        assert result.metrics == whole.metrics
+        assert not list(folder.parent.glob("*.old-*")), "a killed run was thrown away"
+    assert ends > 1
+
+
+def in_a_child(p):
+    """Runs the stage in a process of its own, with all libraries there already; its number."""
+    child = os.fork()
+    if child == 0:
+        try:
+            # Bars of forked processes share a lock, and a killed one may have held it.
+            tqdm.set_lock(threading.RLock())
+            pairs.run(p)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return child
 
 
 def test_several_samples_and_draws_give_several_candidates_and_one_is_kept(parameters, outputs):
@@ -339,6 +392,7 @@ def test_a_limit_that_drops_every_row_is_refused(parameters, data_file, outputs,
     ({"data": {"a.json": ""}, "image_folder": ""}, "must be named when data names several files"),
     ({"endpoint": "http://127.0.0.1:1/v1"}, "endpoint_model: must be named"),
     ({"select": {"image": 1.0}, "score_candidates": False}, "the score image needs"),
+    ({"weaken_samples": 2, "weaken_temperature": 0.0}, "would all be the same"),
     ({"select": {"magic": 1.0}}, "select")])
 def test_parameters_that_do_not_fit_together_are_refused(wrong, said):
     with pytest.raises(Refusal, match=said):
