@@ -14,7 +14,7 @@ CHECKS = {"truth_right": "share in truth right",
           "sentences_gap": "sentences more",
           "characters_gap": "characters a word more",
           "commas_gap": "commas a word more",
-          "type_token_gap": "different words a word more"}
+          "type_token_gap": "type-token ratio (different words a word) more"}
 SIDES = {"candidates": "as made", "kept": "as kept"}
 
 Found = dict[str, Any]
@@ -47,6 +47,14 @@ def checks(found: Found) -> Table:
     return [{"measure": label} | {f"{s}, {words}": _text(found[s].get(name, {}).get(side))
                                   for s in sources(found) for side, words in SIDES.items()}
             for name, label in CHECKS.items()]
+
+
+def agreement(found: Found) -> str:
+    """How often sources gave the same answer; empty where there is only one."""
+    if len(sources(found)) < 2:
+        return ""
+    return (f" Two sources gave the same answer in {found['sources_agree']:.0%} of the positives "
+            "that have answers of several.")
 
 
 def shortcuts(found: Found) -> Table:

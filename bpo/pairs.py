@@ -5,6 +5,7 @@ rejected (`selection`), and the lot is audited (`audit`). What comes out is pair
 positive with its list of rejected answers. No step holds the rows in memory, only their places.
 """
 
+import heapq
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -230,17 +231,24 @@ def to_completions(rows: Sequence[dict]) -> list[dict]:
 
 
 def examples(p: PairGeneration, result: runs.Result) -> list[dict[str, Any]]:
-    """Positives with the most rejected answers for the gallery, drawn by seed, with the clean image
-    and the weakened one of the first view."""
+    """Positives with the most rejected answers of their category for the gallery, drawn by seed and
+    by turns of the categories, with the clean image and the weakened one of the first view."""
     view, root = candidates.views(p)[0], image_root(p)
     processor = models.load_processor(p.path(p.model))
-    out = []
     pairs, rows = (LineFile(result.folder / f"{n}.jsonl") for n in ("pairs", "rows"))
-    places = sorted(range(len(pairs)),
-                    key=lambda i: seeds.seed_for(p.seed, "pair gallery", pairs[i]["id"]))
-    most = max(len(k["rejected"]) for k in pairs)
-    for i in [i for i in places if len(pairs[i]["rejected"]) == most][:p.gallery]:
-        pair, asked = pairs[i], candidates.request(p, rows, root, i, view)
+    best: dict[str, list[tuple[int, int, int]]] = {}
+    for place, pair in enumerate(pairs):
+        if pair["rejected"]:
+            draw = seeds.seed_for(p.seed, "pair gallery", pair["id"])
+            mine = best.setdefault(pair["category"], [])
+            heapq.heappush(mine, (len(pair["rejected"]), -draw, place))
+            if len(mine) > p.gallery:
+                heapq.heappop(mine)
+    ranked = [sorted(best[c], reverse=True) for c in sorted(best)]
+    turns = [mine[n][2] for n in range(p.gallery) for mine in ranked if n < len(mine)]
+    out = []
+    for place in turns[:p.gallery]:
+        pair, asked = pairs[place], candidates.request(p, rows, root, place, view)
         out.append({"image": images.load(asked.image), "chosen": pair["chosen"],
                     "question": pair["prompt"][-1]["content"], "category": pair["category"],
                     "weakened": generate.view_picture(

@@ -399,9 +399,10 @@ def test_parameters_that_do_not_fit_together_are_refused(wrong, said):
         params.validate(PairGeneration, wrong, where="here")
 
 
-def test_the_gallery_shows_pairs_with_the_most_rejected_answers(uninterrupted, parameters):
-    cards = pairs.examples(parameters.model_copy(update={"gallery": 2}), uninterrupted)
-    assert len(cards) == 2
+def test_the_gallery_shows_pairs_with_the_most_rejected_answers_of_each_category(
+        uninterrupted, parameters):
+    cards = pairs.examples(parameters.model_copy(update={"gallery": 3}), uninterrupted)
+    assert [c["category"] for c in cards] == ["attribute", "caption", "presence"]
     for card in cards:
         assert [r["source"] for r in card["rejected"]] == ["weakened", "injected"]
         assert card["image"].mode == "RGB" and card["weakened"].size == (32, 32)
