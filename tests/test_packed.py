@@ -143,6 +143,14 @@ def test_where_packing_is_not_exact_each_answer_gets_its_own_pass(asked, checkpo
     assert why in said and said.count("\n") == 1
 
 
+@torch.no_grad()
+def test_prompts_with_more_than_tokens_to_them_get_passes_of_their_own(asked, checkpoint, capsys):
+    _, batch, answers = asked
+    more = batch | {"mm_token_type_ids": torch.zeros_like(batch["input_ids"])}
+    assert packed.choose(checkpoint, more, answers) is packed.weigh_unpacked
+    assert "come with mm_token_type_ids" in capsys.readouterr().out
+
+
 def test_a_position_sees_the_prefix_and_its_own_branch_before_it():
     branch = torch.tensor([[-1, 0, 0, 1, 1, 2]])
     assert packed._allowed(branch)[0, 0].int().tolist() == [

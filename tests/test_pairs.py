@@ -12,7 +12,17 @@ import time
 import pytest
 from tqdm import tqdm
 
-from bpo import candidates, generate, metrics, pair_tables, pairs, params, readers, records
+from bpo import (
+    candidates,
+    generate,
+    metrics,
+    pair_tables,
+    pairs,
+    params,
+    readers,
+    records,
+    stock,
+)
 from bpo.params import PairGeneration, Refusal
 from bpo.records import Row
 
@@ -148,6 +158,10 @@ def test_the_stage_writes_a_line_a_positive_and_its_audit(uninterrupted, data_fi
     found = uninterrupted.metrics
     assert (found["rows"], found["pairs"], found["rows_skipped"]) == (len(rows), kept, {})
     assert found["audited"] == len(rows)
+    for line in records.read_lines(uninterrupted.folder / "candidates.jsonl"):
+        for c in line["candidates"]:
+            same = metrics.normalised(c["text"]) == metrics.normalised(line["chosen"])
+            assert ("scores" in c) != (same or not metrics.normalised(c["text"]))
     assert sum(found[s]["kept"] for s in ("weakened", "injected")) == kept
     assert set(uninterrupted.manifest["inputs"]) == {
         "model", "text_model", "data", "truth", "describe_prompt", "question_prompt"}
@@ -197,7 +211,9 @@ def test_an_interrupted_stage_goes_on_to_the_same_bytes(uninterrupted, parameter
             raise KeyboardInterrupt
         return decode(*args, **options)
 
-    whole = []
+    whole, counted, take_stock = [], [], stock.take_stock
+    monkeypatch.setattr(stock, "take_stock", lambda *args, **options: (
+        counted.append(1), take_stock(*args, **options)))
     monkeypatch.setattr(generate, "decode",
                         lambda *args, **options: whole.append(1) or decode(*args, **options))
     with monkeypatch.context() as patch:
@@ -206,6 +222,7 @@ def test_an_interrupted_stage_goes_on_to_the_same_bytes(uninterrupted, parameter
             pairs.run(parameters)
     result = pairs.run(parameters)
     assert written(result.folder) == written(uninterrupted.folder)
+    assert len(counted) == 1, "the rows were read and checked twice"
     again = len(whole)
     pairs.run(changed(parameters, study="other"))
     assert again == len(whole) - again - killed_at, "a batch was decoded twice"
@@ -248,6 +265,14 @@ def test_several_processes_write_the_bytes_of_one(parameters, outputs, tmp_path,
     assert manifest["processes"] == processes
     assert written(folder) == written(alone.folder)
     assert manifest["metrics"] == alone.metrics
+
+
+@pytest.mark.slow
+def test_a_refusal_of_the_first_process_ends_them_all(parameters, tmp_path):
+    done = launched(2, changed(parameters, max_bad_share=0.0, data=str(tmp_path / "rows.json")),
+                    tmp_path / "out", tmp_path)
+    assert done.returncode == 1
+    assert f"{tmp_path / 'rows.json'}: there is no such file or folder" in done.stderr
 
 
 KILLS = 200
@@ -305,10 +330,12 @@ def test_several_samples_and_draws_give_several_candidates_and_one_is_kept(param
         groups = [(c["mode"], c.get("step"), c["draw"]) for c in line["candidates"]]
         assert len(groups) == 2 * (2 * 2 + 2 + 1 + 2)
         assert len(set(groups)) == len(groups) // 2
-    for line in pairs.read_pairs(result.folder / "pairs.jsonl"):
+    lines = pairs.read_pairs(result.folder / "pairs.jsonl")
+    for line in lines:
         modes = [r["mode"] for r in line["rejected"]]
         assert len(set(modes)) == len(modes)
         assert [r["mode"] for r in line["unselected"]] == modes
+    assert any(line["unselected"] != line["rejected"] for line in lines)
     drop = result.metrics["weakened"]["dropped"]
     assert drop["not selected"] > 0
     # What selection is for: the kept are liked more by the prior, and less by the image.
@@ -367,6 +394,19 @@ def test_the_checkpoint_itself_injects_errors_where_no_text_model_is_named(param
     assert result.metrics["rows"] == 3
     assert len(records.read_lines(result.folder / "injected.jsonl")) == 3
     assert "text_model" not in result.manifest["inputs"]
+
+
+def test_descriptions_and_other_answers_have_a_prompt_each(parameters, outputs, monkeypatch):
+    asked, right = [], generate.encode_branches
+    monkeypatch.setattr(generate, "encode_branches", lambda checkpoint, requests, view, **options: (
+        asked.extend(requests), right(checkpoint, requests, view, **options))[1])
+    pairs.run(changed(parameters, sources=["injected"], score_candidates=False))
+    told = {r.id: r.messages[-1]["content"] for r in asked}
+    assert len(told) == 12
+    for row_id, text in told.items():
+        starts = "rewrite this wrong" if row_id.startswith("caption") else "question what"
+        assert text.startswith(starts) or row_id.startswith("presence")
+    assert told["presence-0"].startswith("question is there")
 
 
 def test_long_answers_are_left_out_listed_and_counted(parameters, outputs):

@@ -195,6 +195,21 @@ def test_interrupted_work_goes_on_in_its_folder(run, folder):
     assert "half.txt" in result.manifest["outputs"]
 
 
+def test_what_a_kill_left_under_a_temporary_name_is_no_part_of_the_result(run, folder, monkeypatch):
+    def killed(self, target):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(type(folder), "unlink", lambda self, missing_ok=False: None)
+        patch.setattr(type(folder), "replace", lambda self, target: killed(self, target)
+                      if target.name == runs.MANIFEST else type(folder).rename(self, target))
+        run(Work())
+    left = folder / f".{runs.MANIFEST}.tmp"
+    assert left.is_file()
+    assert left.name not in run(Work()).manifest["outputs"]
+    assert run(Work()).done == "up to date, read again"
+
+
 def test_interrupted_work_of_other_parameters_is_set_aside(run, folder):
     with pytest.raises(Killed):
         run(interrupted, beta=0.2)
