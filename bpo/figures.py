@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, dark and light by turns
 COLOURS = ["#0b5596", "#d98200", "#008463", "#b8508f", "#303030", "#4aa3dc", "#a34a00"]
-MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
+MARKERS = ["o", "s", "D", "^", "v", "P", "X", "<", "h"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2))]
 QUIET = "#6b7178"
 WIDTH = 9.0  # inches; the page shows it as 864 pixels
@@ -234,7 +234,7 @@ def _grid(rows: int, columns: int, *, width: float, height: float) -> tuple[Figu
 
 
 def _styles() -> Any:
-    """Endless line styles; the first seven differ in colour, marker and dash at once."""
+    """Endless line styles: the first seven differ in colour, marker and dash at once, 63 in all."""
     for colour, marker, line in zip(*map(itertools.cycle, (COLOURS, MARKERS, LINES)), strict=False):
         yield {"color": colour, "marker": marker, "linestyle": line}
 

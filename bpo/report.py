@@ -55,7 +55,7 @@ def table(frame: "pandas.DataFrame", caption: str, note: str = "") -> Shown:
     if list(frame.index) != list(range(len(frame))):
         frame = frame.reset_index()
     cells = {name: [_cell(value) for value in frame[name]] for name in frame.columns}
-    number = re.compile(r"[-+]?\d[\d.,e+-]* ?%?( \[.*\])?|–|nan.*")
+    number = re.compile(r"[-+]?\d[\d.,e+-]* ?%?( \[.*\])?( better| worse)?|–|nan.*")
     kinds = {name: ' class="number"' if all(map(number.fullmatch, column)) else ""
              for name, column in cells.items()}
     head = "".join(f'<th scope="col"{kinds[name]}>{as_text(name)}</th>' for name in cells)

@@ -17,6 +17,10 @@ COMMANDS = {
         "test_one_notebook_runs_alone_with_one_parameter_changed",
     "python -m bpo run tiny -p seed 7 --as tiny-seed7":
         "test_every_notebook_leaves_a_complete_stage_and_a_page",
+    "python -m bpo run tiny -p rounds 2": "test_the_second_round_starts_from_the_model_that_the_first_tuned",
+    "python -m bpo export tiny --to trl": "test_its_pairs_are_exported_for_other_tools",
+    "accelerate launch --num_processes 8 -m bpo stage llava-1.5-7b 2":
+        "test_several_processes_write_the_bytes_of_one",
     "papermill notebooks/3_dpo_training.ipynb out.ipynb -f params/tiny/3_dpo_training.yaml "
     "-p beta 0.3": "test_papermill_runs_a_notebook_from_anywhere",
     "python -m bpo check llava-1.5-7b": "test_check_names_what_a_real_study_lacks",
