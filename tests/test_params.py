@@ -89,8 +89,8 @@ def test_a_wrong_type_is_refused_with_the_value(name, value, words):
     (DPOTraining, "seed", -1), (DPOTraining, "seed", 2**31), (DPOTraining, "lora_rank", 0),
     (DPOTraining, "learning_rate", float("nan")), (DPOTraining, "study", "../elsewhere"),
     (DPOTraining, "methods", []), (DPOTraining, "methods", ["dpo"]),
-    (PairGeneration, "noise_step", 1000), (PairGeneration, "inject_top_p", 0),
-    (PairGeneration, "weaken_temperature", 0), (QualitativeComparison, "resamples", 99),
+    (PairGeneration, "weaken_steps", [1000]), (PairGeneration, "inject_top_p", 0),
+    (PairGeneration, "weaken_temperature", -1), (QualitativeComparison, "resamples", 99),
     (QualitativeComparison, "splits", {}), (NoiseProbability, "noise_steps", [0]),
     (NoiseProbability, "noise_steps", [0, 1000]),
 ])
