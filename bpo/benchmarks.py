@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from bpo import (
-    entries,
+    encoding,
     generate,
     images,
-    layouts,
     metrics,
     models,
     packed,
@@ -61,8 +60,8 @@ def run(p: QualitativeComparison) -> runs.Result:
         if truth := records.truth_file(inputs[split]):
             inputs[f"{split} truth"] = truth
     return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
-                      modules=[seeds, records, images, layouts, entries, readers, models, generate,
-                               packed, metrics, shards, sys.modules[__name__]])
+                      modules=[seeds, *readers.MODULES, models, encoding, generate, packed,
+                               metrics, shards, sys.modules[__name__]])
 
 
 def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def _chances(checkpoint: Checkpoint, batch: Sequence[Request], truth: dict[str, 
     known = truth["rows"]
     probed = [i for i, r in enumerate(batch) if _rivals(known.get(r.id))]
     inputs = generate.encode_batch(checkpoint, [batch[i] for i in probed]) if probed else {}
-    tokens = [[models.answer_ids(checkpoint, models.answer_text(checkpoint, batch[i].messages, text,
+    tokens = [[encoding.answer_ids(checkpoint, encoding.answer_text(checkpoint, batch[i].messages, text,
                                                                 image=True))
                for text in [*known[batch[i].id]["true"], *_rivals(known[batch[i].id])]]
               for i in probed]

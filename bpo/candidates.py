@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bpo import generate, models, packed, ranks, records, seeds, selection, shards
+from bpo import encoding, generate, models, packed, ranks, seeds, selection, shards
 from bpo.endpoint import Endpoint
 from bpo.generate import Request, View
 from bpo.models import Checkpoint
@@ -59,7 +59,7 @@ def make(p: PairGeneration, rows: LineFile, root: Path, folder: Path) -> None:
 
 def _weaken(p: PairGeneration, view: View, rows: LineFile, root: Path, folder: Path, *,
             vision: Callable[[], Checkpoint], lengths: Callable[[], Any]) -> None:
-    reader = functools.cache(lambda: models.reader(vision()))
+    reader = functools.cache(lambda: encoding.reader(vision()))
 
     def prepare(batch: np.ndarray) -> tuple[list[Request], dict[str, torch.Tensor]]:
         requests = [request(p, rows, root, i, view) for i in batch.tolist()]
@@ -128,9 +128,9 @@ def _inject(p: PairGeneration, rows: LineFile, root: Path, folder: Path, *,
         return [{"id": r.id, "texts": t} for r, t in zip(requests, texts, strict=True)]
 
     def batches() -> list[np.ndarray]:
-        prompts = np.array([len(models.answer_ids(text(), models.prompt_text(
+        prompts = np.array([len(encoding.answer_ids(text(), encoding.prompt_text(
             text(), rewriting(i).messages, image=False))) for i in range(len(rows))])
-        answers = np.array([len(models.answer_ids(text(), line["answer"])) + 1 for line in rows])
+        answers = np.array([len(encoding.answer_ids(text(), line["answer"])) + 1 for line in rows])
         return shards.by_budget(prompts, answers, p.batch_tokens // p.inject_samples)
 
     _made(file, batches, work, label="injected")
@@ -176,9 +176,9 @@ def _lengths(checkpoint: Checkpoint, rows: LineFile, root: Path) -> tuple[np.nda
     """
     prompts, answers = np.zeros((2, len(rows)), dtype=np.int32)
     for number, line in enumerate(rows):
-        text = models.prompt_text(checkpoint, line["prompt"], image=True)
-        prompts[number] = len(models.answer_ids(checkpoint, text))
-        answers[number] = len(models.answer_ids(checkpoint, line["answer"])) + 1
+        text = encoding.prompt_text(checkpoint, line["prompt"], image=True)
+        prompts[number] = len(encoding.answer_ids(checkpoint, text))
+        answers[number] = len(encoding.answer_ids(checkpoint, line["answer"])) + 1
     largest = 0
     for number in np.unique(np.linspace(0, len(rows) - 1, MEASURED_IMAGES).astype(int)).tolist():
         row = Row.from_line(rows[number], root)
@@ -238,7 +238,7 @@ def _score(p: PairGeneration, rows: LineFile, root: Path, folder: Path, *,
     scorer = functools.cache(lambda: _scorer(vision(), [
         _to_weigh(p, rows, root, made, i, view) for i in range(min(len(rows), 4))]))
 
-    reader = functools.cache(lambda: models.reader(vision()))
+    reader = functools.cache(lambda: encoding.reader(vision()))
 
     def prepare(batch: np.ndarray) -> _Prepared:
         asked = [_to_weigh(p, rows, root, made, i, view) for i in batch.tolist()]
@@ -263,7 +263,7 @@ def _to_weigh(p: PairGeneration, rows: LineFile, root: Path, made: Candidates, n
 
 def _ids(checkpoint: Checkpoint, asked: Sequence[_Asked]
          ) -> list[list[list[int]]]:
-    return [[models.answer_ids(checkpoint, models.answer_text(checkpoint, r.messages, text,
+    return [[encoding.answer_ids(checkpoint, encoding.answer_text(checkpoint, r.messages, text,
                                                               image=True)) for text in texts]
             for r, texts, _ in asked]
 

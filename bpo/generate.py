@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
-from bpo import models
+from bpo import encoding
 from bpo.images import load
 from bpo.models import Checkpoint
 from bpo.params import STEPPED_MODES
@@ -94,16 +94,16 @@ def encode_views(checkpoint: Checkpoint, requests: Sequence[Request],
         else:
             rows = [_weakened(checkpoint, row, request, view, seed=seed)
                     for row, request in zip(clean(), requests, strict=True)]
-        batches.append(models.collate(checkpoint, rows))
+        batches.append(encoding.collate(checkpoint, rows))
     return batches
 
 
 def _encoded(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None, *,
              seed: int, crop_share: float) -> list[dict[str, torch.Tensor]]:
     pictures = [_picture(r, view, seed=seed, crop_share=crop_share) for r in requests]
-    texts = [models.prompt_text(checkpoint, r.messages, image=i is not None)
+    texts = [encoding.prompt_text(checkpoint, r.messages, image=i is not None)
              for r, i in zip(requests, pictures, strict=True)]
-    return models.encode_all(checkpoint, texts, pictures)
+    return encoding.encode_all(checkpoint, texts, pictures)
 
 
 def _weakened(checkpoint: Checkpoint, row: dict[str, torch.Tensor], request: Request,
@@ -114,7 +114,7 @@ def _weakened(checkpoint: Checkpoint, row: dict[str, torch.Tensor], request: Req
     if view.mode == "blank":
         return row | {"pixel_values": torch.zeros_like(row["pixel_values"])}
     draw = torch_generator(seed, "noise", request.id, view.step, view.draw)
-    return row | {"pixel_values": models.noised(checkpoint.processor, row["pixel_values"],
+    return row | {"pixel_values": encoding.noised(checkpoint.processor, row["pixel_values"],
                                                 view.step, draw)}
 
 
@@ -137,13 +137,13 @@ def _picture(request: Request, view: View | None, *, seed: int, crop_share: floa
 def view_picture(processor: Any, request: Request, view: View, *, transform: str, seed: int,
                  crop_share: float) -> Image.Image:
     """What the model is shown of a request's image through a view, as a picture."""
-    picture = models.transformed(_picture(request, view, seed=seed, crop_share=crop_share),
+    picture = encoding.transformed(_picture(request, view, seed=seed, crop_share=crop_share),
                                  transform, processor)
     if view.mode == "blank":
-        return Image.new("RGB", picture.size, models.mean_colour(processor))
+        return Image.new("RGB", picture.size, encoding.mean_colour(processor))
     draw = torch_generator(seed, "noise", request.id, view.step, view.draw)
     step = view.step if view.mode in STEPPED_MODES else 0
-    return models.noised_picture(processor, picture, step, draw)
+    return encoding.noised_picture(processor, picture, step, draw)
 
 
 def crop(image: Image.Image, share: float, rng: np.random.Generator) -> Image.Image:

@@ -13,6 +13,7 @@ import torch
 
 from bpo.models import Checkpoint
 
+
 @dataclass(frozen=True)
 class Weighed:
     """One answer under one prompt, float32 on the CPU.
@@ -33,7 +34,7 @@ def weigh(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
           answers: Sequence[Sequence[Sequence[int]]]) -> list[list[Weighed]]:
     """Every answer of every row, all answers of a row in one pass over its prompt.
 
-    batch: left-padded prompts (B, S) as `models.collate` gives them.
+    batch: left-padded prompts (B, S) as `encoding.collate` gives them.
     answers[b]: token ids of each answer to prompt b; rows may have different numbers of answers.
     Exact for models whose attention takes a plain 4-D mask and 1-D positions (LLaVA and its kin);
     see `choose`, which tries on the data at hand.

@@ -18,11 +18,10 @@ import numpy as np
 from bpo import (
     audit,
     candidates,
+    encoding,
     endpoint,
-    entries,
     generate,
     images,
-    layouts,
     metrics,
     models,
     noise,
@@ -55,8 +54,8 @@ def run(p: PairGeneration) -> runs.Result:
     if len(data_files(p)) == 1 and (truth := records.truth_file(next(iter(data_files(p))))):
         inputs["truth"] = truth
     return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
-                      modules=[noise, seeds, records, images, layouts, entries, readers, stock, models, generate, packed,
-                               metrics, selection, audit, endpoint, shards, candidates,
+                      modules=[noise, seeds, *readers.MODULES, stock, models, encoding, generate,
+                               packed, metrics, selection, audit, endpoint, shards, candidates,
                                sys.modules[__name__]])
 
 

@@ -210,7 +210,7 @@ class PairGeneration(Checkpoint):
     endpoint_model: str = Field("", description="the endpoint's name of its model")
     endpoint_key_variable: str = Field(
         "OPENAI_API_KEY", description="environment variable that holds the endpoint's key")
-    endpoint_requests: Count = shown(8, "requests to the endpoint under way at once, in each process")
+    endpoint_requests: Count = shown(8, "requests under way to the endpoint, in each process")
     endpoint_retries: int = shown(5, "tries again of one request before the run stops", ge=0)
     endpoint_timeout: float = shown(120.0, "seconds of silence after which a request is lost", gt=0)
     describe_prompt: str = Field("outputs/{study}/0_tiny_world/prompts/describe.txt",

@@ -17,10 +17,9 @@ import numpy as np
 import torch
 
 from bpo import (
-    entries,
+    encoding,
     generate,
     images,
-    layouts,
     metrics,
     models,
     noise,
@@ -58,8 +57,8 @@ def run(p: NoiseProbability) -> runs.Result:
     if truth := records.truth_file(data):
         inputs["truth"] = truth
     return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
-                      modules=[noise, seeds, records, images, layouts, entries, readers, models,
-                               generate, packed, metrics, shards, sys.modules[__name__]])
+                      modules=[noise, seeds, *readers.MODULES, models, encoding, generate, packed,
+                               metrics, shards, sys.modules[__name__]])
 
 
 def _work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
@@ -147,21 +146,21 @@ def _encode(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look]
     clean = {}
     for look in batch:
         if look.row.id not in clean:
-            text = models.prompt_text(checkpoint, look.row.prompt, image=True)
-            clean[look.row.id] = models.encode(checkpoint, text, images.load(look.row.image))
+            text = encoding.prompt_text(checkpoint, look.row.prompt, image=True)
+            clean[look.row.id] = encoding.encode(checkpoint, text, images.load(look.row.image))
     rows = []
     for look in batch:
         draw = seeds.torch_generator(p.seed, "probe noise", look.row.id, look.draw)
         row = clean[look.row.id]
-        rows.append({**row, "pixel_values": models.noised(
+        rows.append({**row, "pixel_values": encoding.noised(
             checkpoint.processor, row["pixel_values"], look.step, draw)})
-    return models.collate(checkpoint, rows)
+    return encoding.collate(checkpoint, rows)
 
 
 def _answer_ids(checkpoint: Checkpoint, batch: Sequence[Look], candidates: dict
                 ) -> list[list[list[int]]]:
-    return [[models.answer_ids(checkpoint,
-                               models.answer_text(checkpoint, look.row.prompt, text, image=True))
+    return [[encoding.answer_ids(checkpoint,
+                               encoding.answer_text(checkpoint, look.row.prompt, text, image=True))
              for kind in KINDS for text in candidates[look.row.id][kind]] for look in batch]
 
 
@@ -279,9 +278,9 @@ def example(p: NoiseProbability, result: runs.Result, *, number: int = 0) -> dic
     sampled = [x["row"] for x in lines if x["sampled"] is not None and x["step"] == 0]
     row = next(r for r in rows if r.id == sorted(sampled)[number % len(sampled)])
     processor = models.load_processor(p.path(p.model))
-    image = models.transformed(images.load(row.image), p.image_transform, processor)
+    image = encoding.transformed(images.load(row.image), p.image_transform, processor)
     said = {x["step"]: x["sampled"] for x in lines if x["row"] == row.id and x["draw"] == 0}
-    pictures = [models.noised_picture(processor, image, step, seeds.torch_generator(
+    pictures = [encoding.noised_picture(processor, image, step, seeds.torch_generator(
         p.seed, "probe noise", row.id, 0)) for step in p.noise_steps]
     return {"images": pictures, "answers": [said[s] for s in p.noise_steps],
             "question": p.question or row.question, **candidates[row.id]}

@@ -78,7 +78,8 @@ def stage(p: Parameters, work: Callable[[Path], dict[str, Any]], *, inputs: Mapp
     inputs: files or folders that the result depends on, by name.
     modules: the modules whose code shapes the result; comments and layout do not count.
     Under a launcher every process calls this and does its share of the work; the first one keeps
-    the books. Raises Refusal when an input is missing or was edited, or another run holds the study.
+    the books. Raises Refusal when an input is missing or was edited, or another run holds the
+    study.
     """
     folder = stage_folder(p.study, p.notebook)
     with ExitStack() as held:

@@ -89,14 +89,14 @@ def image_tokens(folder: Path, *, transform: str = "processor") -> int:
     """
     from PIL import Image
 
-    from bpo import models
+    from bpo import encoding, models
 
     try:
         processor = models.load_processor(folder)
     except (OSError, ValueError) as error:
         raise Refusal(f"{folder}: there is no processor: {str(error).splitlines()[0]}") from None
-    image = models.transformed(Image.new("RGB", PHOTOGRAPH), transform, processor)
-    turns = models.with_image([{"role": "user", "content": "?"}])
+    image = encoding.transformed(Image.new("RGB", PHOTOGRAPH), transform, processor)
+    turns = encoding.with_image([{"role": "user", "content": "?"}])
     text = processor.apply_chat_template(turns, tokenize=False)
     whole = processor(text=text, images=image, return_tensors="pt")["input_ids"].shape[1]
     # One placeholder stands in the text already.

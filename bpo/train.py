@@ -23,7 +23,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from bpo import images, metrics, models, pairs, records, runs, seeds
+from bpo import encoding, images, metrics, models, pairs, records, runs, seeds
 from bpo.models import Checkpoint
 from bpo.params import DPOTraining, Refusal
 
@@ -36,7 +36,7 @@ def run(p: DPOTraining) -> runs.Result:
     """The stage of notebook 3: for every method adapter/, history.json and compute.json."""
     inputs = {"model": p.path(p.model), "pairs": p.path(p.pairs)}
     return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
-                      modules=[seeds, records, images, models, metrics, pairs,
+                      modules=[seeds, records, images, models, encoding, metrics, pairs,
                                sys.modules[__name__]])
 
 
@@ -101,12 +101,12 @@ def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
             raise Refusal(f"pair {line['id']}: a rejected answer equals the chosen one, "
                           "which would train on nothing")
         image = images.load(file)
-        prompt = models.prompt_text(checkpoint, line["prompt"], image=True)
-        text_tokens = len(models.answer_ids(checkpoint, prompt))
+        prompt = encoding.prompt_text(checkpoint, line["prompt"], image=True)
+        text_tokens = len(encoding.answer_ids(checkpoint, prompt))
         if image.size not in placeholders:  # an image's tokens depend on its size alone
-            whole = models.encode(checkpoint, prompt, image)["input_ids"].shape[1]
+            whole = encoding.encode(checkpoint, prompt, image)["input_ids"].shape[1]
             placeholders[image.size] = whole - text_tokens
-        answer = max(len(models.answer_ids(checkpoint, models.answer_text(
+        answer = max(len(encoding.answer_ids(checkpoint, encoding.answer_text(
             checkpoint, line["prompt"], t, image=True))) for t in texts)
         if placeholders[image.size] + text_tokens + answer > max_tokens:
             reason = f"longer than {max_tokens} tokens"
@@ -119,11 +119,11 @@ def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
 def _rendered(checkpoint: Checkpoint, row: dict, answers: Sequence[str]) -> dict[str, Any]:
     """A row with its images opened and its texts as the model reads them. The row is not changed:
     TRL's collators write into what they are given."""
-    out = {"images": [models.transformed(images.load(Path(i)), checkpoint.transform,
+    out = {"images": [encoding.transformed(images.load(Path(i)), checkpoint.transform,
                                          checkpoint.processor) for i in row["images"]],
-           "prompt": models.prompt_text(checkpoint, row["prompt"], image=True)}
+           "prompt": encoding.prompt_text(checkpoint, row["prompt"], image=True)}
     for name in answers:
-        out[name] = models.answer_text(checkpoint, row["prompt"], row[name][0]["content"],
+        out[name] = encoding.answer_text(checkpoint, row["prompt"], row[name][0]["content"],
                                        image=True)
     return out
 

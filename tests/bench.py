@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from bpo import generate, models, packed, params, readers, records, shards
+from bpo import encoding, generate, models, packed, params, readers, records, shards
 from bpo.generate import Request, View
 from bpo.records import Row
 
@@ -76,7 +76,7 @@ def _probe(checkpoint: models.Checkpoint, rows: list[Row]) -> dict[str, object]:
     asked = [r for r in rows if r.category == "attribute"][:64]
     batch = generate.encode_batch(checkpoint, _requests(asked))
     singles = [generate.encode_batch(checkpoint, [r]) for r in _requests(asked)]
-    ids = [models.answer_ids(checkpoint, c + checkpoint.tokenizer.eos_token) for c in COLOURS]
+    ids = [encoding.answer_ids(checkpoint, c + checkpoint.tokenizer.eos_token) for c in COLOURS]
     return ratio(lambda: [packed.weigh_unpacked(checkpoint, s, [[i]])
                           for s in singles for i in ids],
                  lambda: packed.weigh(checkpoint, batch, [ids] * len(asked)),
@@ -86,10 +86,10 @@ def _probe(checkpoint: models.Checkpoint, rows: list[Row]) -> dict[str, object]:
 def _weakening(checkpoint: models.Checkpoint, rows: list[Row]) -> dict[str, dict[str, object]]:
     """Weakened answers of preference rows as they come: captions, colours and presence mixed."""
     requests = _requests(rows)
-    prompts = np.array([len(models.answer_ids(checkpoint, models.prompt_text(
+    prompts = np.array([len(encoding.answer_ids(checkpoint, encoding.prompt_text(
         checkpoint, r.messages, image=True))) + 16 for r in requests])
-    answers = np.array([len(models.answer_ids(checkpoint, r.answer)) + 1 for r in rows])
-    reader = models.reader(checkpoint)
+    answers = np.array([len(encoding.answer_ids(checkpoint, r.answer)) + 1 for r in rows])
+    reader = encoding.reader(checkpoint)
     batches = shards.by_budget(prompts, answers,
                                params.PairGeneration.model_fields["batch_tokens"].default)
 

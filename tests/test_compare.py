@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from bpo import benchmarks, compare, generate, models, readers, records
+from bpo import benchmarks, compare, encoding, generate, models, readers, records
 from bpo.generate import Request
 from bpo.params import QualitativeComparison, Refusal
 from bpo.seeds import torch_generator
@@ -300,7 +300,7 @@ def test_the_probability_is_that_of_the_whole_answer_with_its_end(lines, data_fi
     asked = next(x for x in lines if x["id"] == "attribute-2")
     request = requests_of(data_file)["attribute-2"]
     batch = generate.encode_batch(checkpoint, [request])
-    ids = models.answer_ids(checkpoint, models.answer_text(checkpoint, request.messages, "blue",
+    ids = encoding.answer_ids(checkpoint, encoding.answer_text(checkpoint, request.messages, "blue",
                                                            image=True))
     assert ids[-1] == checkpoint.tokenizer.eos_token_id
     with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bpo import generate, images, models, readers
+from bpo import encoding, generate, images, readers
 from bpo.generate import Request, SeededSampling, View
 from bpo.noise import add_noise
 from bpo.seeds import numpy_generator, torch_generator
@@ -206,7 +206,7 @@ def test_the_swapped_image_is_the_other_row_s(checkpoint, requests):
     swapped = pixels(checkpoint, [replace(requests[0], other=other.image)], View("swapped"))
     with images.load(other.image) as picture:
         size = images.load(requests[0].image).size
-        own = models.encode(checkpoint, models.prompt_text(
+        own = encoding.encode(checkpoint, encoding.prompt_text(
             checkpoint, requests[0].messages, image=True), picture.resize(size))["pixel_values"]
     assert torch.equal(swapped, own)
 
@@ -278,16 +278,16 @@ def test_a_contrast_decodes_what_two_plain_forward_passes_a_token_give(checkpoin
 @pytest.mark.parametrize("size", ((40, 20), (20, 40)))
 def test_image_transforms_keep_all_of_the_image_or_its_middle(checkpoint, size):
     image = Image.new("RGB", size, "red")
-    padded = models.transformed(image, "pad", checkpoint.processor)
-    cut = models.transformed(image, "crop", checkpoint.processor)
+    padded = encoding.transformed(image, "pad", checkpoint.processor)
+    cut = encoding.transformed(image, "crop", checkpoint.processor)
     assert padded.size == (40, 40) and cut.size == (20, 20)
     assert np.asarray(padded).tolist().count([[255, 0, 0]] * 40) == (20 if size == (40, 20) else 0)
-    assert padded.getpixel((0, 0)) == models.mean_colour(checkpoint.processor)
-    assert models.transformed(image, "processor", checkpoint.processor) is image
+    assert padded.getpixel((0, 0)) == encoding.mean_colour(checkpoint.processor)
+    assert encoding.transformed(image, "processor", checkpoint.processor) is image
 
 
 def test_a_vision_model_answers_without_an_image_too(checkpoint):
-    text = models.prompt_text(checkpoint, ({"role": "user", "content": "what is this ?"},),
+    text = encoding.prompt_text(checkpoint, ({"role": "user", "content": "what is this ?"},),
                               image=False)
     assert "<image>" not in text
     asked = Request("0", ({"role": "user", "content": "what is this ?"},), None)
@@ -297,10 +297,10 @@ def test_a_vision_model_answers_without_an_image_too(checkpoint):
 @pytest.mark.parametrize("count", (1, 2, 7))
 def test_prompts_encoded_together_are_those_encoded_alone(checkpoint, requests, count):
     asked = requests[:count]
-    texts = [models.prompt_text(checkpoint, r.messages, image=True) for r in asked]
+    texts = [encoding.prompt_text(checkpoint, r.messages, image=True) for r in asked]
     pictures = [images.load(r.image) for r in asked]
-    together = models.encode_all(checkpoint, texts, pictures)
+    together = encoding.encode_all(checkpoint, texts, pictures)
     for row, text, picture in zip(together, texts, pictures, strict=True):
-        alone = models.encode(checkpoint, text, picture)
+        alone = encoding.encode(checkpoint, text, picture)
         assert row.keys() == alone.keys()
         assert all(torch.equal(row[n], alone[n]) for n in alone)

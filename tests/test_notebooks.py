@@ -219,7 +219,8 @@ class TestTheWholeStudy:
         done = subprocess.run(run_little("killed"), env=environment(root), text=True,
                               capture_output=True)
         assert done.returncode == 0, done.stderr
-        for name in ("2_pair_generation/pairs.jsonl", "2_pair_generation/weakened-noisy-800-0.jsonl",
+        for name in ("2_pair_generation/pairs.jsonl",
+                     "2_pair_generation/weakened-noisy-800-0.jsonl",
                      "3_dpo_training/bpo/history.json",
                      "3_dpo_training/bpo/adapter/adapter_model.safetensors",
                      "4_qualitative_comparison/answers-counterfactual.jsonl"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bpo import generate, models, packed, readers
+from bpo import encoding, generate, packed, readers
 from bpo.generate import Request
 
 ANSWERS = [["red", "this shows a green cat on the mat", "blue"],
@@ -19,7 +19,7 @@ def asked(data_file, checkpoint):
     rows = [rows[i] for i in (0, 4, 8, 10)]
     requests = [Request(r.id, r.prompt, r.image) for r in rows]
     batch = generate.encode_batch(checkpoint, requests)
-    answers = [[models.answer_ids(checkpoint, models.answer_text(checkpoint, r.prompt, text,
+    answers = [[encoding.answer_ids(checkpoint, encoding.answer_text(checkpoint, r.prompt, text,
                                                                  image=True)) for text in texts]
                for r, texts in zip(rows, ANSWERS, strict=True)]
     assert (batch["attention_mask"] == 0).any(), "the prompts must need padding"

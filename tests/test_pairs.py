@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from bpo import (
     candidates,
+    encoding,
     generate,
     metrics,
     pair_tables,
@@ -36,7 +37,8 @@ def row(row_id, answer, *, image="0.png", category="attribute", question="what c
 def test_a_prompt_s_places_are_filled():
     asked = row("a", "red", question="what colour ?")
     assert candidates.fill("Q {question} A {answer} W", asked) == "Q what colour ? A red W"
-    assert candidates.fill("{question} {question} {answer}", asked) == "what colour ? what colour ? red"
+    twice = candidates.fill("{question} {question} {answer}", asked)
+    assert twice == "what colour ? what colour ? red"
 
 
 def test_other_braces_stay_as_they_are():
@@ -50,7 +52,8 @@ def test_braces_in_the_data_are_not_filled():
 
 
 def test_the_question_may_stand_behind_the_answer():
-    assert candidates.fill("{answer} to {question}", row("a", "red", question="q ?")) == "red to q ?"
+    asked = row("a", "red", question="q ?")
+    assert candidates.fill("{answer} to {question}", asked) == "red to q ?"
 
 
 LINES = [
@@ -178,17 +181,18 @@ def test_rejected_answers_are_what_the_models_said(uninterrupted):
 
 
 def test_scores_are_the_model_s_log_probs_under_both_images(uninterrupted, parameters, checkpoint):
-    from bpo import models, packed
+    from bpo import packed
     rows = records.LineFile(uninterrupted.folder / "rows.jsonl")
     view = candidates.views(parameters)[0]
     number, line = next((i, x) for i, x in enumerate(records.read_lines(
         uninterrupted.folder / "candidates.jsonl")) if "scores" in x["candidates"][0])
     request = candidates.request(parameters, rows, pairs.image_root(parameters), number, view)
-    text = models.answer_text(checkpoint, request.messages, line["candidates"][0]["text"],
+    text = encoding.answer_text(checkpoint, request.messages, line["candidates"][0]["text"],
                               image=True)
     for name, seen in (("logp_clean", None), ("logp_noisy", view)):
         inputs = generate.encode_view(checkpoint, [request], seen, seed=parameters.seed)
-        [[alone]] = packed.weigh_unpacked(checkpoint, inputs, [[models.answer_ids(checkpoint, text)]])
+        [[alone]] = packed.weigh_unpacked(checkpoint, inputs,
+                                          [[encoding.answer_ids(checkpoint, text)]])
         assert line["candidates"][0]["scores"][name] == pytest.approx(
             alone.logprobs.mean().item(), abs=1e-4)
 
@@ -243,8 +247,8 @@ def launched(processes, parameters, root, tmp_path):
     """The stage under the launcher of accelerate, in so many processes."""
     values = {n: v for n, v in parameters.model_dump().items()
               if v != type(parameters).model_fields[n].get_default() and n != "study"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
-               "--num_processes", str(processes), "--mixed_precision", "no",
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+               "--num_machines", "1", "--num_processes", str(processes), "--mixed_precision", "no",
                "--dynamo_backend", "no", "--main_process_port", "0",
                "-m", "bpo", "stage", "tiny", "2", "--as", "s",
                *(x for n, v in values.items() for x in ("-p", n, json.dumps(v)))]

@@ -17,7 +17,8 @@ COMMANDS = {
         "test_one_notebook_runs_alone_with_one_parameter_changed",
     "python -m bpo run tiny -p seed 7 --as tiny-seed7":
         "test_every_notebook_leaves_a_complete_stage_and_a_page",
-    "python -m bpo run tiny -p rounds 2": "test_the_second_round_starts_from_the_model_that_the_first_tuned",
+    "python -m bpo run tiny -p rounds 2":
+        "test_the_second_round_starts_from_the_model_that_the_first_tuned",
     "python -m bpo export tiny --to trl": "test_its_pairs_are_exported_for_other_tools",
     "accelerate launch --num_processes 8 -m bpo stage llava-1.5-7b 2":
         "test_several_processes_write_the_bytes_of_one",
@@ -72,10 +73,10 @@ def test_the_environment_for_conda_is_the_package_itself():
 FLOORS = [
     {"params", "seeds", "noise", "metrics", "galleries", "ranks", "layouts"},
     {"records", "images", "models", "endpoint", "selection", "audit", "figures", "report"},
-    {"runs", "entries", "shards", "generate", "packed", "writers", "card", "pair_tables"},
-    {"readers", "candidates", "exports"},
-    {"stock", "probe", "benchmarks", "sizes"},
-    {"pairs", "compare"},
+    {"runs", "entries", "shards", "encoding", "packed", "writers", "card", "pair_tables"},
+    {"readers", "generate", "exports"},
+    {"stock", "probe", "benchmarks", "candidates"},
+    {"pairs", "compare", "sizes"},
     {"train", "rounds"},
     {"__main__"},
 ]

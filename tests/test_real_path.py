@@ -26,7 +26,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from bpo import generate, models, noise, packed, params, train
+from bpo import encoding, generate, models, noise, packed, params, train
 from bpo.generate import Request, View
 
 # The turns of the public LLaVA-1.5 layout: no end token behind an answer, a space instead.
@@ -265,9 +265,9 @@ def asked(project):
 
 
 def test_a_processor_without_its_video_side_gives_the_prompts_and_pixels_of_its_parts(qwen, asked):
-    text = models.prompt_text(qwen, asked[0].messages, image=True)
+    text = encoding.prompt_text(qwen, asked[0].messages, image=True)
     image = Image.open(asked[0].image)
-    row = models.encode(qwen, text, image)
+    row = encoding.encode(qwen, text, image)
     parts = qwen.processor.image_processor(images=image, return_tensors="pt")
     assert torch.equal(row["pixel_values"], parts["pixel_values"])
     assert torch.equal(row["image_grid_thw"], parts["image_grid_thw"])
@@ -301,7 +301,7 @@ def test_all_frames_of_a_still_image_get_the_same_noise_at_its_full_strength(qwe
 def test_positions_in_three_dimensions_are_seen_and_weighed_in_passes_of_their_own(
         qwen, asked, capsys):
     answers = ["A cat.", "No dog is here"]
-    ids = [[models.answer_ids(qwen, models.answer_text(qwen, r.messages, a, image=True))
+    ids = [[encoding.answer_ids(qwen, encoding.answer_text(qwen, r.messages, a, image=True))
             for a in answers] for r in asked]
     batch = generate.encode_view(qwen, asked, None, seed=0)
     assert packed.choose(qwen, batch, ids) is packed.weigh_unpacked

@@ -107,7 +107,8 @@ def test_half_a_batch_is_made_again(tmp_path, lost):
     assert work.asked == [[1, 6, 3], [4]]
 
 
-@pytest.mark.parametrize("rubbish", (b"\0\0\0\n", b"{", b'4\t{"id": "row 4", "te', b"\n", b"x\t{}\n"))
+@pytest.mark.parametrize("rubbish", (b"\0\0\0\n", b"{", b'4\t{"id": "row 4", "te', b"\n",
+                                     b"x\t{}\n"))
 def test_what_a_kill_leaves_behind_the_last_whole_record_is_cut_off(tmp_path, rubbish):
     with pytest.raises(Killed):
         run(tmp_path / "x.jsonl", Work(1))

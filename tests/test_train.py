@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bpo import generate, models, pairs, readers, records, train
+from bpo import encoding, generate, models, pairs, readers, records, train
 from bpo.generate import Request
 from bpo.params import DPOTraining, Refusal
 
@@ -94,7 +94,7 @@ def whole_length(checkpoint, line, images):
     request = Request(line["id"], tuple(line["prompt"]), images / line["image"])
     prompt = generate.encode_batch(checkpoint, [request])["input_ids"].shape[1]
     return prompt + max(
-        len(models.answer_ids(checkpoint, models.answer_text(checkpoint, line["prompt"], text,
+        len(encoding.answer_ids(checkpoint, encoding.answer_text(checkpoint, line["prompt"], text,
                                                              image=True)))
         for text in (line["chosen"], *(r["text"] for r in line["rejected"])))
 
