@@ -205,6 +205,7 @@ def _stage(study: str, overrides: dict[str, Any], *, number: int) -> int:
         raise Refusal(f"{name} runs in one process: start it without a launcher, "
                       f"python -m bpo stage {study} {number}")
     result = work[number](read[name])
+    ranks.leave()
     if ranks.rank() == 0:
         print(f"{result.done}: {_short(result.folder / runs.MANIFEST)}")
     return 0

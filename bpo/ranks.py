@@ -44,6 +44,14 @@ def wait() -> None:
         _state().wait_for_everyone()
 
 
+def leave() -> None:
+    """Ends the group once every process has come here. One that exits with its group's threads
+    still running may be aborted, and the launcher then ends the others."""
+    if world() > 1:
+        wait()
+        _state().destroy_process_group()
+
+
 def first(work: Callable[[], Made]) -> Made:
     """What `work` returns, done by the first process alone and sent to the others.
 
