@@ -115,8 +115,7 @@ def _chances(checkpoint: Checkpoint, batch: Sequence[Request], truth: dict[str, 
     known = truth["rows"]
     probed = [i for i, r in enumerate(batch) if _rivals(known.get(r.id))]
     inputs = generate.encode_batch(checkpoint, [batch[i] for i in probed]) if probed else {}
-    tokens = [[encoding.answer_ids(checkpoint, encoding.answer_text(checkpoint, batch[i].messages, text,
-                                                                image=True))
+    tokens = [[encoding.answer_tokens(checkpoint, batch[i].messages, text)
                for text in [*known[batch[i].id]["true"], *_rivals(known[batch[i].id])]]
               for i in probed]
     return probed, inputs, tokens

@@ -75,7 +75,7 @@ def _weaken(p: PairGeneration, view: View, rows: LineFile, root: Path, folder: P
             contrast_cutoff=p.contrast_cutoff)
         return [{"id": r.id, "texts": t} for r, t in zip(requests, texts, strict=True)]
 
-    _made(folder / f"weakened-{view.name}.jsonl", lambda: shards.by_budget(
+    shards.run(folder / f"weakened-{view.name}.jsonl", lambda: shards.by_budget(
         *lengths(), p.batch_tokens // (p.weaken_samples * (1 + view.two_branches))), work,
         prepare=prepare, label=f"weakened, {view.name}")
 
@@ -111,7 +111,7 @@ def _inject(p: PairGeneration, rows: LineFile, root: Path, folder: Path, *,
     file = folder / "injected.jsonl"
     if p.endpoint:
         client = _endpoint(p)
-        _made(file, lambda: np.array_split(np.arange(len(rows)), -(-len(rows) // (
+        shards.run(file, lambda: np.array_split(np.arange(len(rows)), -(-len(rows) // (
             4 * p.endpoint_requests))), lambda batch: _asked(p, client, rewriting, batch),
             label="injected")
         return
@@ -127,13 +127,13 @@ def _inject(p: PairGeneration, rows: LineFile, root: Path, folder: Path, *,
             max_new_tokens=p.max_new_tokens)
         return [{"id": r.id, "texts": t} for r, t in zip(requests, texts, strict=True)]
 
-    def batches() -> list[np.ndarray]:
+    def plan() -> list[np.ndarray]:
         prompts = np.array([len(encoding.answer_ids(text(), encoding.prompt_text(
             text(), rewriting(i).messages, image=False))) for i in range(len(rows))])
         answers = np.array([len(encoding.answer_ids(text(), line["answer"])) + 1 for line in rows])
         return shards.by_budget(prompts, answers, p.batch_tokens // p.inject_samples)
 
-    _made(file, batches, work, label="injected")
+    shards.run(file, plan, work, label="injected")
 
 
 def _endpoint(p: PairGeneration) -> Endpoint:
@@ -152,20 +152,13 @@ def _asked(p: PairGeneration, client: Endpoint, rewriting: Callable[[int], Reque
                            # endpoints read 31 bits
                            seeds=[seeds.seed_for(p.seed, "injected", r.id, k) % 2**31
                                   for r, k in each])
-    return [{"id": r.id, "texts": [t.strip() for t in texts[i:i + p.inject_samples]]}
+    return [{"id": r.id, "texts": texts[i:i + p.inject_samples]}
             for r, i in zip(requests, range(0, len(texts), p.inject_samples), strict=True)]
 
 
 def fill(template: str, row: Row) -> str:
     """The template with {question} and {answer} filled in; other braces stay as they are."""
     return re.sub(r"\{(question|answer)\}", lambda place: getattr(row, place[1]), template)
-
-
-def _made(file: Path, batches: Callable[[], Sequence[np.ndarray]],
-          work: Callable[[Any], list[dict]], *, label: str, **options: Any) -> None:
-    # The plan needs the model's tokenizer: not worth loading for a file that is there.
-    if not ranks.first(file.is_file):
-        shards.run(file, batches(), work, label=label, **options)
 
 
 def _lengths(checkpoint: Checkpoint, rows: LineFile, root: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -231,13 +224,9 @@ def _score(p: PairGeneration, rows: LineFile, root: Path, folder: Path, *,
     """Writes scores.jsonl: a list a row with, for every candidate that could be used, its mean
     log-prob a token under the clean image and under the first way of weakening, in nats, and its
     CHES against the annotation under the clean one (None for the others)."""
-    file = folder / "scores.jsonl"
-    if ranks.first(file.is_file):
-        return
     made, view = Candidates(p, rows, folder), views(p)[0]
     scorer = functools.cache(lambda: _scorer(vision(), [
         _to_weigh(p, rows, root, made, i, view) for i in range(min(len(rows), 4))]))
-
     reader = functools.cache(lambda: encoding.reader(vision()))
 
     def prepare(batch: np.ndarray) -> _Prepared:
@@ -245,9 +234,12 @@ def _score(p: PairGeneration, rows: LineFile, root: Path, folder: Path, *,
         return asked, _ids(reader(), asked), generate.encode_views(
             reader(), [r for r, _, _ in asked], [None, view], seed=p.seed, crop_share=p.crop_share)
 
-    prompts, answers = lengths()
-    texts = 1 + len(made[0]["candidates"])
-    shards.run(file, shards.by_budget(prompts, texts * answers, p.batch_tokens),
+    def plan() -> list[np.ndarray]:
+        prompts, answers = lengths()
+        texts = 1 + len(made[0]["candidates"])
+        return shards.by_budget(prompts, texts * answers, p.batch_tokens)
+
+    shards.run(folder / "scores.jsonl", plan,
                lambda prepared: _weighed(vision(), scorer(), *prepared), prepare=prepare,
                label="weighed")
 
@@ -261,16 +253,13 @@ def _to_weigh(p: PairGeneration, rows: LineFile, root: Path, made: Candidates, n
     return request(p, rows, root, number, view), [line["chosen"], *texts], usable
 
 
-def _ids(checkpoint: Checkpoint, asked: Sequence[_Asked]
-         ) -> list[list[list[int]]]:
-    return [[encoding.answer_ids(checkpoint, encoding.answer_text(checkpoint, r.messages, text,
-                                                              image=True)) for text in texts]
+def _ids(checkpoint: Checkpoint, asked: Sequence[_Asked]) -> list[list[list[int]]]:
+    return [[encoding.answer_tokens(checkpoint, r.messages, text) for text in texts]
             for r, texts, _ in asked]
 
 
 @torch.no_grad()
-def _scorer(checkpoint: Checkpoint, asked: Sequence[_Asked]
-            ) -> packed.Scorer:
+def _scorer(checkpoint: Checkpoint, asked: Sequence[_Asked]) -> packed.Scorer:
     inputs = generate.encode_view(checkpoint, [r for r, _, _ in asked], None, seed=0)
     return packed.choose(checkpoint, inputs, _ids(checkpoint, asked))
 

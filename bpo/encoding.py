@@ -166,6 +166,11 @@ def noised_picture(processor: Any, image: Image.Image, step: int,
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
 
+def answer_tokens(checkpoint: Checkpoint, messages: Messages, answer: str) -> list[int]:
+    """The token ids of an answer to a question about an image, with its end."""
+    return answer_ids(checkpoint, answer_text(checkpoint, messages, answer, image=True))
+
+
 def answer_ids(checkpoint: Checkpoint, text: str) -> list[int]:
     return checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"]
 

@@ -139,6 +139,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def source(file: Path) -> Path | BinaryIO:
+    """Where an image's bytes are: its file, or what lies in its parquet row. The image must be one
+    that `problem` finds nothing wrong with."""
     inside = _IN_PARQUET.fullmatch(str(file))
     if not exists(file):
         raise _Unusable("image file is missing")

@@ -159,8 +159,7 @@ def _encode(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look]
 
 def _answer_ids(checkpoint: Checkpoint, batch: Sequence[Look], candidates: dict
                 ) -> list[list[list[int]]]:
-    return [[encoding.answer_ids(checkpoint,
-                               encoding.answer_text(checkpoint, look.row.prompt, text, image=True))
+    return [[encoding.answer_tokens(checkpoint, look.row.prompt, text)
              for kind in KINDS for text in candidates[look.row.id][kind]] for look in batch]
 
 

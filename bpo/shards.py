@@ -49,17 +49,19 @@ def by_budget(prompt_tokens: np.ndarray, answer_tokens: np.ndarray, budget: int
     return [*batches, order[start:]] if len(order) else []
 
 
-def run(file: Path, batches: Sequence[np.ndarray], work: Callable[[Any], list[dict]], *,
+def run(file: Path, plan: Callable[[], Sequence[np.ndarray]], work: Callable[[Any], list[dict]], *,
         label: str, prepare: Callable[[np.ndarray], Any] = lambda batch: batch) -> None:
     """Writes `file`, one JSON line a row in the order of the rows; nothing to do if it is there.
 
-    batches: arrays of row numbers that cover 0 .. rows - 1 once.
+    plan: gives the batches, arrays of row numbers that cover 0 .. rows - 1 once. It is not asked
+    for a file that is there: a plan may need a model's tokenizer.
     work: what `prepare` made of a batch -> one record a row of it. Called by the process that the
     batch was dealt to.
     prepare: runs in a thread, a batch ahead, so that images are read while the model is at work.
     """
     if ranks.first(file.is_file):
         return
+    batches = plan()
     rows = sum(map(len, batches))
     folder = file.parent / "shards"
     ranks.first(lambda: _mend(folder, file.stem))
@@ -99,7 +101,7 @@ def _ahead(batches: Sequence[np.ndarray], prepare: Callable[[np.ndarray], Any]
 def run_on(file: Path, items: Sequence[Item], batch_size: int,
            work: Callable[[list[Item]], list[dict]], *, label: str) -> list[dict]:
     """The records of a list of items, one each in their order, from `file` or made now."""
-    run(file, by_length(items, batch_size), lambda batch: work([items[i] for i in batch]),
+    run(file, lambda: by_length(items, batch_size), lambda batch: work([items[i] for i in batch]),
         label=label)
     return read_lines(file)
 

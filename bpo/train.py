@@ -106,8 +106,7 @@ def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
         if image.size not in placeholders:  # an image's tokens depend on its size alone
             whole = encoding.encode(checkpoint, prompt, image)["input_ids"].shape[1]
             placeholders[image.size] = whole - text_tokens
-        answer = max(len(encoding.answer_ids(checkpoint, encoding.answer_text(
-            checkpoint, line["prompt"], t, image=True))) for t in texts)
+        answer = max(len(encoding.answer_tokens(checkpoint, line["prompt"], t)) for t in texts)
         if placeholders[image.size] + text_tokens + answer > max_tokens:
             reason = f"longer than {max_tokens} tokens"
             dropped[reason] = dropped.get(reason, 0) + 1

@@ -105,7 +105,7 @@ def _weakening(checkpoint: models.Checkpoint, rows: list[Row]) -> dict[str, dict
             return [{"id": r.id, "texts": t} for r, t in zip(prepared[0], texts, strict=True)]
 
         with tempfile.TemporaryDirectory() as folder:
-            shards.run(Path(folder) / "weakened.jsonl", batches, work, label="bench",
+            shards.run(Path(folder) / "weakened.jsonl", lambda: batches, work, label="bench",
                        prepare=prepare)
 
     def file_order() -> None:

@@ -10,6 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import random
+import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ import torch
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
+from tqdm import tqdm
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -180,6 +185,29 @@ def untold_file(data_file, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("untold") / "rows.json"
     file.write_text(data_file.read_text())
     return file
+
+
+def killed_until(done: Path, work: Callable[[], object], *, rng: random.Random,
+                 shortest: float, longest: float) -> int:
+    """Runs `work` in a process of its own, with all libraries there already, and kills it after a
+    random time in seconds, again and again until `done` is there; how often it was killed."""
+    kills = 0
+    while not done.is_file():
+        child = os.fork()
+        if child == 0:
+            try:
+                # Bars of forked processes share a lock, and a killed one may have held it.
+                tqdm.set_lock(threading.RLock())
+                work()
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        time.sleep(rng.uniform(shortest, longest))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        kills += os.WIFSIGNALED(status)
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return kills
 
 
 @pytest.fixture

@@ -300,8 +300,7 @@ def test_the_probability_is_that_of_the_whole_answer_with_its_end(lines, data_fi
     asked = next(x for x in lines if x["id"] == "attribute-2")
     request = requests_of(data_file)["attribute-2"]
     batch = generate.encode_batch(checkpoint, [request])
-    ids = encoding.answer_ids(checkpoint, encoding.answer_text(checkpoint, request.messages, "blue",
-                                                           image=True))
+    ids = encoding.answer_tokens(checkpoint, request.messages, "blue")
     assert ids[-1] == checkpoint.tokenizer.eos_token_id
     with torch.no_grad():
         whole = torch.cat([batch["input_ids"], torch.tensor([ids])], dim=1)

@@ -19,8 +19,7 @@ def asked(data_file, checkpoint):
     rows = [rows[i] for i in (0, 4, 8, 10)]
     requests = [Request(r.id, r.prompt, r.image) for r in rows]
     batch = generate.encode_batch(checkpoint, requests)
-    answers = [[encoding.answer_ids(checkpoint, encoding.answer_text(checkpoint, r.prompt, text,
-                                                                 image=True)) for text in texts]
+    answers = [[encoding.answer_tokens(checkpoint, r.prompt, text) for text in texts]
                for r, texts in zip(rows, ANSWERS, strict=True)]
     assert (batch["attention_mask"] == 0).any(), "the prompts must need padding"
     return requests, batch, answers

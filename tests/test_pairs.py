@@ -3,14 +3,11 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
-from tqdm import tqdm
+from conftest import killed_until
 
 from bpo import (
     candidates,
@@ -294,13 +291,8 @@ def test_two_hundred_kills_at_any_time_leave_the_bytes_of_a_run_without_one(
     while kills < KILLS:
         study = changed(p, study=f"killed-{ends}")
         folder = outputs / study.study / study.notebook
-        while not (folder / "manifest.json").is_file():
-            child = in_a_child(study)
-            time.sleep(rng.uniform(0.05, 0.7))
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            kills += os.WIFSIGNALED(status)
-            assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        kills += killed_until(folder / "manifest.json", lambda: pairs.run(study), rng=rng,
+                              shortest=0.05, longest=0.7)
         ends += 1
         result = pairs.run(study)
         assert result.done == "up to date, read again"
@@ -308,20 +300,6 @@ def test_two_hundred_kills_at_any_time_leave_the_bytes_of_a_run_without_one(
         assert result.metrics == whole.metrics
         assert not list(folder.parent.glob("*.old-*")), "a killed run was thrown away"
     assert ends > 1
-
-
-def in_a_child(p):
-    """Runs the stage in a process of its own, with all libraries there already; its number."""
-    child = os.fork()
-    if child == 0:
-        try:
-            # Bars of forked processes share a lock, and a killed one may have held it.
-            tqdm.set_lock(threading.RLock())
-            pairs.run(p)
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return child
 
 
 def test_several_samples_and_draws_give_several_candidates_and_one_is_kept(parameters, outputs):

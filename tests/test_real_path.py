@@ -301,7 +301,7 @@ def test_all_frames_of_a_still_image_get_the_same_noise_at_its_full_strength(qwe
 def test_positions_in_three_dimensions_are_seen_and_weighed_in_passes_of_their_own(
         qwen, asked, capsys):
     answers = ["A cat.", "No dog is here"]
-    ids = [[encoding.answer_ids(qwen, encoding.answer_text(qwen, r.messages, a, image=True))
+    ids = [[encoding.answer_tokens(qwen, r.messages, a)
             for a in answers] for r in asked]
     batch = generate.encode_view(qwen, asked, None, seed=0)
     assert packed.choose(qwen, batch, ids) is packed.weigh_unpacked

@@ -1,15 +1,12 @@
 """Work on rows: cut into batches, dealt out, killed at any time, and the same bytes at the end."""
 
-import os
 import random
-import signal
-import threading
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from tqdm import tqdm
+from conftest import killed_until
 
 from bpo import ranks, records, shards
 from bpo.seeds import torch_generator
@@ -42,7 +39,7 @@ BATCHES = [np.array(b) for b in ([5, 2, 0], [1, 6, 3], [4])]
 
 
 def run(file, work=None, batches=BATCHES):
-    shards.run(file, batches, work or Work(), label="x")
+    shards.run(file, lambda: batches, work or Work(), label="x")
     return file.read_bytes()
 
 
@@ -139,7 +136,7 @@ def test_another_number_of_processes_goes_on_from_the_shards_of_the_first(tmp_pa
         as_one_of(patch, 1, 2)
         (tmp_path / "shards").mkdir()
         second = Work()
-        shards.run(tmp_path / "x.jsonl", BATCHES, second, label="x")
+        shards.run(tmp_path / "x.jsonl", lambda: BATCHES, second, label="x")
     assert second.asked == [[1, 6, 3]], "the second of two has the second batch"
     work = Work()
     assert run(tmp_path / "x.jsonl", work) == whole
@@ -157,20 +154,6 @@ def slow(batch):
     return [{"id": str(row), "draw": torch_generator(0, "x", row).initial_seed()} for row in batch]
 
 
-def in_a_child(file, batches):
-    """Starts the work in a process of its own; its number."""
-    child = os.fork()
-    if child == 0:
-        try:
-            # Bars of forked processes share a lock, and a killed one may have held it.
-            tqdm.set_lock(threading.RLock())
-            shards.run(file, batches, slow, label="x")
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return child
-
-
 @pytest.mark.slow
 def test_kills_at_any_time_leave_the_bytes_of_a_run_without_one(tmp_path):
     batches = shards.by_budget(np.full(ROWS, 3), np.arange(ROWS) % 17, 60)
@@ -178,14 +161,9 @@ def test_kills_at_any_time_leave_the_bytes_of_a_run_without_one(tmp_path):
     rng, kills, ends = random.Random(0), 0, 0
     while kills < KILLS:
         file = tmp_path / f"killed-{ends}.jsonl"
-        while not file.exists():
-            child = in_a_child(file, batches)
-            # The end of the run, where shards become one file, is hit too.
-            time.sleep(rng.uniform(0.001, 0.12))
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            kills += os.WIFSIGNALED(status)
-            assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        # The end of the run, where shards become one file, is hit too.
+        kills += killed_until(file, lambda: shards.run(file, lambda: batches, slow, label="x"),
+                              rng=rng, shortest=0.001, longest=0.12)
         ends += 1
         assert run(file, slow, batches) == whole
     assert ends > 1

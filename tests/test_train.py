@@ -94,8 +94,7 @@ def whole_length(checkpoint, line, images):
     request = Request(line["id"], tuple(line["prompt"]), images / line["image"])
     prompt = generate.encode_batch(checkpoint, [request])["input_ids"].shape[1]
     return prompt + max(
-        len(encoding.answer_ids(checkpoint, encoding.answer_text(checkpoint, line["prompt"], text,
-                                                             image=True)))
+        len(encoding.answer_tokens(checkpoint, line["prompt"], text))
         for text in (line["chosen"], *(r["text"] for r in line["rejected"])))
 
 
