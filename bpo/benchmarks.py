@@ -15,15 +15,16 @@ from typing import Any
 import torch
 
 from bpo import (
+    branches,
     encoding,
     generate,
     images,
     metrics,
     models,
-    packed,
     readers,
     records,
     runs,
+    scoring,
     seeds,
     shards,
 )
@@ -60,8 +61,8 @@ def run(p: QualitativeComparison) -> runs.Result:
         if truth := records.truth_file(inputs[split]):
             inputs[f"{split} truth"] = truth
     return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
-                      modules=[seeds, *readers.MODULES, models, encoding, generate, packed,
-                               metrics, shards, sys.modules[__name__]])
+                      modules=[seeds, *readers.MODULES, models, encoding, generate, branches,
+                               scoring, metrics, shards, sys.modules[__name__]])
 
 
 def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
@@ -123,17 +124,17 @@ def _chances(checkpoint: Checkpoint, batch: Sequence[Request], truth: dict[str, 
 
 @torch.no_grad()
 def _scorer(checkpoint: Checkpoint, requests: Sequence[Request], truth: dict[str, Any]
-            ) -> packed.Scorer:
+            ) -> scoring.Scorer:
     sample = [r for r in requests if _rivals(truth["rows"].get(r.id))][:4]
     if not sample:
-        return packed.weigh
+        return scoring.weigh
     _, inputs, tokens = _chances(checkpoint, sample, truth)
-    return packed.choose(checkpoint, inputs, tokens)
+    return scoring.choose(checkpoint, inputs, tokens)
 
 
 @torch.no_grad()
 def _ask(p: QualitativeComparison, checkpoint: Checkpoint, methods: Sequence[str],
-         rows: dict[str, Row], truth: dict[str, Any], score_answers: packed.Scorer,
+         rows: dict[str, Row], truth: dict[str, Any], score_answers: scoring.Scorer,
          batch: Sequence[Request]) -> list[dict]:
     """One line a question with each method's answer, and where truth and prior differ their
     probabilities. The images are prepared once for all methods."""

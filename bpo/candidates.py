@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bpo import encoding, generate, models, packed, ranks, seeds, selection, shards
+from bpo import encoding, generate, models, ranks, scoring, seeds, selection, shards
 from bpo.endpoint import Endpoint
 from bpo.generate import Request, View
 from bpo.models import Checkpoint
@@ -259,13 +259,13 @@ def _ids(checkpoint: Checkpoint, asked: Sequence[_Asked]) -> list[list[list[int]
 
 
 @torch.no_grad()
-def _scorer(checkpoint: Checkpoint, asked: Sequence[_Asked]) -> packed.Scorer:
+def _scorer(checkpoint: Checkpoint, asked: Sequence[_Asked]) -> scoring.Scorer:
     inputs = generate.encode_view(checkpoint, [r for r, _, _ in asked], None, seed=0)
-    return packed.choose(checkpoint, inputs, _ids(checkpoint, asked))
+    return scoring.choose(checkpoint, inputs, _ids(checkpoint, asked))
 
 
 @torch.no_grad()
-def _weighed(checkpoint: Checkpoint, weigh: packed.Scorer, asked: Sequence[_Asked],
+def _weighed(checkpoint: Checkpoint, weigh: scoring.Scorer, asked: Sequence[_Asked],
              ids: list[list[list[int]]], views: list[dict[str, torch.Tensor]]) -> list[dict]:
     clean, weakened = (weigh(checkpoint, batch, ids) for batch in views)
     out = []

@@ -1,162 +1,309 @@
-"""Several answers to one prompt in one forward pass: the prefix once, each answer a branch.
+"""TRL's DPOTrainer with the rows of one positive packed into one sequence.
 
-A row is [prompt without its last token | last prompt token + answer 1 | last prompt token +
-answer 2 | ...]. Each branch restarts at the position of the last prompt token and sees the prefix
-and itself, through a 4-D mask that transformers hands on untouched. Repeating the last prompt
-token makes every answer an ordinary next-token chain.
+Stock DPO on images encodes an image four times a pair and runs the prompt once for every answer,
+and again for the reference. Here a positive with its K rejected answers is one row [prompt | chosen
+| rejected 1 | ... | rejected K] (`branches`): the image is encoded once, the prompt runs once, and
+answers alone go through the output layer. The log-probs go back into TRL's layout, so that its own
+losses and metrics run on them unchanged. Reference log-probs are kept (`reference`).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import copy
+import inspect
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from transformers import PreTrainedModel, TrainerCallback
+from trl import DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
+from trl.trainer.utils import use_adapter
 
-from bpo.models import Checkpoint
+from bpo import branches, collation, objectives, packed_check, reference
+from bpo.packed_forward import read_packed
+
+PACKING = ("auto", "always", "never")
 
 
-@dataclass(frozen=True)
-class Weighed:
-    """One answer under one prompt, float32 on the CPU.
+class PackedDPOTrainer(DPOTrainer):
+    """A drop-in for TRL's DPOTrainer: same arguments, columns, losses, logs and checkpoints.
 
-    logprobs: (tokens,) log p(token | image, prompt, earlier tokens).
-    state: (H,) mean over its tokens of the last hidden state that predicts each.
+    Rows that share image, prompt and chosen answer are found by themselves and kept in one batch;
+    `per_device_train_batch_size` counts rows (pairs), as in TRL. Differences:
+
+    packing: "auto" computes the first batch packed and unpacked and compares loss and gradients; on
+        disagreement it says so and goes on unpacked. "always" and "never" force it.
+    reference_folder: where reference log-probs are kept when `args.precompute_ref_log_probs`, which
+        works for images too: computed when an answer first comes up, each process its share, then
+        read; by default reference/ below the output folder. reference_from: further such folders.
+    max_length: rows that are longer are dropped and counted (`dropped`), never cut.
+    loss_type: also the names of `objectives`. "mdpo" wants a column `damaged_images`.
+
+    Raises ValueError for a row whose rejected answer is the chosen one, FloatingPointError with the
+    rows when a loss is no number, MemoryError with what to lower when memory runs out.
     """
 
-    logprobs: torch.Tensor
-    state: torch.Tensor
+    def __init__(self, *args: Any, packing: str = "auto", reference_folder: Path | None = None,
+                 reference_from: Iterable[Path] = (), **kwargs: Any):
+        if packing not in PACKING:
+            raise ValueError(f"packing must be one of {', '.join(PACKING)}, is {packing!r}")
+        given = inspect.signature(DPOTrainer.__init__).bind(None, *args, **kwargs).arguments
+        given.pop("self")
+        config = given.get("args")
+        kept = config is not None and config.precompute_ref_log_probs
+        if kept:  # ours in place of TRL's, which refuses images
+            if config.sync_ref_model:
+                raise ValueError("sync_ref_model moves the reference, so its log-probs cannot be "
+                                 "kept: turn precompute_ref_log_probs off")
+            given["args"] = config = copy.copy(config)
+            config.precompute_ref_log_probs = False
+        super().__init__(**given)
+        self.own_losses = objectives.split(self)
+        self.packing, self.dropped, self.cache, self._groups = packing, 0, None, []
+        self._features: list[dict[str, Any]] = []
+        why = self._why_not()
+        if why and packing != "never":
+            self._say(f"The batches are not packed: {why}.")
+        self._checked = self.packing == "always"
+        if not isinstance(self.data_collator, DataCollatorForPreference
+                          | DataCollatorForVisionPreference):
+            return
+        self.data_collator = collation.PackedCollator(self.data_collator)
+        self.data_collator.packing = packing != "never" and not why
+        self.data_collator.damaged = objectives.damages(self.own_losses)
+        if isinstance(self.train_dataset, Dataset):
+            self._keep_what_fits()
+            self._groups = collation.positives(self.train_dataset)
+        self._features += [read_packed(self._bare(m)) for m in (self.model, self.ref_model)
+                           if m is not None]
+        if self.data_collator.packing:
+            branches.use_attention(self.base)
+            self.data_collator.dense = not branches.in_use(self.base)
+        if kept:
+            self._keep_references(reference_folder, reference_from)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model that is trained, under accelerate's wrappers and PEFT's."""
+        return self._bare(self.model)
+
+    def _bare(self, model: Any) -> PreTrainedModel:
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+    def _say(self, sentence: str) -> None:
+        if self.is_world_process_zero():
+            print(sentence)
+
+    def _why_not(self) -> str:
+        """Why batches cannot be packed whatever the model computes; empty if they can."""
+        if not isinstance(self.data_collator, DataCollatorForPreference
+                          | DataCollatorForVisionPreference):
+            return "a data_collator of your own makes them"
+        if self.compute_metrics is not None:
+            return "compute_metrics wants the logits of whole sequences"
+        if self.aux_loss_enabled:
+            return "the load-balancing loss of a mixture of experts counts every token"
+        if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
+            return "prompt learning puts tokens in front of every sequence"
+        return ""
+
+    def _keep_what_fits(self) -> None:
+        rows = self.train_dataset
+        kept = collation.fitting(rows, self.data_collator, self.args.max_length)
+        self.dropped = len(rows) - len(kept)
+        if not kept:
+            raise ValueError(f"no row fits into max_length = {self.args.max_length} tokens")
+        if self.dropped:
+            self._say(f"{self.dropped} of {len(rows)} rows are longer than max_length = "
+                      f"{self.args.max_length} tokens and are left out: a cut answer trains on "
+                      "nothing")
+            self.train_dataset = rows.select(kept)
+
+    def _keep_references(self, folder: Path | None, others: Iterable[Path]) -> None:
+        model = self.accelerator.unwrap_model(self.ref_model or self.model)
+        self.cache = reference.Cache(Path(folder or Path(self.args.output_dir) / "reference"),
+                                     reference.model_key(model))
+        self.cache.read(others)
+        if self.cache.others:
+            self._say(f"{self.cache.others} reference log-probs in {self.cache.folder} are those "
+                      "of another model: they are computed anew for this one")
+        self.data_collator.keyed = True
+        self.add_callback(_KeepReferences(self))
+
+    # Batches
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [n for n in ("row", "damaged_images")
+                                    if n not in self._signature_columns]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != "random" or not any(
+                len(g) > 1 for g in self._groups):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return collation.PositiveSampler(self._groups, batch=self._train_batch_size, seed=seed)
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int,
+                        sampler_fn: Any = None, **kwargs: Any) -> Any:
+        packs = isinstance(self.data_collator, collation.PackedCollator)
+        if packs and isinstance(dataset, Dataset):
+            dataset = collation.Numbered(dataset)
+        if packs and not self._checked and self.data_collator.packing and not self._sharded:
+            with torch.random.fork_rng():  # the run draws what it would draw without the check
+                sampler = sampler_fn(dataset) if sampler_fn else None
+                order = dataset if sampler is None else (dataset[i] for i in sampler)
+                self._check(list(itertools.islice(order, batch_size)))
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, **kwargs)
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether a process holds a part of the weights only."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _check(self, rows: Sequence[dict[str, Any]], model: torch.nn.Module | None = None) -> None:
+        """Goes on unpacked where packing is wrong for this model, and says so. model: the wrapped
+        one where the weights are spread over processes."""
+        self._checked = True
+        try:
+            why = (packed_check.choose(self, rows) if model is None
+                   else packed_check.compare_losses(self, model, rows))
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(_lower(self.args)) from error
+        self.data_collator.packing = not why
+        if why:
+            self._say(f"The batches cannot be packed with this model ({why}): the run goes on "
+                      "unpacked, which is slower and right.")
+
+    # A step
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any,
+                      **kwargs: Any) -> torch.Tensor:
+        if "packed" in inputs and self._sharded and not self._checked and "row" in inputs:
+            self._check([self.train_dataset[i] for i in inputs["row"]], model)
+        if "packed" in inputs and not self.data_collator.packing:  # collated before the check
+            rows = collation.Numbered(self.train_dataset)
+            inputs = self.data_collator([rows[i] for i in inputs["row"]])
+        rows = inputs.get("row")
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if "out of memory" in str(error) or "can't allocate memory" in str(error):
+                raise MemoryError(_lower(self.args)) from error
+            raise
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: the loss is {loss.item()} on rows "
+                f"{', '.join(map(str, self._bad(model, inputs, rows)))} of the training data; "
+                "lower the learning rate or use float32")
+        return loss
+
+    def _bad(self, model: torch.nn.Module, inputs: dict[str, Any], rows: Sequence[int] | None
+             ) -> Sequence[Any]:
+        """The rows whose log-probs are no numbers; all of the batch where it is their sum."""
+        with torch.no_grad():
+            tokens = self.answer_tokens(model, self._prepare_inputs(inputs))
+        pairs = (~torch.isfinite(tokens)).any(1).view(2, -1).any(0).tolist()
+        rows = rows or [f"{i} of this batch" for i in range(len(pairs))]
+        return [r for r, bad in zip(rows, pairs, strict=True) if bad] or rows
+
+    def answer_tokens(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """(N, S - 1) log p of every answer token in TRL's layout, 0 elsewhere."""
+        own = ("row", "keys", "damaged", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        return model(**{n: v for n, v in inputs.items() if n not in own}, use_cache=False,
+                     labels=labels, fused_lm_head=True).log_probs
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any],
+                      return_outputs: bool) -> Any:
+        inputs = dict(inputs)
+        inputs.pop("row", None)
+        keys, damaged = inputs.pop("keys", None), inputs.pop("damaged", None)
+        seen = []
+
+        def watched(**kwargs: Any) -> Any:
+            seen.append(model(**kwargs))
+            return seen[-1]
+
+        try:
+            if keys is not None or self.own_losses:
+                inputs |= self._references(inputs, keys)
+                self.precompute_ref_logps = True
+            out = super()._compute_loss(watched, inputs, return_outputs)
+            if self.own_losses:
+                own = objectives.loss(self, model, inputs, seen[0].log_probs, damaged)
+                out = (out[0] + own, out[1]) if return_outputs else out + own
+            return out
+        finally:
+            self.precompute_ref_logps = False
+            for memo in self._features:
+                memo.clear()
+
+    # The reference
+
+    def _references(self, inputs: dict[str, Any], keys: Sequence[str] | None
+                    ) -> dict[str, torch.Tensor]:
+        """ref_chosen_logps and ref_rejected_logps (B,), kept ones where all are."""
+        tokens = self.reference_tokens(inputs, keys)
+        chosen, rejected = tokens[:len(tokens) // 2], tokens[len(tokens) // 2:]
+        if self.ld_alpha is not None:  # LD-DPO: what is beyond the shorter answer counts less
+            short = [min(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)]
+            chosen, rejected = ([torch.cat([x[:s], self.ld_alpha * x[s:]])
+                                 for x, s in zip(side, short, strict=True)]
+                                for side in (chosen, rejected))
+        device = inputs["input_ids"].device
+        return {f"ref_{n}_logps": torch.stack([x.sum() for x in side]).to(device)
+                for n, side in (("chosen", chosen), ("rejected", rejected))}
+
+    def reference_tokens(self, inputs: dict[str, Any], keys: Sequence[str] | None
+                         ) -> list[torch.Tensor]:
+        """log p of every sequence's answer tokens under the reference, kept ones where all are."""
+        known = self.cache.known if self.cache is not None and keys is not None else {}
+        missing = keys is None or any(k not in known for k in keys)
+        if self._sharded:  # all processes run the model, or none
+            flag = torch.tensor(int(missing), device=self.accelerator.device)
+            missing = bool(self.accelerator.gather(flag).max())
+        if not missing:
+            return [known[k] for k in keys]
+        model, on = self.ref_model, torch.no_grad()
+        if model is None:
+            model = self.model
+            bare = self.accelerator.unwrap_model(model)
+            on = use_adapter(bare, adapter_name="ref" if "ref" in bare.peft_config else None)
+        with torch.no_grad(), on, disable_gradient_checkpointing(
+                self.model, self.args.gradient_checkpointing_kwargs):
+            tokens = self.answer_tokens(model, inputs)
+        answers = [t[m].float().cpu() for t, m in zip(
+            tokens, inputs["completion_mask"][:, 1:].bool(), strict=True)]
+        if self.cache is not None and keys is not None:
+            self.cache.add(dict(zip(keys, answers, strict=True)))
+        return answers
 
 
-# (checkpoint, left-padded prompts, answers' token ids [b][k]) -> [b][k]
-Scorer = Callable[..., list[list[Weighed]]]
+class _KeepReferences(TrainerCallback):
+    """Writes what each process computed, before a checkpoint counts on it, and shares it."""
+
+    def __init__(self, trainer: PackedDPOTrainer):
+        self.trainer = trainer
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.cache.write()
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.cache.write()
+        self.trainer.accelerator.wait_for_everyone()
+        self.trainer.cache.read()
 
 
-def weigh(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
-          answers: Sequence[Sequence[Sequence[int]]]) -> list[list[Weighed]]:
-    """Every answer of every row, all answers of a row in one pass over its prompt.
-
-    batch: left-padded prompts (B, S) as `encoding.collate` gives them.
-    answers[b]: token ids of each answer to prompt b; rows may have different numbers of answers.
-    Exact for models whose attention takes a plain 4-D mask and 1-D positions (LLaVA and its kin);
-    see `choose`, which tries on the data at hand.
-    """
-    prompt, mask = batch["input_ids"], batch["attention_mask"].bool()
-    rows = [_branches(prompt[b, -1].item(), answers[b]) for b in range(len(answers))]
-    length = max(len(tokens) for tokens, _, _ in rows)
-    count, start = prompt.shape[0], prompt.shape[1] - 1
-    width = start + length
-    ids = torch.full((count, width), checkpoint.tokenizer.pad_token_id)
-    branch = torch.full((count, width), -1)
-    offset = torch.zeros((count, width), dtype=torch.long)
-    ids[:, :start] = prompt[:, :-1].cpu()
-    branch[:, :start] = torch.where(mask[:, :-1].cpu(), 0, -1)
-    for b, (tokens, numbers, steps) in enumerate(rows):
-        ids[b, start:start + len(tokens)] = torch.tensor(tokens)
-        branch[b, start:start + len(tokens)] = torch.tensor(numbers)
-        offset[b, start:start + len(tokens)] = torch.tensor(steps)
-    last = mask.sum(1).cpu() - 1  # position of the last prompt token
-    position = torch.where(torch.arange(width) < start,
-                           (branch == 0).cumsum(1) - 1, last[:, None] + offset).clamp_min(0)
-    hidden = _hidden(checkpoint, batch, ids, position, _allowed(branch))
-    return [_weighed(checkpoint, hidden[b, start:], answers[b]) for b in range(count)]
-
-
-def weigh_unpacked(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
-                   answers: Sequence[Sequence[Sequence[int]]]) -> list[list[Weighed]]:
-    """The same numbers with each answer in a pass of its own: right for all families, slower."""
-    out: list[list[Weighed]] = [[] for _ in answers]
-    for k in range(max(map(len, answers))):
-        # Rows with fewer answers repeat their last one, so that the images stay a whole batch.
-        tokens = [a[min(k, len(a) - 1)] for a in answers]
-        longest = max(map(len, tokens))
-        tail = torch.full((len(tokens), longest), checkpoint.tokenizer.pad_token_id)
-        seen = torch.zeros_like(tail)
-        for b, answer in enumerate(tokens):
-            tail[b, :len(answer)], seen[b, :len(answer)] = torch.tensor(answer), 1
-        ids = torch.cat([batch["input_ids"], tail.to(checkpoint.device)], dim=1)
-        mask = torch.cat([batch["attention_mask"], seen.to(checkpoint.device)], dim=1)
-        others = {n: torch.nn.functional.pad(v, (0, longest)) if v.shape == batch["input_ids"].shape
-                  else v for n, v in batch.items() if n not in ("input_ids", "attention_mask")}
-        hidden = checkpoint.base.base_model(
-            input_ids=ids, attention_mask=mask, use_cache=False, **others).last_hidden_state
-        hidden = hidden[:, batch["input_ids"].shape[1] - 1:-1]
-        for b, answer in enumerate(answers):
-            if k < len(answer):
-                out[b] += _weighed(checkpoint, hidden[b], [answer[k]])
-    return out
-
-
-def choose(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
-           answers: Sequence[Sequence[Sequence[int]]]) -> Scorer:
-    """`weigh` if it is exact for this model on this batch, else the unpacked way, said.
-
-    The bound is what float rounding leaves: 1e-3 nats a token in float32, 0.1 in bfloat16.
-    """
-    more = [n for n, v in batch.items() if n not in ("input_ids", "attention_mask")
-            and v.shape == batch["input_ids"].shape]
-    if more:  # such as the kinds of tokens that 3-D positions are counted from
-        print(f"Answers do not share their prompt's pass with this model (its prompts come with "
-              f"{', '.join(more)}): each gets a pass of its own, which is slower and right.")
-        return weigh_unpacked
-    bound = 1e-3 if checkpoint.base.dtype == torch.float32 else 0.1
-    plain = weigh_unpacked(checkpoint, batch, answers)
-    try:
-        packed = weigh(checkpoint, batch, answers)
-        off = max((x.logprobs - y.logprobs).abs().max().item()
-                  for row, other in zip(packed, plain, strict=True)
-                  for x, y in zip(row, other, strict=True))
-        if off <= bound:
-            return weigh
-        why = f"log-probs differ by {off:.2g}"
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
-        why = str(error).splitlines()[0]
-    print(f"Answers cannot share their prompt's pass with this model ({why}): "
-          "each gets a pass of its own, which is slower and right.")
-    return weigh_unpacked
-
-
-def _branches(last: int, answers: Sequence[Sequence[int]]
-              ) -> tuple[list[int], list[int], list[int]]:
-    """The tokens behind the prefix, the branch (1, 2, ...) of each, and its place in the branch."""
-    tokens, numbers, steps = [], [], []
-    for number, answer in enumerate(answers, start=1):
-        tokens += [last, *answer[:-1]]  # the last token of an answer predicts nothing that counts
-        numbers += [number] * len(answer)
-        steps += range(len(answer))
-    return tokens, numbers, steps
-
-
-def _allowed(branch: torch.Tensor) -> torch.Tensor:
-    """(B, 1, S, S) bool: a position sees what is before it in the prefix (0) or its own branch.
-
-    Padding (-1) sees itself alone, so that no row of the softmax is empty.
-    """
-    size = branch.shape[1]
-    earlier = torch.ones(size, size, dtype=torch.bool).tril()
-    query, key = branch[:, :, None], branch[:, None, :]
-    seen = earlier & ((key == 0) | (key == query)) & (key >= 0) & (query >= 0)
-    return (seen | torch.eye(size, dtype=torch.bool))[:, None]
-
-
-def _hidden(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], ids: torch.Tensor,
-            position: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    """Last hidden states (B, S, H) of packed rows."""
-    dtype, device = checkpoint.base.dtype, checkpoint.device
-    # A float mask is right under every attention implementation; eager misreads a bool one.
-    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
-    others = {n: v for n, v in batch.items() if n not in ("input_ids", "attention_mask")}
-    return checkpoint.base.base_model(
-        input_ids=ids.to(device), attention_mask=mask.to(device),
-        position_ids=position.to(device), use_cache=False, **others).last_hidden_state
-
-
-def _weighed(checkpoint: Checkpoint, hidden: torch.Tensor,
-             answers: Sequence[Sequence[int]]) -> list[Weighed]:
-    """A row's answers from the hidden states behind the prefix (only those positions go through the
-    output layer)."""
-    sizes = [len(a) for a in answers]
-    hidden = hidden[:sum(sizes)]
-    logits = checkpoint.base.get_output_embeddings()(hidden).float()
-    targets = torch.tensor([t for a in answers for t in a], device=logits.device)
-    chains = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0].cpu()
-    return [Weighed(c, h.mean(0)) for c, h in zip(chains.split(sizes),
-                                                  hidden.float().cpu().split(sizes), strict=True)]
+def _lower(args: Any) -> str:
+    """What to change when memory runs out."""
+    ways = [f"per_device_train_batch_size (it is {args.per_device_train_batch_size}; raise "
+            "gradient_accumulation_steps by as much)"] * (args.per_device_train_batch_size > 1)
+    ways += ["max_length, which leaves out the longest rows"]
+    checkpointing = "" if args.gradient_checkpointing else " or set gradient_checkpointing"
+    return f"the memory does not hold a step: lower {', or '.join(ways)}{checkpointing}"

@@ -17,6 +17,7 @@ import numpy as np
 
 from bpo import (
     audit,
+    branches,
     candidates,
     encoding,
     endpoint,
@@ -25,11 +26,11 @@ from bpo import (
     metrics,
     models,
     noise,
-    packed,
     ranks,
     readers,
     records,
     runs,
+    scoring,
     seeds,
     selection,
     shards,
@@ -55,8 +56,8 @@ def run(p: PairGeneration) -> runs.Result:
         inputs["truth"] = truth
     return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
                       modules=[noise, seeds, *readers.MODULES, stock, models, encoding, generate,
-                               packed, metrics, selection, audit, endpoint, shards, candidates,
-                               sys.modules[__name__]])
+                               branches, scoring, metrics, selection, audit, endpoint, shards,
+                               candidates, sys.modules[__name__]])
 
 
 def data_files(p: PairGeneration) -> dict[Path, str]:

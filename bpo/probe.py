@@ -1,7 +1,7 @@
 """Notebook 1's work: the probability of given answers while the image drowns in noise.
 
 For each image the candidates are the true answers and those that the language prior suggests. All
-candidates of an image share one pass over its prefix (`packed`); a first batch is computed both
+candidates of an image share one pass over its prefix (`branches`); a first batch is computed both
 ways, and a model for which packing is not exact is probed without it.
 """
 
@@ -17,16 +17,17 @@ import numpy as np
 import torch
 
 from bpo import (
+    branches,
     encoding,
     generate,
     images,
     metrics,
     models,
     noise,
-    packed,
     readers,
     records,
     runs,
+    scoring,
     seeds,
     shards,
 )
@@ -57,8 +58,8 @@ def run(p: NoiseProbability) -> runs.Result:
     if truth := records.truth_file(data):
         inputs["truth"] = truth
     return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
-                      modules=[noise, seeds, *readers.MODULES, models, encoding, generate, packed,
-                               metrics, shards, sys.modules[__name__]])
+                      modules=[noise, seeds, *readers.MODULES, models, encoding, generate, branches,
+                               scoring, metrics, shards, sys.modules[__name__]])
 
 
 def _work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def _work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
         lambda batch: _look(p, checkpoint, batch, candidates, score=score, sampled=sampled),
         label="noise steps")
     return {**summary(lines, p.noise_steps, seed=p.seed), "images": len(rows),
-            "prefix_shared": score is packed.weigh,
+            "prefix_shared": score is scoring.weigh,
             "rows_skipped": dict(sorted((skipped + unused).items()))}
 
 
@@ -165,15 +166,15 @@ def _answer_ids(checkpoint: Checkpoint, batch: Sequence[Look], candidates: dict
 
 @torch.no_grad()
 def _scorer(p: NoiseProbability, checkpoint: Checkpoint, rows: Sequence[Row],
-            candidates: dict) -> packed.Scorer:
+            candidates: dict) -> scoring.Scorer:
     first = _looks(rows[:2], p)[:4]
-    return packed.choose(checkpoint, _encode(p, checkpoint, first),
+    return scoring.choose(checkpoint, _encode(p, checkpoint, first),
                          _answer_ids(checkpoint, first, candidates))
 
 
 @torch.no_grad()
 def _look(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look], candidates: dict, *,
-          score: packed.Scorer, sampled: set[str]) -> list[dict]:
+          score: scoring.Scorer, sampled: set[str]) -> list[dict]:
     inputs = _encode(p, checkpoint, batch)
     tokens = _answer_ids(checkpoint, batch, candidates)
     weighed = score(checkpoint, inputs, tokens)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from bpo import encoding, generate, models, packed, params, readers, records, shards
+from bpo import encoding, generate, models, params, readers, records, scoring, shards
 from bpo.generate import Request, View
 from bpo.records import Row
 
@@ -77,9 +77,9 @@ def _probe(checkpoint: models.Checkpoint, rows: list[Row]) -> dict[str, object]:
     batch = generate.encode_batch(checkpoint, _requests(asked))
     singles = [generate.encode_batch(checkpoint, [r]) for r in _requests(asked)]
     ids = [encoding.answer_ids(checkpoint, c + checkpoint.tokenizer.eos_token) for c in COLOURS]
-    return ratio(lambda: [packed.weigh_unpacked(checkpoint, s, [[i]])
+    return ratio(lambda: [scoring.weigh_unpacked(checkpoint, s, [[i]])
                           for s in singles for i in ids],
-                 lambda: packed.weigh(checkpoint, batch, [ids] * len(asked)),
+                 lambda: scoring.weigh(checkpoint, batch, [ids] * len(asked)),
                  "six candidates on one prefix, 64 images a pass / a pass an image and candidate")
 
 

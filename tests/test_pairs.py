@@ -178,7 +178,7 @@ def test_rejected_answers_are_what_the_models_said(uninterrupted):
 
 
 def test_scores_are_the_model_s_log_probs_under_both_images(uninterrupted, parameters, checkpoint):
-    from bpo import packed
+    from bpo import scoring
     rows = records.LineFile(uninterrupted.folder / "rows.jsonl")
     view = candidates.views(parameters)[0]
     number, line = next((i, x) for i, x in enumerate(records.read_lines(
@@ -188,7 +188,7 @@ def test_scores_are_the_model_s_log_probs_under_both_images(uninterrupted, param
                               image=True)
     for name, seen in (("logp_clean", None), ("logp_noisy", view)):
         inputs = generate.encode_view(checkpoint, [request], seen, seed=parameters.seed)
-        [[alone]] = packed.weigh_unpacked(checkpoint, inputs,
+        [[alone]] = scoring.weigh_unpacked(checkpoint, inputs,
                                           [[encoding.answer_ids(checkpoint, text)]])
         assert line["candidates"][0]["scores"][name] == pytest.approx(
             alone.logprobs.mean().item(), abs=1e-4)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from bpo import generate, packed, probe, readers, records
+from bpo import generate, probe, readers, records, scoring
 from bpo.params import NoiseProbability, Refusal
 
 STEPS = [0, 500, 999]
@@ -103,7 +103,7 @@ def test_answers_are_sampled_for_the_chosen_images_and_first_draws_alone(result)
 def test_the_prompt_s_pass_is_shared_here_and_the_numbers_are_the_same_without(
         result, parameters, outputs, monkeypatch):
     assert result.metrics["prefix_shared"] is True
-    monkeypatch.setattr(packed, "choose", lambda *args: packed.weigh_unpacked)
+    monkeypatch.setattr(scoring, "choose", lambda *args: scoring.weigh_unpacked)
     alone = probe.run(parameters)
     assert alone.metrics["prefix_shared"] is False
     assert alone.metrics["p_true"] == pytest.approx(result.metrics["p_true"], abs=1e-4)

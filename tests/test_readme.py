@@ -73,7 +73,7 @@ def test_the_environment_for_conda_is_the_package_itself():
 FLOORS = [
     {"params", "seeds", "noise", "metrics", "galleries", "ranks", "layouts"},
     {"records", "images", "models", "endpoint", "selection", "audit", "figures", "report"},
-    {"runs", "entries", "shards", "encoding", "packed", "writers", "card", "pair_tables"},
+    {"runs", "entries", "shards", "encoding", "branches", "writers", "card", "pair_tables"},
     {"readers", "generate", "exports"},
     {"stock", "probe", "benchmarks", "candidates"},
     {"pairs", "compare", "sizes"},

@@ -26,7 +26,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from bpo import encoding, generate, models, noise, packed, params, train
+from bpo import encoding, generate, models, noise, params, scoring, train
 from bpo.generate import Request, View
 
 # The turns of the public LLaVA-1.5 layout: no end token behind an answer, a space instead.
@@ -304,7 +304,7 @@ def test_positions_in_three_dimensions_are_seen_and_weighed_in_passes_of_their_o
     ids = [[encoding.answer_tokens(qwen, r.messages, a)
             for a in answers] for r in asked]
     batch = generate.encode_view(qwen, asked, None, seed=0)
-    assert packed.choose(qwen, batch, ids) is packed.weigh_unpacked
+    assert scoring.choose(qwen, batch, ids) is scoring.weigh_unpacked
     assert "slower and right" in capsys.readouterr().out
     # TRL's collator, with its own padding, comes to the same log-probs.
     rows = [{"images": [str(r.image)], "prompt": list(r.messages),
@@ -314,7 +314,7 @@ def test_positions_in_three_dimensions_are_seen_and_weighed_in_passes_of_their_o
     answered = collated.pop("completion_mask")[:, 1:]
     chains = qwen.model(**collated).logits[:, :-1].log_softmax(-1).gather(
         -1, collated["input_ids"][:, 1:, None])[..., 0]
-    weighed = packed.weigh_unpacked(qwen, batch, ids)
+    weighed = scoring.weigh_unpacked(qwen, batch, ids)
     mine = [row[k].logprobs.sum() for k in range(2) for row in weighed]
     torch.testing.assert_close((chains * answered).sum(1), torch.stack(mine), atol=1e-4, rtol=0)
 

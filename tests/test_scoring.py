@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bpo import encoding, generate, packed, readers
+from bpo import encoding, generate, readers, scoring
 from bpo.generate import Request
 
 ANSWERS = [["red", "this shows a green cat on the mat", "blue"],
@@ -52,14 +52,14 @@ def by_hand(checkpoint, request, answer):
 @torch.no_grad()
 def test_packed_log_probs_are_the_unpacked_ones(asked, checkpoint):
     _, batch, answers = asked
-    first = packed.weigh(checkpoint, batch, answers)
-    second = packed.weigh_unpacked(checkpoint, batch, answers)
+    first = scoring.weigh(checkpoint, batch, answers)
+    second = scoring.weigh_unpacked(checkpoint, batch, answers)
     assert [len(row) for row in first] == [3, 1, 4, 2]
     assert largest_gap(first, second) < 1e-4
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("score", (packed.weigh, packed.weigh_unpacked))
+@pytest.mark.parametrize("score", (scoring.weigh, scoring.weigh_unpacked))
 def test_both_agree_with_a_plain_forward_pass_of_each_answer(asked, checkpoint, score):
     requests, batch, answers = asked
     plain = [[by_hand(checkpoint, r, a) for a in mine]
@@ -68,7 +68,7 @@ def test_both_agree_with_a_plain_forward_pass_of_each_answer(asked, checkpoint, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("score", (packed.weigh, packed.weigh_unpacked))
+@pytest.mark.parametrize("score", (scoring.weigh, scoring.weigh_unpacked))
 def test_an_answer_s_log_probs_do_not_depend_on_its_company(asked, checkpoint, score):
     _, batch, answers = asked
     whole = score(checkpoint, batch, answers)
@@ -82,8 +82,8 @@ def test_an_answer_s_log_probs_do_not_depend_on_its_company(asked, checkpoint, s
 def test_the_image_counts(asked, checkpoint):
     _, batch, answers = asked
     other = batch | {"pixel_values": batch["pixel_values"].flip(0)}
-    assert largest_gap(packed.weigh(checkpoint, batch, answers),
-                       packed.weigh(checkpoint, other, answers)) > 0.01
+    assert largest_gap(scoring.weigh(checkpoint, batch, answers),
+                       scoring.weigh(checkpoint, other, answers)) > 0.01
 
 
 @torch.no_grad()
@@ -92,14 +92,14 @@ def test_a_text_model_is_packed_too(text_checkpoint):
     batch = generate.encode_batch(text_checkpoint, [Request(str(i), p, None)
                                                     for i, p in enumerate(prompts)])
     answers = [[[5, 6, 7], [8]], [[9, 10]]]
-    assert largest_gap(packed.weigh(text_checkpoint, batch, answers),
-                       packed.weigh_unpacked(text_checkpoint, batch, answers)) < 1e-4
+    assert largest_gap(scoring.weigh(text_checkpoint, batch, answers),
+                       scoring.weigh_unpacked(text_checkpoint, batch, answers)) < 1e-4
 
 
 @torch.no_grad()
 def test_the_packed_way_is_chosen_where_it_is_exact(asked, checkpoint, capsys):
     _, batch, answers = asked
-    assert packed.choose(checkpoint, batch, answers) is packed.weigh
+    assert scoring.choose(checkpoint, batch, answers) is scoring.weigh
     assert capsys.readouterr().out == ""
 
 
@@ -109,7 +109,7 @@ def branches_see_each_other(monkeypatch):
         seen = torch.ones(size, size, dtype=torch.bool).tril() & (branch >= 0)[:, None, :]
         return (seen | torch.eye(size, dtype=torch.bool))[:, None]
 
-    monkeypatch.setattr(packed, "_allowed", allowed)
+    monkeypatch.setattr(scoring, "_allowed", allowed)
 
 
 def positions_run_on(monkeypatch):
@@ -119,14 +119,14 @@ def positions_run_on(monkeypatch):
         tokens, numbers, steps = right(last, answers)
         return tokens, numbers, list(range(len(steps)))
 
-    monkeypatch.setattr(packed, "_branches", branches)
+    monkeypatch.setattr(scoring, "_branches", branches)
 
 
 def the_mask_is_refused(monkeypatch):
     def hidden(*args):
         raise ValueError("this model takes no such mask\nat all")
 
-    monkeypatch.setattr(packed, "_hidden", hidden)
+    monkeypatch.setattr(scoring, "_hidden", hidden)
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def test_where_packing_is_not_exact_each_answer_gets_its_own_pass(asked, checkpo
                                                                   capsys, broken, why):
     _, batch, answers = asked
     broken(monkeypatch)
-    assert packed.choose(checkpoint, batch, answers) is packed.weigh_unpacked
+    assert scoring.choose(checkpoint, batch, answers) is scoring.weigh_unpacked
     said = capsys.readouterr().out
     assert why in said and said.count("\n") == 1
 
@@ -146,7 +146,7 @@ def test_where_packing_is_not_exact_each_answer_gets_its_own_pass(asked, checkpo
 def test_prompts_with_more_than_tokens_to_them_get_passes_of_their_own(asked, checkpoint, capsys):
     _, batch, answers = asked
     more = batch | {"mm_token_type_ids": torch.zeros_like(batch["input_ids"])}
-    assert packed.choose(checkpoint, more, answers) is packed.weigh_unpacked
+    assert scoring.choose(checkpoint, more, answers) is scoring.weigh_unpacked
     assert "come with mm_token_type_ids" in capsys.readouterr().out
 
 
