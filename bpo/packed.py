@@ -294,6 +294,9 @@ class _KeepReferences(TrainerCallback):
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.cache.write()
 
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.cache.write()
+
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.cache.write()
         self.trainer.accelerator.wait_for_everyone()

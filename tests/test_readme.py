@@ -71,10 +71,12 @@ def test_the_environment_for_conda_is_the_package_itself():
 
 # A module imports from lower floors alone; nothing but notebook 0 imports the tiny world.
 FLOORS = [
-    {"params", "seeds", "noise", "metrics", "galleries", "ranks", "layouts"},
+    {"params", "seeds", "noise", "metrics", "galleries", "ranks", "layouts", "branches",
+     "reference", "objectives"},
     {"records", "images", "models", "endpoint", "selection", "audit", "figures", "report"},
-    {"runs", "entries", "shards", "encoding", "branches", "writers", "card", "pair_tables"},
-    {"readers", "generate", "exports"},
+    {"runs", "entries", "shards", "encoding", "writers", "card", "pair_tables", "collation",
+     "packed_forward", "packed_check", "scoring"},
+    {"readers", "generate", "exports", "packed"},
     {"stock", "probe", "benchmarks", "candidates"},
     {"pairs", "compare", "sizes"},
     {"train", "rounds"},

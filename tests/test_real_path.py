@@ -298,14 +298,14 @@ def test_all_frames_of_a_still_image_get_the_same_noise_at_its_full_strength(qwe
 
 
 @torch.no_grad()
-def test_positions_in_three_dimensions_are_seen_and_weighed_in_passes_of_their_own(
+def test_positions_in_three_dimensions_are_packed_with_the_log_probs_of_trl_s_collator(
         qwen, asked, capsys):
     answers = ["A cat.", "No dog is here"]
     ids = [[encoding.answer_tokens(qwen, r.messages, a)
             for a in answers] for r in asked]
     batch = generate.encode_view(qwen, asked, None, seed=0)
-    assert scoring.choose(qwen, batch, ids) is scoring.weigh_unpacked
-    assert "slower and right" in capsys.readouterr().out
+    assert scoring.choose(qwen, batch, ids) is scoring.weigh
+    assert capsys.readouterr().out == ""
     # TRL's collator, with its own padding, comes to the same log-probs.
     rows = [{"images": [str(r.image)], "prompt": list(r.messages),
              **{n: [{"role": "assistant", "content": a}]
@@ -314,9 +314,11 @@ def test_positions_in_three_dimensions_are_seen_and_weighed_in_passes_of_their_o
     answered = collated.pop("completion_mask")[:, 1:]
     chains = qwen.model(**collated).logits[:, :-1].log_softmax(-1).gather(
         -1, collated["input_ids"][:, 1:, None])[..., 0]
-    weighed = scoring.weigh_unpacked(qwen, batch, ids)
-    mine = [row[k].logprobs.sum() for k in range(2) for row in weighed]
-    torch.testing.assert_close((chains * answered).sum(1), torch.stack(mine), atol=1e-4, rtol=0)
+    for weigh in (scoring.weigh, scoring.weigh_unpacked):
+        weighed = weigh(qwen, batch, ids)
+        mine = [row[k].logprobs.sum() for k in range(2) for row in weighed]
+        torch.testing.assert_close((chains * answered).sum(1), torch.stack(mine), atol=1e-4,
+                                   rtol=0)
 
 
 def test_adapters_of_a_model_with_a_tower_of_linear_layers_stay_in_its_language_model(qwen):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bpo import encoding, generate, readers, scoring
+from bpo import branches, encoding, generate, readers, scoring
 from bpo.generate import Request
 
 ANSWERS = [["red", "this shows a green cat on the mat", "blue"],
@@ -104,29 +104,32 @@ def test_the_packed_way_is_chosen_where_it_is_exact(asked, checkpoint, capsys):
 
 
 def branches_see_each_other(monkeypatch):
-    def allowed(branch):
-        size = branch.shape[1]
-        seen = torch.ones(size, size, dtype=torch.bool).tril() & (branch >= 0)[:, None, :]
-        return (seen | torch.eye(size, dtype=torch.bool))[:, None]
+    right = branches.layout
 
-    monkeypatch.setattr(scoring, "_allowed", allowed)
+    def leaking(*args, **kwargs):
+        placed = right(*args, **kwargs)
+        # Each later branch counts what lies between the prefix and itself as its prefix.
+        return {**placed, "table": [(r, begin, start, start, end)
+                                    for r, begin, _, start, end in placed["table"]]}
+
+    monkeypatch.setattr(branches, "layout", leaking)
 
 
 def positions_run_on(monkeypatch):
-    right = packed._branches
+    right = branches.layout
 
-    def branches(last, answers):
-        tokens, numbers, steps = right(last, answers)
-        return tokens, numbers, list(range(len(steps)))
+    def running(*args, **kwargs):
+        placed = right(*args, **kwargs)
+        return {**placed, "step": (placed["step"] > 0).long().cumsum(1)}
 
-    monkeypatch.setattr(scoring, "_branches", branches)
+    monkeypatch.setattr(branches, "layout", running)
 
 
 def the_mask_is_refused(monkeypatch):
-    def hidden(*args):
+    def inputs(*args):
         raise ValueError("this model takes no such mask\nat all")
 
-    monkeypatch.setattr(scoring, "_hidden", hidden)
+    monkeypatch.setattr(branches, "inputs", inputs)
 
 
 @torch.no_grad()
@@ -143,19 +146,61 @@ def test_where_packing_is_not_exact_each_answer_gets_its_own_pass(asked, checkpo
 
 
 @torch.no_grad()
-def test_prompts_with_more_than_tokens_to_them_get_passes_of_their_own(asked, checkpoint, capsys):
+def test_branch_attention_and_the_dense_mask_weigh_alike(asked, checkpoint):
     _, batch, answers = asked
-    more = batch | {"mm_token_type_ids": torch.zeros_like(batch["input_ids"])}
-    assert scoring.choose(checkpoint, more, answers) is scoring.weigh_unpacked
-    assert "come with mm_token_type_ids" in capsys.readouterr().out
+    branches.use_mask(checkpoint.base)
+    masked = scoring.weigh(checkpoint, batch, answers)
+    branches.use_attention(checkpoint.base)
+    assert branches.in_use(checkpoint.base)
+    assert largest_gap(scoring.weigh(checkpoint, batch, answers), masked) < 1e-4
+    branches.use_mask(checkpoint.base)
+    assert not branches.in_use(checkpoint.base)
+
+
+@torch.no_grad()
+def test_what_has_no_table_is_attended_as_before(asked, checkpoint):
+    _, batch, answers = asked
+    branches.use_mask(checkpoint.base)
+    before = scoring.weigh_unpacked(checkpoint, batch, answers)
+    branches.use_attention(checkpoint.base)
+    assert largest_gap(scoring.weigh_unpacked(checkpoint, batch, answers), before) == 0
+    branches.use_mask(checkpoint.base)
 
 
 def test_a_position_sees_the_prefix_and_its_own_branch_before_it():
-    branch = torch.tensor([[-1, 0, 0, 1, 1, 2]])
-    assert packed._allowed(branch)[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],  # padding sees itself alone
-        [0, 1, 0, 0, 0, 0],
-        [0, 1, 1, 0, 0, 0],
-        [0, 1, 1, 1, 0, 0],
-        [0, 1, 1, 1, 1, 0],
-        [0, 1, 1, 0, 0, 1]]
+    """Two sequences: prompt of 3, answers of 2 and 1; columns 0 to 4."""
+    placed = branches.layout([(0, 3, 5), (0, 3, 4)], [(0, "a"), (0, "b")], width=5)
+    assert placed["source"].tolist() == [[0, 1, 2, 3, 7]]  # the last prompt token comes twice
+    assert placed["table"] == [(0, 0, 2, 2, 4), (0, 0, 2, 4, 5)]
+    assert placed["targets"].tolist() == [3, 4, 8]
+    assert placed["slots"].tolist() == [[3, 3, 0, 1], [3, 3, 2, 3]]
+    assert branches.dense(placed)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1]]
+
+
+def test_equal_answers_of_a_prompt_are_one_branch():
+    spans = [(0, 2, 4), (0, 2, 4), (0, 2, 3)]
+    placed = branches.layout(spans, [(0, "a"), (0, "a"), (0, "b")], width=4)
+    assert len(placed["table"]) == 2 and placed["source"].shape == (1, 4)
+    assert placed["slots"][0].tolist() == placed["slots"][1].tolist()
+
+
+def test_groups_share_a_row_without_padding_or_have_one_each_with_it():
+    spans, owners = [(0, 2, 4), (1, 3, 5)], [(0, "a"), (1, "b")]
+    together = branches.layout(spans, owners, width=5)
+    assert together["source"].shape == (1, 6) and together["alive"].all()
+    apart = branches.layout(spans, owners, width=5, rows=True)
+    assert apart["source"].shape == (2, 3)
+    seen = branches.dense(together)[0, 0]
+    assert not seen[3:, :3].any() and not seen[:3, 3:].any()
+
+
+def test_a_sliding_window_that_would_cut_a_branch_off_is_refused():
+    states = torch.zeros(1, 1, 6, 4)
+    table = torch.tensor([[0, 0, 3, 3, 6]])[None, None]
+    with pytest.raises(ValueError, match="sliding window of 4"):
+        branches.attend(torch.nn.Module(), states, states, states, table, sliding_window=4)

@@ -1,0 +1,162 @@
+"""Objectives beyond TRL's: their values by hand, and the same loss packed and unpacked."""
+
+from math import exp, log
+
+import pytest
+import torch
+from conftest import picture
+from datasets import Dataset
+from trl import DPOConfig
+
+from bpo import models, objectives
+from bpo.packed import PackedDPOTrainer
+
+# Two pairs. In the second the chosen answer has become less likely than under the reference.
+CHOSEN, REJECTED, DAMAGED = [0.5, -0.02], [-1.0, 0.4], [0.2, -1.5]
+
+
+def values(name):
+    return objectives.pair_losses(
+        name, beta=0.1, chosen=torch.tensor(CHOSEN, dtype=torch.float64),
+        rejected=torch.tensor(REJECTED, dtype=torch.float64),
+        damaged=torch.tensor(DAMAGED, dtype=torch.float64)).tolist()
+
+
+def test_dpop_adds_fifty_times_what_the_chosen_answer_lost():
+    # -log sigma(x) = log(1 + exp(-x)); x = 0.1 (0.5 + 1.0 - 0), then 0.1 (-0.02 - 0.4 - 50 * 0.02)
+    assert values("dpop") == pytest.approx(
+        [log(1 + exp(-0.1 * (0.5 + 1.0))), log(1 + exp(-0.1 * (-0.02 - 0.4 - 50 * 0.02)))],
+        rel=1e-12)
+
+
+def test_anchor_asks_for_more_of_the_chosen_answer():
+    assert values("anchor") == pytest.approx(
+        [log(1 + exp(-0.1 * 0.5)), log(1 + exp(-0.1 * -0.02))], rel=1e-12)
+
+
+def test_mdpo_is_dpo_and_the_image_and_the_anchor():
+    first = log(1 + exp(-0.1 * (0.5 + 1.0)))  # chosen against rejected
+    first += log(1 + exp(-0.1 * (0.5 - 0.2)))  # image against damaged image
+    first += log(1 + exp(-0.1 * 0.5))  # anchor
+    second = log(1 + exp(-0.1 * (-0.02 - 0.4)))
+    second += log(1 + exp(-0.1 * (-0.02 + 1.5)))
+    second += log(1 + exp(-0.1 * -0.02))
+    assert values("mdpo") == pytest.approx([first, second], rel=1e-12)
+
+
+ANSWERS = [("red", ["green box", "a blue disc on the mat"]), ("a cat", ["no"]),
+           ("this shows a big red dog", ["a hot yellow cat", "yes"])]
+
+
+def said(role, text):
+    return [{"role": role, "content": text}]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Five pairs of three positives, with a damaged image for each."""
+    made = []
+    for number, (chosen, wrong) in enumerate(ANSWERS):
+        image = picture("disc", "red", number, (40, 40 + 8 * number))
+        damaged = picture("box", "blue", 10 + number, (40, 40 + 8 * number))
+        made += [{"images": [image], "damaged_images": [damaged],
+                  "prompt": said("user", "what colour is the disc ?"),
+                  "chosen": said("assistant", chosen), "rejected": said("assistant", r)}
+                 for r in wrong]
+    return Dataset.from_list(made)
+
+
+@pytest.fixture
+def trainer(model_folder, rows, tmp_path):
+    """Makes trainers whose adapters have already moved, all the same way."""
+    def make(packing="always", dataset=rows, **settings):
+        checkpoint = models.load(model_folder)
+        torch.manual_seed(0)
+        made = PackedDPOTrainer(
+            checkpoint.model, train_dataset=dataset, processing_class=checkpoint.processor,
+            packing=packing,
+            peft_config=models.adapter_config(checkpoint.model, rank=4, alpha=8, dropout=0.0),
+            args=DPOConfig(**{
+                "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none",
+                "max_length": None, "per_device_train_batch_size": 5, "logging_steps": 1,
+                "disable_tqdm": True, "seed": 0, "learning_rate": 1e-3, "save_strategy": "no",
+                "gradient_checkpointing": False, "max_steps": 2, **settings}))
+        for name, weight in made.model.named_parameters():
+            if "lora_B" in name:
+                weight.data.normal_(0, 0.05)
+        return made
+    return make
+
+
+def loss_of(trainer, numbers):
+    """The loss on rows of the training data, and the metrics that come with it."""
+    batch = trainer.data_collator([trainer.train_dataset[n] for n in numbers])
+    trainer._metrics["train"].clear()
+    with torch.no_grad():
+        loss = trainer._compute_loss(trainer.model.train(), trainer._prepare_inputs(batch), False)
+    return loss.item(), {n: v[-1] for n, v in trainer._metrics["train"].items() if v}
+
+
+@pytest.mark.parametrize("name", objectives.NAMES)
+def test_an_objective_has_the_same_loss_packed_and_unpacked_and_trains(trainer, name):
+    losses, logs = [], []
+    for packing in ("always", "never"):
+        made = trainer(packing, loss_type=[name])
+        assert made.data_collator.packing == (packing == "always")
+        before = {n: w.clone() for n, w in made.model.named_parameters() if w.requires_grad}
+        losses.append(loss_of(made, range(5))[0])
+        made.train()
+        assert made.state.global_step == 2
+        after = dict(made.model.named_parameters())
+        assert any(not torch.equal(after[n], w) for n, w in before.items())
+        logs.append([entry["loss"] for entry in made.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(logs[0]) == 2
+    assert logs[0] == pytest.approx(logs[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("packing", ["always", "never"])
+@pytest.mark.parametrize("name", objectives.NAMES)
+def test_an_objective_is_that_of_the_rewards_that_are_logged(trainer, name, packing):
+    made = trainer(packing, loss_type=[name])
+    rewards = []
+    for number in range(5):
+        loss, metrics = loss_of(made, [number])
+        w, r = metrics["rewards/chosen"], metrics["rewards/rejected"]
+        d = metrics.get("rewards/damaged", 0.0)
+        assert w != 0
+        assert (d != 0) == (name == "mdpo")
+        expected = {
+            "dpop": log(1 + exp(-(w - r - 50 * max(0.0, -w)))), "anchor": log(1 + exp(-w)),
+            "mdpo": log(1 + exp(r - w)) + log(1 + exp(d - w)) + log(1 + exp(-w))}[name]
+        assert loss == pytest.approx(expected, rel=1e-5)
+        rewards.append(w)
+    assert min(rewards) < 0 < max(rewards)  # both sides of what dpop tells apart
+
+
+def test_weights_add_objectives_of_both_kinds(trainer):
+    alone = {n: loss_of(trainer(loss_type=[n]), range(5))[0] for n in ("sigmoid", "dpop", "anchor")}
+    both = trainer(loss_type=["dpop", "sigmoid", "anchor"], loss_weights=[0.5, 2.0, 0.25])
+    assert loss_of(both, range(5))[0] == pytest.approx(
+        0.5 * alone["dpop"] + 2 * alone["sigmoid"] + 0.25 * alone["anchor"], rel=1e-5)
+
+
+def test_mdpo_compares_with_the_damaged_image_of_the_row(trainer, rows):
+    same = rows.remove_columns("damaged_images").add_column(
+        "damaged_images", rows.data.column("images").to_pylist(), feature=rows.features["images"])
+    metrics = loss_of(trainer(dataset=same, loss_type=["mdpo"]), range(5))[1]
+    assert metrics["rewards/damaged"] == pytest.approx(metrics["rewards/chosen"], rel=1e-4)
+    other = loss_of(trainer(loss_type=["mdpo"]), range(5))[1]
+    assert abs(other["rewards/damaged"] - metrics["rewards/damaged"]) > 1e-3
+
+
+def test_mdpo_without_damaged_images_is_refused(trainer, rows):
+    made = trainer("never", rows.remove_columns("damaged_images"), loss_type=["mdpo"])
+    with pytest.raises(ValueError, match="damaged_images"):
+        made.train()
+
+
+@pytest.mark.parametrize("name", objectives.NAMES)
+def test_an_objective_is_refused_with_ld_alpha(trainer, name):
+    with pytest.raises(ValueError, match="ld_alpha"):
+        trainer(loss_type=[name], ld_alpha=0.5)

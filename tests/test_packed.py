@@ -1,0 +1,324 @@
+"""Preference training on packed rows is TRL's own, to rounding: losses, gradients, metrics, runs."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SIDE
+from datasets import Dataset
+from PIL import Image
+from trl import DPOConfig, DPOTrainer
+
+from bpo import branches, models, packed_check, reference
+from bpo.packed import PackedDPOTrainer
+
+QUESTION = "what colour is the disc ? describe the picture and answer the question".split()
+LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+          "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")
+
+
+def answer(draw, words):
+    return [{"role": "assistant", "content": " ".join(draw.choices(words, k=draw.randint(1, 7)))}]
+
+
+def made_rows(rejected=(2, 2, 1, 2), *, pictures=1):
+    """Positives of ragged lengths, each with its images and so many rejected answers."""
+    draw, rows = random.Random(0), []
+    for i, count in enumerate(rejected):
+        images = [Image.new("RGB", (SIDE, SIDE + 8 * i), tuple(draw.randrange(256) for _ in "rgb"))
+                  for _ in range(pictures)]
+        prompt = [{"role": "user", "content": " ".join(QUESTION[:5 + 2 * i])}]
+        chosen = answer(draw, ["red", "a", "box", "cat", "the"])
+        rows += [{"images": images, "prompt": prompt, "chosen": chosen,
+                  "rejected": answer(draw, ["green", "blue", "no", "hot"])} for _ in range(count)]
+    return rows
+
+
+def made_trainer(kind, folder, rows, out, *, text=False, own=None, **settings):
+    """A trainer on a fresh copy of a checkpoint whose adapters do not start at zero."""
+    checkpoint = models.load_text_model(folder) if text else models.load(folder)
+    common = dict(use_cpu=True, bf16=False, report_to="none", max_length=None, save_strategy="no",
+                  per_device_train_batch_size=4, logging_steps=1, disable_tqdm=True,
+                  learning_rate=1e-3, gradient_checkpointing=False, num_train_epochs=2,
+                  train_sampling_strategy="sequential")
+    trainer = kind(checkpoint.model, args=DPOConfig(str(out), **{**common, **settings}),
+                   train_dataset=Dataset.from_list(rows), processing_class=checkpoint.processor,
+                   peft_config=models.adapter_config(checkpoint.model, rank=4, alpha=8,
+                                                     dropout=0.0), **(own or {}))
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(torch.randn(weight.shape, generator=draw) * 0.05)
+    return trainer
+
+
+def gradients(trainer, count=None):
+    """Loss and adapters' gradients of the first rows, through the trainer's own collator."""
+    rows = [trainer.train_dataset[i] for i in range(count or len(trainer.train_dataset))]
+    trainer.model.train()
+    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    return loss.item(), [w.grad for w in trainer.model.parameters() if w.requires_grad]
+
+
+def curves(trainer):
+    trainer.train()
+    timed = ("runtime", "per_second", "total_flos")
+    return [{n: v for n, v in h.items() if not any(t in n for t in timed)}
+            for h in trainer.state.log_history]
+
+
+def agree(first, second, bound=1e-5):
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert other[name] == pytest.approx(one[name], rel=bound, abs=bound), name
+
+
+SETTINGS = {
+    "one rejected a positive": (dict(rejected=(1, 1, 1, 1)), {}),
+    "two rejected a positive": (dict(rejected=(2, 2)), {}),
+    "one, two and three": (dict(rejected=(3, 1, 2)), {}),
+    "several images a row": (dict(pictures=2), {}),
+    "gradient checkpointing": ({}, dict(gradient_checkpointing=True)),
+    "SFT and weights": ({}, dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.3])),
+    "WPO weighting": ({}, dict(use_weighting=True)),
+    "LD-DPO": ({}, dict(ld_alpha=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_loss_and_gradients_are_those_of_trl(model_folder, tmp_path, name):
+    shape, settings = SETTINGS[name]
+    rows = made_rows(**shape)
+    stock = gradients(made_trainer(DPOTrainer, model_folder, rows, tmp_path, **settings))
+    trainer = made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path,
+                           own={"packing": "always"}, **settings)
+    assert packed_check.apart(stock, gradients(trainer)) < 1e-5
+    branches.use_mask(trainer.base)
+    trainer.data_collator.dense = True
+    trainer.model.zero_grad()
+    assert packed_check.apart(stock, gradients(trainer)) < 1e-5
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_of_trl_is_its_own(model_folder, tmp_path, loss):
+    rows, settings = made_rows(), dict(loss_type=[loss], label_smoothing=0.1, max_steps=1)
+    stock = gradients(made_trainer(DPOTrainer, model_folder, rows, tmp_path, **settings))
+    mine = gradients(made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path, **settings))
+    assert packed_check.apart(stock, mine) < 1e-5
+
+
+def test_text_alone_is_packed_too(model_folder, text_folder, tmp_path):
+    rows = [{n: v for n, v in r.items() if n != "images"} for r in made_rows()]
+    for folder, text in ((text_folder, True), (model_folder, False)):
+        stock = gradients(made_trainer(DPOTrainer, folder, rows, tmp_path, text=text))
+        trainer = made_trainer(PackedDPOTrainer, folder, rows, tmp_path, text=text,
+                               own={"packing": "always"})
+        assert packed_check.apart(stock, gradients(trainer)) < 1e-5
+
+
+def test_rows_with_and_without_images_go_into_one_batch(model_folder, tmp_path):
+    rows = made_rows()
+    rows[:2] = [{**r, "images": []} for r in rows[:2]]
+    stock = gradients(made_trainer(DPOTrainer, model_folder, rows, tmp_path))
+    mine = gradients(made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path,
+                                  own={"packing": "always"}))
+    assert packed_check.apart(stock, mine) < 1e-5
+
+
+@pytest.mark.parametrize("own, settings", [
+    ({"packing": "always"}, {}), ({"packing": "auto"}, {}), ({"packing": "never"}, {}),
+    ({}, {"precompute_ref_log_probs": True}), ({}, {"gradient_accumulation_steps": 2})])
+def test_a_whole_run_logs_what_trl_logs(model_folder, tmp_path, own, settings):
+    rows = made_rows()
+    known = {n: v for n, v in settings.items() if n != "precompute_ref_log_probs"}
+    stock = curves(made_trainer(DPOTrainer, model_folder, rows, tmp_path / "a", **known))
+    trainer = made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path / "b", own=own,
+                           **settings)
+    agree(stock, curves(trainer))
+    assert trainer.data_collator.packing == (own.get("packing") != "never")
+
+
+def test_bfloat16_agrees_within_its_rounding(model_folder, tmp_path):
+    rows = made_rows()
+    stock = gradients(made_trainer(DPOTrainer, model_folder, rows, tmp_path, bf16=True))
+    mine = gradients(made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path, bf16=True))
+    assert packed_check.apart(stock, mine) < 0.03
+
+
+def leaking(placed):
+    return {**placed, "table": [(r, begin, start, start, end)
+                                for r, begin, _, start, end in placed["table"]]}
+
+
+def running_on(placed):
+    return {**placed, "step": (placed["step"] > 0).long().cumsum(1)}
+
+
+@pytest.mark.parametrize("broken", (leaking, running_on))
+def test_a_broken_packing_shows_in_the_gradients_and_the_self_check_notices(
+        model_folder, tmp_path, monkeypatch, capsys, broken):
+    """Branches that see each other, and positions that do not start again."""
+    rows = made_rows(rejected=(2, 2))
+    stock = gradients(made_trainer(DPOTrainer, model_folder, rows, tmp_path / "a"))
+    right = branches.layout
+    monkeypatch.setattr(branches, "layout", lambda *a, **k: broken(right(*a, **k)))
+    forced = made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path / "b",
+                          own={"packing": "always"})
+    assert packed_check.apart(stock, gradients(forced)) > 3e-3
+    whole = curves(made_trainer(DPOTrainer, model_folder, rows, tmp_path / "a"))
+    capsys.readouterr()
+    trainer = made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path / "c")
+    agree(whole, curves(trainer))
+    assert not trainer.data_collator.packing
+    said = [x for x in capsys.readouterr().out.splitlines() if "unpacked" in x]
+    assert len(said) == 1 and "cannot be packed with this model" in said[0]
+
+
+def test_the_self_check_leaves_the_run_as_it_was(model_folder, tmp_path):
+    rows = made_rows()
+    drawn = {"train_sampling_strategy": "random"}
+    checked, unchecked = (curves(made_trainer(PackedDPOTrainer, model_folder, rows,
+                                              tmp_path / p, own={"packing": p}, **drawn))
+                          for p in ("auto", "always"))
+    assert checked == unchecked
+
+
+class Forwards:
+    """Counts the reference's forward passes."""
+
+    def __init__(self, trainer):
+        self.count, tokens = 0, trainer.answer_tokens
+
+        def counted(*args):
+            self.count += 1
+            return tokens(*args)
+
+        trainer.answer_tokens = counted
+
+
+def test_reference_log_probs_are_computed_once_and_kept(model_folder, tmp_path, capsys):
+    rows, kept = made_rows(), {"reference_folder": tmp_path / "kept", "packing": "always"}
+    settings = {"precompute_ref_log_probs": True}
+    first = made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path / "a", own=kept, **settings)
+    counted = Forwards(first)
+    curve = curves(first)
+    assert counted.count == 2  # a batch each, in the first of two epochs
+    again = made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path / "b", own=kept, **settings)
+    counted = Forwards(again)
+    agree(curve, curves(again))
+    assert counted.count == 0
+    # Another beta reads them too; another model does not, and says so.
+    other = made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path / "c", own=kept, beta=0.5,
+                         **settings)
+    counted = Forwards(other)
+    other.train()
+    assert counted.count == 0
+    changed = models.load(model_folder)
+    with torch.no_grad():
+        changed.model.get_output_embeddings().weight.mul_(1.01)
+    changed.model.save_pretrained(tmp_path / "model")
+    changed.processor.save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    moved = made_trainer(PackedDPOTrainer, tmp_path / "model", rows, tmp_path / "d", own=kept,
+                         **settings)
+    assert "are those of another model" in capsys.readouterr().out
+    counted = Forwards(moved)
+    moved.train()
+    assert counted.count == 2
+
+
+def test_kept_references_are_those_of_the_model_without_adapters(model_folder, tmp_path):
+    trainer = made_trainer(PackedDPOTrainer, model_folder, made_rows(), tmp_path,
+                           precompute_ref_log_probs=True)
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
+    mine = trainer.reference_tokens(batch, batch["keys"])
+    checkpoint = models.load(model_folder)
+    plain = {n: batch[n] for n in ("input_ids", "attention_mask")}
+    logits = checkpoint.model(**plain, pixel_values=batch["pixel_values"].repeat(2, 1, 1, 1)).logits
+    chains = logits[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    for n in range(2):
+        answered = batch["completion_mask"][n, 1:].bool()
+        torch.testing.assert_close(mine[n], chains[n][answered], atol=1e-5, rtol=0)
+    assert reference.model_key(trainer.model) == trainer.cache.key
+
+
+def test_rows_that_are_too_long_are_left_out_and_counted(model_folder, tmp_path, capsys):
+    rows = made_rows()
+    rows[0] = {**rows[0], "rejected": [{"role": "assistant", "content": "green " * 300}]}
+    trainer = made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path, max_length=100)
+    assert trainer.dropped == 1 and len(trainer.train_dataset) == len(rows) - 1
+    assert "1 of 7 rows are longer" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no row fits"):
+        made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path, max_length=3)
+
+
+def test_a_rejected_answer_that_is_the_chosen_one_is_refused(model_folder, tmp_path):
+    rows = made_rows()
+    rows[2] = {**rows[2], "rejected": rows[2]["chosen"]}
+    with pytest.raises(ValueError, match="row 2 of the data set"):
+        made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_rows(model_folder, tmp_path):
+    rows = made_rows()
+    rows[2] = {**rows[2], "rejected": [{"role": "assistant", "content": "a yellow box"}]}
+    trainer = made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path)
+    word = trainer._tokenizer.convert_tokens_to_ids("yellow")
+    with torch.no_grad():
+        trainer.base.get_input_embeddings().weight[word] = float("nan")
+    trainer._checked = True
+    with pytest.raises(FloatingPointError, match="step 1: the loss is nan on rows 2 of"):
+        trainer.train()
+
+
+def test_out_of_memory_says_what_to_lower(model_folder, tmp_path, monkeypatch):
+    trainer = made_trainer(PackedDPOTrainer, model_folder, made_rows(), tmp_path)
+    trainer._checked = True
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(trainer, "_compute_loss", full)
+    with pytest.raises(MemoryError, match="per_device_train_batch_size .it is 4.*checkpointing"):
+        trainer.train()
+
+
+RUN = """
+import json, sys
+from bpo import ranks
+sys.path.insert(0, sys.argv[1])
+import test_packed as t
+trainer = t.made_trainer(t.PackedDPOTrainer, t.Path(sys.argv[2]), t.made_rows((2, 2, 2, 2)),
+                         t.Path(sys.argv[3]), per_device_train_batch_size=int(sys.argv[4]),
+                         precompute_ref_log_probs=True, num_train_epochs=2)
+curve = t.curves(trainer)
+if trainer.is_world_process_zero():
+    t.Path(sys.argv[5]).write_text(json.dumps(curve))
+ranks.leave()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_one_process_s_loss_curve(model_folder, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    found = []
+    for count, batch in ((1, 4), (2, 2)):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] * (
+            count == 2)
+        out = tmp_path / f"{count}.json"
+        done = subprocess.run(
+            [sys.executable, *launcher, str(script), str(Path(__file__).parent), str(model_folder),
+             str(tmp_path / str(count)), str(batch), str(out)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(out.read_text()))
+    agree(*found, bound=2e-5)

@@ -1,0 +1,227 @@
+"""Packed DPO steps of other families than LLaVA-1.5, with random checkpoints of thin layers: TRL's
+own loss and gradients, or a run that notices by itself that it must not pack."""
+
+import copy
+import random
+
+import pytest
+import torch
+from conftest import picture
+from datasets import Dataset
+from test_real_path import trained_tokenizer, write_qwen
+from transformers import (
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+)
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from trl import DPOConfig, DPOTrainer
+
+from bpo import branches, models
+from bpo.packed import PackedDPOTrainer
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+CELLS = [f"<row_{r + 1}_col_{c + 1}>" for r in range(6) for c in range(6)]  # of Idefics3's tiles
+CLOSE = 1e-5  # what float32's rounding leaves
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+          "num_attention_heads": 2, "image_size": 32, "patch_size": 8, "initializer_range": 0.2}
+
+
+def chat(image: str) -> str:
+    return ("<s>{% for m in messages %}{{ m['role'] + ': ' }}{% for c in m['content'] %}"
+            "{% if c['type'] == 'image' %}" + image + "{% else %}{{ c['text'] }}{% endif %}"
+            "{% endfor %}{{ '</s>' if m['role'] == 'assistant' else '\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}")
+
+
+def tokenizer(*extra: str, **named: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained_tokenizer([*SPECIAL, *extra, *named.values()]),
+        **dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=True)),
+        extra_special_tokens=named or None)
+
+
+def sizes(words: PreTrainedTokenizerFast) -> dict:
+    return {"vocab_size": len(words), "hidden_size": 48, "intermediate_size": 96,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "max_position_embeddings": 1024, "initializer_range": 0.2,
+            **{f"{n}_token_id": getattr(words, f"{n}_token_id") for n in ("pad", "bos", "eos")}}
+
+
+def write(folder, model, processor):
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def write_llava_next(folder):
+    """Images in tiles that their shape chooses, with rows of image tokens that end in a vector."""
+    words = tokenizer(image_token="<image>")
+    pinpoints = [[32, 64], [64, 32], [64, 64]]
+    write(folder, LlavaNextForConditionalGeneration(LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**sizes(words)),
+        image_token_index=words.image_token_id, image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-1)),
+        LlavaNextProcessor(
+            LlavaNextImageProcessorPil(size={"shortest_edge": 32}, image_grid_pinpoints=pinpoints,
+                                       crop_size={"height": 32, "width": 32}),
+            words, patch_size=8, vision_feature_select_strategy="default",
+            num_additional_image_tokens=1, chat_template=chat("<image>\n")))
+
+
+def write_idefics3(folder):
+    """Images in tiles, padded to the most tiles of a batch."""
+    words = tokenizer("<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *CELLS,
+                      image_token="<image>")
+    write(folder, Idefics3ForConditionalGeneration(Idefics3Config(
+        vision_config=VISION, text_config=LlamaConfig(**sizes(words)), scale_factor=2,
+        image_token_id=words.image_token_id, pad_token_id=words.pad_token_id)),
+        Idefics3Processor(
+            Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={
+                "longest_edge": 32}), words, image_seq_len=4, chat_template=chat("<image>")))
+
+
+def write_gemma3(folder):
+    """An image's tokens see each other in both directions; one of two layers has a window."""
+    words = tokenizer(boi_token="<start_of_image>", eoi_token="<end_of_image>",
+                      image_token="<image_soft_token>")
+    write(folder, Gemma3ForConditionalGeneration(Gemma3Config(
+        vision_config=SiglipVisionConfig(**{n: v for n, v in VISION.items()
+                                            if n != "initializer_range"}),
+        text_config={**sizes(words), "head_dim": 24, "query_pre_attn_scalar": 24,
+                     "sliding_window": 512,
+                     "layer_types": ["sliding_attention", "full_attention"]},
+        mm_tokens_per_image=4, boi_token_index=words.boi_token_id, initializer_range=0.2,
+        eoi_token_index=words.eoi_token_id, image_token_index=words.image_token_id)),
+        Gemma3Processor(Gemma3ImageProcessorPil(size={"height": 32, "width": 32}), words,
+                        image_seq_length=4, chat_template=chat("<start_of_image>")))
+
+
+WRITERS = {"llava-next": write_llava_next, "idefics3": write_idefics3, "qwen2.5-vl": write_qwen,
+           "gemma3": write_gemma3}
+PACKED = [n for n in WRITERS if n != "gemma3"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The folder of a family's checkpoint, written when first asked for."""
+    written = {}
+
+    def folder(family: str):
+        if family not in written:
+            written[family] = tmp_path_factory.mktemp(family)
+            torch.manual_seed(3)
+            WRITERS[family](written[family])
+        return written[family]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Dataset:
+    """Two images of different shapes, each with a chosen answer and two rejected ones."""
+    return Dataset.from_list([
+        {"images": [picture(thing, colour, seed, size)],
+         "prompt": [{"role": "user", "content": question}],
+         "chosen": [{"role": "assistant", "content": chosen}],
+         "rejected": [{"role": "assistant", "content": rejected}]}
+        for thing, colour, seed, size, question, chosen, answers in (
+            ("disc", "red", 1, (64, 32), "What colour is it?", "Dark red",
+             ("No", "Orange and green, with white stripes")),
+            ("box", "blue", 2, (56, 84), "Describe this picture.", "A blue box on a table.",
+             ("A cat looks past the camera", "A cup of coffee on a saucer with a spoon.")))
+        for rejected in answers])
+
+
+def trainer(cls, folder, rows: Dataset, out, **settings):
+    checkpoint = models.load(folder)
+    args = DPOConfig(output_dir=str(out), use_cpu=True, bf16=False, report_to="none",
+                     max_length=None, per_device_train_batch_size=4, disable_tqdm=True,
+                     gradient_checkpointing=False, save_strategy="no")
+    made = cls(checkpoint.model, args=args, train_dataset=rows,
+               processing_class=checkpoint.processor, **settings,
+               peft_config=models.adapter_config(checkpoint.base, rank=4, alpha=8, dropout=0.0))
+    draw = torch.Generator().manual_seed(5)
+    for name, weight in made.model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.05, generator=draw)
+    return made
+
+
+def step(made) -> tuple[float, torch.Tensor, dict]:
+    """Loss, gradients and batch of all rows."""
+    rows = [copy.copy(made.train_dataset[i]) for i in range(len(made.train_dataset))]
+    inputs = made._prepare_inputs(made.data_collator(rows))
+    loss = made._compute_loss(made.model, inputs, False)
+    loss.backward()
+    return loss.item(), torch.cat([w.grad.flatten() for w in made.model.parameters()
+                                   if w.requires_grad]), inputs
+
+
+def distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    return ((first - second).norm() / first.norm()).item()
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["branches", "mask"])
+@pytest.mark.parametrize("family", PACKED)
+def test_a_packed_batch_has_the_loss_and_gradients_of_trl(family, dense, folders, pairs, tmp_path):
+    stock = step(trainer(DPOTrainer, folders(family), pairs, tmp_path))
+    packing = trainer(PackedDPOTrainer, folders(family), pairs, tmp_path, packing="always")
+    if dense:
+        branches.use_mask(packing.base)
+    packing.data_collator.dense = dense
+    assert branches.in_use(packing.base) != dense
+    packed = step(packing)
+    assert len(packed[2]["packed"]["first"]) == 2  # the rows of a positive share one prompt
+    assert packed[2]["packed"]["source"].numel() < stock[2]["input_ids"].numel() / 2
+    assert abs(stock[0] - 0.6931) > 1e-3 and stock[1].norm() > 1e-3
+    assert packed[0] == pytest.approx(stock[0], abs=CLOSE)
+    assert distance(stock[1], packed[1]) <= CLOSE
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_a_family_that_packs_right_is_packed_by_itself(family, folders, pairs, tmp_path, capsys):
+    made = trainer(PackedDPOTrainer, folders(family), pairs, tmp_path)
+    made.get_train_dataloader()
+    assert made.data_collator.packing and branches.in_use(made.base)
+    assert "packed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_the_pixels_of_an_image_decide_its_own_pairs_alone(family, folders, pairs, tmp_path):
+    """Each positive's loss in one packed batch is that of a batch of its own."""
+    made = trainer(PackedDPOTrainer, folders(family), pairs, tmp_path, packing="always")
+    rows = [made.train_dataset[i] for i in range(4)]
+    with torch.no_grad():
+        whole, *parts = (made._compute_loss(made.model, made._prepare_inputs(
+            made.data_collator(some)), False).item() for some in (rows, rows[:2], rows[2:]))
+    assert abs(parts[0] - parts[1]) > 1e-3
+    assert whole == pytest.approx(sum(parts) / 2, abs=CLOSE)
+
+
+def test_a_family_with_attention_in_both_directions_goes_on_unpacked_as_trl(
+        folders, pairs, tmp_path, capsys):
+    stock = step(trainer(DPOTrainer, folders("gemma3"), pairs, tmp_path))
+    made = trainer(PackedDPOTrainer, folders("gemma3"), pairs, tmp_path)
+    capsys.readouterr()
+    made.get_train_dataloader()
+    assert not made.data_collator.packing
+    said = capsys.readouterr().out
+    assert "cannot be packed with this model" in said and "slower and right" in said
+    unpacked = step(made)
+    assert "packed" not in unpacked[2]
+    assert unpacked[0] == pytest.approx(stock[0], abs=CLOSE)
+    assert distance(stock[1], unpacked[1]) <= CLOSE

@@ -1,0 +1,106 @@
+"""Kept reference log-probs: what is found again, what is another model's, what a model is."""
+
+import pytest
+import torch
+
+from bpo import models, reference
+
+ANSWERS = {"one": torch.tensor([-0.5, -1.25, -3.0]), "two": torch.tensor([-2.0])}
+
+
+def filled(folder, key, answers):
+    cache = reference.Cache(folder, key)
+    cache.add(answers)
+    cache.write()
+    return cache
+
+
+def test_answers_that_were_written_are_read_again(tmp_path):
+    filled(tmp_path / "kept", "model", ANSWERS)
+    again = reference.Cache(tmp_path / "kept", "model")
+    assert again.known == {}
+    again.read()
+    assert again.known.keys() == ANSWERS.keys()
+    assert all(torch.equal(again.known[n], v) for n, v in ANSWERS.items())
+    assert again.others == 0
+
+
+def test_further_folders_are_read_and_not_written(tmp_path):
+    filled(tmp_path / "other", "model", ANSWERS)
+    cache = reference.Cache(tmp_path / "own", "model")
+    cache.read([tmp_path / "other"])
+    assert cache.known.keys() == ANSWERS.keys()
+    cache.add({**ANSWERS, "three": torch.tensor([-4.0])})
+    cache.write()
+    assert len(list((tmp_path / "other").iterdir())) == 1
+    own = reference.Cache(tmp_path / "own", "model")
+    own.read()
+    assert own.known.keys() == {"three"}
+
+
+def test_nothing_new_writes_no_file(tmp_path):
+    cache = filled(tmp_path / "kept", "model", ANSWERS)
+    cache.add(ANSWERS)
+    cache.write()
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    filled(tmp_path / "empty", "model", {})
+    assert not (tmp_path / "empty").exists()
+
+
+def test_an_answer_that_is_known_stays_as_it_is(tmp_path):
+    cache = filled(tmp_path, "model", ANSWERS)
+    cache.add({"two": torch.tensor([-9.0])})
+    assert cache.known["two"].item() == -2.0
+    assert cache.new == {}
+
+
+def test_answers_of_another_model_are_counted_and_not_taken_in(tmp_path):
+    filled(tmp_path, "another", ANSWERS)
+    filled(tmp_path, "model", {"three": torch.tensor([-4.0])})
+    cache = reference.Cache(tmp_path, "model")
+    cache.read()
+    assert cache.known.keys() == {"three"}
+    assert cache.others == 2
+    cache.read()
+    assert cache.others == 2
+
+
+def test_half_a_file_is_not_read(tmp_path):
+    filled(tmp_path, "model", ANSWERS)
+    [whole] = tmp_path.iterdir()
+    (tmp_path / ".0123.tmp").write_bytes(whole.read_bytes()[:20])
+    cache = reference.Cache(tmp_path, "model")
+    cache.read()
+    assert cache.known.keys() == ANSWERS.keys()
+
+
+@pytest.fixture
+def adapted(model_folder):
+    model = models.load(model_folder).model
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, models.adapter_config(model, rank=2, alpha=4, dropout=0.0))
+
+
+def test_a_model_is_known_by_its_weights_and_not_by_an_adapter_that_trains(adapted):
+    key = reference.model_key(adapted)
+    weights = dict(adapted.named_parameters())
+    moved = [n for n in weights if "lora_B" in n]
+    assert moved
+    with torch.no_grad():
+        for name in moved:
+            weights[name].normal_()
+    assert reference.model_key(adapted) == key
+    frozen = next(n for n, w in weights.items() if not w.requires_grad)
+    with torch.no_grad():
+        weights[frozen].flatten()[0] += 1
+    assert reference.model_key(adapted) != key
+
+
+def test_a_model_without_adapters_is_known_by_all_its_weights(model_folder):
+    model = models.load(model_folder).model.requires_grad_(True)
+    key = reference.model_key(model)
+    assert reference.model_key(models.load(model_folder).model) == key
+    with torch.no_grad():
+        next(model.parameters()).flatten()[0] += 1
+    assert reference.model_key(model) != key
