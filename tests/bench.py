@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from bpo import encoding, generate, models, params, readers, records, scoring, shards
+from bpo import branches, encoding, generate, models, params, readers, records, scoring, shards
 from bpo.generate import Request, View
 from bpo.records import Row
 
@@ -76,6 +76,7 @@ def _probe(checkpoint: models.Checkpoint, rows: list[Row]) -> dict[str, object]:
     asked = [r for r in rows if r.category == "attribute"][:64]
     batch = generate.encode_batch(checkpoint, _requests(asked))
     singles = [generate.encode_batch(checkpoint, [r]) for r in _requests(asked)]
+    branches.use_attention(checkpoint.base)
     ids = [encoding.answer_ids(checkpoint, c + checkpoint.tokenizer.eos_token) for c in COLOURS]
     return ratio(lambda: [scoring.weigh_unpacked(checkpoint, s, [[i]])
                           for s in singles for i in ids],

@@ -98,16 +98,19 @@ def write_gemma3(folder):
     """An image's tokens see each other in both directions; one of two layers has a window."""
     words = tokenizer(boi_token="<start_of_image>", eoi_token="<end_of_image>",
                       image_token="<image_soft_token>")
-    write(folder, Gemma3ForConditionalGeneration(Gemma3Config(
+    model = Gemma3ForConditionalGeneration(Gemma3Config(
         vision_config=SiglipVisionConfig(**{n: v for n, v in VISION.items()
                                             if n != "initializer_range"}),
         text_config={**sizes(words), "head_dim": 24, "query_pre_attn_scalar": 24,
                      "sliding_window": 512,
                      "layer_types": ["sliding_attention", "full_attention"]},
         mm_tokens_per_image=4, boi_token_index=words.boi_token_id, initializer_range=0.2,
-        eoi_token_index=words.eoi_token_id, image_token_index=words.image_token_id)),
-        Gemma3Processor(Gemma3ImageProcessorPil(size={"height": 32, "width": 32}), words,
-                        image_seq_length=4, chat_template=chat("<start_of_image>")))
+        eoi_token_index=words.eoi_token_id, image_token_index=words.image_token_id))
+    with torch.no_grad():  # it starts at zero, which makes all images one and their masks no matter
+        model.model.multi_modal_projector.mm_input_projection_weight.normal_(0, 0.2)
+    write(folder, model, Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 32, "width": 32}), words, image_seq_length=4,
+        chat_template=chat("<start_of_image>")))
 
 
 WRITERS = {"llava-next": write_llava_next, "idefics3": write_idefics3, "qwen2.5-vl": write_qwen,
