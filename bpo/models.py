@@ -7,7 +7,7 @@ What a checkpoint is given to read is `encoding`'s.
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from bpo import ranks
 from bpo.params import Refusal
+
 
 @dataclass(frozen=True)
 class Checkpoint:

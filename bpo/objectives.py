@@ -4,8 +4,8 @@ With h_w = log pi(y_w | m, x) - log pi_ref(y_w | m, x) for the chosen answer, h_
 one, image m, damaged image m':
 
 dpop    -log sigma(beta (h_w - h_l - LAMBDA max(0, -h_w)))          DPO-Positive, eq. 3, 2402.13228
-anchor  -log sigma(beta h_w)                                        mDPO, eq. 5, 2406.11839
-mdpo    DPO + -log sigma(beta (h_w - h_w(m'))) + anchor             mDPO, eq. 6, 2406.11839
+anchor  -log sigma(beta h_w)                                        mDPO's anchor, 2406.11839
+mdpo    DPO + -log sigma(beta (h_w - h_w(m'))) + anchor             mDPO, 2406.11839
 """
 
 from typing import Any

@@ -214,7 +214,8 @@ class PackedDPOTrainer(DPOTrainer):
 
     def answer_tokens(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """(N, S - 1) log p of every answer token in TRL's layout, 0 elsewhere."""
-        own = ("row", "keys", "damaged", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+        own = ("row", "keys", "damaged", "completion_mask", "ref_chosen_logps",
+               "ref_rejected_logps")
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         return model(**{n: v for n, v in inputs.items() if n not in own}, use_cache=False,
                      labels=labels, fused_lm_head=True).log_probs

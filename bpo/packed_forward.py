@@ -19,7 +19,8 @@ def read_packed(model: PreTrainedModel) -> dict[str, Any]:
 
     # Keep the signature: `generate` and the trainer look at it
     @functools.wraps(type(model).forward)
-    def forward(self: PreTrainedModel, *args: Any, packed: dict | None = None, **kwargs: Any) -> Any:
+    def forward(self: PreTrainedModel, *args: Any, packed: dict[str, Any] | None = None,
+                **kwargs: Any) -> Any:
         if packed is None:
             return inner(*args, **kwargs)
         labels = kwargs.pop("labels").flatten()[packed["targets"]][None]

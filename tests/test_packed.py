@@ -1,4 +1,4 @@
-"""Preference training on packed rows is TRL's own, to rounding: losses, gradients, metrics, runs."""
+"""Preference training on packed rows is TRL's own to rounding: loss, gradients, metrics, runs."""
 
 import json
 import random
@@ -17,8 +17,8 @@ from bpo import branches, models, packed_check, reference
 from bpo.packed import PackedDPOTrainer
 
 QUESTION = "what colour is the disc ? describe the picture and answer the question".split()
-LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
-          "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")
+LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
+          "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")
 
 
 def answer(draw, words):

@@ -2,7 +2,6 @@
 own loss and gradients, or a run that notices by itself that it must not pack."""
 
 import copy
-import random
 
 import pytest
 import torch
