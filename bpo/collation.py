@@ -104,6 +104,8 @@ class _OnceEach:
         self.rows: list[int] = []  # for every text asked for, which distinct prompt it is
 
     def __getattr__(self, name: str) -> Any:
+        if name == "processor" or name.startswith("__"):  # while a copy of this is being made
+            raise AttributeError(name)
         return getattr(self.processor, name)
 
     def __call__(self, text: list[str], **kwargs: Any) -> Any:
@@ -196,6 +198,8 @@ def _prompt(row: dict[str, Any], *, vision: bool) -> Hashable:
 def _picture(image: Any) -> str:
     """A hash of an image's pixels; of another thing's own bytes."""
     if isinstance(image, Image.Image):
+        if image.mode in ("P", "PA"):  # its bytes are places in a palette, not colours
+            image = image.convert("RGBA")
         known = f"{image.mode} {image.size} ".encode() + image.tobytes()
     else:
         known = pickle.dumps(image)

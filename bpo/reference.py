@@ -46,7 +46,7 @@ class Cache:
                      for f in sorted(folder.glob(f"*{SUFFIX}")) if f not in self._seen]:
             self._seen.add(file)
             with safe_open(file, "pt") as held:
-                if held.metadata().get("model") == self.key:
+                if (held.metadata() or {}).get("model") == self.key:
                     self.known |= {n: held.get_tensor(n) for n in held.keys()}
                 else:
                     self.others += len(held.keys())

@@ -1,5 +1,6 @@
 """Preference training on packed rows is TRL's own to rounding: loss, gradients, metrics, runs."""
 
+import copy
 import json
 import random
 import subprocess
@@ -145,6 +146,19 @@ def test_a_whole_run_logs_what_trl_logs(model_folder, tmp_path, own, settings):
                            **settings)
     agree(stock, curves(trainer))
     assert trainer.data_collator.packing == (own.get("packing") != "never")
+
+
+def test_palettes_tell_images_apart_and_a_copied_collator_works(model_folder, tmp_path):
+    """Two images whose bytes are the same indices into different palettes."""
+    images = [Image.new("P", (SIDE, SIDE), 0) for _ in range(2)]
+    for image, palette in zip(images, ([255, 0, 0], [0, 0, 255]), strict=True):
+        image.putpalette(palette)
+    rows = [{**made_rows()[0], "images": [image.convert("RGB")]} for image in images]
+    trainer = made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path)
+    collator = copy.deepcopy(trainer.data_collator)
+    collator.keyed = True
+    batch = collator([{**r, "images": [i]} for r, i in zip(rows, images, strict=True)])
+    assert len(batch["pixel_values"]) == 2 and len(set(batch["keys"])) == 4
 
 
 def test_bfloat16_agrees_within_its_rounding(model_folder, tmp_path):
