@@ -30,8 +30,8 @@ def positives(dataset: Dataset) -> list[list[int]]:
     groups: dict[bytes, list[int]] = {}
     names = [n for n in (*SAME, "rejected") if n in dataset.column_names]
     raw = dataset.select_columns(names).with_format("arrow")
-    for number, table in enumerate(raw.iter(batch_size=1)):
-        [row] = table.to_pylist()
+    stored = (row for table in raw.iter(batch_size=64) for row in table.to_pylist())
+    for number, row in enumerate(stored):
         rejected = row.pop("rejected")
         if rejected == row["chosen"]:
             raise ValueError(f"row {number} of the data set: the rejected answer is the chosen "
@@ -137,7 +137,7 @@ class PackedCollator:
         self.plain = plain
         self.vision = isinstance(plain, DataCollatorForVisionPreference)
         # What would be cut is dropped before: see `PackedDPOTrainer`.
-        self.inner = replace(plain, max_length=None)
+        self.inner, self.unpacked = (replace(plain, max_length=None) for _ in range(2))
         if self.vision:
             self.inner.processor = _OnceEach(plain.processor)
         self.packing, self.dense, self.keyed, self.damaged = True, False, False, False
@@ -171,7 +171,7 @@ class PackedCollator:
             batch = dict(self.inner(rows))
             batch["packed"] = self._placed(batch, groups)
         else:
-            batch = dict(replace(self.plain, max_length=None)(rows))
+            batch = dict(self.unpacked(rows))
         if self.keyed:
             batch["keys"] = _keys(batch, prompts * 2, self.plain)
         return batch

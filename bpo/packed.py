@@ -27,6 +27,7 @@ from bpo import branches, collation, objectives, packed_check, reference
 from bpo.packed_forward import read_packed
 
 PACKING = ("auto", "always", "never")
+COLLATORS = DataCollatorForPreference | DataCollatorForVisionPreference
 
 
 class PackedDPOTrainer(DPOTrainer):
@@ -63,14 +64,13 @@ class PackedDPOTrainer(DPOTrainer):
             config.precompute_ref_log_probs = False
         super().__init__(**given)
         self.own_losses = objectives.split(self)
-        self.packing, self.dropped, self.cache, self._groups = packing, 0, None, []
+        self.dropped, self.cache, self._groups = 0, None, []
         self._features: list[dict[str, Any]] = []
         why = self._why_not()
         if why and packing != "never":
             self._say(f"The batches are not packed: {why}.")
-        self._checked = self.packing == "always"
-        if not isinstance(self.data_collator, DataCollatorForPreference
-                          | DataCollatorForVisionPreference):
+        self._checked = packing == "always"
+        if not isinstance(self.data_collator, COLLATORS):
             return
         self.data_collator = collation.PackedCollator(self.data_collator)
         self.data_collator.packing = packing != "never" and not why
@@ -101,8 +101,7 @@ class PackedDPOTrainer(DPOTrainer):
 
     def _why_not(self) -> str:
         """Why batches cannot be packed whatever the model computes; empty if they can."""
-        if not isinstance(self.data_collator, DataCollatorForPreference
-                          | DataCollatorForVisionPreference):
+        if not isinstance(self.data_collator, COLLATORS):
             return "a data_collator of your own makes them"
         if self.compute_metrics is not None:
             return "compute_metrics wants the logits of whole sequences"
