@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     for command in (check, run, stage, export, pages):
         command.add_argument("study")
     stage.add_argument("number", type=int, metavar="N", help="the notebook's number")
+    stage.add_argument("--parameters", type=Path, metavar="FILE", help="the notebook's parameters, "
+                       "in place of the study's")
     export.add_argument("--to", required=True, metavar="LAYOUT", help=", ".join(LAYOUTS))
     for command in (check, run, stage):
         command.add_argument("-p", nargs=2, action="append", default=[], dest="overrides",
@@ -57,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.name:
             overrides["study"] = options.name
         if options.command == "stage":
-            return _stage(options.study, overrides, number=options.number)
+            return _stage(options.study, overrides, number=options.number,
+                          given=options.parameters)
         return _run(options.study, overrides, only=options.only, first=options.first)
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
@@ -191,23 +194,28 @@ def _execute(notebook: str, p: params.Parameters, folder: Path) -> bool:
     return True
 
 
-def _stage(study: str, overrides: dict[str, Any], *, number: int) -> int:
+def _stage(study: str, overrides: dict[str, Any], *, number: int, given: Path | None) -> int:
     """The work of one notebook, in this process's share; its notebook then finds it up to date."""
     from bpo import benchmarks, pairs, probe, train
 
     work = dict(enumerate((probe.run, pairs.run, train.run, benchmarks.run), start=1))
-    read = params.read_study(study, overrides)
+    if given is None:
+        read = params.read_study(study, overrides)
+    else:
+        schema = next(s for n, s in params.SCHEMAS.items() if n.startswith(f"{number}_"))
+        read = {schema.notebook: params.validate(schema, params.read_yaml(given) | overrides,
+                                                 where=str(given))}
     name = next((n for n in read if n.startswith(f"{number}_")), None)
     if name is None or number not in work:
         raise Refusal(f"study {study} has no stage {number} for this command; it has "
                       + ", ".join(n for n in read if int(n[0]) in work))
-    if ranks.world() > 1 and number != 2:
+    if ranks.world() > 1 and number not in (2, 3):
         raise Refusal(f"{name} runs in one process: start it without a launcher, "
                       f"python -m bpo stage {study} {number}")
     result = work[number](read[name])
-    ranks.leave()
     if ranks.rank() == 0:
         print(f"{result.done}: {_short(result.folder / runs.MANIFEST)}")
+    ranks.leave()
     return 0
 
 

@@ -18,7 +18,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from bpo import branches
 
-SAME = ("image", "images", "prompt", "chosen")  # what the rows of one positive share
+SAME = ("image", "images", "prompt", "chosen", "completion")  # what one positive's rows share
 
 
 def positives(dataset: Dataset) -> list[list[int]]:
@@ -26,14 +26,14 @@ def positives(dataset: Dataset) -> list[list[int]]:
 
     Compared as they are stored: an image by its file's name and bytes, not by its pixels. Raises
     ValueError for a row whose rejected answer is the chosen one, which would train on nothing.
+    Rows for SFT, which have a completion in place of both answers, are told apart by it.
     """
     groups: dict[bytes, list[int]] = {}
     names = [n for n in (*SAME, "rejected") if n in dataset.column_names]
     raw = dataset.select_columns(names).with_format("arrow")
     stored = (row for table in raw.iter(batch_size=64) for row in table.to_pylist())
     for number, row in enumerate(stored):
-        rejected = row.pop("rejected")
-        if rejected == row["chosen"]:
+        if "rejected" in row and row.pop("rejected") == row["chosen"]:
             raise ValueError(f"row {number} of the data set: the rejected answer is the chosen "
                              "one, which would train on nothing; remove the row")
         key = hashlib.sha256(pickle.dumps(list(row.items()))).digest()

@@ -172,7 +172,7 @@ def _without_video(folder: Path) -> Any | None:
     still = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda _: parts[:-1])})
     try:
         return still.from_pretrained(folder)
-    except ImportError:
+    except (ImportError, TypeError):  # some constructors (SmolVLM's) want the video side
         return None
 
 

@@ -30,6 +30,15 @@ PACKING = ("auto", "always", "never")
 COLLATORS = DataCollatorForPreference | DataCollatorForVisionPreference
 
 
+class NotFinite(FloatingPointError):
+    """A loss that is no number, at a step on rows of the training data."""
+
+    def __init__(self, step: int, loss: float, rows: Sequence[Any]):
+        super().__init__(f"step {step}: the loss is {loss} on rows {', '.join(map(str, rows))} of "
+                         "the training data; lower the learning rate or use float32")
+        self.step, self.rows = step, rows
+
+
 class PackedDPOTrainer(DPOTrainer):
     """A drop-in for TRL's DPOTrainer: same arguments, columns, losses, logs and checkpoints.
 
@@ -44,8 +53,8 @@ class PackedDPOTrainer(DPOTrainer):
     max_length: rows that are longer are dropped and counted (`dropped`), never cut.
     loss_type: also the names of `objectives`. "mdpo" wants a column `damaged_images`.
 
-    Raises ValueError for a row whose rejected answer is the chosen one, FloatingPointError with the
-    rows when a loss is no number, MemoryError with what to lower when memory runs out.
+    Raises ValueError for a row whose rejected answer is the chosen one, NotFinite with the rows
+    when a loss is no number, MemoryError with what to lower when memory runs out.
     """
 
     def __init__(self, *args: Any, packing: str = "auto", reference_folder: Path | None = None,
@@ -196,10 +205,8 @@ class PackedDPOTrainer(DPOTrainer):
                 raise MemoryError(_lower(self.args)) from error
             raise
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()} on rows "
-                f"{', '.join(map(str, self._bad(model, inputs, rows)))} of the training data; "
-                "lower the learning rate or use float32")
+            raise NotFinite(self.state.global_step + 1, loss.item(),
+                            self._bad(model, inputs, rows))
         return loss
 
     def _bad(self, model: torch.nn.Module, inputs: dict[str, Any], rows: Sequence[int] | None

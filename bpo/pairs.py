@@ -23,6 +23,7 @@ from bpo import (
     endpoint,
     generate,
     images,
+    launch,
     metrics,
     models,
     noise,
@@ -44,6 +45,7 @@ from bpo.records import LineFile, Row, to_json
 def run(p: PairGeneration) -> runs.Result:
     """The stage of notebook 2: rows.jsonl, rejected_rows.jsonl, weakened-*.jsonl, injected.jsonl,
     scores.jsonl, candidates.jsonl, dropped.jsonl and pairs.jsonl."""
+    launch.start(p)
     inputs = {"model": p.path(p.model)}
     inputs |= {"data" if len(data_files(p)) == 1 else f"data {file.name}": file
                for file in data_files(p)}
@@ -217,9 +219,9 @@ def rejected_for(pair: dict, method: str) -> list[dict]:
 
 
 def to_preferences(pairs: Sequence[dict], image_folder: Path, *, method: str = "bpo") -> list[dict]:
-    """TRL's conversational preference rows {images, prompt, chosen, rejected}, one a rejected
+    """TRL's conversational preference rows {id, images, prompt, chosen, rejected}, one a rejected
     answer that the method learns from; images are paths, to be opened when a batch is made."""
-    return [{"images": [str(image_folder / k["image"])], "prompt": k["prompt"],
+    return [{"id": k["id"], "images": [str(image_folder / k["image"])], "prompt": k["prompt"],
              "chosen": [{"role": "assistant", "content": k["chosen"]}],
              "rejected": [{"role": "assistant", "content": r["text"]}]}
             for k in pairs for r in rejected_for(k, method)]
@@ -227,7 +229,8 @@ def to_preferences(pairs: Sequence[dict], image_folder: Path, *, method: str = "
 
 def to_completions(rows: Sequence[dict]) -> list[dict]:
     """The positives of preference rows for SFT, in the same order and as often."""
-    return [{"images": r["images"], "prompt": r["prompt"], "completion": r["chosen"]} for r in rows]
+    return [{"id": r["id"], "images": r["images"], "prompt": r["prompt"], "completion": r["chosen"]}
+            for r in rows]
 
 
 def examples(p: PairGeneration, result: runs.Result) -> list[dict[str, Any]]:

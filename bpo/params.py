@@ -23,6 +23,10 @@ WEAKEN_MODES = (*STEPPED_MODES, "crop", "blank", "swapped")
 # What a training method learns from: the pairs of some sources or modes, or the random control.
 EXTRA_METHODS = ("bpo_unselected", *(f"bpo_{mode}" for mode in WEAKEN_MODES))
 SCORES = ("similarity", "length", "image")
+# TRL's, then those of `objectives`.
+LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
+          "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "dpop",
+          "anchor", "mdpo")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -234,6 +238,8 @@ class PairGeneration(Checkpoint):
         False, description="drop candidates that the truth file says are right")
     audit_positives: Count = Field(
         3000, description="positives, drawn by seed, that the audit reads in full")
+    launch: str = shown("", "arguments of accelerate launch that start the stage in several "
+                            "processes: --num_processes 8, or --config_file FILE; empty: none")
     gallery: int = shown(6, "pairs shown in the gallery", ge=1, le=60)
 
     @model_validator(mode="after")
@@ -282,14 +288,29 @@ class DPOTraining(Checkpoint):
     warmup_ratio: Fraction = Field(0.03, description="share of the steps that warm up")
     beta: float = Field(0.1, description="strength of the pull to the reference in DPO", gt=0,
                         le=10)
-    nll_weight: float = Field(1.0, description="weight of an NLL term on the chosen answer; 0: off",
-                              ge=0)
+    loss: list[Literal[LOSSES]] = Field(
+        ["sigmoid", "sft"], min_length=1, description="objectives of the pairs, added up: TRL's "
+        "loss_type names (sigmoid: DPO, sft: NLL of the chosen answer), dpop, anchor, mdpo")
+    loss_weights: list[Annotated[float, Field(ge=0)]] = Field(
+        [1.0, 1.0], description="weight of each objective")
+    damage: Literal["noisy", "crop", "blank"] = Field(
+        "crop", description="how mdpo damages the image: noisy, crop, blank")
+    damage_step: NoiseStep = Field(800, description="diffusion step of a noisy damage")
+    crop_share: float = Field(0.3, description="share of each side that a crop leaves", gt=0, lt=1)
+    packing: Literal["auto", "always", "never"] = Field(
+        "auto", description="the answers to a prompt in one sequence; auto: if the first batch "
+                            "then has the same loss and gradients")
     lora_rank: Count = Field(16, description="rank of the adapters")
     lora_alpha: Count = Field(32, description="scale of the adapters: alpha / rank")
     lora_dropout: float = Field(0.0, description="dropout in front of the adapters", ge=0, lt=1)
     max_tokens: Count = Field(2048, description="rows longer than this are dropped and counted")
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     save_every: Count = Field(20, description="optimizer steps between checkpoints to resume from")
+    fall_warning: float = shown(
+        5.0, "nats by which a chosen answer's log-probability may fall on average before the "
+             "report warns", gt=0)
+    launch: str = shown("", "arguments of accelerate launch that start the stage in several "
+                            "processes: --num_processes 8, or --config_file FILE; empty: none")
     rounds: int = shown(1, "rounds of pairs and training, each from the model that the last one "
                            "tuned", ge=1)
 
@@ -298,8 +319,12 @@ class DPOTraining(Checkpoint):
         if self.batch_pairs % self.device_batch:
             raise ValueError(f"batch_pairs ({self.batch_pairs}) must be a multiple of "
                              f"device_batch ({self.device_batch})")
-        if len(set(self.methods)) != len(self.methods):
-            raise ValueError("methods: a method is named twice")
+        for name in ("methods", "loss"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name}: a value is named twice")
+        if len(self.loss_weights) != len(self.loss):
+            raise ValueError(f"loss_weights: give one weight for each of {', '.join(self.loss)}")
         if "sft_compute" in self.methods and not {"bpo", "sft_matched"} <= set(self.methods):
             raise ValueError("methods: sft_compute is sft_matched with bpo's compute, "
                              "so name bpo and sft_matched too")

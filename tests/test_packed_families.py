@@ -2,6 +2,8 @@
 own loss and gradients, or a run that notices by itself that it must not pack."""
 
 import copy
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,25 +18,36 @@ from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMProcessor,
 )
+from transformers.models import smolvlm
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from trl import DPOConfig, DPOTrainer
 
 from bpo import branches, models
 from bpo.packed import PackedDPOTrainer
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-CELLS = [f"<row_{r + 1}_col_{c + 1}>" for r in range(6) for c in range(6)]  # of Idefics3's tiles
+CELLS = [f"<row_{r + 1}_col_{c + 1}>" for r in range(6) for c in range(6)]
+TILED = ["<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *CELLS]  # Idefics3's
 CLOSE = 1e-5  # what float32's rounding leaves
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
           "num_attention_heads": 2, "image_size": 32, "patch_size": 8, "initializer_range": 0.2}
@@ -66,6 +79,16 @@ def write(folder, model, processor):
     processor.save_pretrained(folder)
 
 
+def write_parts(folder, model, images, words, *, processor: str, video: str, **settings: int):
+    """The files of a processor that reads videos too: it cannot be made here as a whole."""
+    for part in (model, images, words):
+        part.save_pretrained(folder)
+    for name, content in (
+            ("processor_config.json", {"processor_class": processor, **settings}),
+            ("video_preprocessor_config.json", {"video_processor_type": video})):
+        (folder / name).write_text(json.dumps(content))
+
+
 def write_llava_next(folder):
     """Images in tiles that their shape chooses, with rows of image tokens that end in a vector."""
     words = tokenizer(image_token="<image>")
@@ -83,14 +106,55 @@ def write_llava_next(folder):
 
 def write_idefics3(folder):
     """Images in tiles, padded to the most tiles of a batch."""
-    words = tokenizer("<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *CELLS,
-                      image_token="<image>")
+    words = tokenizer(*TILED, image_token="<image>")
     write(folder, Idefics3ForConditionalGeneration(Idefics3Config(
         vision_config=VISION, text_config=LlamaConfig(**sizes(words)), scale_factor=2,
         image_token_id=words.image_token_id, pad_token_id=words.pad_token_id)),
         Idefics3Processor(
             Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={
                 "longest_edge": 32}), words, image_seq_len=4, chat_template=chat("<image>")))
+
+
+class StillSmolVLM(SmolVLMProcessor):
+    """transformers' own processor of SmolVLM, which makes prompts and pixels, but without its video
+    side, which needs torchvision. `models.load_processor` cannot leave that out by itself: the
+    processor's constructor wants it, and its chat template reads two settings of it."""
+
+    video_processor = SimpleNamespace(num_frames=8, fps=1)
+
+    def __init__(self, image_processor, tokenizer, image_seq_len=169, chat_template=None):
+        super().__init__(image_processor, tokenizer, None, image_seq_len, chat_template)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def still_smolvlm():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smolvlm, "SmolVLMProcessor", StillSmolVLM)
+        patch.setattr(processing_smolvlm, "num2words", str)  # it spells a video's number of frames
+        yield
+
+
+def write_smolvlm(folder):
+    """As Idefics3, with a model and image processor of its own."""
+    words = tokenizer(*TILED, image_token="<image>")
+    words.chat_template = chat("<image>")
+    write_parts(folder, SmolVLMForConditionalGeneration(SmolVLMConfig(
+        vision_config=VISION, text_config=LlamaConfig(**sizes(words)), scale_factor=2,
+        image_token_id=words.image_token_id)),
+        SmolVLMImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
+        words, processor="SmolVLMProcessor", video="SmolVLMVideoProcessor", image_seq_len=4)
+
+
+def write_internvl(folder):
+    """Images in tiles that their shape chooses, all tiles of a batch in one row."""
+    words = tokenizer(start_image_token="<img>", end_image_token="</img>", video_token="<video>",
+                      context_image_token="<IMG_CONTEXT>")
+    words.chat_template = chat("<IMG_CONTEXT>\n")
+    write_parts(folder, InternVLForConditionalGeneration(InternVLConfig(
+        vision_config=VISION, text_config=Qwen2Config(**sizes(words)), image_seq_length=4,
+        image_token_id=words.context_image_token_id)),
+        GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, max_patches=4),
+        words, processor="InternVLProcessor", video="InternVLVideoProcessor", image_seq_length=4)
 
 
 def write_gemma3(folder):
@@ -112,8 +176,8 @@ def write_gemma3(folder):
         chat_template=chat("<start_of_image>")))
 
 
-WRITERS = {"llava-next": write_llava_next, "idefics3": write_idefics3, "qwen2.5-vl": write_qwen,
-           "gemma3": write_gemma3}
+WRITERS = {"llava-next": write_llava_next, "idefics3": write_idefics3, "smolvlm": write_smolvlm,
+           "internvl": write_internvl, "qwen2.5-vl": write_qwen, "gemma3": write_gemma3}
 PACKED = [n for n in WRITERS if n != "gemma3"]
 
 

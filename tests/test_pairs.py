@@ -65,7 +65,7 @@ LINES = [
 
 def test_pairs_become_one_preference_row_a_rejected_answer(tmp_path):
     rows = pairs.to_preferences(LINES, tmp_path)
-    assert rows[0] == {"images": [str(tmp_path / "0.png")],
+    assert rows[0] == {"id": "a", "images": [str(tmp_path / "0.png")],
                        "prompt": [{"role": "user", "content": "q ?"}],
                        "chosen": [{"role": "assistant", "content": "red"}],
                        "rejected": [{"role": "assistant", "content": "blue"}]}
@@ -89,7 +89,7 @@ def test_each_method_learns_from_its_own_rejected_answers(method, texts, tmp_pat
 def test_preference_rows_become_completions_in_order_and_as_often(tmp_path):
     rows = pairs.to_completions(pairs.to_preferences(LINES, tmp_path))
     assert [r["completion"][0]["content"] for r in rows] == ["red", "red", "dog"]
-    assert set(rows[0]) == {"images", "prompt", "completion"}
+    assert set(rows[0]) == {"id", "images", "prompt", "completion"}
     assert rows[2]["images"] == [str(tmp_path / "1.png")]
 
 
@@ -266,6 +266,14 @@ def test_several_processes_write_the_bytes_of_one(parameters, outputs, tmp_path,
     assert manifest["processes"] == processes
     assert written(folder) == written(alone.folder)
     assert manifest["metrics"] == alone.metrics
+
+
+@pytest.mark.slow
+def test_the_notebook_starts_the_processes_that_it_is_told_to(parameters, outputs):
+    result = pairs.run(changed(parameters, launch="--multi_gpu --num_machines 1 --num_processes 2 "
+                               "--mixed_precision no --dynamo_backend no --main_process_port 0"))
+    assert (result.done, result.manifest["processes"]) == ("up to date, read again", 2)
+    assert written(result.folder) == written(pairs.run(changed(parameters, study="alone")).folder)
 
 
 @pytest.mark.slow

@@ -111,8 +111,15 @@ def test_sft_compute_needs_both_that_it_is_measured_by(methods):
     DPOTraining(methods=["sft_compute", "bpo", "sft_matched"])
 
 
-def test_a_method_is_named_once():
-    assert "methods: a method is named twice" in refused(DPOTraining, methods=["bpo", "bpo"])
+def test_methods_and_objectives_are_named_once():
+    assert "methods: a value is named twice" in refused(DPOTraining, methods=["bpo", "bpo"])
+    assert "loss: a value is named twice" in refused(DPOTraining, loss=["sft", "sft"])
+
+
+def test_every_objective_has_a_weight():
+    message = refused(DPOTraining, loss=["sigmoid", "sft", "anchor"])
+    assert "loss_weights: give one weight for each of sigmoid, sft, anchor" in message
+    assert "loss" in refused(DPOTraining, loss=["dpo"], loss_weights=[1.0])
 
 
 @pytest.mark.parametrize("steps", ([100, 500], [0, 500, 100], [0, 500, 500]))

@@ -76,9 +76,9 @@ FLOORS = [
     {"records", "images", "models", "endpoint", "selection", "audit", "figures", "report"},
     {"runs", "entries", "shards", "encoding", "writers", "card", "pair_tables", "collation",
      "packed_forward", "packed_check", "scoring"},
-    {"readers", "generate", "exports", "packed"},
+    {"readers", "generate", "exports", "packed", "launch"},
     {"stock", "probe", "benchmarks", "candidates"},
-    {"pairs", "compare", "sizes"},
+    {"pairs", "compare", "sizes", "trainers"},
     {"train", "rounds"},
     {"__main__"},
 ]

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models as tokenizing, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models as tokenizing, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -25,8 +26,9 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from bpo import encoding, generate, models, noise, params, scoring, train
+from bpo import encoding, generate, models, noise, params, scoring, trainers
 from bpo.generate import Request, View
 
 # The turns of the public LLaVA-1.5 layout: no end token behind an answer, a space instead.
@@ -78,7 +80,7 @@ def trained_tokenizer(special: list[str]) -> Tokenizer:
     core.decoder = decoders.ByteLevel()
     core.train_from_iterator(
         [text for *_, turns in SHAREGPT4V + LLAVAR for turn in turns for text in turn],
-        trainers.BpeTrainer(vocab_size=600, special_tokens=special,
+        BpeTrainer(vocab_size=600, special_tokens=special,
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return core
 
@@ -246,7 +248,7 @@ def test_a_study_of_a_real_model_has_the_settings_of_the_paper(study):
     assert (made.inject_temperature, made.inject_top_p, made.max_new_tokens) == (0.8, 0.95, 1024)
     assert (made.select, made.keep, made.score_candidates) == ({}, 1, False)
     assert (trained.lora_rank, trained.lora_alpha, trained.lora_dropout) == (32, 256, 0.05)
-    assert (trained.learning_rate, trained.beta, trained.nll_weight) == (2e-6, 0.1, 0)
+    assert (trained.learning_rate, trained.beta, trained.loss) == (2e-6, 0.1, ["sigmoid"])
     assert (trained.epochs, trained.batch_pairs, trained.max_tokens) == (2, 32, 2048)
 
 
@@ -310,7 +312,8 @@ def test_positions_in_three_dimensions_are_packed_with_the_log_probs_of_trl_s_co
     rows = [{"images": [str(r.image)], "prompt": list(r.messages),
              **{n: [{"role": "assistant", "content": a}]
                 for n, a in zip(("chosen", "rejected"), answers, strict=True)}} for r in asked]
-    collated = train.collator(qwen, preference=True)(rows)
+    rendering = trainers.Rendering(qwen, params.DPOTraining(study="s", model="m"))
+    collated = DataCollatorForVisionPreference(qwen.processor)([rendering.row(r) for r in rows])
     answered = collated.pop("completion_mask")[:, 1:]
     chains = qwen.model(**collated).logits[:, :-1].log_softmax(-1).gather(
         -1, collated["input_ids"][:, 1:, None])[..., 0]

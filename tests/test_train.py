@@ -1,16 +1,21 @@
 """Training: what moves, what does not, what the objective starts from, and resuming to the bit."""
 
 import hashlib
+import inspect
 import json
 import math
+import re
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from trl import DPOTrainer
 
-from bpo import encoding, generate, models, pairs, readers, records, train
+from bpo import encoding, generate, models, objectives, pairs, readers, records, train, trainers
 from bpo.generate import Request
-from bpo.params import DPOTraining, Refusal
+from bpo.params import LOSSES, ROOT, DPOTraining, Refusal
 
 WRONG = {"weakened": "a big green box", "injected": "there is a dog on this"}
 
@@ -39,7 +44,7 @@ def images(data_file):
 def parameters(model_folder, images):
     return DPOTraining(study="s", model=str(model_folder), image_folder=str(images), steps=4,
                        batch_pairs=4, device_batch=2, learning_rate=1e-2, lora_rank=4,
-                       lora_alpha=8, save_every=2, nll_weight=0)
+                       lora_alpha=8, save_every=2, loss=["sigmoid"], loss_weights=[1.0])
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +91,7 @@ def test_the_matched_control_has_the_positives_of_bpo_in_its_order(lines, images
     assert said(matched, "completion") == said(rows, "chosen")
     assert [(r["images"], r["prompt"]) for r in matched] == [(r["images"], r["prompt"])
                                                              for r in rows]
-    assert all(set(r) == {"images", "prompt", "completion"} for r in matched)
+    assert all(set(r) == {"id", "images", "prompt", "completion"} for r in matched)
 
 
 def whole_length(checkpoint, line, images):
@@ -127,8 +132,15 @@ def test_a_missing_image_is_refused(checkpoint, lines, images):
 
 # --- batches ------------------------------------------------------------------------------------
 
-def test_preferences_are_collated_as_prompt_answer_and_end(checkpoint, rows):
-    batch = train.collator(checkpoint, preference=True)(rows[:3])
+def collated(p, rows, tmp_path, method="bpo"):
+    """A batch as the trainer of a method makes it."""
+    trainer = trainers.make(p, method, rows, tmp_path, steps=1, kept=tmp_path / "reference")
+    return trainer.data_collator([trainer.train_dataset[n] for n in range(len(rows))])
+
+
+def test_preferences_are_collated_as_prompt_answer_and_end(parameters, checkpoint, rows,
+                                                                    tmp_path):
+    batch = collated(parameters, rows[:3], tmp_path)
     ids, mask = batch["input_ids"], batch["completion_mask"].bool()
     assert ids.shape == mask.shape and ids.shape[0] == 6
     end = checkpoint.tokenizer.eos_token_id
@@ -142,9 +154,10 @@ def test_preferences_are_collated_as_prompt_answer_and_end(checkpoint, rows):
             0].tolist()
 
 
-def test_completions_are_trained_on_from_the_answer_to_its_end(checkpoint, rows):
+def test_completions_are_trained_on_from_the_answer_to_its_end(parameters, checkpoint, rows,
+                                                                    tmp_path):
     matched = pairs.to_completions(rows[:3])
-    batch = train.collator(checkpoint, preference=False)(matched)
+    batch = collated(parameters, matched, tmp_path, "sft_matched")
     end = checkpoint.tokenizer.eos_token_id
     for labels, row in zip(batch["labels"], matched, strict=True):
         wanted = checkpoint.tokenizer(row["completion"][0]["content"],
@@ -152,31 +165,41 @@ def test_completions_are_trained_on_from_the_answer_to_its_end(checkpoint, rows)
         assert labels[labels != -100].tolist() == wanted
 
 
-def test_answers_end_where_the_chat_template_leaves_the_end_out(model_folder, rows):
+def test_answers_end_where_the_chat_template_leaves_the_end_out(parameters, model_folder, rows):
     own = models.load(model_folder)
     ending = "{{ '</s>' if message['role'] == 'assistant' else '\n' }}"
     assert ending in own.processor.chat_template
     own.processor.chat_template = own.processor.chat_template.replace(ending, "{{ '\n' }}")
-    batch = train.collator(own, preference=True)(rows[:2])
-    mask = batch["completion_mask"].bool()
-    for ids, seen in zip(batch["input_ids"], mask, strict=True):
-        assert ids[seen].tolist().count(own.tokenizer.eos_token_id) == 1
-        assert ids[seen][-1] == own.tokenizer.eos_token_id
+    rendered = trainers.Rendering(own, parameters).row(rows[0])
+    for side in ("chosen", "rejected"):
+        assert rendered[side].count(own.tokenizer.eos_token) == 1
+        assert rendered[side].endswith(own.tokenizer.eos_token)
 
 
-def test_pixels_are_those_of_inference(checkpoint, rows):
-    batch = train.collator(checkpoint, preference=True)(rows[:2])
+def test_pixels_are_those_of_inference(parameters, checkpoint, rows, tmp_path):
+    batch = collated(parameters, rows[:2], tmp_path)
     request = Request("x", tuple(rows[0]["prompt"]), rows[0]["images"][0])
     alone = generate.encode_batch(checkpoint, [request])["pixel_values"][0]
     assert torch.equal(batch["pixel_values"][0], alone)
 
 
-@pytest.mark.parametrize("preference", (True, False))
-def test_the_rows_that_are_collated_are_not_changed(checkpoint, rows, preference):
-    given = rows[:2] if preference else pairs.to_completions(rows[:2])
-    before = json.dumps(given)
-    train.collator(checkpoint, preference=preference)(given)
-    assert json.dumps(given) == before
+@pytest.mark.parametrize("damage", ("noisy", "crop", "blank"))
+def test_mdpo_s_damaged_image_is_the_row_s_own_draw(parameters, checkpoint, rows, damage):
+    p = changed(parameters, loss=["mdpo"], loss_weights=[1.0], damage=damage)
+    first, again, other = (trainers.Rendering(checkpoint, changed(p, seed=s)).row(rows[0])
+                           for s in (0, 0, 1))
+    picture = first["damaged_images"][0]
+    assert damage == "noisy" or picture.size == first["images"][0].size
+    assert picture.tobytes() == again["damaged_images"][0].tobytes()
+    assert picture.tobytes() != first["images"][0].tobytes()
+    assert (picture.tobytes() == other["damaged_images"][0].tobytes()) == (damage == "blank")
+    assert "damaged_images" not in trainers.Rendering(checkpoint, parameters).row(rows[0])
+
+
+def test_the_losses_that_trl_has_are_known_here():
+    source = inspect.getsource(DPOTrainer)
+    trl = set(re.findall(r'loss_type == "(\w+)"', source))
+    assert set(LOSSES) == trl | set(objectives.NAMES)
 
 
 # --- what moves ---------------------------------------------------------------------------------
@@ -184,7 +207,8 @@ def test_the_rows_that_are_collated_are_not_changed(checkpoint, rows, preference
 @pytest.fixture(scope="module")
 def trained(parameters, rows, tmp_path_factory):
     """A trainer after three steps of DPO at a high rate."""
-    trainer = train.make_trainer(parameters, "bpo", rows, tmp_path_factory.mktemp("dpo"), steps=3)
+    folder = tmp_path_factory.mktemp("dpo")
+    trainer = trainers.make(parameters, "bpo", rows, folder, steps=3, kept=folder / "reference")
     trainer.train()
     return trainer
 
@@ -231,7 +255,8 @@ def test_the_rewards_are_measured_from_the_reference(trained):
 
 def test_all_methods_start_from_the_same_adapter(parameters, rows, tmp_path):
     def start(method, rows):
-        trainer = train.make_trainer(parameters, method, rows, tmp_path, steps=1)
+        trainer = trainers.make(parameters, method, rows, tmp_path, steps=1,
+                                kept=tmp_path / "reference")
         return {n: w for n, w in trainer.model.named_parameters() if "lora_" in n}
 
     first, second = start("bpo", rows), start("sft_matched", pairs.to_completions(rows))
@@ -242,18 +267,20 @@ def test_all_methods_start_from_the_same_adapter(parameters, rows, tmp_path):
 # --- the objective ------------------------------------------------------------------------------
 
 def history_of(p, method, rows, folder, *, steps):
-    return train.train_method(p, method, rows, folder / method, steps=steps)
+    return train.train_method(p, method, rows, folder / method, steps=steps,
+                              kept=folder / "reference")
 
 
 def test_dpo_starts_at_the_log_of_two(parameters, rows, tmp_path):
     history = history_of(parameters, "bpo", rows, tmp_path, steps=1)
     assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert set(train.LOGGED) <= set(history[0])
+    assert set(train.LOGGED) - {"rewards/damaged"} <= set(history[0])
 
 
 def test_the_nll_term_is_added_to_dpo(parameters, rows, tmp_path):
     """Step one: ln 2 + weight x the mean NLL a token of the chosen answers, whatever the weight."""
-    losses = {w: history_of(changed(parameters, nll_weight=w, batch_pairs=2), "bpo", rows,
+    losses = {w: history_of(changed(parameters, loss=["sigmoid", "sft"],
+                                         loss_weights=[1, w], batch_pairs=2), "bpo", rows,
                             tmp_path / str(w), steps=1)[0]["loss"] for w in (0, 1, 3)}
     assert losses[1] - losses[0] > 0.5
     assert losses[3] - losses[0] == pytest.approx(3 * (losses[1] - losses[0]), rel=1e-4)
@@ -268,13 +295,67 @@ def test_the_loss_falls_on_rows_that_are_seen_again(parameters, rows, tmp_path, 
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_a_loss_that_is_no_number_is_refused(parameters, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.CountedDPOTrainer, "compute_loss",
-                        lambda self, model, *args, **options: next(
-                            w for w in model.parameters() if w.requires_grad).sum() * math.nan)
-    with pytest.raises(Refusal, match="the loss is not a number from step 1 on"):
-        history_of(parameters, "bpo", rows, tmp_path, steps=2)
-    assert not (tmp_path / "bpo" / "history.json").exists()
+@pytest.mark.parametrize("method, message", (
+    ("bpo", "the loss is not a number at step 1, on pairs .*-3, .*; lower learning_rate"),
+    ("sft_matched", "the loss is not a number from step 1 on; lower learning_rate")))
+def test_a_loss_that_is_no_number_is_refused(parameters, rows, tmp_path, monkeypatch, method,
+                                             message):
+    right = models.load
+
+    def broken(*args, **options):
+        checkpoint = right(*args, **options)
+        with torch.no_grad():
+            checkpoint.model.get_output_embeddings().weight.fill_(math.nan)
+        return checkpoint
+
+    monkeypatch.setattr(models, "load", broken)
+    given = rows if method == "bpo" else pairs.to_completions(rows)
+    with pytest.raises(Refusal, match=message):
+        history_of(changed(parameters, packing="always"), method, given, tmp_path, steps=2)
+    assert not (tmp_path / method / "history.json").exists()
+
+
+@pytest.mark.parametrize("method", ("bpo", "sft_matched"))
+def test_memory_that_runs_out_says_which_settings_to_lower(parameters, rows, tmp_path, monkeypatch,
+                                                           method):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    for trainer in (trainers.CountedDPOTrainer, trainers.CountedSFTTrainer):
+        monkeypatch.setattr(trainer, "compute_loss", full)
+    given = rows if method == "bpo" else pairs.to_completions(rows)
+    with pytest.raises(Refusal, match=r"lower device_batch \(it is 2\) or max_tokens"):
+        history_of(parameters, method, given, tmp_path, steps=2)
+
+
+# --- packing ------------------------------------------------------------------------------------
+
+def test_packed_and_unpacked_training_have_one_loss_curve(parameters, rows, tmp_path):
+    curves = {way: history_of(changed(parameters, packing=way), "bpo", rows, tmp_path / way,
+                              steps=6) for way in ("auto", "never")}
+    for packed, plain in zip(*curves.values(), strict=True):
+        for name in packed.keys() & set(train.LOGGED):
+            assert packed[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-5), name
+    flops = [json.loads((tmp_path / way / "bpo" / "compute.json").read_text()) for way in curves]
+    assert all(packed < .8 * plain for packed, plain in zip(
+        *((f["flops"], f["reference"]) for f in flops), strict=True))
+
+
+def test_the_control_sees_its_rows_in_the_order_of_bpo(parameters, rows, tmp_path):
+    seen = {}
+    for method, given in (("bpo", rows), ("sft_matched", pairs.to_completions(rows))):
+        trainer = trainers.make(parameters, method, given, tmp_path / method, steps=4,
+                                kept=tmp_path / "reference")
+        seen[method] = [given[n]["id"] for n in trainer._get_train_sampler(trainer.train_dataset)]
+    assert seen["bpo"] == seen["sft_matched"]
+    assert seen["bpo"] != [r["id"] for r in rows]
+
+
+def test_mdpo_trains_through_the_stage_s_trainer(parameters, rows, tmp_path):
+    p = changed(parameters, loss=["mdpo"], loss_weights=[1.0])
+    history = history_of(p, "bpo", rows, tmp_path, steps=3)
+    assert history[0]["loss"] == pytest.approx(3 * math.log(2), abs=1e-5)
+    assert history[0]["rewards/damaged"] == 0 and history[2]["rewards/damaged"] != 0
 
 
 # --- resuming -----------------------------------------------------------------------------------
@@ -295,20 +376,20 @@ def weights(folder):
 
 
 def killed_at(step, monkeypatch):
-    right = train._Progress.on_step_end
+    right = trainers.Progress.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == step:
             raise Killed
         right(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(train._Progress, "on_step_end", on_step_end)
+    monkeypatch.setattr(trainers.Progress, "on_step_end", on_step_end)
 
 
 @pytest.mark.parametrize("method", ("bpo", "sft_matched"))
 def test_interrupted_training_goes_on_to_the_same_weights(parameters, rows, tmp_path, monkeypatch,
                                                           method):
-    p = changed(parameters, nll_weight=1.0, lora_dropout=0.1)
+    p = changed(parameters, loss=["sigmoid", "sft"], loss_weights=[1.0, 1.0], lora_dropout=0.1)
     rows = rows if method == "bpo" else pairs.to_completions(rows)
     whole = history_of(p, method, rows, tmp_path / "whole", steps=5)
     folder = tmp_path / "cut"
@@ -318,9 +399,9 @@ def test_interrupted_training_goes_on_to_the_same_weights(parameters, rows, tmp_
     assert train.last_checkpoint(folder / method / "checkpoints").endswith("checkpoint-2")
     assert not (folder / method / "history.json").exists()
     made = []
-    right = train._Progress.on_step_end
+    right = trainers.Progress.on_step_end
     with monkeypatch.context() as patch:
-        patch.setattr(train._Progress, "on_step_end", lambda self, args, state, control, **kw: (
+        patch.setattr(trainers.Progress, "on_step_end", lambda self, args, state, control, **kw: (
             made.append(state.global_step), right(self, args, state, control, **kw))[1])
         resumed = history_of(p, method, rows, folder, steps=5)
     assert made == [3, 4, 5]
@@ -336,7 +417,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(parameters, rows, tmp_
 def test_a_finished_method_is_only_read(parameters, rows, tmp_path, monkeypatch):
     history = history_of(parameters, "bpo", rows, tmp_path, steps=1)
     assert not (tmp_path / "bpo" / "checkpoints").exists()
-    monkeypatch.setattr(train, "make_trainer", lambda *args, **options: pytest.fail("again"))
+    monkeypatch.setattr(trainers, "make", lambda *args, **options: pytest.fail("again"))
     assert history_of(parameters, "bpo", rows, tmp_path, steps=1) == history
 
 
@@ -369,11 +450,15 @@ def test_the_stage_leaves_an_adapter_and_a_history_a_method(stage):
 def test_sft_compute_spends_what_bpo_spent(stage):
     found = stage.metrics["methods"]
     assert found["bpo"]["steps"] == found["sft_matched"]["steps"] == 2
-    wanted = round(2 * found["bpo"]["flops_per_step"] / found["sft_matched"]["flops_per_step"])
+    spent = found["bpo"]["flops"]
+    wanted = round(spent / found["sft_matched"]["flops_per_step"])
     assert found["sft_compute"]["steps"] == wanted
-    # A DPO step passes chosen and rejected through policy and reference.
-    assert 2 < found["bpo"]["flops_per_step"] / found["sft_matched"]["flops_per_step"] < 4
-    assert found["sft_compute"]["flops"] == pytest.approx(found["bpo"]["flops"], rel=0.2)
+    # Its two steps saw eight of the rows, which are more: the reference ran in both.
+    counted = json.loads((stage.folder / "bpo" / "compute.json").read_text())
+    assert spent == pytest.approx((counted["flops"] + counted["reference"]) * 2 * 2 / counted[
+        "batches"])
+    assert 0 < counted["reference"] < counted["flops"]
+    assert found["sft_compute"]["flops"] == pytest.approx(spent, rel=0.3)
 
 
 def test_the_facts_of_a_method_follow_from_its_history(stage):
@@ -402,3 +487,48 @@ def test_a_method_without_rows_is_refused(parameters, lines, tmp_path, outputs):
     p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), methods=["bpo_inject"])
     with pytest.raises(Refusal, match="there is no row to train bpo_inject on"):
         train.run(p)
+
+
+# --- several processes --------------------------------------------------------------------------
+
+TWO = ("--multi_gpu --num_machines 1 --num_processes 2 --mixed_precision no --dynamo_backend no "
+       "--main_process_port 0")
+
+
+@pytest.mark.slow
+def test_two_launched_processes_give_the_curves_of_one(parameters, lines, tmp_path, outputs):
+    """In one process two batches are added up, in two each has one. Within an epoch: at its end
+    accelerate fills the last batches up, so that all processes have as many."""
+    records.write_lines(tmp_path / "pairs.jsonl", lines)
+    p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), methods=["bpo", "sft_matched"],
+                loss=["sigmoid", "sft"], loss_weights=[1.0, 1.0], steps=5)
+    alone = train.run(p)
+    both = train.run(changed(p, study="both", launch=TWO))
+    assert (alone.manifest["processes"], both.manifest["processes"]) == (1, 2)
+    assert both.done == "up to date, read again"
+    for method, history in train.histories(both).items():
+        for found, wanted in zip(history, train.histories(alone)[method], strict=True):
+            assert found == pytest.approx(wanted, rel=1e-4, abs=2e-5), method
+        first, second = (weights(r.folder / method) for r in (alone, both))
+        assert first.keys() == second.keys()
+    for name in ("flops", "flops_per_step"):
+        one, two = (r.metrics["methods"]["bpo"][name] for r in (alone, both))
+        assert two == pytest.approx(one, rel=0.1)
+
+
+@pytest.mark.slow
+def test_launched_processes_that_fail_say_why(parameters, lines, tmp_path, outputs):
+    records.write_lines(tmp_path / "pairs.jsonl", lines)
+    p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), methods=["bpo"], device_batch=4,
+                launch=TWO)
+    with pytest.raises(Refusal, match=r"exit code 1(.|\n)*must be a multiple of device_batch \(4\) "
+                                      "times the 2 processes"):
+        train.run(p)
+    assert not (outputs / "s" / "3_dpo_training" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("file, kind", [("launch-fsdp", "FSDP"), ("launch-zero3", "DEEPSPEED")])
+def test_the_launcher_s_files_load(file, kind):
+    config = load_config_from_file(str(ROOT / "params" / f"{file}.yaml"))
+    assert config.distributed_type == DistributedType[kind]
+    assert config.num_processes == 8 and config.mixed_precision == "bf16"
