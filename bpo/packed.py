@@ -80,6 +80,9 @@ class PackedDPOTrainer(DPOTrainer):
             self._say(f"The batches are not packed: {why}.")
         self._checked = packing == "always"
         if not isinstance(self.data_collator, COLLATORS):
+            if kept:
+                self._say("Reference log-probs are not kept but computed in every step: that wants "
+                          "TRL's own collators.")
             return
         self.data_collator = collation.PackedCollator(self.data_collator)
         self.data_collator.packing = packing != "never" and not why

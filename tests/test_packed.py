@@ -336,3 +336,67 @@ def test_two_processes_give_one_process_s_loss_curve(model_folder, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads(out.read_text()))
     agree(*found, bound=2e-5)
+
+
+SHARDED = """
+import sys
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from bpo import ranks
+sys.path.insert(0, sys.argv[1])
+import test_packed as t
+
+trainer = t.made_trainer(t.PackedDPOTrainer, t.Path(sys.argv[2]), t.made_rows((2, 2)),
+                         t.Path(sys.argv[3]), own={"packing": "always"})
+rows = [trainer.train_dataset[i] for i in range(4)]
+halves = rows[:2], rows[2:]
+
+
+def loss(rows, packing=True):
+    trainer.data_collator.packing = packing
+    return trainer._compute_loss(
+        trainer.model, trainer._prepare_inputs(trainer.data_collator(rows)), False)
+
+
+wanted = [loss(half, packing=False).item() for half in halves][ranks.rank()]
+sum(loss(half) / 2 for half in halves).backward()
+whole = {n: w.grad.clone() for n, w in trainer.model.named_parameters() if w.grad is not None}
+trainer.model.zero_grad(set_to_none=True)
+mesh = init_device_mesh("cpu", (2,))
+for layer in trainer.base.get_decoder().layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(trainer.model, mesh=mesh)
+mine = loss(halves[ranks.rank()])
+mine.backward()
+assert abs(mine.item() - wanted) < 1e-5, (mine, wanted)
+parts = {n: w.grad for n, w in trainer.model.named_parameters() if w.grad is not None}
+assert parts.keys() == whole.keys() and all(g.to_local().numel() < whole[n].numel()
+                                            for n, g in parts.items())
+apart = [(g.full_tensor() - whole[n]).square().sum() for n, g in parts.items()]
+size = sum(g.square().sum() for g in whole.values())
+assert (sum(apart) / size).sqrt() < 1e-5
+ranks.leave()
+"""
+
+
+@pytest.mark.slow
+def test_a_model_in_shards_has_the_loss_and_gradients_of_the_whole(model_folder, tmp_path):
+    """Torch's own sharding (FSDP2) in two processes: accelerate starts none without a GPU."""
+    script = tmp_path / "run.py"
+    script.write_text(SHARDED)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(script), str(Path(__file__).parent), str(model_folder), str(tmp_path / "out")],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_collator_of_one_s_own_keeps_no_references_and_says_so(model_folder, tmp_path, capsys):
+    plain = made_trainer(DPOTrainer, model_folder, made_rows(), tmp_path).data_collator
+    trainer = made_trainer(PackedDPOTrainer, model_folder, made_rows(), tmp_path,
+                           own={"data_collator": lambda rows: plain(rows)},
+                           precompute_ref_log_probs=True)
+    said = capsys.readouterr().out
+    assert "not packed: a data_collator of your own" in said and "are not kept" in said
+    assert trainer.cache is None

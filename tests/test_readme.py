@@ -22,6 +22,8 @@ COMMANDS = {
     "python -m bpo export tiny --to trl": "test_its_pairs_are_exported_for_other_tools",
     "accelerate launch --num_processes 8 -m bpo stage llava-1.5-7b 2":
         "test_several_processes_write_the_bytes_of_one",
+    "accelerate launch --num_processes 8 -m bpo stage llava-1.5-7b 3":
+        "test_two_launched_processes_give_the_curves_of_one",
     "papermill notebooks/3_dpo_training.ipynb out.ipynb -f params/tiny/3_dpo_training.yaml "
     "-p beta 0.3": "test_papermill_runs_a_notebook_from_anywhere",
     "python -m bpo check llava-1.5-7b": "test_check_names_what_a_real_study_lacks",
