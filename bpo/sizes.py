@@ -170,6 +170,13 @@ def pair_flops(of: Shape, *, image: int) -> float:
     return 2 * (8 * of.language * tokens + 4 * of.vision * image * of.merged)
 
 
+def packed_flops(of: Shape, *, image: int, rejected: int, reference: float) -> float:
+    """FLOP of DPO on one positive with so many rejected answers, packed: the image and the question
+    once for all answers, and the reference in this share of the steps; terms as in `pair_flops`."""
+    tokens = image + QUESTION + (1 + rejected) * ANSWER
+    return (6 + 2 * reference) * of.language * tokens + 2 * of.vision * image * of.merged
+
+
 def positive_flops(of: Shape, *, image: int) -> float:
     """FLOP of SFT on one positive: one sequence; as `pair_flops` without the reference."""
     return 6 * of.language * (image + QUESTION + ANSWER) + 2 * of.vision * image * of.merged
@@ -180,9 +187,14 @@ def card_hours(flops: float) -> float:
 
 
 def pairs_a_row(p: PairGeneration) -> int:
-    """Rejected answers that a row gets at most; of those that the data set gives, one."""
+    """Rejected answers that a row gets at most."""
+    return sum(_answers(p).values())
+
+
+def _answers(p: PairGeneration) -> dict[str, int]:
+    """Source -> rejected answers that a row gets of it at most (of given ones, one)."""
     ways = {"weakened": len(p.weaken_modes), "injected": 1, "given": 1}
-    return sum(ways[s] for s in p.sources) * p.keep
+    return {s: ways[s] * p.keep for s in p.sources}
 
 
 def lines(read: dict[str, Parameters]) -> list[str]:
@@ -250,12 +262,28 @@ def _training(p: DPOTraining, making: PairGeneration | None, of: Shape, image: i
     if not p.steps and not rows:
         return out
     steps = p.steps or math.ceil(p.epochs * rows * pairs_a_row(making) / p.batch_pairs)
-    pair, positive = (card_hours(flops * p.batch_pairs * steps) for flops in
-                      (pair_flops(of, image=image), positive_flops(of, image=image)))
-    hours = {m: pair if m.startswith("bpo") or m == "sft_compute" else positive for m in p.methods}
+    hours = {m: card_hours(_flops_a_row(p, making, of, image, steps=steps, method=m)
+                           * p.batch_pairs * steps) for m in p.methods}
     told = ", ".join(f"{m} {h:,.0f}" for m, h in hours.items())
     return [*out, f"  {'':16} {steps:,} steps a method; GPU hours: {told}; "
                   f"{sum(hours.values()):,.0f} in all"]
+
+
+def _flops_a_row(p: DPOTraining, making: PairGeneration | None, of: Shape, image: int, *,
+                 steps: int, method: str) -> float:
+    """FLOP that a method spends on a pair, or on a positive if it learns from those alone."""
+    if not method.startswith("bpo") and method != "sft_compute":  # that one spends what bpo does
+        return positive_flops(of, image=image)
+    if p.packing == "never" or making is None:
+        return pair_flops(of, image=image)
+    kinds = _answers(making)
+    all_of_a_row = dict.fromkeys(("bpo", "bpo_unselected", "sft_compute"), sum(kinds.values()))
+    known = {**all_of_a_row, "bpo_weaken": kinds.get("weakened"),
+             "bpo_inject": kinds.get("injected")}
+    rejected = known.get(method) or making.keep
+    passes = steps * p.batch_pairs / (making.rows * rejected) if making.rows else 1
+    return packed_flops(of, image=image, rejected=rejected,
+                        reference=1 / max(1.0, passes)) / rejected
 
 
 def _gb(count: float) -> str:

@@ -87,6 +87,8 @@ def test_time_follows_the_stated_formulas(monkeypatch):
         (2 * (100 * 30 + 10 * 20) / 1000 + 20 * (1000 / 2 + 8 * 35) / 100) / 0.5)
     assert sizes.pair_flops(SMALL, image=20) == 2 * (8 * 100 * 200 + 4 * 10 * 20)
     assert sizes.positive_flops(SMALL, image=20) == 6 * 100 * 200 + 2 * 10 * 20
+    assert sizes.packed_flops(SMALL, image=20, rejected=2, reference=0.5) == (
+        7 * 100 * 440 + 2 * 10 * 20)
     assert sizes.card_hours(1_800_000) == 1.0
 
 
@@ -105,7 +107,7 @@ def test_flops_of_a_training_step_are_those_that_are_counted(tmp_path):
     adapted.enable_input_require_grads()
     length = image + sizes.QUESTION + sizes.ANSWER
 
-    def forward(rows: int) -> torch.Tensor:
+    def forward(rows: int, length: int = length) -> torch.Tensor:
         ids = torch.full((rows, length), 7)
         ids[:, :image] = 1
         return adapted(input_ids=ids, attention_mask=torch.ones_like(ids),
@@ -121,6 +123,12 @@ def test_flops_of_a_training_step_are_those_that_are_counted(tmp_path):
     assert sizes.positive_flops(found, image=image) == pytest.approx(
         positive.get_total_flops(), rel=0.12)
     assert sizes.pair_flops(found, image=image) == pytest.approx(pair.get_total_flops(), rel=0.12)
+    with FlopCounterMode(display=False) as packed:
+        with torch.no_grad(), adapted.disable_adapter():
+            forward(1, length + 2 * sizes.ANSWER)
+        forward(1, length + 2 * sizes.ANSWER).backward()
+    assert sizes.packed_flops(found, image=image, rejected=2, reference=1.0) == pytest.approx(
+        packed.get_total_flops(), rel=0.12)
 
 
 def test_pairs_a_row_are_at_most_one_a_way_of_making_and_kept_one():

@@ -13,7 +13,18 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from trl import DPOTrainer
 
-from bpo import encoding, generate, models, objectives, pairs, readers, records, train, trainers
+from bpo import (
+    encoding,
+    generate,
+    models,
+    objectives,
+    pairs,
+    readers,
+    records,
+    report,
+    train,
+    trainers,
+)
 from bpo.generate import Request
 from bpo.params import LOSSES, ROOT, DPOTraining, Refusal
 
@@ -487,6 +498,19 @@ def test_a_method_without_rows_is_refused(parameters, lines, tmp_path, outputs):
     p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), methods=["bpo_inject"])
     with pytest.raises(Refusal, match="there is no row to train bpo_inject on"):
         train.run(p)
+
+
+@pytest.mark.parametrize("change, warned", [(-4.9, False), (-5.1, True), (3.0, False)])
+def test_the_report_warns_of_a_chosen_answer_that_falls_far(change, warned):
+    notebook = json.loads((ROOT / "notebooks" / "3_dpo_training.ipynb").read_text())
+    headline = next("".join(c["source"]) for c in notebook["cells"]
+                    if "headline" in c["metadata"].get("tags", ()))
+    said = headline.replace("report.say(", "said = report.say(", 1)
+    facts = {"accuracy_last": 0.9, "chosen_change": change}
+    known = {"p": DPOTraining(study="s"), "report": report, "found": {"methods": {"bpo": facts}}}
+    exec(said, known)
+    assert ("Warning: in bpo by more than 5.0 nats" in known["said"].plain) == warned
+    assert ("fell in: bpo" in known["said"].plain) == (change < 0)
 
 
 # --- several processes --------------------------------------------------------------------------
