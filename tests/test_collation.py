@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import picture
 from datasets import Dataset
+from PIL import Image
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
 
@@ -67,6 +68,19 @@ def test_rows_that_share_image_prompt_and_chosen_answer_are_a_positive():
 
 def test_rows_of_messages_and_lists_of_images_are_grouped(rows):
     assert collation.positives(Dataset.from_list(rows)) == [[0, 1], [2], [3], [4]]
+
+
+def test_another_list_of_images_is_another_positive():
+    one, two = picture("disc", "red", 1), picture("disc", "red", 2)
+    lists = [[one, two], [one], [one, two], [two, one]]
+    dataset = Dataset.from_list([{**row(one), "images": i} for i in lists])
+    assert collation.positives(dataset) == [[0, 2], [1], [3]]
+
+
+def test_rows_for_sft_are_told_apart_by_their_completion():
+    dataset = Dataset.from_list([{"prompt": p, "completion": c} for p, c in (
+        ("a", "yes"), ("a", "no"), ("a", "yes"), ("b", "yes"))])
+    assert collation.positives(dataset) == [[0, 2], [1], [3]]
 
 
 def test_rows_of_text_are_grouped_with_their_tokens_beside_them():
@@ -146,6 +160,23 @@ def test_a_positive_larger_than_a_batch_is_spread_over_several(seed):
     assert sorted(order) == list(range(18))
 
 
+def test_one_that_waits_goes_into_the_next_batch(monkeypatch):
+    monkeypatch.setattr(torch, "randperm", lambda number, generator: torch.arange(number))
+    groups = [[0, 1, 2], [3, 4], [5, 6], [7], [8, 9, 10, 11, 12], [13, 14, 15], [16], [17]]
+    order = list(collation.PositiveSampler(groups, batch=4, seed=0))
+    # The five rows have the third batch to begin in; the one row after them fills the fourth.
+    assert order == [0, 1, 2, 7, 3, 4, 5, 6, *range(8, 18)]
+
+
+def test_rows_know_their_number(rows):
+    numbered = collation.Numbered(Dataset.from_list(rows))
+    assert len(numbered) == 5
+    assert numbered[3]["row"] == 3 and numbered[3]["chosen"] == rows[3]["chosen"]
+    some = numbered.__getitems__([4, 1])
+    assert [r["row"] for r in some] == [4, 1]
+    assert [r["rejected"] for r in some] == [rows[4]["rejected"], rows[1]["rejected"]]
+
+
 # Batches
 
 
@@ -166,6 +197,26 @@ def test_a_packed_batch_is_the_stock_one_with_pixels_once_a_prompt_and_image(sto
         assert torch.equal(batch[name], expected[name])
     # Prompts: "what colour" of one (rows 0 and 1), "describe" of one, "what colour" of two.
     assert torch.equal(batch["pixel_values"], expected["pixel_values"][[0, 2, 3]])
+
+
+def test_prompts_that_differ_in_an_earlier_turn_or_a_further_image_are_packed_apart(stock, rows):
+    one, two = (r["images"][0] for r in rows[2:4])
+    turns = [[*said("user", q), *said("assistant", "no"), *said("user", "describe it")]
+             for q in ("what ?", "is this red ?")]
+    given = [{**row(one), "prompt": turns[0]}, {**row(one), "prompt": turns[1]},
+             {**row(one), "images": [one, one]}, {**row(one), "images": [one, two]}]
+    expected = stock(copy.deepcopy(given))
+    batch = collation.PackedCollator(stock)(given)
+    assert all(torch.equal(batch[n], expected[n]) for n in TRL_TOKENS)
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"][:6])
+    assert len(batch["packed"]["first"]) == 4
+
+
+def test_for_a_dense_mask_every_prompt_has_a_row_of_its_own(stock, rows):
+    collator = collation.PackedCollator(stock)
+    assert len(collator(rows)["packed"]["source"]) == 1
+    collator.dense = True
+    assert len(collator(rows)["packed"]["source"]) == 3
 
 
 def test_a_row_with_a_single_image_is_one_with_a_list_of_it(stock, rows):
@@ -194,6 +245,22 @@ def test_a_batch_of_tokens_is_the_stock_one(processor):
 
 
 @pytest.mark.parametrize("packing", [True, False])
+def test_nothing_is_cut(packing):
+    given = [{"prompt_ids": [1, 7, 8], "chosen_ids": [9, 2], "rejected_ids": [10, 11, 2]}]
+    expected = DataCollatorForPreference(0)(copy.deepcopy(given))
+    collator = collation.PackedCollator(DataCollatorForPreference(0, max_length=4))
+    collator.packing = packing
+    batch = collator(given)
+    assert all(torch.equal(batch[n], v) for n, v in expected.items())
+
+
+def test_an_answer_of_no_tokens_has_none_to_predict():
+    given = [{"prompt_ids": [1, 7, 8], "chosen_ids": [], "rejected_ids": [10, 2]}]
+    placed = collation.PackedCollator(DataCollatorForPreference(0))(given)["packed"]
+    assert len(placed["targets"]) == len(placed["answers"]) == 2
+
+
+@pytest.mark.parametrize("packing", [True, False])
 def test_rows_that_were_given_are_not_changed(stock, rows, packing):
     given = [{**{n: v for n, v in r.items() if n != "images"}, "image": r["images"][0],
               "damaged_images": r["images"], "row": i} for i, r in enumerate(rows)]
@@ -213,8 +280,13 @@ def test_a_damaged_batch_is_the_chosen_answers_with_the_damaged_images(stock, ro
     collator.packing, collator.damaged = False, True
     batch = collator([{**r, "damaged_images": [damaged]} for r in rows])["damaged"]
     assert all(torch.equal(batch[n], v) for n, v in expected.items())
-    with pytest.raises(ValueError, match="damaged_images"):
-        collator(rows)
+    single = [{**{n: v for n, v in r.items() if n != "images"}, "image": r["images"][0],
+               "damaged_images": [damaged]} for r in rows]
+    batch = collator(single)["damaged"]
+    assert all(torch.equal(batch[n], v) for n, v in expected.items())
+    for given in (rows, [*single[:1], *rows[1:]]):
+        with pytest.raises(ValueError, match="damaged_images"):
+            collator(given)
 
 
 # Keys
@@ -261,6 +333,19 @@ def test_settings_of_the_image_processor_change_all_keys(stock, rows):
     assert not set(keys(stock, rows)) & set(known)
     stock.processor.image_processor.image_mean = mean
     assert keys(stock, rows) == known
+
+
+def test_an_image_is_known_by_its_colours_its_size_and_its_mode():
+    wide, high = (Image.frombytes("L", s, bytes(range(24))) for s in ((6, 4), (4, 6)))
+    coloured = Image.frombytes("YCbCr", (4, 2), bytes(range(24)))
+    other = Image.frombytes("RGB", (4, 2), bytes(range(24)))
+    palettes = [Image.new("P", (2, 2), 0) for _ in range(2)]
+    for image, colour in zip(palettes, ([255, 0, 0], [0, 0, 255]), strict=True):
+        image.putpalette(colour)
+    images = [wide, high, coloured, other, *palettes]
+    assert len({collation._picture(i) for i in images}) == len(images)
+    assert [collation._picture(i.copy()) for i in images] == [
+        collation._picture(i) for i in images]
 
 
 # What fits
@@ -319,3 +404,16 @@ def test_rows_of_tokens_are_measured_by_their_longer_answer():
     collator = collation.PackedCollator(DataCollatorForPreference(0))
     assert collation.fitting(dataset, collator, 5) == [0, 1, 3]
     assert collation.fitting(dataset, collator, 4) == [3]
+
+
+def test_text_with_any_number_of_images_is_measured(processor):
+    one, two = picture("disc", "red", 1), picture("box", "blue", 2)
+    some = [{"images": i, "prompt": "<image>" * len(i) + "what ?", "chosen": "red",
+             "rejected": " a big box"} for i in ([], [one], [one, two])]
+    expected = [len(processor(**{"images": [r["images"]]} if r["images"] else {},
+                              text=[r["prompt"] + r["rejected"]],
+                              add_special_tokens=False)["input_ids"][0]) for r in some]
+    measured = collation._VisionLengths(processor)
+    assert [measured(r) for r in some] == expected
+    assert expected[0] < expected[1] < expected[2]
+    assert () not in measured.added  # some processors take no batch without an image

@@ -1,6 +1,7 @@
 """Objectives beyond TRL's: their values by hand, and the same loss packed and unpacked."""
 
 from math import exp, log
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,3 +161,40 @@ def test_mdpo_without_damaged_images_is_refused(trainer, rows):
 def test_an_objective_is_refused_with_ld_alpha(trainer, name):
     with pytest.raises(ValueError, match="ld_alpha"):
         trainer(loss_type=[name], ld_alpha=0.5)
+
+
+def test_a_divergence_of_another_kind_is_refused_with_an_objective_and_left_to_trl_alone():
+    def losses(*names, **settings):
+        return SimpleNamespace(**{"loss_types": list(names), "loss_weights": [1.0] * len(names),
+                                  "ld_alpha": None, "f_divergence_type": "reverse_kl", **settings})
+
+    for settings in ({"ld_alpha": 0.5}, {"f_divergence_type": "js_divergence"}):
+        alone = losses("sigmoid", "sft", **settings)
+        assert objectives.split(alone) == []
+        assert alone.loss_types == ["sigmoid", "sft"]
+        with pytest.raises(ValueError, match="dpop goes with neither"):
+            objectives.split(losses("sigmoid", "dpop", **settings))
+
+
+def test_one_objective_of_several_is_enough_to_want_damaged_images():
+    assert objectives.damages([("dpop", 1.0), ("mdpo", 0.5)])
+    assert not objectives.damages([("dpop", 1.0), ("anchor", 0.5)])
+
+
+def test_mdpo_is_evaluated_as_it_is_trained(trainer):
+    made = trainer(loss_type=["mdpo"])
+    wanted, metrics = loss_of(made, range(5))
+    batch = made.data_collator([made.train_dataset[n] for n in range(5)])
+    with torch.no_grad():
+        loss = made._compute_loss(made.model.eval(), made._prepare_inputs(batch), False)
+    assert loss.item() == pytest.approx(wanted, rel=1e-6)
+    [found] = made._metrics["eval"]["rewards/damaged"]
+    assert found == pytest.approx(metrics["rewards/damaged"], rel=1e-5)
+
+
+def test_the_reference_of_damaged_images_is_kept(trainer):
+    made = trainer(loss_type=["mdpo"], precompute_ref_log_probs=True)
+    batch = made.data_collator([made.train_dataset[n] for n in range(5)])
+    assert not set(batch["keys"]) & set(batch["damaged"]["keys"])
+    loss_of(made, range(5))
+    assert {*batch["keys"], *batch["damaged"]["keys"]} == made.cache.known.keys()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bpo import models, reference
 
@@ -65,6 +66,22 @@ def test_answers_of_another_model_are_counted_and_not_taken_in(tmp_path):
     assert cache.others == 2
 
 
+def test_a_file_that_names_no_model_is_another_model_s(tmp_path):
+    save_file(ANSWERS, tmp_path / "one.safetensors")
+    cache = reference.Cache(tmp_path, "model")
+    cache.read()
+    assert (cache.known, cache.others) == ({}, 2)
+
+
+def test_what_is_written_later_is_in_a_file_of_its_own(tmp_path):
+    cache = filled(tmp_path, "model", ANSWERS)
+    cache.add({"three": torch.tensor([-4.0])})
+    cache.write()
+    again = reference.Cache(tmp_path, "model")
+    again.read()
+    assert again.known.keys() == {*ANSWERS, "three"}
+
+
 def test_half_a_file_is_not_read(tmp_path):
     filled(tmp_path, "model", ANSWERS)
     [whole] = tmp_path.iterdir()
@@ -95,6 +112,26 @@ def test_a_model_is_known_by_its_weights_and_not_by_an_adapter_that_trains(adapt
     with torch.no_grad():
         weights[frozen].flatten()[0] += 1
     assert reference.model_key(adapted) != key
+
+
+def test_an_adapter_that_does_not_train_is_part_of_the_model(adapted):
+    weights = [w.requires_grad_(False) for n, w in adapted.named_parameters() if "lora_B" in n]
+    key = reference.model_key(adapted)
+    with torch.no_grad():
+        weights[0].flatten()[0] += 1
+    assert reference.model_key(adapted) != key
+
+
+def test_names_types_and_shapes_of_weights_are_told_apart_and_their_order_is_not():
+    def key(**weights):
+        model = torch.nn.Module()
+        for name, weight in weights.items():
+            model.register_buffer(name, weight)
+        return reference.model_key(model)
+
+    zeros, ones = torch.zeros(2, 3), torch.ones(6)
+    assert key(a=zeros, b=ones) == key(b=ones, a=zeros)
+    assert len({key(a=zeros), key(b=zeros), key(a=zeros.T), key(a=zeros.int())}) == 4
 
 
 def test_a_model_without_adapters_is_known_by_all_its_weights(model_folder):

@@ -5,12 +5,15 @@ import inspect
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from conftest import SIDE
 from safetensors.torch import load_file
+from transformers import PrinterCallback, TrainerState
 from trl import DPOTrainer
 
 from bpo import (
@@ -213,6 +216,31 @@ def test_the_losses_that_trl_has_are_known_here():
     assert set(LOSSES) == trl | set(objectives.NAMES)
 
 
+def test_the_damaged_image_is_drawn_for_the_row_and_its_settings(parameters, checkpoint, rows):
+    """A crop and a noise by the row's own name, share and step, in the transform of the images."""
+    p = changed(parameters, loss=["sft", "mdpo"], loss_weights=[1.0, 1.0], image_transform="pad")
+
+    def damaged(row=rows[0], **values):
+        out = trainers.Rendering(checkpoint, changed(p, **values)).row(row)
+        image = out["damaged_images"][0]
+        assert out["images"][0].size == (48, 48)
+        assert image.size == ((SIDE, SIDE) if "damage" in values else (48, 48))
+        return image.tobytes()
+
+    other = {**rows[0], "id": "another"}
+    assert len({damaged(), damaged(other), damaged(crop_share=0.6)}) == 3
+    noisy = {"damage": "noisy"}
+    assert len({damaged(**noisy), damaged(other, **noisy), damaged(damage_step=100, **noisy)}) == 3
+    request = Request(rows[0]["id"], tuple(rows[0]["prompt"]), Path(rows[0]["images"][0]))
+    shown = generate.view_picture(
+        checkpoint.processor, request, generate.View("noisy", step=p.damage_step),
+        transform="pad", seed=p.seed, crop_share=p.crop_share)
+    assert damaged(**noisy) == shown.tobytes()
+    completion = pairs.to_completions(rows[:1])[0]
+    assert "damaged_images" not in trainers.Rendering(checkpoint, p).row(completion)
+    assert trainers.Rendering(checkpoint, p).checkpoint.model is None
+
+
 # --- what moves ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -273,6 +301,40 @@ def test_all_methods_start_from_the_same_adapter(parameters, rows, tmp_path):
     first, second = start("bpo", rows), start("sft_matched", pairs.to_completions(rows))
     assert first.keys() == second.keys()
     assert all(torch.equal(w, second[n]) for n, w in first.items())
+
+
+def test_settings_reach_the_trainer(parameters, rows, tmp_path):
+    p = changed(parameters, seed=5, batch_pairs=6, warmup_ratio=0.5, beta=0.3, save_every=7,
+                gradient_checkpointing=True, lora_alpha=12, lora_dropout=0.25, packing="always",
+                precision="bfloat16")
+    bpo, sft = (trainers.make(p, method, given, tmp_path, steps=8, kept=tmp_path / "reference")
+                for method, given in (("bpo", rows), ("sft_matched", pairs.to_completions(rows))))
+    wanted = dict(
+        max_steps=8, seed=5, data_seed=5, per_device_train_batch_size=2, weight_decay=0.0,
+        gradient_accumulation_steps=3, learning_rate=1e-2, lr_scheduler_type="cosine",
+        warmup_steps=4, gradient_checkpointing=True, bf16=True, save_steps=7, save_total_limit=2,
+        logging_nan_inf_filter=False)
+    for trainer in (bpo, sft):
+        assert {n: getattr(trainer.args, n) for n in wanted} == wanted
+        adapter = trainer.model.peft_config["default"]
+        assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (4, 12, 0.25)
+        assert not any(isinstance(c, PrinterCallback) for c in trainer.callback_handler.callbacks)
+        assert trainer.model.get_output_embeddings().weight.dtype == torch.bfloat16
+    assert bpo.beta == 0.3 and bpo._checked and sft.args.completion_only_loss
+
+
+def test_a_weight_outside_the_adapters_that_would_be_trained_is_refused(parameters, rows, tmp_path,
+                                                                        monkeypatch):
+    right = models.adapter_config
+
+    def wider(*args, **options):
+        config = right(*args, **options)
+        config.modules_to_save = ["lm_head"]
+        return config
+
+    monkeypatch.setattr(models, "adapter_config", wider)
+    with pytest.raises(RuntimeError, match="lm_head.* would be trained"):
+        trainers.make(parameters, "bpo", rows, tmp_path, steps=1, kept=tmp_path / "reference")
 
 
 # --- the objective ------------------------------------------------------------------------------
@@ -369,6 +431,82 @@ def test_mdpo_trains_through_the_stage_s_trainer(parameters, rows, tmp_path):
     assert history[0]["rewards/damaged"] == 0 and history[2]["rewards/damaged"] != 0
 
 
+def test_rows_of_one_rejected_answer_are_in_the_same_order_too(parameters, lines, images, tmp_path):
+    given = train.method_rows("bpo_weaken", lines, images)
+    orders = []
+    for method, r in (("bpo_weaken", given), ("sft_matched", pairs.to_completions(given))):
+        trainer = trainers.make(changed(parameters, seed=3), method, r, tmp_path / method, steps=4,
+                                kept=tmp_path / "reference")
+        torch.manual_seed(0)  # the stock sampler draws from torch's own generator
+        orders.append(list(trainer._get_train_sampler(trainer.train_dataset)))
+    assert orders[0] == orders[1] != list(range(len(given)))
+
+
+# --- compute ------------------------------------------------------------------------------------
+
+def test_attention_is_counted_by_its_products():
+    query, key, value = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
+    with trainers._counter() as counter:
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    product = 2 * 2 * 3 * 5 * 5 * 8
+    assert counter.get_total_flops() == 2 * product
+    with trainers._counter() as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 5 * product
+
+
+def counts_of(folder):
+    return json.loads((folder / "bpo" / "compute.json").read_text())
+
+
+def test_compute_is_that_of_the_first_steps_whatever_is_kept(parameters, rows, tmp_path,
+                                                             monkeypatch):
+    """Four batches in the two steps counted. Kept log-probs are found, here and elsewhere."""
+    passes, right = [], trainers.CountedDPOTrainer.answer_tokens
+
+    def counted(self, *args):
+        passes.append(self.state.global_step)
+        return right(self, *args)
+
+    monkeypatch.setattr(trainers.CountedDPOTrainer, "answer_tokens", counted)
+    p = changed(parameters, packing="always")
+    first, again, elsewhere = (tmp_path / n for n in ("first", "again", "elsewhere"))
+    for folder, kept, others in ((first, first, ()), (again, first, ()),
+                                 (elsewhere, elsewhere, [first / "kept"])):
+        passes.clear()
+        train.train_method(p, "bpo", rows, folder / "bpo", steps=3, kept=kept / "kept",
+                           others=others)
+        assert passes == ([0] * 4 + [1] * 4 + [2] * 2 if folder == first else [0, 0, 1, 1])
+        assert counts_of(folder) == counts_of(first)
+    assert counts_of(first)["batches"] == 4 and counts_of(first)["packed"] is True
+    assert list((first / "kept").iterdir()) and not (elsewhere / "kept").exists()
+
+
+def test_the_reference_of_damaged_images_is_counted_with_the_other(parameters, rows, tmp_path):
+    counts = []
+    for loss in ("sigmoid", "mdpo"):
+        p = changed(parameters, loss=[loss], loss_weights=[1.0], packing="never")
+        history_of(p, "bpo", rows, tmp_path / loss, steps=1)
+        counts.append(counts_of(tmp_path / loss))
+    assert counts[1]["reference"] > 1.5 * counts[0]["reference"]
+    assert [c["packed"] for c in counts] == [False, False]
+
+
+def test_what_a_batch_holds_decides_where_its_log_probs_are_kept(parameters, rows, monkeypatch):
+    p = changed(parameters, batch_pairs=8)
+    key = trainers.batches_key(p, [rows])
+    same = ({"learning_rate": 0.5}, {"beta": 0.9}, {"lora_rank": 2}, {"loss": ["dpop"]})
+    other = ({"seed": 1}, {"steps": 5}, {"epochs": 3.0}, {"batch_pairs": 4}, {"device_batch": 4},
+             {"packing": "never"}, {"loss": ["mdpo"]}, {"damage": "noisy"}, {"damage_step": 1},
+             {"crop_share": 0.5})
+    assert {trainers.batches_key(changed(p, **v), [rows]) for v in same} == {key}
+    found = [trainers.batches_key(changed(p, **v), [rows]) for v in other]
+    found += [trainers.batches_key(p, r) for r in ([rows[1:]], [rows, rows], [rows[::-1]])]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found.append(trainers.batches_key(p, [rows]))
+    assert len({key, *found}) == 1 + len(found)
+
+
 # --- resuming -----------------------------------------------------------------------------------
 
 def test_the_last_whole_checkpoint_is_the_one_to_resume_from(tmp_path):
@@ -423,6 +561,15 @@ def test_interrupted_training_goes_on_to_the_same_weights(parameters, rows, tmp_
     compute = [json.loads((f / method / "compute.json").read_text())
                for f in (tmp_path / "whole", folder)]
     assert compute[0] == compute[1]
+
+
+def test_the_bar_starts_where_training_resumes_and_is_closed():
+    progress, state = trainers.Progress("bpo"), TrainerState(max_steps=5, global_step=2)
+    progress.on_train_begin(None, state, None)
+    progress.on_step_end(None, state, None)
+    assert (progress.bar.n, progress.bar.total) == (3, 5)
+    progress.on_train_end(None, state, None)
+    assert progress.bar.disable  # as tqdm marks a closed one
 
 
 def test_a_finished_method_is_only_read(parameters, rows, tmp_path, monkeypatch):
