@@ -114,8 +114,6 @@ class _OnceEach:
         first = [self.rows.index(g) for g in range(max(self.rows) + 1)]
         if kwargs["images"] is not None:
             kwargs["images"] = [kwargs["images"][i] for i in first]
-            if not any(kwargs["images"]):
-                kwargs["images"] = None
         out = self.processor(text=[text[i] for i in first], **kwargs)
         shape = out["input_ids"].shape
         for name, values in out.items():

@@ -5,6 +5,7 @@ tokens, pixels or image preparation, has another key and is not found.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -60,9 +61,11 @@ class Cache:
         """Keeps what was added since, in a file of its own, whole or not at all."""
         if not self.new:
             return
-        name = hashlib.sha256("".join(self.new).encode()).hexdigest()[:16]
+        name = hashlib.sha256("".join([self.key, *self.new]).encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary, file = self.folder / f".{name}.tmp", self.folder / f"{name}{SUFFIX}"
+        # Two processes may have come to the same answers.
+        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
+        file = self.folder / f"{name}{SUFFIX}"
         save_file(self.new, temporary, metadata={"model": self.key})
         temporary.replace(file)
         self._seen.add(file)

@@ -16,7 +16,7 @@ from datasets import Dataset
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, SFTConfig, SFTTrainer
 
 from bpo import collation, encoding, generate, images, models, objectives, ranks, records, seeds
@@ -166,12 +166,11 @@ class Progress(TrainerCallback):
 
 def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, steps: int,
          kept: Path, others: Iterable[Path] = ()) -> CountedDPOTrainer | CountedSFTTrainer:
-    """The trainer of a method; its checkpoints go below `folder`.
+    """The trainer of a method; its checkpoints go below `folder`. TRL seeds its draws before it
+    makes the adapter, whose first values are thus the same for every method.
 
     kept: where the reference's log-probs are kept; others: further such folders, only read.
     """
-    # The adapter's first values are drawn here: the same for every method.
-    set_seed(seeds.seed_for(p.seed, "adapter") % 2**32)
     checkpoint = models.load(p.path(p.model), precision=p.precision, transform=p.image_transform)
     common = dict(
         output_dir=str(folder / "checkpoints"), max_steps=steps, seed=p.seed, data_seed=p.seed,

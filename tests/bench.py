@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import bench_packed
 import numpy as np
 import torch
 from transformers import DynamicCache
@@ -61,11 +62,12 @@ def main() -> int:
     found = {"probing": _probe(checkpoint, evaluation)}
     found |= _weakening(checkpoint, preference)
     found |= _scaling(world)
+    found |= bench_packed.measure(world)
     file = params.outputs_root() / "bench.json"
     records.write_whole(file, records.to_json(found, indent=1) + "\n")
-    print(f"torch {torch.__version__}, 1 thread; median, lowest and highest of {ROUNDS} rounds")
+    print(f"torch {torch.__version__}, 1 thread; median, lowest and highest of n rounds")
     for name, row in found.items():
-        print(f"{name:34} {row['ratio']:6} [{row['low']}, {row['high']}]  n {row['n']}  "
+        print(f"{name:46} {row['ratio']:6} [{row['low']}, {row['high']}]  n {row['n']}  "
               f"{row['compared']}")
     print(f"written to {file}")
     return 0

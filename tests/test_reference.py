@@ -141,3 +141,12 @@ def test_a_model_without_adapters_is_known_by_all_its_weights(model_folder):
     with torch.no_grad():
         next(model.parameters()).flatten()[0] += 1
     assert reference.model_key(model) != key
+
+
+def test_files_of_several_models_lie_side_by_side(tmp_path):
+    for model in ("one", "two"):
+        filled(tmp_path, model, ANSWERS)
+    for model in ("one", "two"):
+        cache = reference.Cache(tmp_path, model)
+        cache.read()
+        assert (cache.known.keys(), cache.others) == (ANSWERS.keys(), 2)
