@@ -634,6 +634,20 @@ def test_the_control_s_first_steps_are_those_of_the_longer_run(stage):
     assert histories["sft_compute"][0]["loss"] == histories["sft_matched"][0]["loss"]
 
 
+def test_a_sweep_finds_the_reference_and_has_the_bytes_of_a_run_that_does_not(
+        parameters, lines, tmp_path, outputs):
+    records.write_lines(tmp_path / "pairs.jsonl", lines)
+    p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), methods=["bpo", "bpo_weaken"])
+    train.run(p)
+    swept, fresh = (train.run(changed(p, beta=0.3, lora_rank=2, study=s)) for s in ("s", "fresh"))
+    computed = [len(list(r.folder.glob("reference/*/*"))) for r in (swept, fresh)]
+    assert computed[0] == 0 < computed[1]
+    assert train.histories(swept) == train.histories(fresh)
+    for method in p.methods:
+        first, second = (weights(r.folder / method) for r in (swept, fresh))
+        assert all(torch.equal(w, second[n]) for n, w in first.items())
+
+
 def test_epochs_give_the_steps_where_none_are_set(parameters, lines, tmp_path, outputs):
     records.write_lines(tmp_path / "pairs.jsonl", lines[:4])  # seven rows of bpo
     p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), steps=0, epochs=0.5,
