@@ -202,9 +202,8 @@ def _stage(study: str, overrides: dict[str, Any], *, number: int, given: Path | 
     if given is None:
         read = params.read_study(study, overrides)
     else:
-        schema = next(s for n, s in params.SCHEMAS.items() if n.startswith(f"{number}_"))
-        read = {schema.notebook: params.validate(schema, params.read_yaml(given) | overrides,
-                                                 where=str(given))}
+        read = {n: params.validate(schema, params.read_yaml(given) | overrides, where=str(given))
+                for n, schema in params.SCHEMAS.items() if n.startswith(f"{number}_")}
     name = next((n for n in read if n.startswith(f"{number}_")), None)
     if name is None or number not in work:
         raise Refusal(f"study {study} has no stage {number} for this command; it has "

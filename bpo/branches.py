@@ -12,7 +12,7 @@ image's tokens): who packs compares with the unpacked way first.
 """
 
 import inspect
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -202,3 +202,23 @@ def use_mask(base: PreTrainedModel) -> None:
     """Takes branch attention away again: packed rows come with a dense mask."""
     if in_use(base):
         base.get_decoder().set_attn_implementation("sdpa")
+
+
+def settle(base: PreTrainedModel, off: Callable[[], float], *, bound: float, words: str) -> str:
+    """Leaves the model with branch attention, else with the dense mask: the first with which what
+    `off` computes packed is at most `bound` off. Why neither is, or empty.
+
+    words: says how far off it is, a format of one number.
+    """
+    why = ""
+    for prepare in (use_attention, use_mask):
+        prepare(base)
+        try:
+            gap = off()
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            why = str(error).splitlines()[0]
+            continue
+        if gap <= bound:
+            return ""
+        why = words.format(gap)
+    return why

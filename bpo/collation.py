@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
@@ -76,6 +77,16 @@ class PositiveSampler(Sampler[int]):
                 line = waiting.popleft()
             yield from line
             room = (room - len(line) - 1) % self.batch + 1
+
+
+def sampler(groups: Sequence[Sequence[int]], args: TrainingArguments, *, batch: int
+            ) -> PositiveSampler | None:
+    """The order of training rows that keeps positives together; None where the trainer's own does:
+    all stand alone, or the order is not to be random."""
+    if args.train_sampling_strategy != "random" or all(len(g) == 1 for g in groups):
+        return None
+    seed = args.data_seed if args.data_seed is not None else args.seed
+    return PositiveSampler(groups, batch=batch, seed=seed)
 
 
 class Numbered(torch.utils.data.Dataset):

@@ -100,7 +100,7 @@ def encode_views(checkpoint: Checkpoint, requests: Sequence[Request],
 
 def _encoded(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None, *,
              seed: int, crop_share: float) -> list[dict[str, torch.Tensor]]:
-    pictures = [_picture(r, view, seed=seed, crop_share=crop_share) for r in requests]
+    pictures = [viewed(r, view, seed=seed, crop_share=crop_share) for r in requests]
     texts = [encoding.prompt_text(checkpoint, r.messages, image=i is not None)
              for r, i in zip(requests, pictures, strict=True)]
     return encoding.encode_all(checkpoint, texts, pictures)
@@ -118,8 +118,8 @@ def _weakened(checkpoint: Checkpoint, row: dict[str, torch.Tensor], request: Req
                                                 view.step, draw)}
 
 
-def _picture(request: Request, view: View | None, *, seed: int, crop_share: float
-             ) -> Image.Image | None:
+def viewed(request: Request, view: View | None, *, seed: int, crop_share: float
+           ) -> Image.Image | None:
     """The image of a request, cropped or swapped where the view says so."""
     if request.image is None:
         return None
@@ -137,7 +137,7 @@ def _picture(request: Request, view: View | None, *, seed: int, crop_share: floa
 def view_picture(processor: Any, request: Request, view: View, *, transform: str, seed: int,
                  crop_share: float) -> Image.Image:
     """What the model is shown of a request's image through a view, as a picture."""
-    picture = encoding.transformed(_picture(request, view, seed=seed, crop_share=crop_share),
+    picture = encoding.transformed(viewed(request, view, seed=seed, crop_share=crop_share),
                                  transform, processor)
     if view.mode == "blank":
         return Image.new("RGB", picture.size, encoding.mean_colour(processor))

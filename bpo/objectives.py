@@ -8,6 +8,7 @@ anchor  -log sigma(beta h_w)                                        mDPO's ancho
 mdpo    DPO + -log sigma(beta (h_w - h_w(m'))) + anchor             mDPO, 2406.11839
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ def split(trainer: Any) -> list[tuple[str, float]]:
     return own
 
 
-def damages(own: list[tuple[str, float]]) -> bool:
-    """Whether an objective compares the image with a damaged one."""
-    return any(n == "mdpo" for n, _ in own)
+def damages(losses: Iterable[tuple[str, float]]) -> bool:
+    """Whether one of the objectives compares the image with a damaged one."""
+    return any(n == "mdpo" for n, _ in losses)
 
 
 def pair_losses(name: str, *, beta: float, chosen: torch.Tensor, rejected: torch.Tensor,

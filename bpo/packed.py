@@ -154,11 +154,8 @@ class PackedDPOTrainer(DPOTrainer):
                                     if n not in self._signature_columns]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        if self.args.train_sampling_strategy != "random" or not any(
-                len(g) > 1 for g in self._groups):
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return collation.PositiveSampler(self._groups, batch=self._train_batch_size, seed=seed)
+        mine = collation.sampler(self._groups, self.args, batch=self._train_batch_size)
+        return mine or super()._get_train_sampler(train_dataset)
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int,
                         sampler_fn: Any = None, **kwargs: Any) -> Any:

@@ -25,7 +25,6 @@ def choose(trainer: Any, rows: Sequence[dict[str, Any]]) -> str:
     them are tried.
     """
     half = trainer.args.bf16 or trainer.args.fp16 or trainer.base.dtype != torch.float32
-    collator, why = trainer.data_collator, ""
     with _tried(trainer):
         try:
             plain = _gradients(trainer, rows, packing=False)
@@ -33,18 +32,13 @@ def choose(trainer: Any, rows: Sequence[dict[str, Any]]) -> str:
             if len(rows) < 2:
                 raise
             return choose(trainer, rows[:len(rows) // 2])
-        for prepare in (branches.use_attention, branches.use_mask):
-            prepare(trainer.base)
-            collator.dense = not branches.in_use(trainer.base)
-            try:
-                off = apart(plain, _gradients(trainer, rows, packing=True))
-            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                why = str(error).splitlines()[0]
-                continue
-            if off <= BOUNDS["half" if half else "float32"]:
-                return ""
-            why = f"its loss or gradients would be off by {off:.1%}"
-    return why
+
+        def off() -> float:
+            trainer.data_collator.dense = not branches.in_use(trainer.base)
+            return apart(plain, _gradients(trainer, rows, packing=True))
+
+        return branches.settle(trainer.base, off, bound=BOUNDS["half" if half else "float32"],
+                               words="its loss or gradients would be off by {:.1%}")
 
 
 def compare_losses(trainer: Any, model: torch.nn.Module, rows: Sequence[dict[str, Any]]) -> str:

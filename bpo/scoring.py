@@ -92,20 +92,16 @@ def choose(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
     """
     bound = 1e-3 if checkpoint.base.dtype == torch.float32 else 0.1
     plain = weigh_unpacked(checkpoint, batch, answers)
-    why = ""
-    for prepare in (branches.use_attention, branches.use_mask):
-        prepare(checkpoint.base)
-        try:
-            packed = weigh(checkpoint, batch, answers)
-        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            why = str(error).splitlines()[0]
-            continue
-        off = max((x.logprobs - y.logprobs).abs().max().item()
-                  for row, other in zip(packed, plain, strict=True)
-                  for x, y in zip(row, other, strict=True))
-        if off <= bound:
-            return weigh
-        why = f"log-probs differ by {off:.2g}"
+
+    def off() -> float:
+        packed = weigh(checkpoint, batch, answers)
+        return max((x.logprobs - y.logprobs).abs().max().item()
+                   for row, other in zip(packed, plain, strict=True)
+                   for x, y in zip(row, other, strict=True))
+
+    why = branches.settle(checkpoint.base, off, bound=bound, words="log-probs differ by {:.2g}")
+    if not why:
+        return weigh
     print(f"Answers cannot share their prompt's pass with this model ({why}): "
           "each gets a pass of its own, which is slower and right.")
     return weigh_unpacked

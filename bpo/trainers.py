@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, SFTConfig, SFTTrainer
 
-from bpo import collation, encoding, generate, images, models, objectives, ranks, records, seeds
+from bpo import collation, encoding, generate, images, models, objectives, ranks, records
 from bpo.generate import Request, View
 from bpo.models import Checkpoint
 from bpo.packed import PackedDPOTrainer
@@ -47,9 +47,8 @@ class Rendering:
     def __init__(self, checkpoint: Checkpoint, p: DPOTraining):
         # Without the model: data sets hash what renders them.
         self.checkpoint = replace(checkpoint, model=None)
-        self.seed, self.transform, self.crop_share = p.seed, p.image_transform, p.crop_share
-        damages = {"mdpo"} & set(p.loss)
-        self.view = View(p.damage, step=p.damage_step) if damages else None
+        self.seed, self.crop_share = p.seed, p.crop_share
+        self.view = View(p.damage, step=p.damage_step) if _damages(p) else None
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = [self.row(dict(zip(batch, values, strict=True)))
@@ -58,7 +57,7 @@ class Rendering:
 
     def row(self, row: dict[str, Any]) -> dict[str, Any]:
         known = self.checkpoint
-        out = {"images": [encoding.transformed(images.load(Path(i)), self.transform,
+        out = {"images": [encoding.transformed(images.load(Path(i)), known.transform,
                                                known.processor) for i in row["images"]],
                "prompt": encoding.prompt_text(known, row["prompt"], image=True)}
         for name in {"chosen", "rejected", "completion"} & row.keys():
@@ -70,14 +69,17 @@ class Rendering:
 
     def _damaged(self, image: Path, row: dict[str, Any]) -> Image.Image:
         """The row's own draw, the same in every epoch, so that its reference can be kept."""
-        known = self.checkpoint
-        if self.view.mode == "crop":
-            draw = seeds.numpy_generator(self.seed, "crop", row["id"])
-            return encoding.transformed(generate.crop(images.load(image), self.crop_share, draw),
-                                        self.transform, known.processor)
-        return generate.view_picture(
-            known.processor, Request(row["id"], tuple(row["prompt"]), image), self.view,
-            transform=self.transform, seed=self.seed, crop_share=self.crop_share)
+        known, drawn = self.checkpoint, {"seed": self.seed, "crop_share": self.crop_share}
+        request = Request(row["id"], tuple(row["prompt"]), image)
+        if self.view.mode == "crop":  # as large as the image, not as the processor makes it
+            return encoding.transformed(generate.viewed(request, self.view, **drawn),
+                                        known.transform, known.processor)
+        return generate.view_picture(known.processor, request, self.view,
+                                     transform=known.transform, **drawn)
+
+
+def _damages(p: DPOTraining) -> bool:
+    return objectives.damages(zip(p.loss, p.loss_weights, strict=True))
 
 
 class _Counted:
@@ -140,11 +142,9 @@ class CountedSFTTrainer(_Counted, SFTTrainer):
     """TRL's SFTTrainer that measures its compute and takes rows in the packed trainer's order."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-        groups = collation.positives(self.train_dataset)
-        if all(len(g) == 1 for g in groups):
-            return super()._get_train_sampler(train_dataset)
-        return collation.PositiveSampler(groups, batch=self._train_batch_size,
-                                         seed=self.args.data_seed)
+        mine = collation.sampler(collation.positives(self.train_dataset), self.args,
+                                 batch=self._train_batch_size)
+        return mine or super()._get_train_sampler(train_dataset)
 
 
 class Progress(TrainerCallback):
@@ -214,6 +214,5 @@ def batches_key(p: DPOTraining, rows: Sequence[Sequence[dict]]) -> str:
     same batches, so that a run that finds them has the bytes of one that does not.
     """
     known = [list(rows), p.seed, p.steps, p.epochs, p.batch_pairs, p.device_batch, p.packing,
-             p.damage, p.damage_step, p.crop_share, objectives.damages(list(zip(
-                 p.loss, p.loss_weights, strict=True))), ranks.world()]
+             p.damage, p.damage_step, p.crop_share, _damages(p), ranks.world()]
     return hashlib.sha256(records.to_json(known).encode()).hexdigest()[:16]

@@ -146,25 +146,25 @@ def test_where_packing_is_not_exact_each_answer_gets_its_own_pass(asked, checkpo
 
 
 @torch.no_grad()
-def test_branch_attention_and_the_dense_mask_weigh_alike(asked, checkpoint):
+def gap_between_attentions(asked, checkpoint, weigh):
+    """How far log-probs with branch attention are from those without; it is off afterwards."""
     _, batch, answers = asked
     branches.use_mask(checkpoint.base)
-    masked = scoring.weigh(checkpoint, batch, answers)
+    masked = weigh(checkpoint, batch, answers)
     branches.use_attention(checkpoint.base)
     assert branches.in_use(checkpoint.base)
-    assert largest_gap(scoring.weigh(checkpoint, batch, answers), masked) < 1e-4
+    gap = largest_gap(weigh(checkpoint, batch, answers), masked)
     branches.use_mask(checkpoint.base)
     assert not branches.in_use(checkpoint.base)
+    return gap
 
 
-@torch.no_grad()
+def test_branch_attention_and_the_dense_mask_weigh_alike(asked, checkpoint):
+    assert gap_between_attentions(asked, checkpoint, scoring.weigh) < 1e-4
+
+
 def test_what_has_no_table_is_attended_as_before(asked, checkpoint):
-    _, batch, answers = asked
-    branches.use_mask(checkpoint.base)
-    before = scoring.weigh_unpacked(checkpoint, batch, answers)
-    branches.use_attention(checkpoint.base)
-    assert largest_gap(scoring.weigh_unpacked(checkpoint, batch, answers), before) == 0
-    branches.use_mask(checkpoint.base)
+    assert gap_between_attentions(asked, checkpoint, scoring.weigh_unpacked) == 0
 
 
 def test_a_position_sees_the_prefix_and_its_own_branch_before_it():

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -218,7 +219,8 @@ def test_the_losses_that_trl_has_are_known_here():
 
 def test_the_damaged_image_is_drawn_for_the_row_and_its_settings(parameters, checkpoint, rows):
     """A crop and a noise by the row's own name, share and step, in the transform of the images."""
-    p = changed(parameters, loss=["sft", "mdpo"], loss_weights=[1.0, 1.0], image_transform="pad")
+    p = changed(parameters, loss=["sft", "mdpo"], loss_weights=[1.0, 1.0])
+    checkpoint = replace(checkpoint, transform="pad")
 
     def damaged(row=rows[0], **values):
         out = trainers.Rendering(checkpoint, changed(p, **values)).row(row)
@@ -307,7 +309,7 @@ def test_all_methods_start_from_the_same_adapter(parameters, rows, tmp_path):
 def test_settings_reach_the_trainer(parameters, rows, tmp_path):
     p = changed(parameters, seed=5, batch_pairs=6, warmup_ratio=0.5, beta=0.3, save_every=7,
                 gradient_checkpointing=True, lora_alpha=12, lora_dropout=0.25, packing="always",
-                precision="bfloat16")
+                precision="bfloat16", image_transform="pad")
     bpo, sft = (trainers.make(p, method, given, tmp_path, steps=8, kept=tmp_path / "reference")
                 for method, given in (("bpo", rows), ("sft_matched", pairs.to_completions(rows))))
     wanted = dict(
@@ -321,6 +323,7 @@ def test_settings_reach_the_trainer(parameters, rows, tmp_path):
         assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (4, 12, 0.25)
         assert not any(isinstance(c, PrinterCallback) for c in trainer.callback_handler.callbacks)
         assert trainer.model.get_output_embeddings().weight.dtype == torch.bfloat16
+        assert trainer.train_dataset[0]["images"][0].size == (48, 48)
     assert bpo.beta == 0.3 and bpo._checked and sft.args.completion_only_loss
 
 
