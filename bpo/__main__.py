@@ -196,9 +196,9 @@ def _execute(notebook: str, p: params.Parameters, folder: Path) -> bool:
 
 def _stage(study: str, overrides: dict[str, Any], *, number: int, given: Path | None) -> int:
     """The work of one notebook, in this process's share; its notebook then finds it up to date."""
-    from bpo import benchmarks, pairs, probe, train
+    from bpo import held_out, pairs, probe, train
 
-    work = dict(enumerate((probe.run, pairs.run, train.run, benchmarks.run), start=1))
+    work = dict(enumerate((probe.run, pairs.run, train.run, held_out.run), start=1))
     if given is None:
         read = params.read_study(study, overrides)
     else:

@@ -1,12 +1,12 @@
 """What a finished comparison allows to say: tables, readings and examples of notebook 4.
 
-Everything here is read from the metrics and answers of `benchmarks`; nothing is computed anew.
+Everything here is read from the metrics and answers of `held_out`; nothing is computed anew.
 """
 
 from typing import Any
 
-from bpo import benchmarks, images, metrics, records, runs, seeds
-from bpo.benchmarks import BASELINES, METRICS
+from bpo import held_out, images, metrics, records, runs, seeds
+from bpo.held_out import BASELINES, METRICS
 from bpo.params import QualitativeComparison
 
 CONTROLS = ("sft_matched", "sft", "sft_compute")  # the sharpest control first
@@ -126,7 +126,7 @@ def quality(line: dict, method: str, truth: dict[str, Any]) -> float | None:
     known = truth["rows"].get(line["id"])
     if known is None:
         return None
-    counts = benchmarks.counts(line, method, truth)
+    counts = held_out.counts(line, method, truth)
     if known["category"] == "caption":
         return counts["cover"][0] / max(counts["cover"][1], 1) - counts["chair_i"][0]
     if known["category"] == "presence":
@@ -140,7 +140,7 @@ def gallery(p: QualitativeComparison, result: runs.Result, *, split: str, method
 
     As many wins, losses and ties as far as there are any, each drawn by seed.
     """
-    rows, truth = benchmarks.read_split(p, split)
+    rows, truth = held_out.read_split(p, split)
     files = {r.id: r.image for r in rows}
     verdicts: dict[str, list[dict]] = {"win": [], "loss": [], "tie": []}
     for line in records.read_lines(result.folder / f"answers-{split}.jsonl"):

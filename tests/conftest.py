@@ -151,7 +151,7 @@ def conversation(row_id: str, image: str, question: str, answer: str) -> dict:
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory) -> Path:
     """rows.json, truth.json and images/: four images with a caption, a colour and a presence row
-    each. The truth holds the layout that records, probe, pairs and benchmarks read."""
+    each. The truth holds the layout that records, probe, pairs and held_out read."""
     folder = tmp_path_factory.mktemp("data") / "rows"
     (folder / "images").mkdir(parents=True)
     rows, images, truths = [], {}, {}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from bpo import benchmarks, compare, encoding, generate, models, readers, records
+from bpo import compare, encoding, generate, held_out, models, readers, records
 from bpo.generate import Request
 from bpo.params import QualitativeComparison, Refusal
 from bpo.seeds import torch_generator
@@ -38,43 +38,43 @@ def line(row_id, base, tuned, *, image="0.png", p_true=None, p_prior=None):
 # --- counts -------------------------------------------------------------------------------------
 
 def test_a_caption_counts_for_its_objects():
-    counts = benchmarks.counts(line("caption", "a dog", "a red dog and two cats"), "bpo", TRUTH)
+    counts = held_out.counts(line("caption", "a dog", "a red dog and two cats"), "bpo", TRUTH)
     assert counts == {"answer_words": (6, 1), "changed": (1, 1), "chair_s": (1, 1),
                       "chair_i": (1, 2), "cover": (1, 2), "objects": (2, 1), "words": (6, 1)}
 
 
 def test_a_colour_counts_for_truth_and_prior():
     asked = line("colour", "red", "Blue.", p_true=(0.7, 0.2), p_prior=(0.1, 0.6))
-    assert benchmarks.counts(asked, "base", TRUTH) == {
+    assert held_out.counts(asked, "base", TRUTH) == {
         "answer_words": (1, 1), "changed": (0, 1), "colour_accuracy": (1, 1), "prior_rate": (0, 1),
         "p_true": (0.7, 1), "p_prior": (0.1, 1)}
-    assert benchmarks.counts(asked, "bpo", TRUTH) == {
+    assert held_out.counts(asked, "bpo", TRUTH) == {
         "answer_words": (1, 1), "changed": (1, 1), "colour_accuracy": (0, 1), "prior_rate": (1, 1),
         "p_true": (0.2, 1), "p_prior": (0.6, 1)}
 
 
 def test_where_the_prior_is_right_nothing_is_told_of_it():
-    counts = benchmarks.counts(line("typical", "red", "blue"), "base", TRUTH)
+    counts = held_out.counts(line("typical", "red", "blue"), "base", TRUTH)
     assert counts["colour_accuracy"] == (1, 1)
     assert not {"prior_rate", "p_true", "p_prior"} & set(counts)
 
 
 def test_a_true_answer_that_the_prior_suggests_too_is_no_prior_s_answer():
     asked = line("both", "red", "blue", p_true=(0.7, 0.2), p_prior=(0.1, 0.6))
-    assert benchmarks.counts(asked, "base", TRUTH)["prior_rate"] == (0, 1)
-    assert benchmarks.counts(asked, "bpo", TRUTH)["prior_rate"] == (1, 1)
+    assert held_out.counts(asked, "base", TRUTH)["prior_rate"] == (0, 1)
+    assert held_out.counts(asked, "bpo", TRUTH)["prior_rate"] == (1, 1)
 
 
 @pytest.mark.parametrize("text, yes, right", [("No.", 0, 1), ("yes it is", 1, 0), ("a dog", 0, 0)])
 def test_a_presence_question_counts_as_pope_does(text, yes, right):
-    counts = benchmarks.counts(line("pope", text, "no"), "base", TRUTH)
+    counts = held_out.counts(line("pope", text, "no"), "base", TRUTH)
     assert (counts["yes_rate"], counts["pope_adversarial"]) == ((yes, 1), (right, 1))
-    assert not any(n.startswith("pope") for n in benchmarks.counts(line("plain", text, "no"),
+    assert not any(n.startswith("pope") for n in held_out.counts(line("plain", text, "no"),
                                                                    "base", TRUTH))
 
 
 def test_without_a_truth_only_length_and_change_are_counted():
-    assert benchmarks.counts(line("unknown", "a red dog", "A red dog!"), "bpo", TRUTH) == {
+    assert held_out.counts(line("unknown", "a red dog", "A red dog!"), "bpo", TRUTH) == {
         "answer_words": (3, 1), "changed": (0, 1)}
 
 
@@ -88,7 +88,7 @@ LINES = [
 
 @pytest.fixture(scope="module")
 def scored():
-    return benchmarks.score(LINES, TRUTH, ["base", "bpo"], seed=0, resamples=500)
+    return held_out.score(LINES, TRUTH, ["base", "bpo"], seed=0, resamples=500)
 
 
 @pytest.mark.parametrize("name, base, bpo", [
@@ -114,7 +114,7 @@ def test_a_method_is_compared_with_every_baseline_but_itself(scored):
     assert {a: list(m) for a, m in contrasts.items()} == {"base": ["bpo"]}
     lines = [x | {part: x[part] | ({"sft": x[part]["base"]} if x[part] else {})
                   for part in ("answers", "p_true", "p_prior")} for x in LINES]
-    _, contrasts = benchmarks.score(lines, TRUTH, ["base", "sft", "bpo"], seed=0, resamples=200)
+    _, contrasts = held_out.score(lines, TRUTH, ["base", "sft", "bpo"], seed=0, resamples=200)
     assert {a: list(m) for a, m in contrasts.items()} == {"base": ["sft", "bpo"],
                                                           "sft": ["base", "bpo"]}
     # The same answers: no difference, and no doubt about it.
@@ -134,7 +134,7 @@ def test_the_quality_of_an_answer_is_that_by_hand(row_id, text, value):
 @pytest.mark.parametrize("text", ("No.", "no , there is not"))
 def test_a_presence_answer_is_as_good_as_pope_finds_it(text):
     asked = line("pope", text, "")
-    assert benchmarks.counts(asked, "base", TRUTH)["pope_adversarial"] == (1, 1)
+    assert held_out.counts(asked, "base", TRUTH)["pope_adversarial"] == (1, 1)
     assert compare.quality(asked, "base", TRUTH) == 1
 
 
@@ -169,7 +169,7 @@ def found_with(**differences):
 def test_an_interval_is_read_by_whether_more_is_better(name, interval, reading):
     rows = compare.differences(found_with(**{name: interval}), "natural", "bpo", "base")
     assert [r["reading"] for r in rows] == [reading]
-    assert rows[0]["metric"] == benchmarks.METRICS[name][0]
+    assert rows[0]["metric"] == held_out.METRICS[name][0]
 
 
 def test_the_reading_is_one_phrase():
@@ -250,8 +250,8 @@ def parameters(model_folder, adapters, data_file):
 def result(parameters, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BPO_OUTPUTS", str(tmp_path_factory.mktemp("compare")))
-        found = benchmarks.run(parameters)
-        assert benchmarks.run(parameters).metrics == found.metrics, "read again, they differ"
+        found = held_out.run(parameters)
+        assert held_out.run(parameters).metrics == found.metrics, "read again, they differ"
     return found
 
 
@@ -312,7 +312,7 @@ def test_the_probability_is_that_of_the_whole_answer_with_its_end(lines, data_fi
 
 def test_the_metrics_are_the_scores_of_the_answers(result, lines, data_file):
     methods = ["base", "bpo", "bpo_weaken", "sft"]
-    values, contrasts = benchmarks.score(lines, records.read_truth(data_file), methods, seed=0,
+    values, contrasts = held_out.score(lines, records.read_truth(data_file), methods, seed=0,
                                          resamples=200)
     assert list(result.metrics["natural"]) == methods
     assert result.metrics["natural"] == values
@@ -328,7 +328,7 @@ def test_a_method_that_changes_nothing_is_told_apart_in_nothing(result):
 
 def test_an_interrupted_comparison_goes_on_to_the_same_bytes(result, parameters, outputs,
                                                              monkeypatch):
-    right, calls = benchmarks._ask, []
+    right, calls = held_out._ask, []
 
     def killed(*args):
         calls.append(1)
@@ -337,9 +337,9 @@ def test_an_interrupted_comparison_goes_on_to_the_same_bytes(result, parameters,
         return right(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(benchmarks, "_ask", killed)
-        benchmarks.run(parameters)
-    again = benchmarks.run(parameters)
+        patch.setattr(held_out, "_ask", killed)
+        held_out.run(parameters)
+    again = held_out.run(parameters)
     name = "answers-natural.jsonl"
     assert (again.folder / name).read_bytes() == (result.folder / name).read_bytes()
 
@@ -349,14 +349,14 @@ def test_methods_come_in_the_order_in_which_they_were_trained(model_folder, adap
         (tmp_path / method).symlink_to(adapters / method)
     (tmp_path / "manifest.json").write_text(json.dumps(
         {"metrics": {"methods": {"sft": {}, "bpo_weaken": {}, "bpo": {}}}}))
-    _, names = benchmarks.load_methods(QualitativeComparison(
+    _, names = held_out.load_methods(QualitativeComparison(
             study="s", model=str(model_folder), adapters=str(tmp_path)))
     assert names == ["base", "sft", "bpo_weaken", "bpo"]
 
 
 def test_a_folder_without_adapters_is_refused(model_folder, tmp_path):
     with pytest.raises(Refusal, match="3_dpo_training writes them"):
-        benchmarks.load_methods(QualitativeComparison(
+        held_out.load_methods(QualitativeComparison(
             study="s", model=str(model_folder), adapters=str(tmp_path)))
 
 
@@ -368,7 +368,7 @@ def test_an_adapter_of_another_model_is_refused(model_folder, adapters, tmp_path
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 2}))
     with pytest.raises(Refusal, match="trained on another model"):
-        benchmarks.load_methods(QualitativeComparison(
+        held_out.load_methods(QualitativeComparison(
             study="s", model=str(model_folder), adapters=str(tmp_path)))
 
 
@@ -376,7 +376,7 @@ def test_data_without_a_truth_file_is_measured_by_length_and_change(parameters, 
                                                                     data_file, outputs):
     p = parameters.model_copy(update={"splits": {"held_out": str(untold_file)},
                                       "image_folder": str(data_file.parent), "rows": 5})
-    found = benchmarks.run(p)
+    found = held_out.run(p)
     assert set(found.metrics["held_out"]["base"]) == {"answer_words", "changed"}
     assert found.metrics["held_out"]["base"]["changed"]["n"] == 5
     assert compare.main_split(found.metrics) == "held_out"

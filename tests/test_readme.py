@@ -79,7 +79,7 @@ FLOORS = [
     {"runs", "entries", "shards", "encoding", "writers", "card", "pair_tables", "collation",
      "packed_forward", "packed_check", "scoring"},
     {"readers", "generate", "exports", "packed", "launch"},
-    {"stock", "probe", "benchmarks", "candidates"},
+    {"stock", "probe", "held_out", "candidates"},
     {"pairs", "compare", "sizes", "trainers"},
     {"train", "rounds"},
     {"__main__"},
