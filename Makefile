@@ -6,13 +6,14 @@ export HF_HUB_OFFLINE ?= 1
 # the cores, and gives the same bytes on machines with different numbers of them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help report test lab bench
+.PHONY: help report replicate test lab bench
 
 help:
-	@echo "make report   install, run the tiny study, write outputs/tiny/index.html"
-	@echo "make test     install, run all tests that a CPU can (make test ARGS='-m \"not slow\"' for the quick ones)"
-	@echo "make lab      install, open the notebooks in JupyterLab"
-	@echo "make bench    install, measure the speed ratios of the README's table"
+	@echo "make report     install, run the tiny study, write outputs/tiny/index.html"
+	@echo "make replicate  install, run the tiny study for five seeds, write outputs/tiny/replication.html"
+	@echo "make test       install, run all tests that a CPU can (make test ARGS='-m \"not slow\"' for the quick ones)"
+	@echo "make lab        install, open the notebooks in JupyterLab"
+	@echo "make bench      install, measure the speed ratios of the README's table"
 
 $(VENV)/.report: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -25,6 +26,9 @@ $(VENV)/.test: $(VENV)/.report
 
 report: $(VENV)/.report
 	$(VENV)/bin/python -m bpo run tiny
+
+replicate: $(VENV)/.report
+	$(VENV)/bin/python -m bpo replicate tiny --seeds 5
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)

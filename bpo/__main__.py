@@ -1,7 +1,9 @@
-"""The command line: python -m bpo check | run | stage | export | report STUDY."""
+"""The command line: python -m bpo check | run | stage | replicate | export | merge | report STUDY,
+and python -m bpo score BENCHMARK for answers that were made elsewhere."""
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import sys
@@ -11,13 +13,17 @@ from typing import Any
 
 import yaml
 
-from bpo import params, ranks, report, rounds, runs
+from bpo import params, ranks, replication, report, rounds, runs
 from bpo.exports import LAYOUTS
 from bpo.params import Refusal
 
 TITLES = {"0_tiny_world": "Tiny world", "1_noise_probability": "Noise and probability",
           "2_pair_generation": "Pair generation", "3_dpo_training": "DPO training",
-          "4_qualitative_comparison": "Qualitative comparison"}
+          "4_qualitative_comparison": "Qualitative comparison", "5_benchmarks": "Benchmarks",
+          "6_where_the_prior_comes_from": "Where the prior comes from"}
+# The module whose `run` is a notebook's stage. Notebook 6's is of the tiny world, which nothing but
+# its notebook may import.
+STAGES = {1: "probe", 2: "pairs", 3: "train", 4: "held_out", 5: "benchmarks"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,13 +38,17 @@ def main(arguments: list[str] | None = None) -> int:
                                  formatter_class=argparse.RawDescriptionHelpFormatter,
                                  epilog="\n".join(f"  {n:14} {v}" for n, v in LAYOUTS.items()))
     pages = commands.add_parser("report", help="render the executed notebooks again")
-    for command in (check, run, stage, export, pages):
+    replicate = commands.add_parser("replicate", help="run a study for several seeds and tell what "
+                                    "holds over them")
+    merge = commands.add_parser("merge", help="write what a method trained as a plain checkpoint")
+    score = commands.add_parser("score", help="score answers to a public benchmark")
+    for command in (check, run, stage, export, pages, replicate, merge):
         command.add_argument("study")
     stage.add_argument("number", type=int, metavar="N", help="the notebook's number")
     stage.add_argument("--parameters", type=Path, metavar="FILE", help="the notebook's parameters, "
                        "in place of the study's")
     export.add_argument("--to", required=True, metavar="LAYOUT", help=", ".join(LAYOUTS))
-    for command in (check, run, stage):
+    for command in (check, run, stage, replicate):
         command.add_argument("-p", nargs=2, action="append", default=[], dest="overrides",
                              metavar=("NAME", "VALUE"), help="override a parameter wherever it is")
     for command in (run, stage):
@@ -47,8 +57,26 @@ def main(arguments: list[str] | None = None) -> int:
                      help="run notebook N alone, and no later round")
     run.add_argument("--from", type=int, dest="first", metavar="N",
                      help="start at notebook N; later rounds (parameter rounds) follow whole")
-    options = parser.parse_args(arguments)
+    replicate.add_argument("--seeds", type=int, default=5, metavar="N", help="how many, from the "
+                           "study's own upwards (default: 5)")
+    merge.add_argument("--method", required=True, help="a method that notebook 3 trained")
+    merge.add_argument("--to", type=Path, metavar="FOLDER",
+                       help="default: outputs/STUDY/merged/METHOD")
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["score"]:
+        from bpo import score as scores
+
+        scores.add_arguments(score)
+    options = parser.parse_args(given)
     try:
+        if options.command == "score":
+            return scores.run(options)
+        if options.command == "merge":
+            from bpo import merge as merging  # brings transformers
+
+            folder = merging.write(options.study, method=options.method, to=options.to)
+            print(f"the merged checkpoint is {_short(folder)}")
+            return 0
         if options.command == "report":
             return _report(options.study)
         if options.command == "export":
@@ -56,6 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         overrides = {n: yaml.safe_load(v) if v else "" for n, v in options.overrides}
         if options.command == "check":
             return _check(options.study, overrides)
+        if options.command == "replicate":
+            return _replicate(options.study, overrides, seeds=options.seeds)
         if options.name:
             overrides["study"] = options.name
         if options.command == "stage":
@@ -77,7 +107,10 @@ def _check(study: str, overrides: dict[str, Any]) -> int:
         for field, path in path_parameters(p):
             found, size = _found(path, read)
             missing += not found
-            print(f"  {field:16} {path}  {size}")
+            print(f"  {field:24} {path}  {size}")
+        for line in lacking(p, read):
+            missing += 1
+            print(f"  {line}")
     for again in later:
         print(f"a later round: {_short(params.outputs_root() / again['3_dpo_training'].study)}")
     from bpo import sizes  # here, since torch comes with it
@@ -95,7 +128,8 @@ def path_parameters(p: params.Parameters) -> list[tuple[str, Path]]:
     values = p.model_dump()
     unused = {"text_model"} if values.get("endpoint") else set()
     named = [(n, values[n]) for n in ("model", "text_model", "data", "image_folder",
-                                      "describe_prompt", "question_prompt", "pairs", "adapters")
+                                      "describe_prompt", "question_prompt", "pairs", "adapters",
+                                      "probe_data")
              if values.get(n) and n not in unused]
     # Several data files, each with the folder that its image names start from.
     several = [d for n, d in named if isinstance(d, dict)]
@@ -103,8 +137,25 @@ def path_parameters(p: params.Parameters) -> list[tuple[str, Path]]:
     named += [("data", file) for d in several for file in d]
     named += [("images", f"{values['image_folder']}/{below}") for d in several
               for below in d.values() if below]
-    named += [(f"splits.{n}", v) for n, v in values.get("splits", {}).items()]
+    named += [(f"{field}.{n}", v) for field in ("splits", "folders")
+              for n, v in values.get(field, {}).items()]
     return [(n, p.path(v)) for n, v in named]
+
+
+def lacking(p: params.Parameters, read: dict[str, params.Parameters]) -> list[str]:
+    """What the benchmark folders that are there already lack, by name; those that a notebook of the
+    study writes are left to it."""
+    if not isinstance(p, params.Benchmarks):
+        return []
+    from bpo import judged, official
+
+    known = {**official.BENCHMARKS, **judged.JUDGED}
+    own = [runs.stage_folder(q.study, name) for name, q in read.items()]
+    folders = {n: p.path(v) for n, v in p.folders.items()}
+    return [f"folders.{n} {folder} lacks {', '.join(lost)}: {known[n].fetch}"
+            for n, folder in folders.items()
+            if folder.is_dir() and not any(folder.is_relative_to(f) for f in own)
+            and (lost := official.missing(known[n], folder))]
 
 
 @functools.cache
@@ -135,6 +186,7 @@ def _run(study: str, overrides: dict[str, Any], *, only: int | None, first: int 
         raise Refusal(f"study {study} has no such notebook; it has {', '.join(read)}")
     lost = [f"{name}: {field} {path}" for name, p in read.items() if name in chosen
             for field, path in path_parameters(p) if not _found(path, read)[0]]
+    lost += [f"{name}: {line}" for name in chosen for line in lacking(read[name], read)]
     if lost:
         raise Refusal("missing, so nothing was run:\n  " + "\n  ".join(lost))
     name = next(iter(read.values())).study
@@ -196,22 +248,19 @@ def _execute(notebook: str, p: params.Parameters, folder: Path) -> bool:
 
 def _stage(study: str, overrides: dict[str, Any], *, number: int, given: Path | None) -> int:
     """The work of one notebook, in this process's share; its notebook then finds it up to date."""
-    from bpo import held_out, pairs, probe, train
-
-    work = dict(enumerate((probe.run, pairs.run, train.run, held_out.run), start=1))
     if given is None:
         read = params.read_study(study, overrides)
     else:
         read = {n: params.validate(schema, params.read_yaml(given) | overrides, where=str(given))
                 for n, schema in params.SCHEMAS.items() if n.startswith(f"{number}_")}
     name = next((n for n in read if n.startswith(f"{number}_")), None)
-    if name is None or number not in work:
-        raise Refusal(f"study {study} has no stage {number} for this command; it has "
-                      + ", ".join(n for n in read if int(n[0]) in work))
+    if name is None or number not in STAGES:
+        raise Refusal(f"study {study} has no stage {number} for this command; it has " + (
+            ", ".join(n for n in read if int(n[0]) in STAGES) or "none: run its notebooks"))
     if ranks.world() > 1 and number not in (2, 3):
         raise Refusal(f"{name} runs in one process: start it without a launcher, "
                       f"python -m bpo stage {study} {number}")
-    result = work[number](read[name])
+    result = importlib.import_module(f"bpo.{STAGES[number]}").run(read[name])
     if ranks.rank() == 0:
         print(f"{result.done}: {_short(result.folder / runs.MANIFEST)}")
     ranks.leave()
@@ -232,6 +281,40 @@ def _export(study: str, *, to: str) -> int:
     return 0
 
 
+def _replicate(study: str, overrides: dict[str, Any], *, seeds: int) -> int:
+    """The study for several seeds, each a study of its own, then what holds over them. A seed that
+    is complete is only read, so that a replication that was stopped goes on where it was."""
+    for name in ("seed", "study"):
+        if name in overrides:
+            raise Refusal(f"-p {name}: replicate sets {name} itself; leave it out")
+    if seeds < 2:
+        raise Refusal(f"--seeds {seeds}: a replication needs at least 2 seeds")
+    read = params.read_study(study, overrides)
+    compared = params.QualitativeComparison.notebook
+    if compared not in read:
+        raise Refusal(f"study {study} has no {compared}.yaml, and a replication tells over seeds "
+                      "what that notebook compares; write one, or run the study for each seed")
+    own = read[compared]
+    studies = replication.studies(own.study, seed=own.seed, count=seeds)
+    again = "then give the same command again: what is complete is only read"
+    for seed, name in studies.items():
+        print(f"— seed {seed}: study {name}", flush=True)
+        try:
+            failed = _run(study, {**overrides, "study": name, "seed": seed}, only=None, first=None)
+        except Refusal as refusal:
+            raise Refusal(f"{refusal}\nseed {seed} (study {name}) could not run, so the "
+                          f"replication stopped; mend it, {again}") from None
+        if failed:
+            raise Refusal(f"seed {seed} (study {name}) failed, so the replication stopped; mend "
+                          f"what its report names, {again}")
+    # The page has each split and seed; a terminal the claims.
+    print(*replication.write(own.study, studies)[:5], sep="\n\n")
+    folder = params.outputs_root() / own.study
+    _index(folder)
+    print(f"the replication is {_short(folder / replication.PAGE)}")
+    return 0
+
+
 def _report(study: str) -> int:
     """Renders all executed notebooks of a study and its index again."""
     folder = params.outputs_root() / study
@@ -242,6 +325,8 @@ def _report(study: str) -> int:
         report.html_page(notebook)
     if held := rounds.written(study):
         rounds.write(study, rounds=held["rounds"])
+    if held := replication.written(study):
+        replication.write(study, replication.seeds_of(held))
     print(f"the report is {_short(_index(folder))}")
     return 0
 
@@ -264,6 +349,9 @@ def _index(folder: Path) -> Path:
     if held := rounds.written(folder.name):
         entries.append({"name": rounds.TABLE, "title": "Rounds", "status": "complete",
                         "headline": rounds.headline(held), "html": rounds.PAGE})
+    if held := replication.written(folder.name):
+        entries.append({"name": replication.TABLE, "title": "Replication", "status": "complete",
+                        "headline": replication.headline(held), "html": replication.PAGE})
     return report.index_page(folder, entries)
 
 

@@ -56,7 +56,7 @@ def wide_table(found: dict[str, Any], split: str, category: str) -> list[dict[st
     """One row a method, one column a metric of the category, "value [low, high]"."""
     names = [n for n, e in found[split]["base"].items()
              if METRICS[n][1] == category and e["value"] is not None]
-    return [{"method": method} | {METRICS[n][0]: _text(mine[n]) for n in names}
+    return [{"method": method} | {METRICS[n][0]: shown_estimate(mine[n]) for n in names}
             for method, mine in found[split].items()]
 
 
@@ -67,7 +67,8 @@ def counts_note(found: dict[str, Any], split: str, category: str) -> str:
     return "95 % bootstrap intervals over images; out of (base): " + ", ".join(parts)
 
 
-def _text(e: dict[str, Any]) -> str:
+def shown_estimate(e: dict[str, Any]) -> str:
+    """"value [low, high]", or "none"."""
     if e["value"] is None:
         return "none"
     return f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]"

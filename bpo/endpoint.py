@@ -5,7 +5,7 @@ is the caller's. Nothing is sent before `answers` or `check` is called.
 
 import ipaddress
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -68,17 +68,20 @@ class Endpoint:
                           f"above 0, are {self.at_once}, {self.retries} and {self.timeout}")
 
     def answers(self, prompts: Sequence[Sequence[Mapping[str, str]]], *, temperature: float,
-                top_p: float, max_new_tokens: int, seeds: Sequence[int]) -> list[str]:
+                top_p: float, max_new_tokens: int, seeds: Sequence[int],
+                keep: Callable[[int, str], None] | None = None) -> list[str]:
         """One answer a prompt, in the prompts' order; "" where the model said nothing.
 
         prompts: of each, the messages {role, content} that end with the question.
         seeds: one a prompt, sent with it; whether it fixes the draws is up to the server.
-        Raises Refusal when one request is refused or stays without an answer; the others under
-        way are then cancelled, so the batch should be small enough to be asked for again.
+        keep: is given each prompt's number and answer as the answer comes, one at a time.
+        Raises Refusal when one request is refused or stays without an answer; nothing new is asked
+        then. The others under way are cancelled, so the batch should be small enough to be asked
+        for again; with `keep` they are waited for, so that none is paid for and lost.
         """
         texts: list[str | None] = [None] * len(prompts)
         try:
-            self._ask(texts, prompts, seeds, temperature=temperature, top_p=top_p,
+            self._ask(texts, prompts, seeds, keep, temperature=temperature, top_p=top_p,
                       max_tokens=max_new_tokens)
         except NoAnswer as error:
             done = len(texts) - texts.count(None)
@@ -97,16 +100,28 @@ class Endpoint:
                   top_p=1.0, max_tokens=1)
 
     def _ask(self, texts: list[str | None], prompts: Sequence[Sequence[Mapping[str, str]]],
-             seeds: Sequence[int], **settings: Any) -> None:
+             seeds: Sequence[int], keep: Callable[[int, str], None] | None = None,
+             **settings: Any) -> None:
         """Fills `texts` as answers come. max_tokens is the name that the most servers know."""
         key = self._key()
         left = iter(list(enumerate(zip(prompts, seeds, strict=True))))
+        failed: list[Exception] = []
 
         async def ask_one_after_another(client: openai.AsyncOpenAI) -> None:
             for place, (messages, seed) in left:  # shared: each takes what nobody has taken yet
-                said = await client.chat.completions.create(
-                    model=self.model, messages=[dict(m) for m in messages], seed=seed, **settings)
-                texts[place] = self._text(said, key)
+                try:
+                    said = await client.chat.completions.create(
+                        model=self.model, messages=[dict(m) for m in messages], seed=seed,
+                        **settings)
+                    texts[place] = self._text(said, key)
+                except (openai.APIError, ValueError, NoAnswer) as error:
+                    if keep is None:
+                        raise
+                    failed.append(error)
+                    list(left)  # nobody finds another one to take
+                else:
+                    if keep is not None:
+                        keep(place, texts[place])
 
         async def ask_all() -> None:
             # A proxy cannot reach this machine's own servers.
@@ -118,6 +133,8 @@ class Endpoint:
                 async with anyio.create_task_group() as group:
                     for _ in range(min(self.at_once, len(prompts))):
                         group.start_soon(ask_one_after_another, client)
+                if failed:
+                    raise ExceptionGroup("", failed)
 
         try:
             # A thread of its own: in a notebook this one has an event loop already.

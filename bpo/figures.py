@@ -80,7 +80,7 @@ def noise_curves(curves: dict[str, dict[str, list[float]]], steps: list[int], yl
     theme()
     fig = Figure(figsize=(WIDTH * 0.85, 4.0), layout="constrained")
     axes = fig.subplots()
-    for (name, curve), style in zip(curves.items(), _styles(), strict=False):
+    for (name, curve), style in zip(curves.items(), line_styles(), strict=False):
         axes.plot(steps, curve["mean"], label=visible(name), **style)
         axes.fill_between(steps, curve["low"], curve["high"], color=style["color"], alpha=0.16,
                           linewidth=0)
@@ -90,7 +90,7 @@ def noise_curves(curves: dict[str, dict[str, list[float]]], steps: list[int], yl
                       va="top", color=QUIET, fontsize=9, xytext=(0, -2),
                       textcoords="offset points")
     axes.set(xlabel="noise step (0 is the clean image)", ylabel=ylabel, xmargin=0.02)
-    _legend_above(fig, axes)
+    legend_above(fig, axes)
     return fig
 
 
@@ -105,11 +105,11 @@ def training_curves(histories: dict[str, list[dict[str, float]]]) -> Figure:
               "rewards/accuracies": ("Reward accuracy", "share of pairs")}
     for (key, (title, unit)), panel in zip(titles.items(), panels, strict=False):
         panel.set(title=title, ylabel=unit)
-        for (method, history), style in zip(histories.items(), _styles(), strict=False):
+        for (method, history), style in zip(histories.items(), line_styles(), strict=False):
             _curve(panel, history, key, **style, label=visible(method))
     panels[2].axhline(0.5, color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
     panels[3].set(title="Log-probability of answers", ylabel="nats, change against the reference")
-    for history, style in zip(histories.values(), _styles(), strict=False):
+    for history, style in zip(histories.values(), line_styles(), strict=False):
         _curve(panels[3], history, "chosen", **{**style, "linestyle": "-"})
         _curve(panels[3], history, "rejected", **{**style, "linestyle": ":"},
                markerfacecolor="white")
@@ -123,7 +123,7 @@ def training_curves(histories: dict[str, list[dict[str, float]]]) -> Figure:
             Line2D([], [], color="#303030", marker="o", linestyle="-", label="chosen"),
             Line2D([], [], color="#303030", marker="o", linestyle=":", label="rejected",
                    markerfacecolor="white")])
-    _legend_above(fig, panels[0])
+    legend_above(fig, panels[0])
     return fig
 
 
@@ -145,7 +145,7 @@ def metric_bars(table: list[dict[str, Any]], metrics: list[str]) -> Figure:
         for row in table:
             if row["metric"] == metric:
                 place = methods.index(row["method"])
-                style = list(itertools.islice(_styles(), place + 1))[-1]
+                style = list(itertools.islice(line_styles(), place + 1))[-1]
                 _interval(panel, row, place, style, number=f"{row['value']:.3f}")
     return fig
 
@@ -233,13 +233,54 @@ def _grid(rows: int, columns: int, *, width: float, height: float) -> tuple[Figu
     return fig, list(fig.subplots(rows, columns, squeeze=False).flat)
 
 
-def _styles() -> Any:
+def line_styles() -> Any:
     """Endless line styles: the first seven differ in colour, marker and dash at once, 63 in all."""
     for colour, marker, line in zip(*map(itertools.cycle, (COLOURS, MARKERS, LINES)), strict=False):
         yield {"color": colour, "marker": marker, "linestyle": line}
 
 
-def _legend_above(fig: Figure, axes: Axes) -> None:
+def legend_above(fig: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
         fig.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)))
+
+
+def prior_worlds(cells: list[dict[str, Any]], steps: list[int], chance: float) -> Figure:
+    """Above, a panel a text level: P(prior) against the noise step, a line an image level. Below,
+    its value on clean images and its rise to the last step. Every seed is thin or small.
+
+    cells: rows {"text", "images", "seed", "curve", "clean", "rise"}, the curve as long as `steps`.
+    """
+    theme()
+    texts, pictures = (list(dict.fromkeys(c[k] for c in cells)) for k in ("text", "images"))
+    fig = Figure(figsize=(WIDTH, 6.6), layout="constrained")
+    above, below = fig.subfigures(2, 1, hspace=0.04)
+    panels = above.subplots(1, len(texts), sharey=True, squeeze=False)[0]
+    for text, panel in zip(texts, panels, strict=True):
+        panel.set(title=visible(f"text: {text}"), xlabel="noise step (0 is the clean image)",
+                  xmargin=0.02)
+        for level, style in zip(pictures, line_styles(), strict=False):
+            mine = [c["curve"] for c in cells if (c["text"], c["images"]) == (text, level)]
+            for curve in mine:
+                panel.plot(steps, curve, color=style["color"], linewidth=0.8, alpha=0.55)
+            panel.plot(steps, [sum(values) / len(values) for values in zip(*mine, strict=True)],
+                       label=visible(f"alignment images: {level}"), **{**style, "linewidth": 2.2})
+        panel.axhline(chance, color=QUIET, linewidth=1, linestyle=(0, (2, 2)), label="chance")
+    panels[0].set_ylabel("P(prior's answer)")
+    titles = {"clean": "P(prior) on clean images", "rise": "Rise to the last step"}
+    for (key, title), panel in zip(titles.items(), below.subplots(1, 2), strict=True):
+        for place, text in enumerate(texts):
+            for number, (level, style) in enumerate(zip(pictures, line_styles(), strict=False)):
+                at = place + (number - (len(pictures) - 1) / 2) * 0.22
+                values = [c[key] for c in cells if (c["text"], c["images"]) == (text, level)]
+                panel.plot([at] * len(values), values, style["marker"], color=style["color"],
+                           markersize=4.5, markerfacecolor="white")
+                mean = sum(values) / len(values)
+                panel.plot([at - 0.08, at + 0.08], [mean, mean], color=style["color"],
+                           linewidth=2.2, solid_capstyle="butt")
+        panel.axhline(0, color="#303030", linewidth=0.8)
+        panel.set_xticks(range(len(texts)), [visible(f"text: {text}") for text in texts])
+        panel.set(title=title, xlim=(-0.5, len(texts) - 0.5))
+        panel.grid(visible=False, axis="x")
+    legend_above(fig, panels[0])
+    return fig

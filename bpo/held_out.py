@@ -8,8 +8,9 @@ Without one, only what needs no truth is measured: length, and how many answers 
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from bpo import (
     scoring,
     seeds,
     shards,
+    vocabulary,
 )
 from bpo.generate import Request
 from bpo.models import Checkpoint
@@ -62,7 +64,7 @@ def run(p: QualitativeComparison) -> runs.Result:
             inputs[f"{split} truth"] = truth
     return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
                       modules=[seeds, *readers.MODULES, models, encoding, generate, branches,
-                               scoring, metrics, shards, sys.modules[__name__]])
+                               scoring, metrics, vocabulary, shards, sys.modules[__name__]])
 
 
 def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
@@ -199,22 +201,43 @@ def score(lines: Sequence[dict], truth: dict[str, Any], methods: Sequence[str], 
 
     Bootstrap over images, the same resamples for all methods.
     """
-    images = sorted({line["image"] for line in lines})
+    return scored({m: [(line["image"], counts(line, m, truth)) for line in lines] for m in methods},
+                  METRICS, seed=seed, resamples=resamples)
+
+
+def scored(counted: Mapping[str, Sequence[tuple[str, Mapping[str, tuple[float, float]]]]],
+           names: Iterable[str], *, seed: int, resamples: int,
+           combined: Mapping[str, tuple[Sequence[str], Callable[..., Any]]] = MappingProxyType({})
+           ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Estimates and paired differences, as `score` gives them, of what each answer adds.
+
+    counted: method -> an (image, {metric: (counted, out of)}) an answer, of the same images for
+    every method. names: the metrics to keep, in their order, where any answer has them.
+    combined: further numbers, each made of some of these by a rule.
+    """
+    images = sorted({image for image, _ in next(iter(counted.values()))})
     weights = metrics.bootstrap_weights(len(images), resamples,
                                         seeds.numpy_generator(seed, "comparison interval"))
+    blank = [(i, (0.0, 0.0)) for i in images]
     ratios: dict[str, dict[str, metrics.Ratios]] = {}
-    for method in methods:
+    for method, answers in counted.items():
         found: dict[str, list] = {}
-        for line in lines:
-            for name, count in counts(line, method, truth).items():
-                found.setdefault(name, []).append((line["image"], count))
-        blank = [(i, (0.0, 0.0)) for i in images]
-        ratios[method] = {n: metrics.by_image([*blank, *found[n]]) for n in METRICS if n in found}
-    values = {m: {n: metrics.estimate(r, weights) for n, r in mine.items()}
-              for m, mine in ratios.items()}
+        for image, mine in answers:
+            for name, count in mine.items():
+                found.setdefault(name, []).append((image, count))
+        ratios[method] = {n: metrics.by_image([*blank, *found[n]]) for n in names if n in found}
+    rules = {n: ((n,), metrics.itself) for n in names} | dict(combined)
+
+    def parts(method: str, name: str) -> list[metrics.Ratios]:
+        return [ratios[method][part] for part in rules[name][0]]
+
+    known = {m: [n for n, (needed, _) in rules.items() if mine.keys() >= set(needed)]
+             for m, mine in ratios.items()}
+    values = {m: {n: metrics.combined_estimate(rules[n][1], parts(m, n), weights)
+                  for n in known[m]} for m in counted}
     contrasts = {
-        against: {m: {n: metrics.difference(r, ratios[against][n], weights)
-                      for n, r in ratios[m].items()}
-                  for m in methods if m != against}
-        for against in BASELINES if against in methods}
+        against: {m: {n: metrics.combined_difference(rules[n][1], parts(m, n), parts(against, n),
+                                                     weights) for n in known[m]}
+                  for m in counted if m != against}
+        for against in BASELINES if against in counted}
     return values, contrasts

@@ -4,18 +4,14 @@ Every number is a ratio of sums over images (a mean is a ratio with ones below),
 bootstrap serves all of them, and a difference between two methods is resampled in pairs.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-Vocabulary = Mapping[str, Sequence[str]]
+from bpo.vocabulary import Lexicon, Vocabulary, lexicon, words
+
 Ratios = Mapping[str, tuple[float, float]]  # image -> (what is counted, out of how many)
-
-
-def words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9']+", text.lower())
 
 
 def normalised(text: str) -> str:
@@ -23,34 +19,18 @@ def normalised(text: str) -> str:
     return " ".join(words(text))
 
 
-def mentioned_objects(text: str, vocabulary: Vocabulary) -> list[str]:
+def mentioned_objects(text: str, vocabulary: Vocabulary | Lexicon) -> list[str]:
     """The object class of every object word in a text, repeats kept, in order of mention.
 
     vocabulary: class -> its words and plurals; a longer phrase ("hot dog") wins over a word in it.
     """
-    return [name for name, _, _ in _mentions(text, vocabulary)]
+    return lexicon(vocabulary).objects(text)
 
 
-def _mentions(text: str, vocabulary: Vocabulary) -> list[tuple[str, int, int]]:
-    """(class, first word, word after the last) of every object phrase, the longest one winning."""
-    phrases = {tuple(words(form)): name for name, forms in vocabulary.items() for form in forms}
-    longest = max((len(p) for p in phrases), default=0)
-    tokens, found, at = words(text), [], 0
-    while at < len(tokens):
-        for size in range(min(longest, len(tokens) - at), 0, -1):
-            name = phrases.get(tuple(tokens[at:at + size]))
-            if name is not None:
-                found.append((name, at, at + size))
-                at += size
-                break
-        else:
-            at += 1
-    return found
-
-
-def wrong_object_words(text: str, vocabulary: Vocabulary, present: set[str]) -> set[str]:
+def wrong_object_words(text: str, vocabulary: Vocabulary | Lexicon, present: set[str]) -> set[str]:
     """The words of a text that name objects which are not in the image."""
-    tokens, found = words(text), _mentions(text, vocabulary)
+    tokens = words(text)
+    found = lexicon(vocabulary).mentions(tokens)
     wrong = {t for name, a, b in found if name not in present for t in tokens[a:b]}
     return wrong - {t for name, a, b in found if name in present for t in tokens[a:b]}
 
@@ -77,7 +57,7 @@ def caption_is_right(text: str, vocabulary: Vocabulary, colours: Sequence[str],
     present = {o["name"] for o in objects}
     coloured = {(o["name"], o["colour"]) for o in objects}
     tokens = words(text)
-    found = _mentions(text, vocabulary)
+    found = lexicon(vocabulary).mentions(tokens)
     told = {(name, tokens[a - 1]) for name, a, _ in found if a and tokens[a - 1] in colours}
     return bool(found) and {name for name, _, _ in found} <= present and told <= coloured
 
@@ -116,26 +96,76 @@ def bootstrap_weights(images: int, resamples: int, rng: np.random.Generator) -> 
     return rng.multinomial(images, np.full(images, 1 / images), size=resamples)
 
 
+def itself(ratio: Any) -> Any:
+    """The rule of a number that is one ratio and nothing else."""
+    return ratio
+
+
 def estimate(ratios: Ratios, weights: np.ndarray) -> dict[str, Any]:
     """A ratio of sums with its 95 % percentile bootstrap interval over images.
 
     weights: (resamples, images) from `bootstrap_weights`, columns in the sorted order of images.
     Returns {value, low, high, n}: n is what the ratio is out of. None where that is nothing.
     """
-    top, bottom = _columns(ratios, sorted(ratios))
-    return _interval(_ratio(top.sum(), bottom.sum()),
-                     _ratio(weights @ top, weights @ bottom), bottom.sum())
+    return combined_estimate(itself, [ratios], weights)
+
+
+def combined_estimate(rule: Callable[..., Any], parts: Sequence[Ratios], weights: np.ndarray
+                      ) -> dict[str, Any]:
+    """`estimate` of a number made of several ratios of the same images, such as AMBER's score.
+
+    rule: the ratios, as numbers or arrays, -> the number. n is the least of theirs.
+    """
+    return _interval(*_resampled(rule, parts, weights))
 
 
 def difference(ratios: Ratios, other: Ratios, weights: np.ndarray) -> dict[str, Any]:
-    """`ratios` minus `other` on the same images, each resample taking the same images of both."""
-    if ratios.keys() != other.keys():
+    """`ratios` minus `other` on the same images, each resample taking the same images of both.
+
+    Returns {value, low, high, n, p}; p is two-sided, from how many resamples lie on the other side
+    of zero or on it, (1 + 2 min(those <= 0, those >= 0)) / (1 + all), at most 1.
+    """
+    return combined_difference(itself, [ratios], [other], weights)
+
+
+def combined_difference(rule: Callable[..., Any], parts: Sequence[Ratios],
+                        others: Sequence[Ratios], weights: np.ndarray) -> dict[str, Any]:
+    """`difference` of a number made of several ratios, as `combined_estimate` makes it."""
+    if any(p.keys() != parts[0].keys() for p in (*parts, *others)):
         raise ValueError("a paired difference needs the same images on both sides")
-    names = sorted(ratios)
-    (top, bottom), (top2, bottom2) = _columns(ratios, names), _columns(other, names)
-    value = _ratio(top.sum(), bottom.sum()) - _ratio(top2.sum(), bottom2.sum())
-    drawn = _ratio(weights @ top, weights @ bottom) - _ratio(weights @ top2, weights @ bottom2)
-    return _interval(value, drawn, min(bottom.sum(), bottom2.sum()))
+    value, drawn, count = _resampled(rule, parts, weights)
+    value2, drawn2, count2 = _resampled(rule, others, weights)
+    found = _interval(value - value2, drawn - drawn2, min(count, count2))
+    return found | {"p": None if found["value"] is None else _two_sided(drawn - drawn2)}
+
+
+def _resampled(rule: Callable[..., Any], parts: Sequence[Ratios], weights: np.ndarray
+               ) -> tuple[Any, np.ndarray, float]:
+    """The number itself, the number in every resample, and what its smallest part is out of."""
+    columns = [_columns(r, sorted(r)) for r in parts]
+    value = rule(*(_ratio(top.sum(), bottom.sum()) for top, bottom in columns))
+    drawn = rule(*(_ratio(weights @ top, weights @ bottom) for top, bottom in columns))
+    return value, drawn, min(bottom.sum() for _, bottom in columns)
+
+
+def _two_sided(drawn: np.ndarray) -> float:
+    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    return round(min((1 + 2 * int(beyond)) / (1 + int(np.isfinite(drawn).sum())), 1.0), 6)
+
+
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """The p values adjusted for being looked at together (Holm 1979), in their own order.
+
+    The k-th smallest of m is multiplied by m - k + 1, is no smaller than the one before it, and at
+    most 1. None stays None and is not among the m.
+    """
+    order = sorted((i for i, p in enumerate(ps) if p is not None), key=lambda i: ps[i])
+    adjusted: list[float | None] = [None] * len(ps)
+    least = 0.0
+    for before, i in enumerate(order):
+        least = max(least, min(ps[i] * (len(order) - before), 1.0))
+        adjusted[i] = least
+    return adjusted
 
 
 def _columns(ratios: Ratios, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

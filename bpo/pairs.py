@@ -36,6 +36,7 @@ from bpo import (
     selection,
     shards,
     stock,
+    vocabulary,
 )
 from bpo.candidates import Candidates
 from bpo.params import SOURCES, WEAKEN_MODES, PairGeneration, Refusal
@@ -58,8 +59,8 @@ def run(p: PairGeneration) -> runs.Result:
         inputs["truth"] = truth
     return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
                       modules=[noise, seeds, *readers.MODULES, stock, models, encoding, generate,
-                               branches, scoring, metrics, selection, audit, endpoint, shards,
-                               candidates, sys.modules[__name__]])
+                               branches, scoring, metrics, vocabulary, selection, audit,
+                               endpoint, shards, candidates, sys.modules[__name__]])
 
 
 def data_files(p: PairGeneration) -> dict[Path, str]:
@@ -182,8 +183,8 @@ def is_right(pair: dict, text: str, truth: dict[str, Any]) -> bool | None:
         return None
     if known["category"] != "caption":
         return metrics.normalised(text) in map(metrics.normalised, known["true"])
-    vocabulary = truth["vocabulary"]
-    return metrics.caption_is_right(text, vocabulary["objects"], vocabulary["colours"],
+    known = truth["vocabulary"]
+    return metrics.caption_is_right(text, known["objects"], known["colours"],
                                     truth["images"][pair["image"]]["objects"])
 
 

@@ -28,11 +28,16 @@ LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair
           "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "dpop",
           "anchor", "mdpo")
 
+# The judge-free benchmarks first.
+BENCHMARKS = ("chair", "object-halbench", "pope", "amber", "mm-vet", "llava-bench", "mmhal")
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 EvenCount = Annotated[int, Field(ge=6, multiple_of=2)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 NoiseStep = Annotated[int, Field(ge=0, le=999)]
+LevelName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]  # it becomes part of file names
+Level = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 
 
 class Refusal(Exception):
@@ -96,6 +101,8 @@ class TinyWorld(Parameters):
     development_images: EvenCount = Field(200, description="counterfactual images to choose by")
     test_images: EvenCount = Field(400, description="counterfactual images for reporting")
     natural_images: EvenCount = Field(200, description="natural images for reporting")
+    benchmark_images: EvenCount = Field(
+        200, description="counterfactual images of each benchmark in an official layout")
     text_width: int = Field(128, description="width of the language model", ge=16, multiple_of=8)
     text_layers: Count = Field(3, description="layers of the language model")
     vision_width: int = Field(96, description="width of the vision tower", ge=16, multiple_of=4)
@@ -120,6 +127,50 @@ class TinyWorld(Parameters):
                              f"alignment_images ({self.alignment_images}) while preference_rows "
                              "is alignment")
         return self
+
+
+class PriorOrigin(Parameters):
+    """6_where_the_prior_comes_from: worlds of every text level with every image level."""
+
+    notebook: ClassVar[str] = "6_where_the_prior_comes_from"
+
+    study: str = Field("tiny-prior", description="name of the study: its folder below outputs/",
+                       pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    repeats: Count = Field(3, description="seeds: the study's own and those that follow it")
+    text_levels: dict[LevelName, Level] = Field(
+        {"uniform": [0.125, 0.106], "biased": [0.95, 0.9]}, min_length=2,
+        description="name, share of typical colours, share of objects with their partner in the "
+                    "text; the level with the most typical colours is compared with the fewest")
+    image_levels: dict[LevelName, Level] = Field(
+        {"uniform": [0.125, 0.106], "half": [0.4475, 0.328], "biased": [0.77, 0.55]},
+        min_length=2, description="the same of the alignment images")
+    text_documents: int = Field(22000, description="documents drawn for the text corpus, of which "
+                                                   "those about rewriting are left out", ge=700)
+    alignment_images: Count = Field(1000, description="images of the alignment phase")
+    tower_steps: Count = Field(1000, description="steps of teaching the vision tower")
+    text_steps: Count = Field(900, description="steps of text pretraining")
+    caption_steps: Count = Field(300, description="alignment steps on captions alone")
+    mixed_steps: Count = Field(350, description="alignment steps on all questions")
+    images: Count = Field(200, description="counterfactual images, the same for all worlds of a "
+                                           "seed")
+    noise_steps: list[NoiseStep] = Field(
+        [0, 300, 500, 600, 700, 800, 900, 999], min_length=2,
+        description="diffusion steps at which to look; 0 is the clean image")
+    draws: Count = Field(1, description="noise draws for each image and step")
+    resamples: Annotated[int, Field(ge=100, le=100_000)] = Field(
+        2000, description="bootstrap resamples over images")
+
+    @field_validator("noise_steps")
+    @classmethod
+    def _from_clean_upwards(cls, steps: list[int]) -> list[int]:
+        return NoiseProbability._from_clean_upwards(steps)
+
+    @field_validator("text_levels", "image_levels")
+    @classmethod
+    def _levels_differ(cls, levels: dict[str, list[float]]) -> dict[str, list[float]]:
+        if len({typical for typical, _ in levels.values()}) < len(levels):
+            raise ValueError("two levels have the same share of typical colours")
+        return levels
 
 
 class Checkpoint(Parameters):
@@ -351,9 +402,63 @@ class QualitativeComparison(Checkpoint):
     gallery: int = shown(8, "comparisons shown in the gallery", ge=1, le=60)
 
 
+class Benchmarks(Checkpoint):
+    """5_benchmarks"""
+
+    notebook: ClassVar[str] = "5_benchmarks"
+
+    adapters: str = Field("outputs/{study}/3_dpo_training",
+                          description="folder of notebook 3: an adapter for each method")
+    folders: dict[Literal[BENCHMARKS], str] = Field(
+        {n: f"outputs/{{study}}/0_tiny_world/benchmarks/{n}" for n in BENCHMARKS[:4]}, min_length=1,
+        description="folder of each benchmark's official files: chair, object-halbench, pope, "
+                    "amber, mm-vet, llava-bench, mmhal")
+    questions: int = Field(0, description="questions of each benchmark, drawn by seed; 0: all",
+                           ge=0)
+    max_new_tokens: Count = Field(40, description="longest answer, in tokens")
+    temperature: float = Field(0.0, description="sampling temperature of the answers; 0: greedy",
+                               ge=0, le=5)
+    top_p: float = Field(1.0, description="nucleus of the answers", gt=0, le=1)
+    yes_no: list[str] = Field(
+        ["yes", "no"], min_length=2, max_length=2,
+        description="the two answers whose probabilities are weighed for calibration, yes first")
+    batch_size: Count = Field(128, description="questions decoded together")
+    probe_data: str = Field(
+        "outputs/{study}/0_tiny_world/counterfactual/rows.json",
+        description="annotated rows that are weighed with the right image, a swapped one and none; "
+                    "empty: none are")
+    probe_image_folder: str = Field(
+        "", description="folder of their images; empty: the data file's own")
+    probe_rows: Count = Field(600, description="rows that are weighed, drawn by seed")
+    probe_step: NoiseStep = Field(800, description="diffusion step of the noise that each token's "
+                                                   "probability is compared under")
+    judge: str = Field("", description="URL of an OpenAI-compatible endpoint that judges mm-vet, "
+                                       "llava-bench, mmhal; empty: answers are only written")
+    judge_model: str = Field("", description="the endpoint's name of the judge")
+    judge_key_variable: str = Field(
+        "OPENAI_API_KEY", description="environment variable that holds the judge's key")
+    judge_temperature: float = Field(0.0, description="the judge's sampling temperature", ge=0,
+                                     le=2)
+    judge_repeats: Count = Field(1, description="replies of the judge to each answer, averaged")
+    judge_attempts: Count = Field(3, description="tries to get a reply that can be read, before "
+                                                 "the answer counts as unscored")
+    judge_requests: Count = shown(8, "requests under way to the judge")
+    judge_retries: int = shown(5, "tries again of one request before the run stops", ge=0)
+    judge_timeout: float = shown(120.0, "seconds of silence after which a request is lost", gt=0)
+    resamples: Annotated[int, Field(ge=100, le=100_000)] = Field(
+        2000, description="bootstrap resamples over images")
+    gallery: int = shown(4, "captions whose tokens are drawn", ge=1, le=20)
+
+    @model_validator(mode="after")
+    def _judge_has_a_name(self) -> "Benchmarks":
+        if self.judge and not self.judge_model:
+            raise ValueError("judge_model: must be named when judge is")
+        return self
+
+
 SCHEMAS: dict[str, type[Parameters]] = {
     s.notebook: s for s in (TinyWorld, NoiseProbability, PairGeneration, DPOTraining,
-                            QualitativeComparison)}
+                            QualitativeComparison, Benchmarks, PriorOrigin)}
 
 
 def outputs_root() -> Path:

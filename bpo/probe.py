@@ -30,6 +30,7 @@ from bpo import (
     scoring,
     seeds,
     shards,
+    vocabulary,
 )
 from bpo.generate import Request
 from bpo.models import Checkpoint
@@ -59,7 +60,7 @@ def run(p: NoiseProbability) -> runs.Result:
         inputs["truth"] = truth
     return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
                       modules=[noise, seeds, *readers.MODULES, models, encoding, generate, branches,
-                               scoring, metrics, shards, sys.modules[__name__]])
+                               scoring, metrics, vocabulary, shards, sys.modules[__name__]])
 
 
 def _work(p: NoiseProbability, folder: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from bpo import (
     runs,
     seeds,
     trainers,
+    vocabulary,
 )
 from bpo.models import Checkpoint
 from bpo.params import DPOTraining, Refusal
@@ -49,9 +50,9 @@ def run(p: DPOTraining) -> runs.Result:
     launch.start(p)
     inputs = {"model": p.path(p.model), "pairs": p.path(p.pairs)}
     return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
-                      modules=[seeds, records, images, models, encoding, metrics, pairs, branches,
-                               reference, objectives, collation, packed_forward, packed_check,
-                               packed, trainers, sys.modules[__name__]])
+                      modules=[seeds, records, images, models, encoding, metrics, vocabulary, pairs,
+                               branches, reference, objectives, collation, packed_forward,
+                               packed_check, packed, trainers, sys.modules[__name__]])
 
 
 def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:

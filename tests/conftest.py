@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -35,6 +36,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from bpo import models
+from bpo.seeds import torch_generator
 
 SIDE, PATCH = 32, 16
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -130,6 +132,24 @@ def checkpoint(model_folder) -> models.Checkpoint:
 @pytest.fixture(scope="session")
 def text_checkpoint(text_folder) -> models.Checkpoint:
     return models.load_text_model(text_folder)
+
+
+@pytest.fixture(scope="session")
+def adapters(model_folder, tmp_path_factory):
+    """Three random adapters, as notebook 3 lays them: sft does nothing, the others differ."""
+    folder = tmp_path_factory.mktemp("adapters")
+    torch.manual_seed(0)  # PEFT draws the other half of each adapter
+    for method, size in (("sft", 0.0), ("bpo", 0.4), ("bpo_weaken", 0.4)):
+        model = models.load(model_folder).model
+        config = models.adapter_config(model, rank=4, alpha=8, dropout=0)
+        tuned = get_peft_model(model, config)
+        draw = torch_generator(0, method)
+        with torch.no_grad():
+            for name, weight in tuned.named_parameters():
+                if "lora_B" in name:
+                    weight.copy_(size * torch.randn(weight.shape, generator=draw))
+        tuned.save_pretrained(folder / method / "adapter")
+    return folder
 
 
 def picture(thing: str, colour: str, seed: int, size: tuple[int, int] = (40, 40)) -> Image.Image:

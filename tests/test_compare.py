@@ -5,12 +5,10 @@ import json
 
 import pytest
 import torch
-from peft import get_peft_model
 
 from bpo import compare, encoding, generate, held_out, models, readers, records
 from bpo.generate import Request
 from bpo.params import QualitativeComparison, Refusal
-from bpo.seeds import torch_generator
 
 TRUTH = {
     "vocabulary": {"objects": {"dog": ["dog", "dogs"], "cat": ["cat", "cats"],
@@ -220,24 +218,6 @@ def test_tables_show_values_with_intervals_and_counts(scored):
 
 
 # --- the stage ----------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def adapters(model_folder, tmp_path_factory):
-    """Three random adapters, as notebook 3 lays them: sft does nothing, the others differ."""
-    folder = tmp_path_factory.mktemp("adapters")
-    torch.manual_seed(0)  # PEFT draws the other half of each adapter
-    for method, size in (("sft", 0.0), ("bpo", 0.4), ("bpo_weaken", 0.4)):
-        model = models.load(model_folder).model
-        config = models.adapter_config(model, rank=4, alpha=8, dropout=0)
-        tuned = get_peft_model(model, config)
-        draw = torch_generator(0, method)
-        with torch.no_grad():
-            for name, weight in tuned.named_parameters():
-                if "lora_B" in name:
-                    weight.copy_(size * torch.randn(weight.shape, generator=draw))
-        tuned.save_pretrained(folder / method / "adapter")
-    return folder
-
 
 @pytest.fixture(scope="module")
 def parameters(model_folder, adapters, data_file):

@@ -279,6 +279,52 @@ def test_the_first_failure_ends_what_is_under_way_and_starts_nothing_new(endpoin
     assert sorted(server.questions()) == ["a", "b"]
 
 
+def test_each_answer_is_handed_over_as_it_comes(endpoint, server):
+    def waits_for_what_was_kept(number, body):
+        said = echo(body)
+        if body["messages"][0]["content"] == "d":
+            assert server.ended.wait(5)  # set below, from within `keep`
+        return said
+
+    kept = []
+
+    def keep(place, text):
+        kept.append((place, text))
+        if len(kept) == 3:
+            server.ended.set()
+
+    server.reply = waits_for_what_was_kept
+    found = ask(endpoint, *"dabc", keep=keep)
+    assert sorted(kept) == list(enumerate(found)) and kept[-1] == (0, "echo: d")
+    assert found == [f"echo: {c}" for c in "dabc"]
+
+
+@pytest.mark.parametrize("fault", ((401, {}, {"error": "no"}), (500, {}, b""), (200, {}, b"[]")))
+def test_with_keep_a_failure_waits_for_what_is_under_way_and_starts_nothing_new(
+        endpoint, server, fault):
+    def second_fails(number, body):
+        if body["messages"][0]["content"] == "b":
+            return fault
+        time.sleep(0.5)
+        return echo(body)
+
+    server.reply, kept = second_fails, {}
+    with pytest.raises(Refusal) as refusal:
+        ask(replace(endpoint, at_once=3, retries=0), *"abcdef", keep=kept.__setitem__)
+    assert kept == {0: "echo: a", 2: "echo: c"} and sorted(server.questions()) == list("abc")
+    assert isinstance(refusal.value, NoAnswer) == (fault[0] != 401)
+    assert fault[0] == 401 or "; 2 of this batch's 6 had been answered" in str(refusal.value)
+
+
+def test_an_answer_that_cannot_be_kept_ends_it(endpoint, server):
+    def full(place, text):
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        ask(replace(endpoint, at_once=1), *"abc", keep=full)
+    assert len(server.seen) == 1
+
+
 def test_an_interrupt_ends_it_at_once(endpoint, server):
     def interrupt(number, body):
         os.kill(os.getpid(), signal.SIGINT)

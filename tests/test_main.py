@@ -1,5 +1,7 @@
 """The command line: what it checks, what it refuses, and in which words."""
 
+import re
+
 import pytest
 
 from bpo import __main__, params, rounds, runs
@@ -16,7 +18,7 @@ def outputs(tmp_path, monkeypatch):
 def test_check_of_the_tiny_study_finds_everything(capsys):
     assert main(["check", "tiny"]) == 0
     told = capsys.readouterr().out
-    for notebook in params.SCHEMAS:
+    for notebook in params.study_files("tiny"):
         assert f"params/tiny/{notebook}.yaml" in told
     assert "written by 0_tiny_world" in told
 
@@ -38,6 +40,35 @@ def test_check_reads_overrides_and_refuses_bad_ones(capsys):
     assert "no notebook of study tiny has this parameter" in capsys.readouterr().err
 
 
+def test_check_finds_the_probe_rows_and_each_benchmark_of_notebook_5(capsys):
+    assert main(["check", "tiny"]) == 0
+    told = capsys.readouterr().out
+    for name in ("chair", "object-halbench", "pope", "amber"):
+        assert re.search(rf"folders\.{name} .*/benchmarks/{name}  written by 0_tiny_world", told)
+    assert re.search(r"probe_data .*counterfactual/rows.json  written by 0_tiny_world", told)
+    assert "probe_data" not in dict(__main__.path_parameters(
+        params.Benchmarks(probe_data=""))).keys()
+
+
+def test_files_that_a_benchmark_lacks_are_named_before_anything_runs(tmp_path, outputs, capsys):
+    folder = tmp_path / "pope"
+    folder.mkdir()
+    (folder / "coco_pope_random.json").write_text("")
+    mine = ["-p", "folders", f"{{pope: {folder}}}"]
+    for command in ("check", "run"):
+        assert main([command, "tiny", *mine]) == 1
+        told = "".join(capsys.readouterr())
+        assert "lacks coco_pope_popular.json, coco_pope_adversarial.json, val2014/" in told
+        assert "get the question files of POPE" in told
+    assert not (outputs / "tiny").exists()
+
+
+def test_half_a_benchmark_that_a_notebook_of_the_study_writes_stops_nothing(outputs, capsys):
+    (outputs / "tiny" / "0_tiny_world" / "benchmarks" / "pope").mkdir(parents=True)
+    assert main(["check", "tiny"]) == 0
+    assert "lacks" not in capsys.readouterr().out
+
+
 def test_a_real_study_without_its_files_is_refused_before_anything_runs(capsys, outputs):
     assert main(["run", "llava-1.5-7b", *NOT_THERE]) == 1
     told = capsys.readouterr().err
@@ -49,6 +80,12 @@ def test_a_real_study_without_its_files_is_refused_before_anything_runs(capsys, 
     (["run", "tinny"], "no such study"),
     (["run", "tiny", "--only", "9"], "has no such notebook"),
     (["report", "tiny"], "no notebook was executed here yet"),
+    (["stage", "tiny-prior", "6"], "no stage 6 for this command; it has none: run its notebooks"),
+    (["stage", "tiny", "0"], "it has 1_noise_probability, 2_pair_generation, 3_dpo_training, "
+                             "4_qualitative_comparison, 5_benchmarks"),
+    (["stage", "tiny", "5"], "0_tiny_world"),
+    (["replicate", "tiny-prior"], "study tiny-prior has no 4_qualitative_comparison.yaml"),
+    (["score", "chair", "--answers", "x.json", "--truth", "y.json"], "y.json: there is no such"),
     (["run", "tiny", "--as", "../elsewhere"], "study"),
 ])
 def test_refusals_are_sentences(arguments, words, capsys):
@@ -96,12 +133,12 @@ LATER = ["merge x for x.round-2", "x.round-2 2", "x.round-2 3", "x.round-2 4",
 
 def test_later_rounds_follow_the_study_each_from_the_one_before(ran):
     assert main(["run", "tiny", "--as", "x", "-p", "rounds", "3"]) == 0
-    assert ran == ["x 0", "x 1", "x 2", "x 3", "x 4", *LATER]
+    assert ran == ["x 0", "x 1", "x 2", "x 3", "x 4", "x 5", *LATER]
 
 
 def test_from_starts_the_study_later_and_leaves_the_later_rounds_whole(ran):
     assert main(["run", "tiny", "--as", "x", "-p", "rounds", "3", "--from", "4"]) == 0
-    assert ran == ["x 4", *LATER]
+    assert ran == ["x 4", "x 5", *LATER]
 
 
 def test_only_runs_one_notebook_and_no_later_round(ran):
@@ -113,10 +150,25 @@ def test_a_notebook_that_fails_in_a_later_round_ends_the_run(ran, monkeypatch):
     monkeypatch.setattr(__main__, "_execute", lambda notebook, p, folder: ran.append(p.study)
                         or "round-2" not in p.study)
     assert main(["run", "tiny", "--as", "x", "-p", "rounds", "3", "--from", "4"]) == 1
-    assert ran == ["x", "merge x for x.round-2", "x.round-2"]
+    assert ran == ["x", "x", "merge x for x.round-2", "x.round-2"]
 
 
 def test_check_names_the_later_rounds(capsys, outputs):
     assert main(["check", "tiny", "-p", "rounds", "3"]) == 0
     told = capsys.readouterr().out
     assert "tiny.round-2" in told and "tiny.round-3" in told and "tiny.round-4" not in told
+
+
+def test_score_has_its_own_options(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["score", "--help"])
+    assert left.value.code == 0
+    told = capsys.readouterr().out
+    assert "--answers" in told and "--truth" in told and "pope" in told
+
+
+def test_every_notebook_has_a_title_and_every_stage_its_module():
+    assert __main__.TITLES.keys() == params.SCHEMAS.keys()
+    for number, module in __main__.STAGES.items():
+        assert (params.ROOT / "bpo" / f"{module}.py").is_file()
+        assert any(n.startswith(f"{number}_") for n in params.SCHEMAS)

@@ -151,7 +151,8 @@ def test_out_of_nothing_there_is_no_value():
     nothing = {"value": None, "low": None, "high": None, "n": 0}
     empty = {"a": (0, 0), "b": (0, 0)}
     assert metrics.estimate(empty, weights(2)) == nothing
-    assert metrics.difference(empty, {"a": (1, 1), "b": (1, 1)}, weights(2)) == nothing
+    assert metrics.difference(empty, {"a": (1, 1), "b": (1, 1)}, weights(2)) == {
+        **nothing, "p": None}
 
 
 def test_images_without_a_count_do_not_move_the_value():
@@ -184,3 +185,48 @@ def test_a_difference_is_paired_by_image():
 def test_a_difference_of_other_images_is_refused():
     with pytest.raises(ValueError, match="same images"):
         metrics.difference({"a": (1, 1)}, {"b": (1, 1)}, weights(1))
+
+
+# --- differences by chance ----------------------------------------------------------------------
+
+ONE_IN = np.array([[1, 0, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])  # a, a, a, b, c
+
+
+@pytest.mark.parametrize("mine, p", [
+    # Differences of a, b, c; the five resamples draw a, a, a, b, c; p is (1 + 2 x fewer) / 6.
+    ((2, 2, 2), 1 / 6), ((-2, -2, -2), 1 / 6), ((2, -1, 1), 3 / 6), ((2, -1, -1), 5 / 6),
+    ((-2, 1, 1), 5 / 6), ((2, 0, 0), 5 / 6), ((0, 0, 0), 1.0), ((0, 0, 1), 1.0)])
+def test_p_is_counted_from_the_resamples_beyond_zero(mine, p):
+    ratios = {n: (v, 1) for n, v in zip("abc", mine, strict=True)}
+    found = metrics.difference(ratios, dict.fromkeys("abc", (0, 1)), ONE_IN)
+    assert found["p"] == pytest.approx(p, abs=1e-6)
+
+
+def test_resamples_without_a_value_are_not_counted_in_p():
+    ratios = {"a": (2, 1), "b": (1, 1), "c": (0, 0)}
+    found = metrics.difference(ratios, dict.fromkeys("abc", (0, 1)), ONE_IN)
+    assert found["p"] == pytest.approx(1 / 5)
+
+
+def test_p_is_small_for_what_all_images_show_and_large_for_nothing():
+    base = {f"{i:03}": (i % 10, 10) for i in range(200)}
+    better = {n: (top + 1 + i % 2, 10) for i, (n, (top, _)) in enumerate(base.items())}
+    mixed = {n: (top + (-1) ** i, 10) for i, (n, (top, _)) in enumerate(base.items())}
+    assert metrics.difference(better, base, weights(200))["p"] == pytest.approx(1 / 2001, abs=1e-6)
+    assert metrics.difference(mixed, base, weights(200))["p"] > 0.5
+
+
+def test_chance_gives_a_p_below_a_tenth_about_a_tenth_of_the_time():
+    rng = np.random.default_rng(3)
+    drawn = weights(60, 500)
+    ps = [metrics.difference({f"{i:02}": (v, 1) for i, v in enumerate(rng.normal(size=60))},
+                             {f"{i:02}": (v, 1) for i, v in enumerate(rng.normal(size=60))},
+                             drawn)["p"] for _ in range(300)]
+    assert 0.05 < np.mean(np.array(ps) < 0.1) < 0.16
+
+
+@pytest.mark.parametrize("ps, adjusted", [
+    ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]), ([0.5, 0.6], [1.0, 1.0]), ([], []),
+    ([0.02], [0.02]), ([None, 0.02, None, 0.01], [None, 0.02, None, 0.02]), ([None], [None])])
+def test_holm_adjusts_as_by_hand(ps, adjusted):
+    assert metrics.holm(ps) == pytest.approx(adjusted)

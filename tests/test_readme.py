@@ -26,6 +26,15 @@ COMMANDS = {
         "test_two_launched_processes_give_the_curves_of_one",
     "papermill notebooks/3_dpo_training.ipynb out.ipynb -f params/tiny/3_dpo_training.yaml "
     "-p beta 0.3": "test_papermill_runs_a_notebook_from_anywhere",
+    "python -m bpo merge tiny --method bpo":
+        "test_a_merged_checkpoint_answers_as_the_adapter_through_transformers_alone",
+    "python -m bpo score chair --answers captions.jsonl --truth objects.json":
+        "test_the_command_prints_its_table_and_says_refusals",
+    "python -m bpo score pope --answers mine.jsonl --truth coco_pope_random.json "
+    "--against other.jsonl": "test_the_command_prints_its_table_and_says_refusals",
+    "make replicate": "test_make_says_what_the_readme_says",
+    "python -m bpo replicate tiny --seeds 5": "test_a_replication_that_is_killed_goes_on",
+    "python -m bpo run tiny-prior": "test_the_notebook_runs_headless",
     "python -m bpo check llava-1.5-7b": "test_check_names_what_a_real_study_lacks",
     "python -m bpo run llava-1.5-7b":
         "test_the_whole_study_of_a_real_model_runs_on_photographs",
@@ -73,15 +82,17 @@ def test_the_environment_for_conda_is_the_package_itself():
 
 # A module imports from lower floors alone; nothing but notebook 0 imports the tiny world.
 FLOORS = [
-    {"params", "seeds", "noise", "metrics", "galleries", "ranks", "layouts", "branches",
-     "reference", "objectives"},
-    {"records", "images", "models", "endpoint", "selection", "audit", "figures", "report"},
-    {"runs", "entries", "shards", "encoding", "writers", "card", "pair_tables", "collation",
-     "packed_forward", "packed_check", "scoring"},
-    {"readers", "generate", "exports", "packed", "launch"},
-    {"stock", "probe", "held_out", "candidates"},
-    {"pairs", "compare", "sizes", "trainers"},
-    {"train", "rounds"},
+    {"params", "seeds", "noise", "galleries", "ranks", "layouts", "branches", "reference",
+     "objectives", "published"},
+    {"vocabulary", "records", "images", "models", "endpoint", "figures", "report"},
+    {"metrics", "runs", "entries", "shards", "encoding", "writers", "card", "collation",
+     "packed_forward", "packed_check", "scoring", "hallucination", "yes_no", "coco",
+     "benchmark_figures", "replication_page"},
+    {"selection", "audit", "readers", "generate", "exports", "packed", "launch", "official"},
+    {"pair_tables", "stock", "probe", "held_out", "candidates", "diagnostics", "judged", "answers"},
+    {"pairs", "compare", "sizes", "trainers", "judge", "score"},
+    {"train", "rounds", "benchmarks", "claims"},
+    {"benchmark_tables", "replication"},
     {"__main__"},
 ]
 

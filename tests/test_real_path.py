@@ -1,6 +1,7 @@
 """The studies of real models, run whole and as they stand: a copy of the project, the published
 data layouts below its data/, and random checkpoints in the layouts of the real ones."""
 
+import base64
 import json
 import os
 import re
@@ -161,6 +162,70 @@ def photograph(name: str) -> Image.Image:
     return picture.convert("RGB")
 
 
+def write_benchmarks(root):
+    """The seven benchmarks' official files, about two photographs."""
+    shown = {42: "coffee", 139: "chelsea"}
+    names = {k: f"COCO_val2014_{k:012d}.jpg" for k in shown}
+
+    def file(path, content):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        lines = isinstance(content, tuple)
+        (root / path).write_text("\n".join(map(json.dumps, content)) if lines
+                                 else json.dumps(content))
+
+    for k, picture in shown.items():
+        for path in (f"chair/val2014/{names[k]}", f"pope/val2014/{names[k]}",
+                     f"amber/image/AMBER_{k}.jpg", f"mm-vet/images/v1_{k}.jpg",
+                     f"llava-bench/images/{k:03d}.jpg", f"mmhal/images/{k}_o.jpg"):
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            photograph(picture).save(root / path)
+    for name in ("chair", "object-halbench"):
+        file(f"{name}/annotations/instances_val2014.json", {
+            "images": [{"id": k, "file_name": n} for k, n in names.items()],
+            "annotations": [{"id": 1, "image_id": 42, "category_id": 47},
+                            {"id": 2, "image_id": 139, "category_id": 17}],
+            "categories": [{"id": 47, "name": "cup"}, {"id": 17, "name": "cat"}]})
+        file(f"{name}/annotations/captions_val2014.json", {"annotations": [
+            {"id": 3, "image_id": 42, "caption": "A cup of coffee and a spoon on a table."},
+            {"id": 4, "image_id": 139, "caption": "A cat looks up."}]})
+    file("object-halbench/obj_halbench_300_with_image.jsonl", tuple(
+        {"image_id": k, "question": "Describe the image in detail.", "image": base64.b64encode(
+            (root / f"chair/val2014/{n}").read_bytes()).decode()} for k, n in names.items()))
+    for kind in ("random", "popular", "adversarial"):
+        file(f"pope/coco_pope_{kind}.json", tuple(
+            {"question_id": q, "image": names[k], "text": f"Is there a {thing} in the image?",
+             "label": "yes" if (k, thing) in ((42, "cup"), (139, "cat")) else "no"}
+            for q, (k, thing) in enumerate([(42, "cup"), (42, "dog"), (139, "cat"), (139, "bed")],
+                                           start=1)))
+    file("amber/query/query_generative.json", [
+        {"id": k, "image": f"AMBER_{k}.jpg", "query": "Describe this image."} for k in shown])
+    file("amber/query/query_discriminative.json", [
+        {"id": 1005, "image": "AMBER_42.jpg", "query": "Is the cup red in this image?"},
+        {"id": 1006, "image": "AMBER_139.jpg", "query": "Is there a dog in this image?"}])
+    file("amber/annotations.json", [
+        {"id": 42, "type": "generative", "truth": ["cup", "table"], "hallu": ["plate"]},
+        {"id": 139, "type": "generative", "truth": ["cat"], "hallu": ["dog"]},
+        {"id": 1005, "type": "discriminative-attribute-state", "truth": "yes"},
+        {"id": 1006, "type": "discriminative-hallucination", "truth": "no"}])
+    file("amber/relation.json", {"cup": ["mug"], "table": ["desk"], "cat": [], "dog": [],
+                                 "plate": []})
+    (root / "amber" / "safe_words.txt").write_text("light\n")
+    file("mm-vet/mm-vet.json", {f"v1_{k}": {
+        "imagename": f"v1_{k}.jpg", "question": "What is it?", "answer": "a photograph",
+        "imagesource": "", "capability": ["rec"]} for k in shown})
+    file("llava-bench/questions.jsonl", tuple(
+        {"question_id": q, "image": f"{k:03d}.jpg", "text": "What is it?", "category": "conv"}
+        for q, k in enumerate(shown)))
+    file("llava-bench/answers_gpt4.jsonl", tuple(
+        {"question_id": q, "text": "A photograph."} for q, _ in enumerate(shown)))
+    file("llava-bench/context.jsonl", tuple(
+        {"id": f"{k:03d}", "image": f"{k:03d}.jpg", "caption": "A photograph."} for k in shown))
+    file("mmhal/response_template.json", [
+        {"question_type": "attribute", "question_topic": "indoor", "image_id": str(k),
+         "image_src": f"photographs/{k}_o.jpg", "image_content": ["Cup"],
+         "question": "What is it?", "gt_answer": "A cup.", "model_answer": ""} for k in shown])
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A copy of the project with data/ as the README says that it lies."""
@@ -188,6 +253,7 @@ def project(tmp_path_factory):
         photograph(picture).save(data / "cc_sbu_align" / "image" / f"{number}.jpg")
     (data / "cc_sbu_align" / "filter_cap.json").write_text(json.dumps({"annotations": [
         {"image_id": str(number), "caption": caption} for _, number, caption in CAPTIONS]}))
+    write_benchmarks(data / "benchmarks")
     for name, write in (("llava-1.5-7b-hf", write_llava), ("Qwen2.5-VL-7B-Instruct", write_qwen)):
         (data / name).mkdir()
         write(data / name)
@@ -218,7 +284,7 @@ def test_the_whole_study_of_a_real_model_runs_on_photographs(project, study, ima
     folder = project / "outputs" / study
     found = {n: json.loads((folder / n / "manifest.json").read_text()) for n in
              params.study_files(study)}
-    probed, made, trained, compared = (m["metrics"] for m in found.values())
+    probed, made, trained, compared, scored = (m["metrics"] for m in found.values())
     assert len(probed["p_true"]) == 3 and probed["images"] > 0
     assert made["rows"] == FOUND and made["rows_skipped"] == {"image file is missing": 1}
     assert made["weakened"]["kept"] > 0 and made["injected"]["kept"] > 0
@@ -237,6 +303,10 @@ def test_the_whole_study_of_a_real_model_runs_on_photographs(project, study, ima
         assert "language_model" in adapter["target_modules"]
     assert set(compared["captions"]) == {"base", *methods}
     assert "changed" in compared["captions"]["bpo"]
+    assert set(scored["benchmarks"]) == {"chair", "object-halbench", "pope", "amber"}
+    assert set(scored["settings"]) == set(params.BENCHMARKS)
+    assert set(scored["benchmarks"]["pope"]) == {"base", *methods}
+    assert (folder / "5_benchmarks" / "answers-mm-vet.jsonl").is_file()
     assert (folder / "index.html").is_file()
 
 

@@ -4,10 +4,17 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from bpo.tiny import data, measure, model, training
+from transformers import (
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from bpo.tiny import data, measure, model, official, training
 from bpo.tiny.language import INJECTION_TEMPLATES, text_corpus
 from bpo.tiny.overview import overview
-from bpo.tiny.world import counterfactual_scene, natural_scene, python_generator
+from bpo.tiny.world import Scene, counterfactual_scene, natural_scene, python_generator
 
 TOWER_GATE = 0.95  # object accuracy per occupied cell: below it, mistakes are mostly bad sight
 
@@ -47,6 +54,7 @@ def build(
     development_images: int = 200,
     test_images: int = 400,
     natural_images: int = 200,
+    benchmark_images: int = 200,
     text_width: int = 128,
     text_layers: int = 3,
     vision_width: int = 96,
@@ -59,8 +67,8 @@ def build(
     caption_rate: float = 1.5e-3,
     mixed_rate: float = 1e-3,
 ) -> dict:
-    """Write model/, language_model/, prompts/, the four data sets and overview.json into `folder`,
-    which is made if needed and should be empty; return metrics as plain JSON types.
+    """Write model/, language_model/, prompts/, benchmarks/, the four data sets and overview.json
+    into `folder`, which is made if needed and should be empty; return metrics as plain JSON types.
 
     The same settings and seed give the same bytes on one machine with one thread count. A tower
     below its gate is reported in metrics["gates"], not raised.
@@ -95,6 +103,7 @@ def build(
         rows["preference"] = split_rows(scenes["preference"], "preference", seed)
     for name in ("preference", "development", "counterfactual", "natural"):
         data.write_split(folder / name, scenes[name], rows[name])
+    official.write(folder / "benchmarks", counterfactual, benchmark_images, seed=seed, seen=seen)
     (folder / "prompts").mkdir(parents=True, exist_ok=True)
     for name, template in INJECTION_TEMPLATES.items():
         (folder / "prompts" / f"{name}.txt").write_text(template, encoding="utf-8")
@@ -103,32 +112,21 @@ def build(
 
     tokenizer = model.build_tokenizer()
     processor = model.build_processor(tokenizer)
-    language = model.build_language_model(tokenizer, width=text_width, layers=text_layers,
-                                          seed=seed)
-    multimodal = model.build_multimodal_model(
-        tokenizer, text=language.config, vision_width=vision_width, vision_layers=vision_layers,
-        seed=seed)
-    tower = training.train_tower(multimodal, processor, steps=tower_steps, batch=tower_batch,
-                                 rate=tower_rate, seed=seed)
+    multimodal, tower = seeing_model(
+        tokenizer, processor, text_width=text_width, text_layers=text_layers,
+        vision_width=vision_width, vision_layers=vision_layers, steps=tower_steps,
+        batch=tower_batch, rate=tower_rate, seed=seed)
     watch.lap("tower")
 
-    text = training.train_language_model(language, tokenizer, documents, steps=text_steps,
-                                         rate=text_rate, seed=seed)
+    language, text = text_model(tokenizer, documents, width=text_width, layers=text_layers,
+                                steps=text_steps, rate=text_rate, seed=seed)
     watch.lap("text")
 
-    model.adopt_language_model(multimodal, language)
-    features = training.all_features(multimodal, processor, scenes["alignment"])
-    rng = python_generator(seed, "more alignment rows")
-    alignment = [own + data.more_rows(scene, rng, colours=alignment_colours,
-                                      presences=alignment_presences)
-                 for own, scene in zip(rows["alignment"], scenes["alignment"])]
-    training.align(multimodal, tokenizer, features, alignment, [], steps=caption_steps,
-                   batch=caption_batch, rate=caption_rate, weights={"caption": 1.0},
-                   title="alignment: captions", seed=seed)
-    training.align(multimodal, tokenizer, features, alignment, documents, steps=mixed_steps,
-                   batch=mixed_batch, rate=mixed_rate,
-                   weights={"caption": 1.0, "attribute": 1.0, "presence": presence_weight},
-                   title="alignment: all questions", seed=seed)
+    align(multimodal, processor, language, scenes["alignment"], rows["alignment"], documents,
+          colours=alignment_colours, presences=alignment_presences,
+          presence_weight=presence_weight, caption_steps=caption_steps,
+          caption_batch=caption_batch, caption_rate=caption_rate, mixed_steps=mixed_steps,
+          mixed_batch=mixed_batch, mixed_rate=mixed_rate, seed=seed)
     watch.lap("alignment")
 
     model.save_checkpoint(multimodal, processor, folder / "model")
@@ -155,3 +153,45 @@ def split_rows(scenes: list, name: str, seed: int) -> list[list[dict]]:
     rng = python_generator(seed, "rows", name)
     make = data.training_rows if name in ("alignment", "preference") else data.evaluation_rows
     return [make(scene, index, rng) for index, scene in enumerate(scenes)]
+
+
+def seeing_model(tokenizer: PreTrainedTokenizerFast, processor: LlavaProcessor, *, text_width: int,
+                 text_layers: int, vision_width: int, vision_layers: int, steps: int, batch: int,
+                 rate: float, seed: int) -> tuple[LlavaForConditionalGeneration, dict]:
+    """Phase 0: a model whose tower has learnt to see and whose language model knows nothing, and
+    the tower's accuracies. It depends on no statistics of the world."""
+    multimodal = model.build_multimodal_model(
+        tokenizer, text=model.text_config(tokenizer, width=text_width, layers=text_layers),
+        vision_width=vision_width, vision_layers=vision_layers, seed=seed)
+    return multimodal, training.train_tower(multimodal, processor, steps=steps, batch=batch,
+                                            rate=rate, seed=seed)
+
+
+def text_model(tokenizer: PreTrainedTokenizerFast, documents: list[dict], *, width: int,
+               layers: int, steps: int, rate: float, seed: int) -> tuple[LlamaForCausalLM, dict]:
+    """Phase A: the language model that has read the documents, and its perplexity."""
+    language = model.build_language_model(tokenizer, width=width, layers=layers, seed=seed)
+    return language, training.train_language_model(language, tokenizer, documents, steps=steps,
+                                                   rate=rate, seed=seed)
+
+
+def align(multimodal: LlavaForConditionalGeneration, processor: LlavaProcessor,
+          language: LlamaForCausalLM, scenes: list[Scene], rows: list[list[dict]],
+          documents: list[dict], *, colours: int, presences: int, presence_weight: float,
+          caption_steps: int, caption_batch: int, caption_rate: float, mixed_steps: int,
+          mixed_batch: int, mixed_rate: float, seed: int) -> None:
+    """Phase B: `multimodal` adopts the language model's weights and learns, in place, to answer
+    about the scenes; `rows[i]` belong to `scenes[i]` and get `more_rows` beside them."""
+    tokenizer = processor.tokenizer
+    model.adopt_language_model(multimodal, language)
+    features = training.all_features(multimodal, processor, scenes)
+    rng = python_generator(seed, "more alignment rows")
+    asked = [own + data.more_rows(scene, rng, colours=colours, presences=presences)
+             for own, scene in zip(rows, scenes)]
+    training.align(multimodal, tokenizer, features, asked, [], steps=caption_steps,
+                   batch=caption_batch, rate=caption_rate, weights={"caption": 1.0},
+                   title="alignment: captions", seed=seed)
+    training.align(multimodal, tokenizer, features, asked, documents, steps=mixed_steps,
+                   batch=mixed_batch, rate=mixed_rate,
+                   weights={"caption": 1.0, "attribute": 1.0, "presence": presence_weight},
+                   title="alignment: all questions", seed=seed)

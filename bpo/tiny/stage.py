@@ -7,7 +7,18 @@ from typing import Any
 
 from bpo import records, runs, seeds
 from bpo.params import TinyWorld
-from bpo.tiny import build, data, drawing, language, measure, model, overview, training, world
+from bpo.tiny import (
+    build,
+    data,
+    drawing,
+    language,
+    measure,
+    model,
+    official,
+    overview,
+    training,
+    world,
+)
 
 SHARES = {"text": "text", "alignment": "alignment images",
           "counterfactual": "counterfactual images"}
@@ -16,8 +27,8 @@ SHARES = {"text": "text", "alignment": "alignment images",
 def run(p: TinyWorld) -> runs.Result:
     """The stage of notebook 0: model/, language_model/, prompts/ and a folder for each data set."""
     return runs.stage(p, lambda folder: _work(p, folder), inputs={},
-                      modules=[seeds, build, data, drawing, language, measure, model, overview,
-                               training, world, sys.modules[__name__]])
+                      modules=[seeds, build, data, drawing, language, measure, model, official,
+                               overview, training, world, sys.modules[__name__]])
 
 
 def _work(p: TinyWorld, folder: Path) -> dict[str, Any]:

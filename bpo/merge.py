@@ -1,0 +1,54 @@
+"""What a method of notebook 3 learnt, as a plain checkpoint that loads as any other: the model with
+its adapter merged in.
+"""
+
+import json
+from pathlib import Path
+
+from bpo import models, records, runs
+from bpo.params import DPOTraining, Refusal, outputs_root
+
+MERGED = "merged.json"  # beside the checkpoint: what it is made of
+
+
+def write(study: str, *, method: str, to: Path | None = None) -> Path:
+    """Writes the merged checkpoint of a finished training, by default into
+    outputs/<study>/merged/<method>/; its folder.
+
+    Model and number format are those that notebook 3's manifest names, so that a study of another
+    name or a later round merges alike. Raises Refusal when nothing was trained, the method is not
+    among what was, the model or the adapter changed since, or the folder holds other things.
+    """
+    stage = runs.stage_folder(study, DPOTraining.notebook)
+    if not (stage / runs.MANIFEST).is_file():
+        raise Refusal(f"{stage}: no training has finished here; python -m bpo run {study}")
+    manifest = json.loads((stage / runs.MANIFEST).read_text(encoding="utf-8"))
+    if method not in manifest["metrics"]["methods"]:
+        raise Refusal(f"{stage}: no method {method} was trained here; there is "
+                      + ", ".join(manifest["metrics"]["methods"]))
+    p = DPOTraining(study=study, **manifest["parameters"])
+    base, adapter = p.path(p.model), stage / method / "adapter"
+    made_of = {"study": study, "method": method, "precision": p.precision,
+               "model": runs.fingerprint(base), "adapter": runs.fingerprint(adapter)}
+    if made_of["model"] != manifest["inputs"]["model"]:
+        raise Refusal(f"{base}: the model was changed after {study} was trained on it; put the "
+                      "original back, or train again")
+    folder = to or outputs_root() / study / "merged" / method
+    _own(folder, made_of)
+    models.merge(base, adapter, folder, precision=p.precision)
+    return folder
+
+
+def _own(folder: Path, made_of: dict[str, str]) -> None:
+    """Makes the folder; what an interrupted merge of the same left may be in it. Raises Refusal
+    where anything else is."""
+    file = folder / MERGED
+    if folder.exists() and not folder.is_dir():
+        raise Refusal(f"{folder} is a file; name a folder with --to")
+    held = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
+    if held and not (file.is_file() and json.loads(file.read_text()) == made_of):
+        raise Refusal(f"{folder} holds other things ({', '.join(held[:3])}"
+                      f"{', ...' if len(held) > 3 else ''}): empty it, or name another folder "
+                      "with --to")
+    folder.mkdir(parents=True, exist_ok=True)
+    records.write_whole(file, records.to_json(made_of, indent=1) + "\n")

@@ -1,0 +1,375 @@
+"""Notebook 6's work: where the prior comes from. Worlds of every text level with every image level.
+
+A world is a model that was taught by a text and by alignment images of the given statistics. The
+worlds of a seed share their tower, which sees scenes without statistics; those of a seed and a text
+level share their text model; all are asked about the same counterfactual images, by notebook 1's
+code. A world is kept as one file, written whole, so that an interrupted study goes on by world.
+
+"uniform" is a typical colour in 1 of 8 colours, and a partner as often as an average other object:
+0.106. With pairs drawn with probability q (share s = 2q / (1 + q)) a scene has n objects, and an
+average other one of the 9 is there with probability E[n (n - 1)] / (9 E[n])
+= (4 + 18 q + 4 q^2) / (45 (1 + q)), which is s for q = 9 - sqrt(80).
+"""
+
+import copy
+import functools
+import inspect
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from bpo import (
+    branches,
+    encoding,
+    generate,
+    metrics,
+    models,
+    noise,
+    probe,
+    readers,
+    records,
+    runs,
+    scoring,
+    seeds,
+    shards,
+    vocabulary,
+)
+from bpo.params import NoiseProbability, PriorOrigin
+from bpo.tiny import build, data, drawing, language, measure, model, training, world
+
+FACTORS = {"text": "text", "images": "alignment images"}
+MEASURES = {"clean": "P(prior), clean", "rise": "its rise"}
+ALL = "all"  # averaged over the other factor's levels
+CHANCE = 1 / len(world.COLOURS)
+
+
+def run(p: PriorOrigin) -> runs.Result:
+    """The stage of notebook 6: worlds/SEED-TEXT-IMAGES.json."""
+    return runs.stage(p, lambda folder: _work(p, folder), inputs={},
+                      modules=[noise, seeds, *readers.MODULES, models, encoding, generate, branches,
+                               scoring, metrics, vocabulary, shards, probe, build, data, drawing,
+                               language, measure, model, training, world, sys.modules[__name__]])
+
+
+def _work(p: PriorOrigin, folder: Path) -> dict[str, Any]:
+    (folder / "worlds").mkdir(exist_ok=True)
+    for seed in range(p.seed, p.seed + p.repeats):
+        _one_seed(p, folder, seed)
+    return summary([json.loads(_file(folder, *key).read_text(encoding="utf-8"))
+                    for key in keys(p)], p)
+
+
+def ordered(levels: dict[str, list[float]]) -> list[str]:
+    """The levels' names, from the fewest typical colours to the most."""
+    return sorted(levels, key=lambda name: levels[name][0])
+
+
+def keys(p: PriorOrigin) -> list[tuple[int, str, str]]:
+    """(seed, text level, image level) of every world."""
+    return [(seed, text, pictures) for seed in range(p.seed, p.seed + p.repeats)
+            for text in ordered(p.text_levels) for pictures in ordered(p.image_levels)]
+
+
+def _file(folder: Path, seed: int, text: str, pictures: str) -> Path:
+    return folder / "worlds" / f"{seed}-{text}-{pictures}.json"
+
+
+def corpus(p: PriorOrigin, level: str, seed: int) -> list[dict]:
+    """The text of a level. Documents about rewriting are left out at every level: a plausible
+    mistake is mostly the typical colour, whatever the text's statistics."""
+    typical, partner = p.text_levels[level]
+    documents = language.text_corpus(seed, p.text_documents, typical=typical, partner=partner)
+    return [d for d in documents if not d["kind"].startswith("rewrite")]
+
+
+def draw_images(p: PriorOrigin, seed: int) -> tuple[dict[str, list], list]:
+    """The alignment scenes of each image level, and counterfactual ones that none of them shows."""
+    seen: set[str] = set()
+    aligned = {}
+    for level in ordered(p.image_levels):
+        typical, partner = p.image_levels[level]
+        own: set[str] = set()
+        aligned[level] = data.draw_scenes(
+            functools.partial(world.natural_scene, typical=typical, partner=partner),
+            p.alignment_images, seed=seed, purpose="alignment", seen=own)
+        seen |= own
+    usual = settings(p)["image_partner"]  # so many objects a scene as the tiny study's have
+    return aligned, data.draw_scenes(
+        functools.partial(world.counterfactual_scene, partner=usual), p.images, seed=seed,
+        purpose="counterfactual", seen=seen)
+
+
+def settings(p: PriorOrigin) -> dict[str, Any]:
+    """All settings of `build`: the study's where it has them, else the tiny study's."""
+    usual = {n: a.default for n, a in inspect.signature(build.build).parameters.items()}
+    return usual | {n: v for n, v in p.shaping().items() if n in usual}
+
+
+def _one_seed(p: PriorOrigin, folder: Path, seed: int) -> None:
+    """Builds and probes the worlds of a seed that are not there yet."""
+    waiting = [k for k in keys(p) if k[0] == seed and not _file(folder, *k).is_file()]
+    if not waiting:
+        return
+    s = settings(p)
+    aligned, scenes = draw_images(p, seed)
+    tokenizer = model.build_tokenizer()
+    processor = model.build_processor(tokenizer)
+    seeing, tower = build.seeing_model(
+        tokenizer, processor, text_width=s["text_width"], text_layers=s["text_layers"],
+        vision_width=s["vision_width"], vision_layers=s["vision_layers"], steps=s["tower_steps"],
+        batch=s["tower_batch"], rate=s["tower_rate"], seed=seed)
+    for text in dict.fromkeys(text for _, text, _ in waiting):
+        documents = corpus(p, text, seed)
+        reader, read = build.text_model(
+            tokenizer, documents, width=s["text_width"], layers=s["text_layers"],
+            steps=s["text_steps"], rate=s["text_rate"], seed=seed)
+        read["p_typical"] = fmean(measure.text_priors(reader, tokenizer).values())
+        for key in (k for k in waiting if k[1] == text):
+            pictures = aligned[key[2]]
+            multimodal = copy.deepcopy(seeing)
+            build.align(
+                multimodal, processor, reader, pictures,
+                build.split_rows(pictures, "alignment", seed), documents,
+                colours=s["alignment_colours"], presences=s["alignment_presences"],
+                presence_weight=s["presence_weight"], caption_steps=s["caption_steps"],
+                caption_batch=s["caption_batch"], caption_rate=s["caption_rate"],
+                mixed_steps=s["mixed_steps"], mixed_batch=s["mixed_batch"],
+                mixed_rate=s["mixed_rate"], seed=seed)
+            found = {"seed": seed, "text": text, "images": key[2], "tower": tower,
+                     "text_model": read, **_asked(p, multimodal, processor, scenes, seed)}
+            records.write_whole(_file(folder, *key), records.to_json(found) + "\n")
+
+
+def _asked(p: PriorOrigin, multimodal, processor, scenes: list, seed: int) -> dict[str, list]:
+    """What a world answers about the counterfactual scenes.
+
+    looks: {image, step, draw, p_true, p_prior} of the colour question; captions: {image, text,
+    chair_i, cover} on the clean image.
+    """
+    rows = build.split_rows(scenes, "counterfactual", seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        model.save_checkpoint(multimodal, processor, place / "model")
+        data.write_split(place / "counterfactual", scenes, rows)
+        (place / "probe").mkdir()
+        probe._work(NoiseProbability(
+            seed=seed, model=str(place / "model"), rows=0, noise_steps=p.noise_steps,
+            data=str(place / "counterfactual" / "rows.json"), draws=p.draws, sampled_answers=1),
+            place / "probe")
+        lines = records.read_lines(place / "probe" / "looks.jsonl")
+    said = measure.answers(multimodal, processor.tokenizer,
+                           [measure.image_prompt(language.DESCRIBE)] * len(scenes),
+                           model.pixel_values(processor, drawing.scene_array(scenes)))
+    names = data.vocabulary_truth()["objects"]
+    return {
+        "looks": [{"image": x["image"], "step": x["step"], "draw": x["draw"],
+                   **{f"p_{kind}": _probability(x, kind) for kind in probe.KINDS}} for x in lines],
+        "captions": [{"image": data.image_name(i), "text": text.strip(),
+                      **{n: v for n, v in metrics.caption_counts(text, names,
+                                                                 set(scene.names)).items()
+                         if n in ("chair_i", "cover")}}
+                     for i, (text, scene) in enumerate(zip(said, scenes, strict=True))]}
+
+
+def _probability(look: dict, kind: str) -> float:
+    return round(float(sum(np.exp(a["logp"]) for a in look["answers"] if a["kind"] == kind)), 6)
+
+
+def per_image(found: dict, measure_name: str, steps: Sequence[int]) -> metrics.Ratios:
+    """image -> (value, 1): "clean" is P(prior) at the first step, "rise" what it has gained at the
+    last one; "p_true STEP" and "p_prior STEP" are a probability at a step; draws are averaged."""
+    if measure_name == "rise":
+        clean = per_image(found, f"p_prior {steps[0]}", steps)
+        last = per_image(found, f"p_prior {steps[-1]}", steps)
+        return {image: (last[image][0] - clean[image][0], 1) for image in clean}
+    if measure_name == "clean":
+        return per_image(found, f"p_prior {steps[0]}", steps)
+    kind, step = measure_name.split()
+    sums = metrics.by_image([(x["image"], (x[kind], 1)) for x in found["looks"]
+                             if x["step"] == int(step)])
+    return {image: (top / bottom, 1) for image, (top, bottom) in sums.items()}
+
+
+def summary(worlds: Sequence[dict], p: PriorOrigin) -> dict[str, Any]:
+    """cells: a row a world with its curves, P(true) and P(prior) clean, the rise, CHAIRi, each with
+    its bootstrap interval over images; effects; gates, the tower's accuracy by seed."""
+    towers = {w["seed"]: w["tower"]["object_accuracy"] for w in worlds}
+    return {"noise_steps": p.noise_steps, "cells": [_cell(found, p) for found in worlds],
+            "effects": effects(worlds, p),
+            "gates": [{"seed": seed, "value": value, "bound": build.TOWER_GATE,
+                       "passed": value >= build.TOWER_GATE} for seed, value in towers.items()]}
+
+
+def _cell(found: dict, p: PriorOrigin) -> dict[str, Any]:
+    weights = _weights(p, found["seed"])
+    curve = {kind: [metrics.estimate(per_image(found, f"{kind} {step}", p.noise_steps), weights)
+                    for step in p.noise_steps] for kind in ("p_true", "p_prior")}
+    said = {n: metrics.estimate({c["image"]: c[n] for c in found["captions"]}, weights)
+            for n in ("chair_i", "cover")}
+    return {"text": found["text"], "images": found["images"], "seed": found["seed"],
+            "clean": {kind: points[0] for kind, points in curve.items()}, "curve": curve,
+            "rise": metrics.estimate(per_image(found, "rise", p.noise_steps), weights), **said,
+            "text_prior": found["text_model"]["p_typical"]}
+
+
+def _weights(p: PriorOrigin, seed: int) -> np.ndarray:
+    return metrics.bootstrap_weights(p.images, p.resamples,
+                                     seeds.numpy_generator(seed, "prior interval"))
+
+
+def effects(worlds: Sequence[dict], p: PriorOrigin) -> list[dict[str, Any]]:
+    """What a factor's most biased level does against its least, at each level of the other factor
+    and averaged over those ("all"), on each measure.
+
+    A row: {factor, measure, at, seeds: [{seed, value, low, high}], mean, least, most}. A seed's
+    worlds share their images, so its interval is a paired bootstrap over them; `least` and `most`
+    are over the seeds.
+    """
+    table = {(w["seed"], w["text"], w["images"]): w for w in worlds}
+    levels = {"text": ordered(p.text_levels), "images": ordered(p.image_levels)}
+    rows = []
+    for name in MEASURES:
+        for factor, other in (("text", "images"), ("images", "text")):
+            for at in (*levels[other], ALL):
+                where = levels[other] if at == ALL else [at]
+                found = []
+                for seed in dict.fromkeys(w["seed"] for w in worlds):
+                    most, least = (_average([
+                        per_image(table[seed, *((level, o) if factor == "text" else (o, level))],
+                                  name, p.noise_steps) for o in where])
+                        for level in (levels[factor][-1], levels[factor][0]))
+                    change = metrics.difference(most, least, _weights(p, seed))
+                    found.append({"seed": seed} | {k: change[k] for k in ("value", "low", "high")})
+                values = [f["value"] for f in found]
+                rows.append({"factor": factor, "measure": name, "at": at, "seeds": found,
+                             "mean": round(fmean(values), 6), "least": min(values),
+                             "most": max(values)})
+    return rows
+
+
+def _average(tables: Sequence[metrics.Ratios]) -> metrics.Ratios:
+    return {image: (fmean(t[image][0] for t in tables), 1) for image in tables[0]}
+
+
+def effect(found: dict[str, Any], factor: str, measure_name: str, at: str = ALL) -> dict[str, Any]:
+    return next(e for e in found["effects"]
+                if (e["factor"], e["measure"], e["at"]) == (factor, measure_name, at))
+
+
+def verdict(change: dict[str, Any]) -> str:
+    """What the seeds allow to say: every one's interval leaves zero out on the same side, or
+    nothing can be told."""
+    if all(s["low"] > 0 for s in change["seeds"]):
+        return "raises"
+    if all(s["high"] < 0 for s in change["seeds"]):
+        return "lowers"
+    return "cannot be told to move"
+
+
+def larger(found: dict[str, Any], measure_name: str) -> str:
+    """The factor whose effect is the larger one, in size, on every seed."""
+    text, pictures = (effect(found, f, measure_name)["seeds"] for f in FACTORS)
+    more = {abs(t["value"]) > abs(i["value"]) for t, i in zip(text, pictures, strict=True)}
+    if len(more) > 1:
+        return "which moves it more cannot be told: the seeds disagree"
+    mover = "the text moves" if more.pop() else "the alignment images move"
+    return f"{mover} it more{', on every seed' if len(text) > 1 else ''}"
+
+
+def told(change: dict[str, Any]) -> str:
+    """The mean over seeds with each seed's own value: "+0.301 (+0.288, +0.310, +0.305)"; of one
+    seed its value with its interval."""
+    if len(change["seeds"]) == 1:
+        only = change["seeds"][0]
+        return f"{only['value']:+.3f} [{only['low']:+.3f}, {only['high']:+.3f}]"
+    each = ", ".join(f"{s['value']:+.3f}" for s in change["seeds"])
+    return f"{change['mean']:+.3f} ({each})"
+
+
+def effect_rows(found: dict[str, Any], p: PriorOrigin, factor: str) -> list[dict[str, str]]:
+    """The table of a factor's effects: a row a measure and level of the other factor."""
+    other, beside = (("images", p.image_levels) if factor == "text" else ("text", p.text_levels))
+    rows = []
+    for name, label in MEASURES.items():
+        for at in (*ordered(beside), ALL):
+            change = effect(found, factor, name, at)
+            rows.append({"of": label, other: at, "mean": f"{change['mean']:+.3f}"} | {
+                f"seed {s['seed']}": f"{s['value']:+.2f} [{s['low']:+.2f}, {s['high']:+.2f}]"
+                for s in change["seeds"]} | {f"biased {factor}": verdict(change)})
+    return rows
+
+
+def level_rows(p: PriorOrigin) -> list[dict[str, str]]:
+    """The levels of both factors with their shares, for the notebook."""
+    return [{"factor": FACTORS[factor], "level": name,
+             "typical colour": f"{levels[name][0]:.1%}",
+             "partner present": f"{levels[name][1]:.1%}"}
+            for factor, levels in (("text", p.text_levels), ("images", p.image_levels))
+            for name in ordered(levels)]
+
+
+def points(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `figures.prior_worlds` draws: each world's P(prior) curve, clean value and rise."""
+    return [{"text": c["text"], "images": c["images"], "seed": c["seed"],
+             "curve": [e["value"] for e in c["curve"]["p_prior"]],
+             "clean": c["clean"]["p_prior"]["value"], "rise": c["rise"]["value"]}
+            for c in found["cells"]]
+
+
+def cell_rows(found: dict[str, Any]) -> list[dict[str, str]]:
+    """A row for each pair of levels: mean, lowest and highest over seeds."""
+    measured = {"no image": lambda c: c["text_prior"],
+                "P(true)": lambda c: c["clean"]["p_true"]["value"],
+                "P(prior)": lambda c: c["clean"]["p_prior"]["value"],
+                "rise": lambda c: c["rise"]["value"], "CHAIRi": lambda c: c["chair_i"]["value"],
+                "cover": lambda c: c["cover"]["value"]}
+    rows = []
+    for text, pictures in dict.fromkeys((c["text"], c["images"]) for c in found["cells"]):
+        own = [c for c in found["cells"] if (c["text"], c["images"]) == (text, pictures)]
+        rows.append({"text": text, "images": pictures} | {
+            label: _spread([value(c) for c in own]) for label, value in measured.items()})
+    return rows
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    """Mean [lowest, highest]; "–" where a world has no such number."""
+    if None in values:
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{fmean(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+
+def gates_told(found: dict[str, Any]) -> str:
+    return "; ".join(f"seed {g['seed']} names {g['value']:.1%} of the objects it sees ("
+                     f"{'at least' if g['passed'] else 'BELOW'} the bound of {g['bound']:.0%})"
+                     for g in found["gates"])
+
+
+def together(found: dict[str, Any], p: PriorOrigin) -> dict[str, str]:
+    """Each factor's effect beside the least and the most biased level of the other: "clean_low" and
+    "clean_high" of the images, "rise_low" and "rise_high" of the text."""
+    said = {}
+    for name, factor, beside in (("clean", "images", p.text_levels),
+                                 ("rise", "text", p.image_levels)):
+        names = ordered(beside)
+        said |= {f"{name}_low": told(effect(found, factor, name, names[0])),
+                 f"{name}_high": told(effect(found, factor, name, names[-1]))}
+    return said
+
+
+def headline(found: dict[str, Any]) -> dict[str, str]:
+    """What the headline is made of: verdict and numbers of each factor on each measure."""
+    said = {"seeds": f"{len(found['gates'])} seed{'s' if len(found['gates']) > 1 else ''}"}
+    for name, letter in (("clean", "c"), ("rise", "r")):
+        for factor in FACTORS:
+            change = effect(found, factor, name)
+            said |= {factor[0] + letter: verdict(change), f"{factor[0]}{letter}n": told(change)}
+        said[f"more{letter}"] = larger(found, name)
+    return said
