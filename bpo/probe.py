@@ -58,12 +58,13 @@ def run(p: NoiseProbability) -> runs.Result:
     inputs = {"model": p.path(p.model), "data": data}
     if truth := records.truth_file(data):
         inputs["truth"] = truth
-    return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
+    return runs.stage(p, lambda folder: work(p, folder), inputs=inputs,
                       modules=[noise, seeds, *readers.MODULES, models, encoding, generate, branches,
                                scoring, metrics, vocabulary, shards, sys.modules[__name__]])
 
 
-def _work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
+def work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
+    """Writes the looks and answers of notebook 1 into a folder, and returns its metrics."""
     rows, skipped = readers.list_rows(p.path(p.data), p.optional_path(p.image_folder))
     rows = [r for r in rows if not p.category or r.category == p.category]
     if p.question:

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 from bpo import figures, params, report
-from bpo.tiny import build, language, prior, world
+from bpo.tiny import build, language, prior, prior_tables, world
 
 LITTLE = {"text_documents": 700, "alignment_images": 16, "tower_steps": 2, "text_steps": 4,
           "caption_steps": 2, "mixed_steps": 2, "images": 8, "noise_steps": [0, 999], "repeats": 1,
@@ -217,12 +217,12 @@ def test_effects_by_hand(by_hand):
                 ("text", "rise"): (0.0, 0.2, 0.1), ("images", "rise"): (0.0, 0.2, 0.1)}
     for (factor, name), values in expected.items():
         for at, value in zip(("uniform", "biased", "all"), values, strict=True):
-            change = prior.effect(found, factor, name, at)
+            change = prior_tables.effect(found, factor, name, at)
             assert change["mean"] == change["least"] == change["most"] == pytest.approx(value)
-    pictures = prior.effect(found, "images", "clean")["seeds"][0]
+    pictures = prior_tables.effect(found, "images", "clean")["seeds"][0]
     assert (pictures["low"], pictures["high"]) == (0.3, 0.5)  # either image alone
-    assert prior.verdict(prior.effect(found, "images", "clean")) == "raises"
-    assert prior.larger(found, "clean") == "the alignment images move it more"
+    assert prior_tables.verdict(prior_tables.effect(found, "images", "clean")) == "raises"
+    assert prior_tables.larger(found, "clean") == "the alignment images move it more"
 
 
 def change(*seeds: tuple[float, float, float]) -> dict:
@@ -233,12 +233,12 @@ def change(*seeds: tuple[float, float, float]) -> dict:
 
 
 def test_a_verdict_needs_every_seed():
-    assert prior.verdict(change((0.1, 0.05, 0.2), (0.2, 0.1, 0.3))) == "raises"
-    assert prior.verdict(change((-0.1, -0.2, -0.05), (-0.2, -0.3, -0.1))) == "lowers"
+    assert prior_tables.verdict(change((0.1, 0.05, 0.2), (0.2, 0.1, 0.3))) == "raises"
+    assert prior_tables.verdict(change((-0.1, -0.2, -0.05), (-0.2, -0.3, -0.1))) == "lowers"
     untold = "cannot be told to move"
-    assert prior.verdict(change((0.1, 0.05, 0.2), (-0.2, -0.3, -0.1))) == untold
-    assert prior.verdict(change((0.1, 0.05, 0.2), (0.02, -0.01, 0.05))) == untold
-    assert prior.told(change((0.1, 0, 0), (-0.04, 0, 0))) == "+0.030 (+0.100, -0.040)"
+    assert prior_tables.verdict(change((0.1, 0.05, 0.2), (-0.2, -0.3, -0.1))) == untold
+    assert prior_tables.verdict(change((0.1, 0.05, 0.2), (0.02, -0.01, 0.05))) == untold
+    assert prior_tables.told(change((0.1, 0, 0), (-0.04, 0, 0))) == "+0.030 (+0.100, -0.040)"
 
 
 def test_the_larger_factor_is_named_only_where_all_seeds_agree():
@@ -247,26 +247,26 @@ def test_the_larger_factor_is_named_only_where_all_seeds_agree():
                             | {"factor": factor, "measure": "rise", "at": "all"}
                             for factor, values in (("text", text), ("images", pictures))]}
 
-    assert prior.larger(found((0.3, -0.2), (0.1, 0.1)), "rise") == (
+    assert prior_tables.larger(found((0.3, -0.2), (0.1, 0.1)), "rise") == (
         "the text moves it more, on every seed")
-    assert "cannot be told" in prior.larger(found((0.3, 0.1), (0.1, 0.2)), "rise")
+    assert "cannot be told" in prior_tables.larger(found((0.3, 0.1), (0.1, 0.2)), "rise")
 
 
 def test_what_the_notebook_shows(study):
     p, found = little("whole"), study.metrics
-    assert len(prior.level_rows(p)) == 4
-    assert [r["text"] for r in prior.cell_rows(found)] == ["uniform"] * 2 + ["biased"] * 2
-    assert [r["images"] for r in prior.effect_rows(found, p, "text")] == [
+    assert len(prior_tables.level_rows(p)) == 4
+    assert [r["text"] for r in prior_tables.cell_rows(found)] == ["uniform"] * 2 + ["biased"] * 2
+    assert [r["images"] for r in prior_tables.effect_rows(found, p, "text")] == [
         "uniform", "biased", "all"] * 2
-    assert "BELOW the bound" in prior.gates_told(found)
-    said = prior.headline(found)
+    assert "BELOW the bound" in prior_tables.gates_told(found)
+    said = prior_tables.headline(found)
     assert said["seeds"] == "1 seed"
-    assert said["tcn"] == prior.told(prior.effect(found, "text", "clean"))
-    assert prior.told(change((0.3, 0.2, 0.4))) == "+0.300 [+0.200, +0.400]"
-    both = prior.together(found, p)
-    assert both["clean_high"] == prior.told(prior.effect(found, "images", "clean", "biased"))
-    assert both["rise_low"] == prior.told(prior.effect(found, "text", "rise", "uniform"))
-    assert said["irn"] == prior.told(prior.effect(found, "images", "rise"))
+    assert said["tcn"] == prior_tables.told(prior_tables.effect(found, "text", "clean"))
+    assert prior_tables.told(change((0.3, 0.2, 0.4))) == "+0.300 [+0.200, +0.400]"
+    both = prior_tables.together(found, p)
+    assert both["clean_high"] == prior_tables.told(prior_tables.effect(found, "images", "clean", "biased"))
+    assert both["rise_low"] == prior_tables.told(prior_tables.effect(found, "text", "rise", "uniform"))
+    assert said["irn"] == prior_tables.told(prior_tables.effect(found, "images", "rise"))
 
 
 def test_the_figure_draws_every_seed_and_the_mean():
