@@ -39,12 +39,7 @@ def few(found: Mapping[str, Any]) -> list[str]:
 
 def label(benchmark: Any, metric: str) -> str:
     """A metric's name on a page."""
-    return _metric(benchmark, metric).label
-
-
-def _metric(benchmark: Any, metric: str) -> Any:
-    """The metric, or the number made of others, of that name."""
-    return benchmark.metrics.get(metric) or benchmark.combined[metric]
+    return benchmark.all_metrics[metric].label
 
 
 def of_kinds(benchmark: Any, values: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -104,7 +99,7 @@ def differences(p: Benchmarks, found: Mapping[str, Any], method: str, against: s
     for name, benchmark in benchmarks.chosen(p).items():
         mine = found["differences"].get(name, {}).get(against, {}).get(method, {})
         for metric, d in mine.items():
-            more = _metric(benchmark, metric).more
+            more = benchmark.all_metrics[metric].more
             if more is None or d["value"] is None:
                 continue
             reading = "cannot be told"

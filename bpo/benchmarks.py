@@ -37,7 +37,7 @@ from bpo import (
 )
 from bpo.endpoint import Endpoint
 from bpo.generate import Request
-from bpo.judged import Judged
+from bpo.judged import Judged, JudgedQuestion
 from bpo.models import Checkpoint
 from bpo.official import Benchmark, Question
 from bpo.params import Benchmarks
@@ -92,10 +92,8 @@ def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
                 p, benchmark, questions, lines[name], methods)
         else:
             continue
-        made = {} if isinstance(benchmark, Judged) else benchmark.combined
         found["benchmarks"][name], found["differences"][name] = held_out.scored(
-            counted, benchmark.metrics, seed=p.seed, resamples=p.resamples,
-            combined={n: (("chair", "f1"), lambda a, b, r=c[1]: r({"chair": a, "f1": b})) for n, c in made.items()})
+            counted, benchmark.metrics, seed=p.seed, resamples=p.resamples, made=benchmark.made)
     return found | _calibrated(p, lines, methods) | _probed(p, folder, checkpoint, methods)
 
 
@@ -123,8 +121,10 @@ def _ask(p: Benchmarks, checkpoint: Checkpoint, methods: Sequence[str],
     """One line a question; the images are prepared once for all methods."""
     questions = [asked[r.id] for r in batch]
     inputs = generate.encode_batch(checkpoint, batch)
-    weighed = [k for k, q in enumerate(questions) if q.label in ("yes", "no")]
-    chances = generate.encode_batch(checkpoint, [batch[k] for k in weighed]) if weighed else {}
+    weighed = [k for k, q in enumerate(questions)
+               if q.label in ("yes", "no") and not isinstance(q, JudgedQuestion)]
+    chances = inputs if len(weighed) == len(batch) else generate.encode_batch(
+        checkpoint, [batch[k] for k in weighed]) if weighed else {}
     tokens = [[encoding.answer_tokens(checkpoint, batch[k].messages, text) for text in p.yes_no]
               for k in weighed]
     lines = [{"id": q.id, "image": q.image, "kind": q.kind, "label": q.label, "question": q.text,

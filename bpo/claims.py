@@ -188,8 +188,7 @@ def benchmark(name: str) -> tuple[str, dict[str, tuple[str, bool | None]]]:
     """The title of a benchmark of notebook 5, and its metrics with label and whether more is
     better, those that are made of others last."""
     known = {**official.BENCHMARKS, **judged.JUDGED}[name]
-    return known.title, {n: (m.label, m.more) for n, m in known.metrics.items()} | {
-        n: (n.replace("_", " "), True) for n in known.combined}
+    return known.title, {n: (m.label, m.more) for n, m in known.all_metrics.items()}
 
 
 def _benchmarks(found: Mapping[str, Any] | None, against: str) -> list[Line]:

@@ -8,7 +8,7 @@ Without one, only what needs no truth is measured: length, and how many answers 
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -206,38 +206,22 @@ def score(lines: Sequence[dict], truth: dict[str, Any], methods: Sequence[str], 
 
 
 def scored(counted: Mapping[str, Sequence[tuple[str, Mapping[str, tuple[float, float]]]]],
-           names: Iterable[str], *, seed: int, resamples: int,
-           combined: Mapping[str, tuple[Sequence[str], Callable[..., Any]]] = MappingProxyType({})
+           names: Collection[str], *, seed: int, resamples: int,
+           made: metrics.Made = MappingProxyType({})
            ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Estimates and paired differences, as `score` gives them, of what each answer adds.
 
     counted: method -> an (image, {metric: (counted, out of)}) an answer, of the same images for
     every method. names: the metrics to keep, in their order, where any answer has them.
-    combined: further numbers, each made of some of these by a rule.
+    made: further numbers, each made of some of these.
     """
     images = sorted({image for image, _ in next(iter(counted.values()))})
     weights = metrics.bootstrap_weights(len(images), resamples,
                                         seeds.numpy_generator(seed, "comparison interval"))
-    blank = [(i, (0.0, 0.0)) for i in images]
-    ratios: dict[str, dict[str, metrics.Ratios]] = {}
-    for method, answers in counted.items():
-        found: dict[str, list] = {}
-        for image, mine in answers:
-            for name, count in mine.items():
-                found.setdefault(name, []).append((image, count))
-        ratios[method] = {n: metrics.by_image([*blank, *found[n]]) for n in names if n in found}
-    rules = {n: ((n,), metrics.itself) for n in names} | dict(combined)
-
-    def parts(method: str, name: str) -> list[metrics.Ratios]:
-        return [ratios[method][part] for part in rules[name][0]]
-
-    known = {m: [n for n, (needed, _) in rules.items() if mine.keys() >= set(needed)]
-             for m, mine in ratios.items()}
-    values = {m: {n: metrics.combined_estimate(rules[n][1], parts(m, n), weights)
-                  for n in known[m]} for m in counted}
+    ratios = {m: metrics.tabled(answers, names) for m, answers in counted.items()}
+    values = {m: metrics.estimates(mine, weights, made) for m, mine in ratios.items()}
     contrasts = {
-        against: {m: {n: metrics.combined_difference(rules[n][1], parts(m, n), parts(against, n),
-                                                     weights) for n in known[m]}
-                  for m in counted if m != against}
-        for against in BASELINES if against in counted}
+        against: {m: metrics.differences(mine, ratios[against], weights, made)
+                  for m, mine in ratios.items() if m != against}
+        for against in BASELINES if against in ratios}
     return values, contrasts

@@ -4,7 +4,7 @@ Every number is a ratio of sums over images (a mean is a ratio with ones below),
 bootstrap serves all of them, and a difference between two methods is resampled in pairs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,6 +137,45 @@ def combined_difference(rule: Callable[..., Any], parts: Sequence[Ratios],
     value2, drawn2, count2 = _resampled(rule, others, weights)
     found = _interval(value - value2, drawn - drawn2, min(count, count2))
     return found | {"p": None if found["value"] is None else _two_sided(drawn - drawn2)}
+
+
+# a number's name -> the ratios that it is made of, and how (`combined_estimate`)
+Made = Mapping[str, tuple[Sequence[str], Callable[..., Any]]]
+
+
+def tabled(answers: Sequence[tuple[str, Mapping[str, tuple[float, float]]]], names: Iterable[str]
+           ) -> dict[str, Ratios]:
+    """metric -> ratios, of the named metrics that any answer counts for, each with every image.
+
+    answers: the image of each answer, and what it adds to each metric as (counted, out of).
+    """
+    found: dict[str, list] = {}
+    for image, counts in answers:
+        for name, count in counts.items():
+            found.setdefault(name, []).append((image, count))
+    blank = [(image, (0.0, 0.0)) for image in {image for image, _ in answers}]
+    return {n: by_image([*blank, *found[n]]) for n in names if n in found}
+
+
+def estimates(ratios: Mapping[str, Ratios], weights: np.ndarray, made: Made
+              ) -> dict[str, dict[str, Any]]:
+    """The `estimate` of every metric, then of those numbers in `made` whose parts are all there."""
+    return {n: combined_estimate(rule, [ratios[p] for p in parts], weights)
+            for n, (parts, rule) in _rules(ratios, made).items()}
+
+
+def differences(ratios: Mapping[str, Ratios], others: Mapping[str, Ratios], weights: np.ndarray,
+                made: Made) -> dict[str, dict[str, Any]]:
+    """The `difference` of everything that `estimates` gives on both sides."""
+    ratios = {n: r for n, r in ratios.items() if n in others}
+    return {n: combined_difference(rule, [ratios[p] for p in parts], [others[p] for p in parts],
+                                   weights)
+            for n, (parts, rule) in _rules(ratios, made).items()}
+
+
+def _rules(ratios: Mapping[str, Ratios], made: Made) -> dict[str, tuple[Sequence[str], Callable]]:
+    whole = {n: rule for n, rule in made.items() if ratios.keys() >= set(rule[0])}
+    return {n: ((n,), itself) for n in ratios} | whole
 
 
 def _resampled(rule: Callable[..., Any], parts: Sequence[Ratios], weights: np.ndarray

@@ -49,11 +49,19 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class Combined:
+    """A number made of several metrics; rule: their values, numbers or arrays -> its own."""
+
+    label: str
+    parts: tuple[str, ...]
+    rule: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """files: role -> path below the benchmark's folder.  images: the folder below it.
-    fetch: what to get, by the name of its project.  combined: metric -> (label, its value from the
-    values of the others), numbers or arrays alike.  embedded: the question file holds the images,
-    which `unpack` writes where they are missing."""
+    fetch: what to get, by the name of its project.  combined: numbers made of the metrics.
+    embedded: the question file holds the images, which `unpack` writes where they are missing."""
 
     name: str
     title: str
@@ -65,9 +73,18 @@ class Benchmark:
     metrics: Mapping[str, Metric]
     load: Callable[[Path], Loaded]
     max_new_tokens: int
-    combined: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = field(
-        default_factory=dict)
+    combined: Mapping[str, "Combined"] = field(default_factory=dict)
     embedded: bool = False
+
+    @property
+    def all_metrics(self) -> dict[str, Metric]:
+        """The metrics, and the numbers that are made of several, which are better when more."""
+        return {**self.metrics, **{n: Metric(c.label, True) for n, c in self.combined.items()}}
+
+    @property
+    def made(self) -> dict[str, tuple[tuple[str, ...], Callable[..., Any]]]:
+        """The combined numbers as `metrics.estimates` takes them."""
+        return {n: (c.parts, c.rule) for n, c in self.combined.items()}
 
 
 def missing(benchmark: Benchmark, folder: Path, *, images: bool = True) -> list[str]:
@@ -307,5 +324,6 @@ BENCHMARKS = {b.name: b for b in (
          "hal": Metric("Hal", False), "cog": Metric("Cog", False),
          "words": Metric("words a description", None), **YES_NO,
          **_by_kind(("existence", "attribute", "relation"))}, _amber, 512,
-        {"amber_score": ("AMBER score", lambda values: (1 - values["chair"] + values["f1"]) / 2)}),
+        {"amber_score": Combined("AMBER score", ("chair", "f1"),
+                                 lambda chair, f1: (1 - chair + f1) / 2)}),
 )}

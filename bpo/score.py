@@ -61,15 +61,6 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _ratios(benchmark: Benchmark, counts: Mapping[Any, tuple[str, Counts]]
-            ) -> dict[str, metrics.Ratios]:
-    """metric -> image -> (counted, out of), every image in every metric."""
-    blank = [(image, (0.0, 0.0)) for image in {image for image, _ in counts.values()}]
-    return {name: metrics.by_image([*blank, *((i, c[name]) for i, c in counts.values()
-                                              if name in c)])
-            for name in benchmark.metrics if any(name in c for _, c in counts.values())}
-
-
 def _weights(ratios: Mapping[str, metrics.Ratios], *, resamples: int, seed: int) -> np.ndarray:
     images = len(next(iter(ratios.values())))
     return metrics.bootstrap_weights(images, resamples, seeds.numpy_generator(seed, "score"))
@@ -77,29 +68,21 @@ def _weights(ratios: Mapping[str, metrics.Ratios], *, resamples: int, seed: int)
 
 def estimates(benchmark: Benchmark, counts: Mapping[Any, tuple[str, Counts]], *, resamples: int,
               seed: int) -> dict[str, dict[str, Any]]:
-    """metric -> {label, value, low, high, n}; the combined ones as a value without interval."""
-    ratios = _ratios(benchmark, counts)
+    """metric -> {label, value, low, high, n}."""
+    ratios = metrics.tabled(list(counts.values()), benchmark.metrics)
     weights = _weights(ratios, resamples=resamples, seed=seed)
-    found = {n: {"label": benchmark.metrics[n].label, **metrics.estimate(r, weights)}
-             for n, r in ratios.items()}
-    values = {n: e["value"] for n, e in found.items() if e["value"] is not None}
-    for name, (label, combine) in benchmark.combined.items():
-        try:
-            value = round(combine(values), 6)
-        except KeyError:  # a part was not answered
-            continue
-        found[name] = {"label": label, "value": value, "low": None, "high": None, "n": None}
-    return found
+    return {n: {"label": benchmark.all_metrics[n].label, **e}
+            for n, e in metrics.estimates(ratios, weights, benchmark.made).items()}
 
 
 def differences(benchmark: Benchmark, mine: Mapping[Any, tuple[str, Counts]],
                 other: Mapping[Any, tuple[str, Counts]], *, resamples: int, seed: int
                 ) -> dict[str, dict[str, Any]]:
     """metric -> {label, value, low, high, n, p} of mine minus other, on the same questions."""
-    ours, theirs = _ratios(benchmark, mine), _ratios(benchmark, other)
+    ours, theirs = (metrics.tabled(list(c.values()), benchmark.metrics) for c in (mine, other))
     weights = _weights(ours, resamples=resamples, seed=seed)
-    return {n: {"label": benchmark.metrics[n].label,
-                **metrics.difference(r, theirs[n], weights)} for n, r in ours.items()}
+    found = metrics.differences(ours, theirs, weights, benchmark.made)
+    return {n: {"label": benchmark.all_metrics[n].label, **d} for n, d in found.items()}
 
 
 def table(benchmark: Benchmark, result: Mapping[str, Any]) -> list[str]:
@@ -110,8 +93,7 @@ def table(benchmark: Benchmark, result: Mapping[str, Any]) -> list[str]:
              f"{told['truth']} in the truth have no answer"]
     lines += [told["note"]] * bool(told["note"])
     lines += ["", f"{'metric':28}{'value':>9}   {'95 % interval':18}{'out of':>8}"]
-    lines += [_row(n, e) + f"{'' if e['n'] is None else e['n']:>8}"
-              for n, e in result["metrics"].items()]
+    lines += [_row(n, e) + f"{e['n']:>8}" for n, e in result["metrics"].items()]
     if "differences" in result:
         pair = result["against"]
         lines += ["", f"minus the other file: {pair['matched']} answers matched, "
@@ -127,6 +109,5 @@ def _row(name: str, e: Mapping[str, Any], *, sign: str = "") -> str:
     if e["value"] is None:
         return f"{e['label']:28}{'none':>9}   {'':18}"
     times, unit = (1, "") if name in COUNTS_OF_WORDS else (100, " %")
-    value, low, high = (None if e[k] is None else f"{times * e[k]:{sign}.1f}"
-                        for k in ("value", "low", "high"))
-    return f"{e['label']:28}{value + unit:>9}   {'' if low is None else f'[{low}, {high}]':18}"
+    value, low, high = (f"{times * e[k]:{sign}.1f}" for k in ("value", "low", "high"))
+    return f"{e['label']:28}{value + unit:>9}   {f'[{low}, {high}]':18}"

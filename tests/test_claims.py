@@ -220,7 +220,7 @@ def test_what_decides_a_benchmark_is_one_of_its_metrics():
     for name, (decides, kept, _) in claims.BENCHMARKS.items():
         known = claims.benchmark(name)[1]
         assert known[decides][1] is not None and (kept is None or known[kept][1] is True)
-    assert claims.benchmark("amber")[1]["amber_score"] == ("amber score", True)
+    assert claims.benchmark("amber")[1]["amber_score"] == ("AMBER score", True)
 
 
 TRUTH = {"rows": {f"q{i}": {"category": "attribute", "true": ["red"], "prior": [], "kind": None}

@@ -269,9 +269,11 @@ def test_amber_s_two_tasks_are_one_benchmark(amber):
 
 
 def test_amber_s_score_is_made_of_chair_and_f1():
-    _, combine = BENCHMARKS["amber"].combined["amber_score"]
+    score = BENCHMARKS["amber"].combined["amber_score"]
     # 100 - 8 and an F1 of 75: (92 + 75) / 2.
-    assert combine({"chair": 0.08, "f1": 0.75, "hal": 1}) == pytest.approx(0.835)
+    assert score.parts == ("chair", "f1") and score.rule(0.08, 0.75) == pytest.approx(0.835)
+    assert BENCHMARKS["amber"].made == {"amber_score": (score.parts, score.rule)}
+    assert BENCHMARKS["amber"].all_metrics["amber_score"].more is True
 
 
 @pytest.mark.parametrize("name, content, said", [

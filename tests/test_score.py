@@ -224,7 +224,8 @@ def test_amber_with_its_score(amber, capsys):
     assert got["chair"] == (0.25, 4) and got["hal"] == (1, 1) and got["cog"] == (1, 1)
     # "no" was right once of two: precision 1/2, recall 1, F1 2/3.
     assert got["precision"] == (0.5, 2) and got["f1"] == (0.666667, 3)
-    assert got["amber_score"] == (pytest.approx((0.75 + 2 / 3) / 2, abs=1e-6), None)
+    assert got["amber_score"] == (pytest.approx((0.75 + 2 / 3) / 2, abs=1e-6), 3)
+    assert found["metrics"]["amber_score"]["low"] < 0.7 < found["metrics"]["amber_score"]["high"]
     assert "intervals are over questions" in found["answers"]["note"]
     out = call(capsys, "amber", "--answers", amber / "a.json", "--truth", amber)
     assert "AMBER score" in out and "70.8 %" in out
