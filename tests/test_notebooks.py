@@ -23,7 +23,8 @@ LITTLE = {"tower_steps": 30, "text_steps": 40, "text_documents": 800, "caption_s
           "mixed_steps": 20, "alignment_images": 60, "preference_images": 60,
           "development_images": 12, "test_images": 20, "natural_images": 12,
           "noise_steps": "[0, 500, 999]", "steps": 4, "save_every": 2, "lora_rank": 4,
-          "resamples": 200}
+          "resamples": 200, "benchmark_images": 12, "probe_rows": 30}
+STUDY = params.study_files("tiny")  # the notebooks of the study
 METHODS = ["base", *params.METHODS]
 MEASURED = ["chair_s", "chair_i", "cover", "objects", "colour_accuracy", "p_true", "p_prior",
             "prior_rate", "pope_adversarial"]
@@ -120,7 +121,7 @@ class TestStaticRules:
 @pytest.mark.slow
 class TestTheWholeStudy:
     def test_every_notebook_leaves_a_complete_stage_and_a_page(self, study):
-        for notebook in params.SCHEMAS:
+        for notebook in STUDY:
             m = manifest(study, notebook)
             assert m["stage"] == notebook and m["study"] == "little" and m["metrics"]
             assert {"parameters", "inputs", "outputs", "modules", "versions", "device", "commit",
@@ -135,7 +136,7 @@ class TestTheWholeStudy:
             assert not any("\r" in o.get("text", "") for o in outputs)
             assert "data:image/" in page
         index = (study / "index.html").read_text()
-        assert index.count("complete") >= 5 and "4_qualitative_comparison.html" in index
+        assert index.count("complete") >= 6 and "4_qualitative_comparison.html" in index
 
     def test_the_world_is_a_plain_checkpoint_with_disjoint_data(self, study):
         world = study / "0_tiny_world"
@@ -145,7 +146,13 @@ class TestTheWholeStudy:
                 for s in ("preference", "development", "counterfactual", "natural")}
         assert [len(r) for r in rows.values()] == [180, 60, 100, 60]
         pixels = [f.read_bytes() for s in rows for f in (world / s / "images").glob("*.png")]
-        assert len(set(pixels)) == len(pixels) == 60 + 12 + 20 + 12
+        benchmarks = world / "benchmarks"
+        pixels += [f.read_bytes() for place in ("chair/val2014", "object-halbench/images",
+                                                "amber/image")
+                   for f in (benchmarks / place).iterdir()]
+        assert len(set(pixels)) == len(pixels) == 60 + 12 + 20 + 12 + 3 * 12
+        assert {f.read_bytes() for f in (benchmarks / "pope/val2014").iterdir()} == {
+            f.read_bytes() for f in (benchmarks / "chair/val2014").iterdir()}
 
     def test_noise_probability_has_its_curves(self, study):
         found = manifest(study, "1_noise_probability")["metrics"]
@@ -198,13 +205,46 @@ class TestTheWholeStudy:
                                                         "sft_compute"}
         assert found["counterfactual"]["base"]["colour_accuracy"]["n"] == 20
 
+    def test_the_benchmarks_measure_every_method_from_official_files(self, study):
+        found = manifest(study, "5_benchmarks")["metrics"]
+        assert list(found["benchmarks"]) == ["chair", "object-halbench", "pope", "amber"]
+        for name, values in found["benchmarks"].items():
+            assert list(values) == METHODS
+            assert found["differences"][name]["base"].keys() == set(METHODS) - {"base"}
+            lines = (study / "5_benchmarks" / f"answers-{name}.jsonl").read_text().splitlines()
+            assert len(lines) == found["settings"][name]["questions"]
+        score = found["benchmarks"]["amber"]["bpo"]["amber_score"]
+        assert score["low"] <= score["value"] <= score["high"]
+        assert set(found["image"]) == {"caption", "attribute", "presence"}
+        assert set(found["calibration"]) == {"pope", "amber"}
+        page = (study / "5_benchmarks.html").read_text()
+        assert "Numbers that others published" in page and "CHAIRi" in page
+
+    def test_answers_of_the_notebook_score_the_same_alone(self, study, root, tmp_path):
+        lines = [json.loads(x) for x in
+                 (study / "5_benchmarks" / "answers-chair.jsonl").read_text().splitlines()]
+        mine = tmp_path / "mine.jsonl"
+        mine.write_text("".join(json.dumps({"image_id": x["image"], "caption": x["answers"]["bpo"]})
+                                + "\n" for x in lines))
+        chair = study / "0_tiny_world" / "benchmarks" / "chair"
+        done = subprocess.run(command(
+            "score", "chair", "--answers", str(mine), "--json", "--synonyms",
+            str(chair / "synonyms.txt"), "--truth",
+            str(chair / "annotations" / "instances_val2014.json")),
+            env=environment(root), text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        alone = json.loads(done.stdout)["metrics"]
+        whole = manifest(study, "5_benchmarks")["metrics"]["benchmarks"]["chair"]["bpo"]
+        for name in ("chair_s", "chair_i", "cover", "words"):
+            assert alone[name]["value"] == whole[name]["value"], name
+
     def test_a_second_run_computes_nothing(self, study, root):
-        before = {n: (study / n / "manifest.json").stat().st_mtime_ns for n in params.SCHEMAS}
+        before = {n: (study / n / "manifest.json").stat().st_mtime_ns for n in STUDY}
         done = subprocess.run(run_little("little"), env=environment(root), text=True,
                               capture_output=True)
         assert done.returncode == 0, done.stderr
         assert before == {n: (study / n / "manifest.json").stat().st_mtime_ns
-                          for n in params.SCHEMAS}
+                          for n in STUDY}
         assert "up to date, read again" in (study / "3_dpo_training.html").read_text()
         assert not list(study.glob("*.old-*"))
 
@@ -225,7 +265,7 @@ class TestTheWholeStudy:
                      "3_dpo_training/bpo/adapter/adapter_model.safetensors",
                      "4_qualitative_comparison/answers-counterfactual.jsonl"):
             assert (killed / name).read_bytes() == (study / name).read_bytes(), name
-        for notebook in params.SCHEMAS:
+        for notebook in STUDY:
             assert manifest(killed, notebook)["metrics"] == manifest(study, notebook)["metrics"]
 
     def test_its_pairs_are_exported_for_other_tools(self, study, root):

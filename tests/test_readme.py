@@ -59,6 +59,7 @@ def test_make_says_what_the_readme_says():
     assert "-m bpo run tiny\n" in recipe("report")
     assert "-m pytest" in recipe("test")
     assert "-m jupyterlab" in recipe("lab")
+    assert "-m bpo replicate tiny --seeds 5" in recipe("replicate")
     assert "tests/bench.py" in recipe("bench")
     assert "outputs/tiny/index.html" in recipe("help")
 
@@ -80,7 +81,7 @@ def test_the_environment_for_conda_is_the_package_itself():
         assert re.search(rf'"{package}==[\d.]+"', wanted), package
 
 
-# A module imports from lower floors alone; nothing but notebook 0 imports the tiny world.
+# A module imports from lower floors alone; nothing but notebooks 0 and 6 imports the tiny world.
 FLOORS = [
     {"params", "seeds", "noise", "galleries", "ranks", "layouts", "branches", "reference",
      "objectives", "published"},
@@ -89,7 +90,8 @@ FLOORS = [
      "packed_forward", "packed_check", "scoring", "hallucination", "yes_no", "coco",
      "benchmark_figures", "replication_page"},
     {"selection", "audit", "readers", "generate", "exports", "packed", "launch", "official"},
-    {"pair_tables", "stock", "probe", "held_out", "candidates", "diagnostics", "judged", "answers"},
+    {"pair_tables", "stock", "probe", "held_out", "candidates", "diagnostics", "judged", "answers",
+     "merge"},
     {"pairs", "compare", "sizes", "trainers", "judge", "score"},
     {"train", "rounds", "benchmarks", "claims"},
     {"benchmark_tables", "replication"},

@@ -253,6 +253,7 @@ def test_a_table_is_no_longer_shown_once_a_comparison_has_changed(three_rounds, 
 LITTLE = {"tower_steps": 30, "text_steps": 40, "text_documents": 700, "caption_steps": 20,
           "mixed_steps": 20, "alignment_images": 40, "preference_images": 40,
           "development_images": 6, "test_images": 12, "natural_images": 6, "rows": 20,
+          "benchmark_images": 6,
           "noise_steps": "[0, 999]", "draws": 1, "steps": 4, "learning_rate": 0.02,
           "methods": "[bpo]", "weaken_modes": "[noisy, blank]", "resamples": 100, "rounds": 2}
 
