@@ -52,7 +52,8 @@ def run(p: Benchmarks) -> runs.Result:
     inputs = {"model": p.path(p.model), "adapters": p.path(p.adapters)}
     for name, benchmark in chosen(p).items():
         folder = p.path(p.folders[name])
-        official.require(benchmark, folder)
+        if runs.owning_stage(folder) is None:  # else the stage tells better what is missing
+            official.require(benchmark, folder)
         files = {**benchmark.files, **{o: o for o in official.OPTIONAL if (folder / o).is_file()}}
         inputs |= {f"{name} {role}": folder / file for role, file in files.items()}
         if p.judge and isinstance(benchmark, Judged):

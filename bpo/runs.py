@@ -169,7 +169,7 @@ def fingerprint(path: Path) -> str:
     compared with it. Elsewhere: a file's content, or names, sizes and contents of a folder's
     files, where of a file above 256 MB only 64 blocks spread over it are read.
     """
-    owner = _owner(path)
+    owner = owning_stage(path)
     if owner is None:
         if not path.exists():
             raise Refusal(f"{path}: there is no such file or folder")
@@ -195,7 +195,7 @@ def fingerprint(path: Path) -> str:
     return _digest(f"{n} {h}" for n, h in mine.items())
 
 
-def _owner(path: Path) -> Path | None:
+def owning_stage(path: Path) -> Path | None:
     """The stage folder that a path lies in, if it lies below outputs/<study>/<notebook>."""
     root = outputs_root()
     if not path.is_relative_to(root):

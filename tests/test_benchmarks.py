@@ -51,7 +51,8 @@ def folders(data_file, tmp_path_factory):
              "label": "yes" if k == t else "no"} for n, (k, t) in enumerate(asked, start=1)))
     (root / "mm-vet" / "mm-vet.json").write_text(json.dumps({
         f"v1_{k}": {"imagename": f"{k}.png", "question": "what colour is the box ?",
-                    "answer": "red", "imagesource": "drawn", "capability": ["rec", "ocr"][:k % 2 + 1]}
+                    "answer": "red", "imagesource": "drawn",
+                    "capability": ["rec", "ocr"][:k % 2 + 1]}
         for k in range(4)}))
     return {n: str(root / n) for n in ("chair", "pope", "mm-vet")}
 
@@ -164,6 +165,13 @@ def test_missing_files_are_listed_in_one_sentence(parameters, outputs, folders, 
                                       "coco_pope_adversarial.json, val2014/"):
         benchmarks.run(p)
     assert not (outputs / "s").exists()
+
+
+def test_benchmarks_that_a_stage_writes_wait_for_it(parameters, outputs):
+    p = parameters.model_copy(update={
+        "folders": {"pope": "outputs/s/0_tiny_world/benchmarks/pope"}})
+    with pytest.raises(Refusal, match="run notebooks/0_tiny_world.ipynb first"):
+        benchmarks.run(p)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(result, parameters, outputs, monkeypatch):

@@ -14,7 +14,8 @@ FACTORS = {"text": "text", "images": "alignment images"}
 MEASURES = {"clean": "P(prior), clean", "rise": "its rise"}
 
 
-def effect(found: dict[str, Any], factor: str, measure_name: str, at: str = prior.ALL) -> dict[str, Any]:
+def effect(found: dict[str, Any], factor: str, measure_name: str, at: str = prior.ALL
+           ) -> dict[str, Any]:
     return next(e for e in found["effects"]
                 if (e["factor"], e["measure"], e["at"]) == (factor, measure_name, at))
 
