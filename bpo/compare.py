@@ -5,7 +5,7 @@ Everything here is read from the metrics and answers of `held_out`; nothing is c
 
 from typing import Any
 
-from bpo import held_out, images, metrics, records, runs, seeds
+from bpo import held_out, images, metrics, records, runs, seeds, yes_no
 from bpo.held_out import BASELINES, METRICS
 from bpo.params import QualitativeComparison
 
@@ -131,7 +131,7 @@ def quality(line: dict, method: str, truth: dict[str, Any]) -> float | None:
     if known["category"] == "caption":
         return counts["cover"][0] / max(counts["cover"][1], 1) - counts["chair_i"][0]
     if known["category"] == "presence":
-        return float(metrics.yes_or_no(line["answers"][method]) == known["true"][0])
+        return float(yes_no.said(line["answers"][method]) == known["true"][0])
     return counts["colour_accuracy"][0]
 
 

@@ -19,6 +19,7 @@ from bpo import (
     branches,
     encoding,
     generate,
+    hallucination,
     images,
     metrics,
     models,
@@ -29,6 +30,7 @@ from bpo import (
     seeds,
     shards,
     vocabulary,
+    yes_no,
 )
 from bpo.generate import Request
 from bpo.models import Checkpoint
@@ -64,7 +66,8 @@ def run(p: QualitativeComparison) -> runs.Result:
             inputs[f"{split} truth"] = truth
     return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
                       modules=[seeds, *readers.MODULES, models, encoding, generate, branches,
-                               scoring, metrics, vocabulary, shards, sys.modules[__name__]])
+                               scoring, metrics, vocabulary, hallucination, yes_no, shards,
+                               sys.modules[__name__]])
 
 
 def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
@@ -178,7 +181,8 @@ def counts(line: dict, method: str, truth: dict[str, Any]) -> dict[str, tuple[fl
         return out
     if known["category"] == "caption":
         present = {o["name"] for o in truth["images"][line["image"]]["objects"]}
-        return out | metrics.caption_counts(text, truth["vocabulary"]["objects"], present)
+        lexicon = vocabulary.lexicon(truth["vocabulary"]["objects"])
+        return out | hallucination.chair(text, present, lexicon)
     right = metrics.normalised(text) in map(metrics.normalised, known["true"])
     if known["category"] == "attribute":
         out["colour_accuracy"] = (float(right), 1)
@@ -188,7 +192,7 @@ def counts(line: dict, method: str, truth: dict[str, Any]) -> dict[str, tuple[fl
             out["p_true"] = (line["p_true"][method], 1)
             out["p_prior"] = (line["p_prior"][method], 1)
     if known["category"] == "presence":
-        said = metrics.yes_or_no(text)
+        said = yes_no.said(text)
         out["yes_rate"] = (float(said == "yes"), 1)
         if known["kind"]:
             out[f"pope_{known['kind']}"] = (float(said == known["true"][0]), 1)

@@ -19,34 +19,12 @@ def normalised(text: str) -> str:
     return " ".join(words(text))
 
 
-def mentioned_objects(text: str, vocabulary: Vocabulary | Lexicon) -> list[str]:
-    """The object class of every object word in a text, repeats kept, in order of mention.
-
-    vocabulary: class -> its words and plurals; a longer phrase ("hot dog") wins over a word in it.
-    """
-    return lexicon(vocabulary).objects(text)
-
-
 def wrong_object_words(text: str, vocabulary: Vocabulary | Lexicon, present: set[str]) -> set[str]:
     """The words of a text that name objects which are not in the image."""
     tokens = words(text)
     found = lexicon(vocabulary).mentions(tokens)
     wrong = {t for name, a, b in found if name not in present for t in tokens[a:b]}
     return wrong - {t for name, a, b in found if name in present for t in tokens[a:b]}
-
-
-def caption_counts(text: str, vocabulary: Vocabulary, present: set[str]) -> dict[str, tuple]:
-    """One caption's share of each caption metric, as (counted, out of).
-
-    chair_s: captions with a wrong object / all captions; chair_i: wrong object words / all object
-    words, repeats counted (CHAIR, arXiv 1809.02156). cover: objects of the image that are named /
-    objects of the image. objects, words: object words and words a caption.
-    """
-    found = mentioned_objects(text, vocabulary)
-    wrong = [o for o in found if o not in present]
-    return {"chair_s": (float(bool(wrong)), 1), "chair_i": (len(wrong), len(found)),
-            "cover": (len(present & set(found)), len(present)),
-            "objects": (len(found), 1), "words": (len(words(text)), 1)}
 
 
 def caption_is_right(text: str, vocabulary: Vocabulary, colours: Sequence[str],
@@ -60,26 +38,6 @@ def caption_is_right(text: str, vocabulary: Vocabulary, colours: Sequence[str],
     found = lexicon(vocabulary).mentions(tokens)
     told = {(name, tokens[a - 1]) for name, a, _ in found if a and tokens[a - 1] in colours}
     return bool(found) and {name for name, _, _ in found} <= present and told <= coloured
-
-
-def yes_or_no(text: str) -> str | None:
-    """An answer to a presence question (POPE, arXiv 2305.10355): its first "yes" or "no"."""
-    return next((w for w in words(text) if w in ("yes", "no")), None)
-
-
-def yes_no_scores(answers: Sequence[str | None], truth: Sequence[str]) -> dict[str, float]:
-    """Accuracy, precision, recall and F1 with "yes" as positive, and the answers' share of yes.
-
-    An answer that is neither (None) is wrong and not a yes.
-    """
-    pairs = list(zip(answers, truth, strict=True))
-    hits = sum(a == "yes" == t for a, t in pairs)
-    said = sum(a == "yes" for a, _ in pairs)
-    precision = hits / said if said else 0.0
-    recall = hits / max(sum(t == "yes" for t in truth), 1)
-    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
-    return {"accuracy": sum(a == t for a, t in pairs) / len(pairs), "precision": precision,
-            "recall": recall, "f1": f1, "yes_ratio": said / len(pairs)}
 
 
 def by_image(counts: Sequence[tuple[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:

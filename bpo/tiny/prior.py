@@ -28,6 +28,7 @@ from bpo import (
     branches,
     encoding,
     generate,
+    hallucination,
     metrics,
     models,
     noise,
@@ -52,8 +53,9 @@ def run(p: PriorOrigin) -> runs.Result:
     """The stage of notebook 6: worlds/SEED-TEXT-IMAGES.json."""
     return runs.stage(p, lambda folder: _work(p, folder), inputs={},
                       modules=[noise, seeds, *readers.MODULES, models, encoding, generate, branches,
-                               scoring, metrics, vocabulary, shards, probe, build, data, drawing,
-                               language, measure, model, training, world, sys.modules[__name__]])
+                               scoring, metrics, vocabulary, hallucination, shards, probe, build,
+                               data, drawing, language, measure, model, training, world,
+                               sys.modules[__name__]])
 
 
 def _work(p: PriorOrigin, folder: Path) -> dict[str, Any]:
@@ -165,13 +167,13 @@ def _asked(p: PriorOrigin, multimodal, processor, scenes: list, seed: int) -> di
     said = measure.answers(multimodal, processor.tokenizer,
                            [measure.image_prompt(language.DESCRIBE)] * len(scenes),
                            model.pixel_values(processor, drawing.scene_array(scenes)))
-    names = data.vocabulary_truth()["objects"]
+    lexicon = vocabulary.lexicon(data.vocabulary_truth()["objects"])
     return {
         "looks": [{"image": x["image"], "step": x["step"], "draw": x["draw"],
                    **{f"p_{kind}": _probability(x, kind) for kind in probe.KINDS}} for x in lines],
         "captions": [{"image": data.image_name(i), "text": text.strip(),
-                      **{n: v for n, v in metrics.caption_counts(text, names,
-                                                                 set(scene.names)).items()
+                      **{n: v for n, v in hallucination.chair(text, set(scene.names),
+                                                              lexicon).items()
                          if n in ("chair_i", "cover")}}
                      for i, (text, scene) in enumerate(zip(said, scenes, strict=True))]}
 
