@@ -138,11 +138,12 @@ def reading(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def trade_off(found: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """Points for the figure: cover against hallucination of each method."""
+    """Points for the figure: cover against hallucination of each method that names anything."""
     across, up = TRADE[name]
     benchmark = official.BENCHMARKS[name]
     return [{"method": method, "metric": label(benchmark, n), "x": mine[across], "y": mine[n]}
-            for method, mine in found["benchmarks"][name].items() for n in up]
+            for method, mine in found["benchmarks"][name].items() for n in up
+            if None not in (mine[across]["value"], mine[n]["value"])]
 
 
 def by_place(p: Benchmarks, result: runs.Result, name: str, methods: Sequence[str], *,
