@@ -89,8 +89,8 @@ def counts_note(benchmark: Any, values: Mapping[str, Mapping[str, Any]], names: 
 
 def differences(p: Benchmarks, found: Mapping[str, Any], method: str, against: str
                 ) -> list[dict[str, Any]]:
-    """Paired differences of a method to another, of every metric with a better and a worse, over
-    all benchmarks: {method, against, benchmark, metric, value, low, high, n, p, holm, reading}.
+    """Paired differences of a method to another, of every metric of all questions that has a better
+    and a worse, over all benchmarks: {method, against, benchmark, metric, value, low, high, n, p, holm, reading}.
 
     holm: p adjusted for all of these differences together. reading: better, worse or cannot be
     told, by the 95 % interval of this difference alone.
@@ -98,9 +98,10 @@ def differences(p: Benchmarks, found: Mapping[str, Any], method: str, against: s
     rows = []
     for name, benchmark in benchmarks.chosen(p).items():
         mine = found["differences"].get(name, {}).get(against, {}).get(method, {})
+        apart = of_kinds(benchmark, found["benchmarks"][name]) if mine else []
         for metric, d in mine.items():
             more = benchmark.all_metrics[metric].more
-            if more is None or d["value"] is None:
+            if more is None or d["value"] is None or metric in apart:
                 continue
             reading = "cannot be told"
             if not d["low"] <= 0 <= d["high"]:
@@ -114,7 +115,8 @@ def differences(p: Benchmarks, found: Mapping[str, Any], method: str, against: s
 
 def panels(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Differences for the figure, where two benchmarks may have a metric of one name."""
-    return [{**r, "metric": f"{r['benchmark']}: {r['metric']}"} for r in rows]
+    return [{**r, "metric": r["metric"] if r["metric"].startswith(r["benchmark"])
+             else f"{r['benchmark']}: {r['metric']}"} for r in rows]
 
 
 def difference_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
