@@ -90,7 +90,8 @@ def counts_note(benchmark: Any, values: Mapping[str, Mapping[str, Any]], names: 
 def differences(p: Benchmarks, found: Mapping[str, Any], method: str, against: str
                 ) -> list[dict[str, Any]]:
     """Paired differences of a method to another, of every metric of all questions that has a better
-    and a worse, over all benchmarks: {method, against, benchmark, metric, value, low, high, n, p, holm, reading}.
+    and a worse, over all benchmarks: {method, against, benchmark, metric, value, low, high, n, p,
+    holm, reading}.
 
     holm: p adjusted for all of these differences together. reading: better, worse or cannot be
     told, by the 95 % interval of this difference alone.

@@ -97,6 +97,12 @@ def test_p_yes_is_the_share_of_yes_among_the_two_answers(result, checkpoint, fol
             checkpoint, generate.encode_batch(checkpoint, [asked]), tokens)[0])
     assert line["p_yes"]["base"] == pytest.approx(yes / (yes + no), abs=2e-5)
     assert all(not x["p_yes"] for x in benchmarks.answers(result, "chair"))
+    lines = benchmarks.answers(result, "pope")
+    off = [(x["p_yes"]["bpo"] - (x["label"] == "yes")) ** 2 for x in lines]
+    found = result.metrics["calibration"]["pope"]["values"]["bpo"]
+    assert found["brier"]["value"] == pytest.approx(sum(off) / 24, abs=1e-6)
+    assert sum(b["share"] * b["n"] for b in found["bins"]) == pytest.approx(12, abs=1e-3)
+    assert set(result.metrics["calibration"]) == {"pope"}
 
 
 def test_the_scores_are_the_sums_of_what_the_answers_count(result, folders):
@@ -128,10 +134,14 @@ def test_without_a_judge_answers_are_written_and_nothing_is_scored(result):
 
 
 def test_a_judge_scores_what_it_can_read_and_is_named(
-        parameters, folders, endpoint, server, outputs, monkeypatch):  # noqa: F811
+        parameters, folders, endpoint, server, outputs):  # noqa: F811
+    def judgement(text):
+        """A mark by the prompt, which holds the answer; some prompts get none that can be read."""
+        return None if len(text) % 5 == 0 else len(text) % 11 / 10 if len(text) % 11 < 10 else 0.5
+
     def reply(number, body):
-        text = body["messages"][-1]["content"]
-        return completion({"content": "Score: 0.5" if "v" not in text or number % 3 else "hm"})
+        mark = judgement(body["messages"][-1]["content"])
+        return completion({"content": "hm" if mark is None else f"Score: {mark}"})
 
     server.reply = reply
     p = parameters.model_copy(update={
@@ -140,13 +150,20 @@ def test_a_judge_scores_what_it_can_read_and_is_named(
     found = benchmarks.run(p)
     settings = found.metrics["settings"]["mm-vet"]["judge"]
     assert settings["judge"] == "j" and len(settings["prompt_sha256"]) == 64
-    base = found.metrics["benchmarks"]["mm-vet"]["base"]
-    assert base["total"]["value"] in (0.5, None) and base["unscored"]["n"] == 4
-    assert base["total"]["n"] == 4 - round(4 * base["unscored"]["value"])
-    asked = len(server.seen)
+    mm_vet = benchmarks.chosen(p)["mm-vet"]
+    asked = {q.id: q for q in mm_vet.load(params.Path(folders["mm-vet"]))}
+    for method, values in found.metrics["benchmarks"]["mm-vet"].items():
+        marks = [judgement(mm_vet.prompt(asked[x["id"]], x["answers"][method])[-1]["content"])
+                 for x in benchmarks.answers(found, "mm-vet")]
+        read = [m for m in marks if m is not None]
+        assert values["unscored"]["value"] == 1 - len(read) / 4
+        if read:
+            assert values["total"]["value"] == pytest.approx(sum(read) / len(read), abs=1e-6)
+            assert values["total"]["n"] == len(read)
+    asked_for = len(server.seen)
     shutil.rmtree(found.folder)
     again = benchmarks.run(p)
-    assert len(server.seen) == asked, "replies that are kept are not asked for again"
+    assert len(server.seen) == asked_for, "replies that are kept are not asked for again"
     assert again.metrics == found.metrics
 
 
@@ -201,6 +218,18 @@ def test_differences_are_corrected_for_all_that_are_looked_at(parameters, result
     assert not {"words an answer", "yes answers"} & {r["metric"] for r in rows}
     assert f"of {len(rows)} differences" in benchmark_tables.reading(rows)
     assert len(benchmark_tables.difference_table(rows)) == len(rows)
+
+
+@pytest.mark.parametrize("metric, low, high, reading", [
+    ("chair_i", 0.1, 0.2, "worse"), ("chair_i", -0.2, -0.1, "better"),
+    ("cover", 0.1, 0.2, "better"),
+    ("cover", -0.2, -0.1, "worse"), ("cover", -0.1, 0.1, "cannot be told")])
+def test_a_difference_is_better_or_worse_by_what_is_measured(metric, low, high, reading):
+    change = {"value": (low + high) / 2, "low": low, "high": high, "n": 9, "p": 0.01}
+    found = {"benchmarks": {"chair": {"base": {metric: {"value": 0.5}}}},
+             "differences": {"chair": {"base": {"bpo": {metric: change}}}}}
+    row, = benchmark_tables.differences(Benchmarks(study="s"), found, "bpo", "base")
+    assert row["reading"] == reading
 
 
 def test_reading_names_what_survives_the_correction():

@@ -178,3 +178,19 @@ def test_chance_gives_a_p_below_a_tenth_about_a_tenth_of_the_time():
     ([0.02], [0.02]), ([None, 0.02, None, 0.01], [None, 0.02, None, 0.02]), ([None], [None])])
 def test_holm_adjusts_as_by_hand(ps, adjusted):
     assert metrics.holm(ps) == pytest.approx(adjusted)
+
+
+def test_numbers_made_of_several_metrics_are_of_what_both_sides_measured():
+    weights = metrics.bootstrap_weights(2, 50, np.random.default_rng(0))
+    mine = metrics.tabled([("a", {"x": (1, 2), "y": (1, 1)}), ("b", {"x": (1, 2)})],
+                          ["x", "y", "z"])
+    assert mine == {"x": {"a": (1, 2), "b": (1, 2)}, "y": {"a": (1, 1), "b": (0, 0)}}
+    made = {"sum": (("x", "y"), lambda x, y: x + y), "lost": (("x", "z"), lambda x, z: x + z)}
+    found = metrics.estimates(mine, weights, made)
+    assert list(found) == ["x", "y", "sum"]
+    assert (found["x"]["value"], found["sum"]["value"], found["sum"]["n"]) == (0.5, 1.5, 1)
+    other = metrics.tabled([("a", {"x": (0, 2)}), ("b", {"x": (0, 2)})], ["x", "y"])
+    assert list(metrics.differences(mine, other, weights, made)) == ["x"]
+    assert metrics.differences(mine, other, weights, made)["x"]["value"] == 0.5
+    both = metrics.differences(mine, mine, weights, made)
+    assert both["sum"]["value"] == 0 and both["sum"]["p"] == 1

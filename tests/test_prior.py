@@ -264,8 +264,10 @@ def test_what_the_notebook_shows(study):
     assert said["tcn"] == prior_tables.told(prior_tables.effect(found, "text", "clean"))
     assert prior_tables.told(change((0.3, 0.2, 0.4))) == "+0.300 [+0.200, +0.400]"
     both = prior_tables.together(found, p)
-    assert both["clean_high"] == prior_tables.told(prior_tables.effect(found, "images", "clean", "biased"))
-    assert both["rise_low"] == prior_tables.told(prior_tables.effect(found, "text", "rise", "uniform"))
+    assert both["clean_high"] == prior_tables.told(
+        prior_tables.effect(found, "images", "clean", "biased"))
+    assert both["rise_low"] == prior_tables.told(
+        prior_tables.effect(found, "text", "rise", "uniform"))
     assert said["irn"] == prior_tables.told(prior_tables.effect(found, "images", "rise"))
 
 

@@ -11,7 +11,8 @@ from bpo import params
 
 LITTLE = {"tower_steps": 30, "text_steps": 40, "text_documents": 800, "caption_steps": 20,
           "mixed_steps": 20, "alignment_images": 40, "preference_images": 40,
-          "development_images": 6, "test_images": 12, "natural_images": 6, "benchmark_images": 6, "steps": 2,
+          "development_images": 6, "test_images": 12, "natural_images": 6,
+          "benchmark_images": 6, "steps": 2,
           "save_every": 2, "lora_rank": 4, "resamples": 200}
 
 
