@@ -284,7 +284,7 @@ class TestTwoRounds:
                                                                          monkeypatch):
         monkeypatch.setenv("BPO_OUTPUTS", str(root))
         m = self.manifests(root)
-        assert len(m) == 5 + 4
+        assert len(m) == 6 + 4
         merged = runs.fingerprint(root / "mine.round-2" / "model")
         for notebook in rounds.NOTEBOOKS:
             its = m[f"mine.round-2/{notebook}/manifest.json"]
