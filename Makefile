@@ -6,13 +6,21 @@ export HF_HUB_OFFLINE ?= 1
 # the cores, and gives the same bytes on machines with different numbers of them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help report replicate test lab bench
+# What `make pdf` prints, and with what
+STUDY ?= tiny
+CHROMIUM ?= $(firstword $(shell command -v chromium chromium-browser google-chrome 2>/dev/null))
+PRINT = $(CHROMIUM) --headless --disable-gpu --no-pdf-header-footer --log-level=3 \
+	$(if $(filter 0,$(shell id -u)),--no-sandbox)
+PAGES = $(wildcard outputs/$(STUDY)/*.html)
+
+.PHONY: help report replicate test lab pdf bench
 
 help:
 	@echo "make report     install, run the tiny study, write outputs/tiny/index.html"
 	@echo "make replicate  install, run the tiny study for five seeds, write outputs/tiny/replication.html"
 	@echo "make test       install, run all tests that a CPU can (make test ARGS='-m \"not slow\"' for the quick ones)"
 	@echo "make lab        install, open the notebooks in JupyterLab"
+	@echo "make pdf        print the reports of a study (STUDY=tiny) to outputs/tiny/pdf/, needs Chromium"
 	@echo "make bench      install, measure the speed ratios of the README's table"
 
 $(VENV)/.report: pyproject.toml
@@ -35,6 +43,14 @@ test: $(VENV)/.test
 
 lab: $(VENV)/.report
 	$(VENV)/bin/python -m jupyterlab --notebook-dir=notebooks
+
+pdf: $(PAGES:outputs/$(STUDY)/%.html=outputs/$(STUDY)/pdf/%.pdf)
+	@test -n "$(PAGES)" || { echo "outputs/$(STUDY) has no report yet: python -m bpo run $(STUDY)"; exit 1; }
+
+outputs/$(STUDY)/pdf/%.pdf: outputs/$(STUDY)/%.html
+	@test -n "$(CHROMIUM)" || { echo "make pdf needs Chromium: install it, or name it with CHROMIUM=PATH"; exit 1; }
+	@mkdir -p $(@D)
+	$(PRINT) --print-to-pdf="$@" "file://$(CURDIR)/$<"
 
 bench: $(VENV)/.report
 	$(VENV)/bin/python tests/bench.py

@@ -1,5 +1,5 @@
-"""The command line: python -m bpo check | run | stage | replicate | export | merge | report STUDY,
-and python -m bpo score BENCHMARK for answers that were made elsewhere."""
+"""The command line: python -m bpo check | run | stage | replicate | export | report STUDY, and the
+commands that a module of their own holds (`OWN`)."""
 
 import argparse
 import functools
@@ -13,17 +13,21 @@ from typing import Any
 
 import yaml
 
-from bpo import params, ranks, replication, report, rounds, runs
+from bpo import params, ranks, replication, report, rounds, runs, studies
 from bpo.exports import LAYOUTS
-from bpo.params import Refusal
+from bpo.params import Refusal, short
 
-TITLES = {"0_tiny_world": "Tiny world", "1_noise_probability": "Noise and probability",
-          "2_pair_generation": "Pair generation", "3_dpo_training": "DPO training",
-          "4_qualitative_comparison": "Qualitative comparison", "5_benchmarks": "Benchmarks",
-          "6_where_the_prior_comes_from": "Where the prior comes from"}
 # The module whose `run` is a notebook's stage. Notebook 6's is of the tiny world, which nothing but
 # its notebook may import.
 STAGES = {1: "probe", 2: "pairs", 3: "train", 4: "held_out", 5: "benchmarks"}
+# command -> the module with its `add_arguments` and `run`, imported for that command alone: some
+# bring torch; and what it does
+OWN = {"new": ("start", "write the parameters of a study of your own model and data"),
+       "compare": ("against", "write a page of what differs between two studies"),
+       "verify": ("verify", "recheck every hash of a study or of a packed archive"),
+       "pack": ("pack", "make one archive of a study's reports, parameters and adapters"),
+       "merge": ("merge", "write what a method trained as a plain checkpoint"),
+       "score": ("score", "score answers to a public benchmark")}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,9 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     pages = commands.add_parser("report", help="render the executed notebooks again")
     replicate = commands.add_parser("replicate", help="run a study for several seeds and tell what "
                                     "holds over them")
-    merge = commands.add_parser("merge", help="write what a method trained as a plain checkpoint")
-    score = commands.add_parser("score", help="score answers to a public benchmark")
-    for command in (check, run, stage, export, pages, replicate, merge):
+    own = {name: commands.add_parser(name, help=does) for name, (_, does) in OWN.items()}
+    for command in (check, run, stage, export, pages, replicate):
         command.add_argument("study")
     stage.add_argument("number", type=int, metavar="N", help="the notebook's number")
     stage.add_argument("--parameters", type=Path, metavar="FILE", help="the notebook's parameters, "
@@ -59,24 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
                      help="start at notebook N; later rounds (parameter rounds) follow whole")
     replicate.add_argument("--seeds", type=int, default=5, metavar="N", help="how many, from the "
                            "study's own upwards (default: 5)")
-    merge.add_argument("--method", required=True, help="a method that notebook 3 trained")
-    merge.add_argument("--to", type=Path, metavar="FOLDER",
-                       help="default: outputs/STUDY/merged/METHOD")
     given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["score"]:
-        from bpo import score as scores
-
-        scores.add_arguments(score)
+    if given and given[0] in own:
+        module = importlib.import_module(f"bpo.{OWN[given[0]][0]}")
+        module.add_arguments(own[given[0]])
     options = parser.parse_args(given)
     try:
-        if options.command == "score":
-            return scores.run(options)
-        if options.command == "merge":
-            from bpo import merge as merging  # brings transformers
-
-            folder = merging.write(options.study, method=options.method, to=options.to)
-            print(f"the merged checkpoint is {_short(folder)}")
-            return 0
+        if options.command in OWN:
+            return module.run(options)
         if options.command == "report":
             return _report(options.study)
         if options.command == "export":
@@ -112,7 +105,7 @@ def _check(study: str, overrides: dict[str, Any]) -> int:
             missing += 1
             print(f"  {line}")
     for again in later:
-        print(f"a later round: {_short(params.outputs_root() / again['3_dpo_training'].study)}")
+        print(f"a later round: {short(params.outputs_root() / again['3_dpo_training'].study)}")
     from bpo import sizes  # here, since torch comes with it
 
     for line in sizes.lines(read):
@@ -204,15 +197,15 @@ def _run(study: str, overrides: dict[str, Any], *, only: int | None, first: int 
                 return 1
         if later:
             print(*rounds.write(name, rounds=len(later) + 1), sep="\n\n")
-        index = _index(folder)
-    print(f"the report is {_short(index)}")
+        index = studies.index(folder)
+    print(f"the report is {short(index)}")
     return 0
 
 
 def _notebooks(read: dict[str, params.Parameters], folder: Path) -> bool:
     """Notebooks in order and their index, up to the first that fails; False when one did."""
     done = all(_execute(notebook, p, folder) for notebook, p in read.items())
-    _index(folder)
+    studies.index(folder)
     return done
 
 
@@ -240,9 +233,9 @@ def _execute(notebook: str, p: params.Parameters, folder: Path) -> bool:
     report.html_page(out)
     if message:
         print(f"{message}\n{notebook} failed; its report so far is "
-              f"{_short(out.with_suffix('.html'))}", file=sys.stderr)
+              f"{short(out.with_suffix('.html'))}", file=sys.stderr)
         return False
-    print(f"  {time.monotonic() - began:.0f} s, {_short(out.with_suffix('.html'))}", flush=True)
+    print(f"  {time.monotonic() - began:.0f} s, {short(out.with_suffix('.html'))}", flush=True)
     return True
 
 
@@ -262,7 +255,7 @@ def _stage(study: str, overrides: dict[str, Any], *, number: int, given: Path | 
                       f"python -m bpo stage {study} {number}")
     result = importlib.import_module(f"bpo.{STAGES[number]}").run(read[name])
     if ranks.rank() == 0:
-        print(f"{result.done}: {_short(result.folder / runs.MANIFEST)}")
+        print(f"{result.done}: {short(result.folder / runs.MANIFEST)}")
     ranks.leave()
     return 0
 
@@ -277,7 +270,7 @@ def _export(study: str, *, to: str) -> int:
     if (stage / runs.MANIFEST).is_file():
         known = json.loads((stage / runs.MANIFEST).read_text(encoding="utf-8"))["parameters"]
         root = pairs.image_root(params.PairGeneration(study=study, **known))
-    print(f"the export is {_short(exports.export(stage, to, image_folder=root))}")
+    print(f"the export is {short(exports.export(stage, to, image_folder=root))}")
     return 0
 
 
@@ -310,8 +303,8 @@ def _replicate(study: str, overrides: dict[str, Any], *, seeds: int) -> int:
     # The page has each split and seed; a terminal the claims.
     print(*replication.write(own.study, studies)[:5], sep="\n\n")
     folder = params.outputs_root() / own.study
-    _index(folder)
-    print(f"the replication is {_short(folder / replication.PAGE)}")
+    studies.index(folder)
+    print(f"the replication is {short(folder / replication.PAGE)}")
     return 0
 
 
@@ -327,36 +320,8 @@ def _report(study: str) -> int:
         rounds.write(study, rounds=held["rounds"])
     if held := replication.written(study):
         replication.write(study, replication.seeds_of(held))
-    print(f"the report is {_short(_index(folder))}")
+    print(f"the report is {short(studies.index(folder))}")
     return 0
-
-
-def _index(folder: Path) -> Path:
-    entries = []
-    for name in params.SCHEMAS:
-        executed, page = folder / f"{name}.ipynb", folder / f"{name}.html"
-        if not executed.is_file():
-            continue
-        manifest = folder / name / runs.MANIFEST
-        known = json.loads(manifest.read_text()) if manifest.is_file() else {}
-        failure = report.failure_message(executed)
-        entries.append({
-            "name": name, "title": TITLES[name], "status": "failed" if failure else "complete",
-            "headline": "" if failure else report.headline(executed),
-            "seconds": known.get("seconds"), "message": failure or "", "html": page.name,
-            "ipynb": executed.name,
-            "manifest": f"{name}/{runs.MANIFEST}" if known else None})
-    if held := rounds.written(folder.name):
-        entries.append({"name": rounds.TABLE, "title": "Rounds", "status": "complete",
-                        "headline": rounds.headline(held), "html": rounds.PAGE})
-    if held := replication.written(folder.name):
-        entries.append({"name": replication.TABLE, "title": "Replication", "status": "complete",
-                        "headline": replication.headline(held), "html": replication.PAGE})
-    return report.index_page(folder, entries)
-
-
-def _short(path: Path) -> Path:
-    return path.relative_to(params.ROOT) if path.is_relative_to(params.ROOT) else path
 
 
 if __name__ == "__main__":

@@ -146,7 +146,9 @@ def trade_off(found: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     benchmark = official.BENCHMARKS[name]
     return [{"method": method, "metric": label(benchmark, n), "x": mine[across], "y": mine[n]}
             for method, mine in found["benchmarks"][name].items() for n in up
-            if None not in (mine[across]["value"], mine[n]["value"])]
+            # few questions, drawn, may hold none that asks for a description
+            if {across, n} <= mine.keys()
+            and None not in (mine[across]["value"], mine[n]["value"])]
 
 
 def by_place(p: Benchmarks, result: runs.Result, name: str, methods: Sequence[str], *,

@@ -108,7 +108,7 @@ def training_curves(histories: dict[str, list[dict[str, float]]]) -> Figure:
         for (method, history), style in zip(histories.items(), line_styles(), strict=False):
             _curve(panel, history, key, **style, label=visible(method))
     panels[2].axhline(0.5, color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
-    panels[3].set(title="Log-probability of answers", ylabel="nats, change against the reference")
+    panels[3].set(title="Log-probability of answers", ylabel="nats, change")
     for history, style in zip(histories.values(), line_styles(), strict=False):
         _curve(panels[3], history, "chosen", **{**style, "linestyle": "-"})
         _curve(panels[3], history, "rejected", **{**style, "linestyle": ":"},
@@ -128,11 +128,16 @@ def training_curves(histories: dict[str, list[dict[str, float]]]) -> Figure:
 
 
 def _curve(axes: Axes, history: list[dict[str, float]], key: str, **style: Any) -> None:
+    """Every step thin, and over it the mean of the steps around, which is what can be read."""
     points = [(record["step"], record[key]) for record in history if key in record]
     if points:
         steps, values = zip(*points, strict=True)
-        style["markevery"] = max(1, len(points) // 8)
-        axes.plot(steps, values, **style)
+        half = len(values) // 20
+        near = [values[max(0, k - half):k + half + 1] for k in range(len(values))]
+        axes.plot(steps, [sum(n) / len(n) for n in near],
+                  **style | {"markevery": max(1, len(points) // 8)})
+        if half:
+            axes.plot(steps, values, color=style["color"], linewidth=0.7, alpha=0.35, zorder=1)
 
 
 def metric_bars(table: list[dict[str, Any]], metrics: list[str]) -> Figure:
@@ -151,24 +156,51 @@ def metric_bars(table: list[dict[str, Any]], metrics: list[str]) -> Figure:
 
 
 def differences(table: list[dict[str, Any]]) -> Figure:
-    """A panel a metric: paired differences with intervals around a zero line.
+    """Paired differences with intervals around a zero line: a row a metric where one method is held
+    against one other, else a panel a metric.
 
-    table: rows {"method", "against", "metric", "value", "low", "high"}. The marker is filled where
-    the interval leaves zero out.
+    table: rows {"method", "against", "metric", "value", "low", "high", perhaps "reading"}. The
+    marker is filled where the interval leaves zero out; then `reading` stands at the right.
     """
     metrics = list(dict.fromkeys(row["metric"] for row in table))
     named = [{**row, "method": f"{row['method']} − {row['against']}"} for row in table]
-    fig, panels, methods = _method_panels(named, metrics)
-    for panel, metric in zip(panels, metrics, strict=False):
-        panel.axvline(0, color="#303030", linewidth=1)
+    pairs = list(dict.fromkeys(row["method"] for row in named))
+    if len(pairs) == 1:
+        fig, panels = _grid(1, 1, width=WIDTH * 0.85, height=1.1 + 0.38 * len(metrics))
+        _rows_of(panels[0], [_wrapped(metric, columns=34) for metric in metrics])
+        panels[0].set(title=_wrapped(pairs[0], columns=60), xlabel="difference")
+        places = {(pairs[0], m): (panels[0], n) for n, m in enumerate(metrics)}
         for row in named:
-            if row["metric"] == metric:
-                sure = row["low"] > 0 or row["high"] < 0
-                style = {"color": COLOURS[0], "marker": "o",
-                         "fill": COLOURS[0] if sure else "white"}
-                _interval(panel, row, methods.index(row["method"]), style,
-                          number=f"{row['value']:+.3f}")
+            if _sure(row) and row.get("reading"):
+                panels[0].annotate(row["reading"], (1, metrics.index(row["metric"])), ha="right",
+                                   xycoords=panels[0].get_yaxis_transform(), va="center",
+                                   fontsize=9, fontweight="bold", color="#3c4147",
+                                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+        panels[0].margins(x=0.18)
+    else:
+        fig, panels, _ = _method_panels(named, metrics)
+        places = {(pair, m): (panels[k], n) for k, m in enumerate(metrics)
+                  for n, pair in enumerate(pairs)}
+    for panel in panels[:len(metrics)]:
+        panel.axvline(0, color="#303030", linewidth=1)
+    for row in named:
+        panel, place = places[row["method"], row["metric"]]
+        style = {"color": COLOURS[0], "marker": "o", "fill": COLOURS[0] if _sure(row) else "white"}
+        value = f"{round(row['value'], 3) or 0.0:+.3f}".replace("+0.000", "0.000")
+        _interval(panel, row, place, style, number=value)
     return fig
+
+
+def _sure(row: dict[str, Any]) -> bool:
+    return row["low"] > 0 or row["high"] < 0
+
+
+def _rows_of(panel: Axes, labels: list[str]) -> None:
+    panel.set_yticks(range(len(labels)), labels)
+    panel.set_ylim(len(labels) - 0.4, -0.7)
+    panel.tick_params(axis="y", length=0)
+    panel.grid(visible=False, axis="y")
+    panel.spines["left"].set_visible(False)
 
 
 def _method_panels(table: list[dict[str, Any]],
@@ -180,11 +212,7 @@ def _method_panels(table: list[dict[str, Any]],
                         height=rows * (0.95 + 0.36 * len(methods)))
     for place, panel in enumerate(panels):
         labels = [_wrapped(method, columns=26) for method in methods]
-        panel.set_yticks(range(len(methods)), labels if place % columns == 0 else [])
-        panel.set_ylim(len(methods) - 0.4, -0.7)
-        panel.tick_params(axis="y", length=0)
-        panel.grid(visible=False, axis="y")
-        panel.spines["left"].set_visible(False)
+        _rows_of(panel, labels if place % columns == 0 else [""] * len(methods))
         panel.locator_params(axis="x", nbins=4)
         panel.margins(x=0.12)
         if place < len(metrics):

@@ -2,13 +2,27 @@
 its adapter merged in.
 """
 
+import argparse
 import json
 from pathlib import Path
 
 from bpo import models, records, runs
-from bpo.params import DPOTraining, Refusal, outputs_root
+from bpo.params import DPOTraining, Refusal, outputs_root, short
 
 MERGED = "merged.json"  # beside the checkpoint: what it is made of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study")
+    parser.add_argument("--method", required=True, help="a method that notebook 3 trained")
+    parser.add_argument("--to", type=Path, metavar="FOLDER",
+                        help="default: outputs/STUDY/merged/METHOD")
+
+
+def run(options: argparse.Namespace) -> int:
+    folder = write(options.study, method=options.method, to=options.to)
+    print(f"the merged checkpoint is {short(folder)}")
+    return 0
 
 
 def write(study: str, *, method: str, to: Path | None = None) -> Path:

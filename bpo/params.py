@@ -466,6 +466,16 @@ def outputs_root() -> Path:
     return Path(os.environ.get("BPO_OUTPUTS") or ROOT / "outputs").resolve()
 
 
+def params_root() -> Path:
+    """Where studies' parameters are: params/ of the project, or the folder named by BPO_PARAMS."""
+    return Path(os.environ.get("BPO_PARAMS") or ROOT / "params").resolve()
+
+
+def short(path: Path) -> Path:
+    """The path from the project's root, if it is in there, for people to read."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
 def resolve(value: str, *, study: str) -> Path:
     """A path parameter as an absolute path.
 
@@ -566,10 +576,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def study_files(study: str) -> dict[str, Path]:
     """notebook name -> parameter file of a study, in the notebooks' order."""
-    folder = ROOT / "params" / study
+    folder = params_root() / study
     files = {p.stem: p for p in sorted(folder.glob("*.yaml"))}
     if not files:
-        known = sorted(p.name for p in (ROOT / "params").iterdir() if p.is_dir())
+        known = sorted(p.name for p in params_root().iterdir() if p.is_dir())
         raise Refusal(f"params/{study}: no such study. There is: {', '.join(known)}")
     unknown = [n for n in files if n not in SCHEMAS]
     if unknown:

@@ -21,9 +21,14 @@ from bpo.template import executed, filters
 
 if TYPE_CHECKING:
     import matplotlib.figure
+    import nbformat
     import pandas
 
 TEMPLATE = Path(__file__).parent / "template"
+NUMBER = re.compile(r"[-+−]?\d[\d.,e+-]* ?%?( \[.*\])?( better| worse)?|–|nan.*")
+ESTIMATE = re.compile(r"([-+−]?[\d.,]+%?) (\[[-+−\d., %]+\])(.*)")
+# What may be wider than a page is reached and moved by the keyboard. No landmark: a page has many.
+SCROLLS = 'tabindex="0" role="group" aria-label'
 SIGNS = {"complete": "✓", "failed": "✗", "not run": "○"}
 
 
@@ -40,7 +45,7 @@ def figure(fig: "matplotlib.figure.Figure", alt: str, caption: str) -> Shown:
     plt.close(fig)
     width, height = (round(96 * inches) for inches in fig.get_size_inches())
     return Shown(
-        f'<figure><div class="plot"><img alt="{html.escape(visible(alt))}" width="{width}"'
+        f'<figure><div class="plot" {SCROLLS}="figure"><img alt="{html.escape(visible(alt))}" width="{width}"'
         f' height="{height}" src="{data_uri(svg.getvalue(), "image/svg+xml")}"></div>'
         f"<figcaption>{html.escape(visible(caption))}</figcaption></figure>",
         plain=f"Figure: {caption}",
@@ -55,22 +60,32 @@ def table(frame: "pandas.DataFrame", caption: str, note: str = "") -> Shown:
     if list(frame.index) != list(range(len(frame))):
         frame = frame.reset_index()
     cells = {name: [_cell(value) for value in frame[name]] for name in frame.columns}
-    number = re.compile(r"[-+]?\d[\d.,e+-]* ?%?( \[.*\])?( better| worse)?|–|nan.*")
-    kinds = {name: ' class="number"' if all(map(number.fullmatch, column)) else ""
+    kinds = {name: ' class="number"' if all(map(NUMBER.fullmatch, column)) else ""
              for name, column in cells.items()}
     head = "".join(f'<th scope="col"{kinds[name]}>{as_text(name)}</th>' for name in cells)
     rows = "".join(
-        "<tr>" + "".join(f"<td{kinds[name]}>{as_text(cells[name][row])}</td>" for name in cells)
+        "<tr>" + "".join(f"<td{kinds[name]}>{_shown_cell(cells[name][row])}</td>" for name in cells)
         + "</tr>" for row in range(len(frame))
     )
     title = html.escape(visible(caption))
+    wide = sum(any("[" in text for text in cells[n]) for n in cells if kinds[n]) > 3
     below = f'<p class="note">{html.escape(visible(note))}</p>' if note else ""
     return Shown(
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{title}"><table>'
+        f'<div class="scroll" {SCROLLS}="{title}">'
+        f'<table class="{"tall" if wide else "flat"}">'
         f"<caption><span>{title}</span></caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>{below}",
         plain=f"Table: {caption}\n{frame.to_string(index=False)}",
     )
+
+
+def _shown_cell(text: str) -> str:
+    """The cell as HTML; the interval of an estimate is an element, so that it can go below."""
+    found = ESTIMATE.fullmatch(text)
+    if not found:
+        return as_text(text)
+    value, interval, rest = map(as_text, found.groups())
+    return f'{value} <span class="interval">{interval}</span>{rest if found[3] else ""}'
 
 
 def _cell(value: Any) -> str:
@@ -153,6 +168,7 @@ def html_page(notebook: Path, out: Path | None = None) -> Path:
     # papermill announces an error in cells of its own; the page has its own way
     content.cells = [cell for cell in content.cells
                      if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
+    failure = executed.failure(content)
     exporter = TemplateExporter(
         template_name="template", template_file="page.html.j2", template_extension=".html.j2",
         extra_template_basedirs=[str(TEMPLATE.parent)],
@@ -165,7 +181,11 @@ def html_page(notebook: Path, out: Path | None = None) -> Path:
         "title": executed.title(content) or notebook.stem,
         "study": notebook.resolve().parent.name,
         "styles": _styles(),
-        "failure": executed.failure(content),
+        "failure": failure,
+        # A reader in a hurry meets the question, what came out and the facts before the rest.
+        "opening": content.cells[0].get("id") if content.cells else None,
+        "short": "" if failure else executed.last_sentence(content),
+        "facts": _take_facts(content),
         "notebook": notebook.name,
         "executed": executed.when(content),
     })
@@ -174,36 +194,55 @@ def html_page(notebook: Path, out: Path | None = None) -> Path:
     return out
 
 
-def index_page(study_folder: Path, notebooks: list[dict[str, Any]]) -> Path:
-    """Write the study's `index.html`: status, headline, time and links of each of its notebooks.
+def _take_facts(notebook: "nbformat.NotebookNode") -> str:
+    """The first box of facts, out of the cell that shows it, as HTML; "" if none does."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            shown = output.get("data", {}).get("text/html", "")
+            if '<dl class="facts">' in shown:
+                cell.outputs.remove(output)
+                return shown
+    return ""
+
+
+def index_page(study_folder: Path, notebooks: list[dict[str, Any]],
+               parts: Sequence[Shown] = ()) -> Path:
+    """Write the study's `index.html`: its facts and numbers, then status, headline, time and links
+    of each of its notebooks.
 
     notebooks: {"name", "title", "status": "complete", "failed" or "not run", "headline",
     "seconds", "html", "ipynb", "manifest", "message"}; what is None or missing is left out.
     Files are given as absolute paths or relative to the study's folder.
     """
-    from jinja2 import Environment, FileSystemLoader
-
     rows = [_index_row(study_folder, notebook) for notebook in notebooks]
-    counts = {status: [row["status"] for row in rows].count(status) for status in SIGNS}
-    environment = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True)
-    page = environment.get_template("study.html.j2").render(
-        study=visible(study_folder.resolve().name), rows=rows, styles=_styles(),
-        summary=", ".join(f"{n} {status}" for status, n in counts.items() if n),
-    )
-    _write(study_folder / "index.html", page)
-    return study_folder / "index.html"
+    return _page("study.html.j2", study_folder / "index.html", rows=rows, parts=parts,
+                 study=visible(study_folder.resolve().name), summary=_counted(rows))
+
+
+def studies_page(root: Path, studies: list[dict[str, Any]]) -> Path:
+    """Write the list of all studies, as `index_page` lists notebooks, into their folder."""
+    rows = [_index_row(root, study) for study in studies]
+    return _page("studies.html.j2", root / "index.html", rows=rows, summary=_counted(rows))
 
 
 def results_page(out: Path, title: str, parts: Sequence[Shown]) -> Path:
     """Write tables and sentences that no notebook holds as one offline page beside the index."""
+    return _page("results.html.j2", out, title=visible(title), parts=parts,
+                 study=visible(out.resolve().parent.name))
+
+
+def _page(template: str, out: Path, *, parts: Sequence[Shown] = (), **values: Any) -> Path:
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True)
-    page = environment.get_template("results.html.j2").render(
-        title=visible(title), parts=[part.html for part in parts], styles=_styles(),
-        study=visible(out.resolve().parent.name))
-    _write(out, page)
+    _write(out, environment.get_template(template).render(
+        **values, parts=[part.html for part in parts], styles=_styles()))
     return out
+
+
+def _counted(rows: list[dict[str, Any]]) -> str:
+    counts = {status: [row["status"] for row in rows].count(status) for status in SIGNS}
+    return ", ".join(f"{n} {status}" for status, n in counts.items() if n)
 
 
 def _index_row(folder: Path, notebook: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 from bpo import ranks
 from bpo.params import ROOT, SCHEMAS, Parameters, Refusal, outputs_root
@@ -54,14 +54,19 @@ class Result:
         """What a reader needs to trust a page, for the box at its top."""
         m = self.manifest
         versions = ", ".join(f"{k} {m['versions'][k]}" for k in ("torch", "transformers", "trl"))
-        changed = {n: v for n, v in m["parameters"].items()
-                   if v != SCHEMAS[m["stage"]].model_fields[n].get_default()}
         return {"study": m["study"], "seed": m["parameters"]["seed"], "this run": self.done,
                 "computed": f"{m['finished']} in {m['seconds']:.0f} s on {m['device']}",
                 "differs from the defaults": ", ".join(
-                    f"{n} = {v}" for n, v in changed.items() if n != "seed") or "nothing",
+                    f"{n} = {v}" for n, v in changed(m).items()) or "nothing",
                 "inputs": ", ".join(f"{n} {h[:8]}" for n, h in m["inputs"].items()) or "none",
                 "versions": versions, "commit": m["commit"]}
+
+
+def changed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a stage that differ from the defaults, without the seed."""
+    fields = SCHEMAS[manifest["stage"]].model_fields
+    return {n: v for n, v in manifest["parameters"].items()
+            if n != "seed" and (n not in fields or v != fields[n].get_default())}
 
 
 def stage_folder(study: str, notebook: str) -> Path:
@@ -90,7 +95,7 @@ def stage(p: Parameters, work: Callable[[Path], dict[str, Any]], *, inputs: Mapp
         metrics = work(folder)
         ranks.wait()
         seconds = round(time.monotonic() - began, 1)
-        return ranks.first(lambda: _finish(p, folder, key, metrics, seconds, done))
+        return ranks.first(lambda: _finish(p, folder, key, inputs, metrics, seconds, done))
 
 
 def _begin(p: Parameters, folder: Path, inputs: Mapping[str, Path],
@@ -111,9 +116,10 @@ def _begin(p: Parameters, folder: Path, inputs: Mapping[str, Path],
     return key, done
 
 
-def _finish(p: Parameters, folder: Path, key: dict[str, Any], metrics: dict[str, Any],
-            seconds: float, done: str) -> Result:
-    manifest = {"stage": p.notebook, "study": p.study, **key, "metrics": metrics,
+def _finish(p: Parameters, folder: Path, key: dict[str, Any], inputs: Mapping[str, Path],
+            metrics: dict[str, Any], seconds: float, done: str) -> Result:
+    manifest = {"stage": p.notebook, "study": p.study, **key,
+                "paths": {n: noted_path(path) for n, path in inputs.items()}, "metrics": metrics,
                 "outputs": {str(f.relative_to(folder)): file_hash(f) for f in _files(folder)},
                 "versions": {v: importlib.metadata.version(v) for v in VERSIONS},
                 "python": platform.python_version(), "device": device_name(),
@@ -162,6 +168,16 @@ def _open_folder(folder: Path, key: Mapping[str, Any], reason: str) -> str:
     return f"computed, since {reason}"
 
 
+def noted_path(path: Path) -> str:
+    """A path as a manifest keeps it, for who wants to look again: outputs/... from the root of the
+    outputs, else from the project's root, else absolute. No part of what makes a stage stale."""
+    path = path.absolute()
+    if path.is_relative_to(outputs_root()):
+        return (Path("outputs") / path.relative_to(outputs_root())).as_posix()
+    inside = path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[:1] != ("outputs",)
+    return (path.relative_to(ROOT) if inside else path).as_posix()
+
+
 def fingerprint(path: Path) -> str:
     """sha256 of what lies at a path; raises Refusal if nothing does or a stage's file was edited.
 
@@ -181,9 +197,7 @@ def fingerprint(path: Path) -> str:
         raise Refusal(f"{path} is not there yet: run notebooks/{owner.name}.ipynb first "
                       f"(python -m bpo run {owner.parent.name} --only {number})")
     manifest = _manifest(owner)
-    inside = "" if path == owner else str(path.relative_to(owner))
-    mine = {n: h for n, h in manifest["outputs"].items()
-            if not inside or n == inside or n.startswith(f"{inside}/")}
+    mine = below(manifest["outputs"], "" if path == owner else str(path.relative_to(owner)))
     if not mine:
         wrote = sorted({n.split("/")[0] for n in manifest["outputs"]})
         raise Refusal(f"{path}: the stage {owner.name} did not write this; "
@@ -192,7 +206,18 @@ def fingerprint(path: Path) -> str:
     if touched:
         raise Refusal(f"{owner / touched} was changed after the stage that wrote it had finished: "
                       f"put the original back, or run notebooks/{owner.name}.ipynb again")
-    return _digest(f"{n} {h}" for n, h in mine.items())
+    return listed_digest(mine)
+
+
+def below(hashes: Mapping[str, str], inside: str) -> dict[str, str]:
+    """Those of a manifest's outputs that are or lie below a path in the stage's folder ("": all)."""
+    return {n: h for n, h in hashes.items()
+            if not inside or n == inside or n.startswith(f"{inside}/")}
+
+
+def listed_digest(hashes: Mapping[str, str]) -> str:
+    """The fingerprint of a stage's files, from their hashes in its manifest."""
+    return _digest(f"{n} {h}" for n, h in hashes.items())
 
 
 def owning_stage(path: Path) -> Path | None:
@@ -228,15 +253,19 @@ def _digest(lines: Iterator[str]) -> str:
 
 def file_hash(file: Path) -> str:
     """sha256 of a file; above 256 MB of its size and 64 blocks of 1 MB spread evenly over it."""
-    size = file.stat().st_size
     with file.open("rb") as stream:
-        if size <= 256 * 2**20:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-        digest = hashlib.sha256(str(size).encode())
-        for block in range(64):
-            stream.seek((size - 2**20) * block // 63)
-            digest.update(stream.read(2**20))
-        return digest.hexdigest()
+        return stream_hash(stream, size=file.stat().st_size)
+
+
+def stream_hash(stream: BinaryIO, *, size: int) -> str:
+    """`file_hash` of an open file of that many bytes, wherever it lies."""
+    if size <= 256 * 2**20:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256(str(size).encode())
+    for block in range(64):
+        stream.seek((size - 2**20) * block // 63)
+        digest.update(stream.read(2**20))
+    return digest.hexdigest()
 
 
 @functools.cache

@@ -167,8 +167,9 @@ def test_score_has_its_own_options(capsys):
     assert "--answers" in told and "--truth" in told and "pope" in told
 
 
-def test_every_notebook_has_a_title_and_every_stage_its_module():
-    assert __main__.TITLES.keys() == params.SCHEMAS.keys()
+def test_every_stage_has_its_module_and_every_command_of_its_own_another():
+    for module, _ in __main__.OWN.values():
+        assert (params.ROOT / "bpo" / f"{module}.py").is_file()
     for number, module in __main__.STAGES.items():
         assert (params.ROOT / "bpo" / f"{module}.py").is_file()
         assert any(n.startswith(f"{number}_") for n in params.SCHEMAS)

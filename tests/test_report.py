@@ -225,7 +225,7 @@ def test_index_lists_and_escapes(tmp_path):
     text = report.index_page(folder, entries).read_text(encoding="utf-8")
     parsed = Elements(text)
     assert [a["href"] for a in parsed.all("a")] == [
-        "0%20a.html", "0%20a.html", "0.ipynb", "0/manifest.json", "1.html", "1.html"]
+        "../index.html", "0%20a.html", "0%20a.html", "0.ipynb", "0/manifest.json", "1.html", "1.html"]
     words = re.sub(r"\s+", " ", "".join(parsed.words))
     assert "Study a study 1 complete, 1 failed, 1 not run" in words
     assert [words.count(w) for w in ("1 min 15 s", "1 h 2 min", "bad <b>", "○ not run")] == [1] * 4

@@ -1,46 +1,147 @@
-"""The studies beside the tiny one that the README reports, run whole with little of everything."""
+"""The index of a study and the list of all studies: numbers as the manifests hold them."""
 
 import json
-import os
-import subprocess
-import sys
+import re
+from html.parser import HTMLParser
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from bpo import params
-
-LITTLE = {"tower_steps": 30, "text_steps": 40, "text_documents": 800, "caption_steps": 20,
-          "mixed_steps": 20, "alignment_images": 40, "preference_images": 40,
-          "development_images": 6, "test_images": 12, "natural_images": 6,
-          "benchmark_images": 6, "steps": 2,
-          "save_every": 2, "lora_rank": 4, "resamples": 200}
+from bpo import held_out, params, report, studies
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ("tiny-weakening", "tiny-selection"))
-def test_a_study_of_pairs_runs_whole(name, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "bpo", "run", name,
-         *(x for n, v in LITTLE.items() for x in ("-p", n, str(v)))],
-        env={**os.environ, "BPO_OUTPUTS": str(tmp_path), "HF_HUB_OFFLINE": "1"}, text=True,
-        capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    read = params.read_study(name)
-    found = {n: json.loads((tmp_path / name / n / "manifest.json").read_text())["metrics"]
-             for n in read}
-    methods = read["3_dpo_training"].methods
-    assert list(found["3_dpo_training"]["methods"]) == methods
-    compared = found["4_qualitative_comparison"]
-    assert list(compared["counterfactual"]) == ["base", *methods]
-    pairs = [json.loads(x) for x in
-             (tmp_path / name / "2_pair_generation" / "pairs.jsonl").read_text().splitlines()]
-    if name == "tiny-selection":
-        assert "bpo_unselected" in compared["differences"]["counterfactual"]
-        assert all(len(k["rejected"]) == len(k["unselected"]) for k in pairs)
-        rows = found["3_dpo_training"]["methods"]
-        assert rows["bpo"]["rows"] == rows["bpo_unselected"]["rows"]
-        assert found["2_pair_generation"]["weakened"]["dropped"]["not selected"] > 0
-    else:
-        assert "bpo_noisy" in compared["differences"]["counterfactual"]
-        modes = {r["mode"] for k in pairs for r in k["rejected"]}
-        assert modes == set(params.WEAKEN_MODES)
+def estimate(value: float, half: float = 0.05, **more: object) -> dict:
+    return {"value": value, "low": value - half, "high": value + half, "n": 40, **more}
+
+
+def noise_metrics(rise: float) -> dict:
+    return {"noise_steps": [0, 999], "images": 40, "change_true": estimate(-0.2),
+            "change_prior": estimate(rise)}
+
+
+def compared_metrics(gain: float) -> dict:
+    """base and bpo on one split; P(true answer) of bpo is `gain` above base's."""
+    levels = {m: {n: estimate(0.5 + (gain if m == "bpo" else 0)) for n in studies.COMPARED}
+              for m in ("base", "sft_matched", "bpo")}
+    apart = {"p_true": estimate(gain, 0.01, p=0.01), "p_prior": estimate(gain, 0.01, p=0.01),
+             "cover": estimate(0.0004, 0.01, p=0.9),
+             "chair_i": {"value": None, "low": None, "high": None, "n": 0}}
+    return {"counterfactual": levels,
+            "differences": {"counterfactual": {"base": {"bpo": apart}}}}
+
+
+def write_stage(folder, notebook: str, metrics: dict, **parameters: object) -> None:
+    (folder / notebook).mkdir(parents=True)
+    (folder / notebook / "manifest.json").write_text(json.dumps({
+        "stage": notebook, "study": folder.name, "metrics": metrics, "outputs": {},
+        "parameters": {"seed": 3, **parameters}, "inputs": {"model": "ab" * 32},
+        "modules": {"bpo.probe": "cd" * 32}, "versions": {"torch": "2.13.0"}, "python": "3.11",
+        "device": "CPU", "processes": 1, "commit": "abc", "seconds": 61.0,
+        "finished": "2026-01-31 10:00 UTC"}))
+    said = report.say("it came to {x}", x="<b>pass</b>")
+    nbformat.write(new_notebook(cells=[new_code_cell("x", outputs=[new_output(
+        "display_data", data={"text/html": said._repr_html_(), "text/plain": repr(said)})])]),
+        folder / f"{notebook}.ipynb")
+
+
+@pytest.fixture
+def study(outputs):
+    """A study of notebooks 1 and 4, whose rise is 0.125 and whose gain is 0.1."""
+    write_stage(outputs / "one", "1_noise_probability", noise_metrics(0.125), draws=5)
+    write_stage(outputs / "one", "4_qualitative_comparison", compared_metrics(0.1))
+    return outputs / "one"
+
+
+class Rows(HTMLParser):
+    """The tables of a page as lists of texts, and its links."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.links: list[str] = []
+        self.words = ""
+        self.inside = False
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.inside = True
+        if tag == "a":
+            self.links.append(dict(attrs)["href"])
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self.inside:
+            self.rows[-1][-1] += data
+        self.words += data
+
+
+def test_the_index_shows_numbers_with_intervals_and_the_facts(study):
+    page = Rows(studies.index(study))
+    head, *rows = page.rows
+    assert head == ["measure", "base", "bpo", "bpo − base", "bpo − sft_matched"]
+    found = {r[0]: r[1:] for r in rows}
+    assert found["P(true answer), counterfactual images"] == [
+        "0.500 [0.450, 0.550]", "0.600 [0.550, 0.650]", "+0.100 [+0.090, +0.110] better", "–"]
+    assert found["P(prior's answer), counterfactual images"][2].endswith(" worse")
+    assert found["cover, counterfactual images"][2] == "0.000 [-0.010, +0.010]"
+    assert found["CHAIRi, counterfactual images"][2] == "–"
+    words = re.sub(r"\s+", " ", page.words)
+    assert "changes by -0.200 [-0.250, -0.150], that of the prior's answer by +0.125" in words
+    for told in ("draws = 5", "122 s in all, on CPU", "model abababab", "torch 2.13.0",
+                 "python -m bpo verify one", "it came to <b>pass</b>"):
+        assert told in words, told
+    assert "../index.html" in page.links
+
+
+def test_better_and_worse_follow_the_metric(study):
+    more = {n: held_out.METRICS[n][2] for n in studies.COMPARED}
+    assert more == {"chair_i": False, "cover": True, "p_true": True, "p_prior": False,
+                    "pope_adversarial": True}
+
+
+def test_the_list_of_studies_names_each_and_the_failed(study, outputs):
+    write_stage(outputs / "two", "1_noise_probability", noise_metrics(-0.4))
+    error = new_output("error", ename="Refusal", evalue="bad", traceback=[])
+    nbformat.write(new_notebook(cells=[new_code_cell("x", outputs=[error])]),
+                   outputs / "two" / "1_noise_probability.ipynb")
+    studies.index(study)
+    studies.index(outputs / "two")
+    page = Rows(outputs / "index.html")
+    assert page.links == ["one/index.html", "two/index.html"]
+    words = re.sub(r"\s+", " ", page.words)
+    assert "1 complete, 1 failed" in words and "failed: Noise and probability" in words
+    assert "under noise P(prior's answer) -0.400 [-0.450, -0.350]" in words
+    assert "notebooks 1, 4" in words
+
+
+def test_a_study_without_any_stage_has_an_index(outputs):
+    (outputs / "none").mkdir(parents=True)
+    page = Rows(studies.index(outputs / "none"))
+    assert page.rows == [] and "Study" in page.words
+
+
+def test_a_study_that_only_failed_is_listed(outputs):
+    (outputs / "bad").mkdir(parents=True)
+    error = new_output("error", ename="Refusal", evalue="no data", traceback=[])
+    nbformat.write(new_notebook(cells=[new_code_cell("x", outputs=[error])]),
+                   outputs / "bad" / "1_noise_probability.ipynb")
+    studies.index(outputs / "bad")
+    page = Rows(outputs / "index.html")
+    assert page.links == ["bad/index.html"] and "failed: Noise and probability" in page.words
+
+
+def test_every_notebook_has_a_title():
+    assert studies.TITLES.keys() == params.SCHEMAS.keys()
+
+
+def test_signs():
+    assert studies.signed({"value": -0.0001, "low": -0.01, "high": 0.01}) == (
+        "0.000 [-0.010, +0.010]")
+    assert studies.signed({"value": None}) == "–" == studies.plain({"value": None})

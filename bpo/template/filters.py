@@ -24,7 +24,8 @@ def highlight_python(code: str) -> str:
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer
 
-    return highlight(visible(code), PythonLexer(), HtmlFormatter())
+    coloured = highlight(visible(code), PythonLexer(), HtmlFormatter())
+    return coloured.replace("<pre>", '<pre tabindex="0">', 1)  # what scrolls, keys must reach
 
 
 def markdown_page(folder: Path) -> Callable[[str], str]:
