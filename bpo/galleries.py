@@ -1,7 +1,8 @@
 """Escaped text, pictures and cards: what models and data say, shown as text and nothing else.
 
-Text may hold HTML, Markdown, TeX, control and right-to-left characters. Everything that becomes
-HTML passes through `as_text`, `mark_words` or `mark_differences`.
+Text may hold HTML, Markdown, TeX, control and right-to-left characters, and be longer than anyone
+reads. Everything that becomes HTML passes through `as_text`, `mark_words` or `mark_differences`,
+which show the first `LONGEST` characters and how many more there are.
 """
 
 import base64
@@ -19,6 +20,7 @@ from PIL import Image
 
 OUTPUT_STYLE = (Path(__file__).parent / "template" / "outputs.css").read_text(encoding="utf-8")
 OUTPUT_STYLE = f"<style>\n{OUTPUT_STYLE}</style>\n"
+LONGEST, LONGEST_ALT = 4000, 300  # characters; 4000 are about 1000 tokens
 # control characters but tab and newline, overrides of the writing direction, lone surrogates
 HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -46,17 +48,31 @@ def visible(text: object) -> str:
                       str(text).replace("\r\n", "\n"))
 
 
+def shortened(value: object, longest: int = LONGEST) -> str:
+    """str(value), its end replaced by how long it is where it has over `longest` characters."""
+    head, rest = _cut(str(value), longest)
+    return head + rest
+
+
+def _cut(text: str, longest: int = LONGEST) -> tuple[str, str]:
+    """What is shown of a text, and the note of how much is not ("" where all is)."""
+    more = len(text) - longest
+    return (text[:longest], f" … {more:,} more characters") if more > 0 else (text, "")
+
+
 def as_text(value: object) -> Markup:
     """HTML in which `value` is text only and keeps its writing direction to itself.
 
     What `mark_words` and `mark_differences` return is escaped already and kept.
     """
-    inner = value if isinstance(value, Markup) else html.escape(visible(value))
+    inner = value if isinstance(value, Markup) else html.escape(visible(shortened(value)))
     return Markup(f"<bdi>{inner}</bdi>")
 
 
 def mark_differences(text: str, reference: str) -> str:
     """Escaped `text` with each run of words that `reference` has not at that place in <mark>."""
+    # Both are cut at one length, so that what differs beyond it marks nothing; matching is slow.
+    (text, rest), (reference, _) = _cut(text), _cut(reference)
     pieces, expected = (re.findall(r"\w+|\s+|[^\w\s]", visible(t)) for t in (text, reference))
     places = [place for place, piece in enumerate(pieces) if not piece.isspace()]
     matcher = difflib.SequenceMatcher(None, [piece for piece in expected if not piece.isspace()],
@@ -71,20 +87,21 @@ def mark_differences(text: str, reference: str) -> str:
     return Markup("".join(
         f"<mark>{text}</mark>" if marked else text
         for marked, run in runs for text in [html.escape("".join(piece for _, piece in run))]
-    ))
+    ) + rest)
 
 
 def mark_words(text: str, wrong: set[str]) -> str:
     """Escaped `text` with every word or phrase of `wrong`, in any case, in <mark class="wrong">."""
+    text, rest = _cut(text)
     text = visible(text)
     phrases = sorted((re.escape(visible(w)) for w in wrong if w.strip()), key=len, reverse=True)
     if not phrases:
-        return Markup(html.escape(text))
+        return Markup(html.escape(text) + rest)
     # re.split with one group: odd places hold what matched
     pieces = re.split(rf"(?<!\w)({'|'.join(phrases)})(?!\w)", text, flags=re.IGNORECASE)
     escaped = [html.escape(piece) for piece in pieces]
     escaped[1::2] = [f'<mark class="wrong">{piece}</mark>' for piece in escaped[1::2]]
-    return Markup("".join(escaped))
+    return Markup("".join(escaped) + rest)
 
 
 def data_uri(content: bytes, media_type: str) -> str:
@@ -93,7 +110,7 @@ def data_uri(content: bytes, media_type: str) -> str:
 
 
 def image_uri(image: Image.Image | Path, width: int = 160) -> str:
-    """The picture, about `width` pixels wide, as a data: address.
+    """The picture, about `width` pixels wide or twice that high, as a data: address.
 
     A small picture grows by a whole factor with hard edges and is a PNG; a large one shrinks and is
     a PNG or a JPEG, whichever is smaller.
@@ -103,13 +120,10 @@ def image_uri(image: Image.Image | Path, width: int = 160) -> str:
             return image_uri(opened, width)
     picture = Image.new("RGB", image.size, "white")
     picture.paste(image.convert("RGBA"), mask=image.convert("RGBA").getchannel("A"))
-    grows = picture.width <= width
-    if grows:
-        factor = width // picture.width
-        picture = picture.resize((factor * picture.width, factor * picture.height), Image.NEAREST)
-    else:
-        height = max(1, round(picture.height * width / picture.width))
-        picture = picture.resize((width, height), Image.LANCZOS)
+    factor = min(width / picture.width, 2 * width / picture.height)
+    grows = factor >= 1
+    sides = [max(1, round(side * (int(factor) if grows else factor))) for side in picture.size]
+    picture = picture.resize(sides, Image.NEAREST if grows else Image.LANCZOS)
     png, jpeg = io.BytesIO(), io.BytesIO()
     picture.save(png, "PNG", optimize=True)
     picture.save(jpeg, "JPEG", quality=88)
@@ -119,7 +133,8 @@ def image_uri(image: Image.Image | Path, width: int = 160) -> str:
 
 
 def _picture(image: Image.Image | Path, alt: object, width: int = 192) -> str:
-    return f'<img alt="{html.escape(visible(alt))}" src="{image_uri(image, width)}">'
+    words = html.escape(visible(shortened(alt, LONGEST_ALT)))
+    return f'<img alt="{words}" src="{image_uri(image, width)}">'
 
 
 def _labelled(label: object, text: object) -> str:

@@ -210,7 +210,8 @@ def fingerprint(path: Path) -> str:
 
 
 def below(hashes: Mapping[str, str], inside: str) -> dict[str, str]:
-    """Those of a manifest's outputs that are or lie below a path in the stage's folder ("": all)."""
+    """Those of a manifest's outputs that are or lie below a path in the stage's folder; all for "".
+    """
     return {n: h for n, h in hashes.items()
             if not inside or n == inside or n.startswith(f"{inside}/")}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bpo import replication, report, rounds, runs
+from bpo import replication, report, rounds, runs, verify
 from bpo.galleries import Shown
 from bpo.params import SCHEMAS, outputs_root
 
@@ -31,7 +31,8 @@ def manifests(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def index(folder: Path) -> Path:
-    """Writes the study's index.html and the list of all studies beside it; the study's."""
+    """Writes the study's index.html, the hashes of its pages, and the list of all studies beside it;
+    the study's."""
     known = manifests(folder)
     parts = []
     if noise := noise_sentence(known):
@@ -47,6 +48,7 @@ def index(folder: Path) -> Path:
     if known:
         parts.append(facts(known))
     written = report.index_page(folder, entries(folder, known), parts)
+    verify.record(folder)
     all_studies(folder.parent)
     return written
 

@@ -8,9 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import fcntl
 import json
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -57,6 +60,44 @@ TEXT_TEMPLATE = (
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230),
            "yellow": (230, 220, 40)}
 THINGS = ("disc", "box", "cat", "dog")
+# The tiny study with little of everything: every line of it runs, nothing is learnt well.
+LITTLE = {"tower_steps": 30, "text_steps": 40, "text_documents": 800, "caption_steps": 20,
+          "mixed_steps": 20, "alignment_images": 60, "preference_images": 60,
+          "development_images": 12, "test_images": 20, "natural_images": 12,
+          "noise_steps": "[0, 500, 999]", "steps": 4, "save_every": 2, "lora_rank": 4,
+          "resamples": 200, "benchmark_images": 12, "probe_rows": 30}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "bpo", *arguments]
+
+
+def run_little(study: str) -> list[str]:
+    overrides = [part for n, v in LITTLE.items() for part in ("-p", n, str(v))]
+    return command("run", "tiny", "--as", study, *overrides)
+
+
+def environment(root: Path) -> dict[str, str]:
+    return {**os.environ, "BPO_OUTPUTS": str(root), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="session")
+def little_study(tmp_path_factory) -> Path:
+    """The little study, run once for all processes that run tests: copy it, do not change it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    root = root / "shared"
+    root.mkdir(exist_ok=True)
+    with (root / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "done").is_file():
+            done = subprocess.run(run_little("little"), env=environment(root), cwd=root, text=True,
+                                  capture_output=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "index.html" in done.stdout
+            (root / "done").touch()
+    return root / "little"
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:

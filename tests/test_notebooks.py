@@ -5,6 +5,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,33 +15,15 @@ from pathlib import Path
 import datasets
 import nbformat
 import pytest
+from conftest import LITTLE, command, environment, run_little
 
 from bpo import params
 
 NOTEBOOKS = sorted((params.ROOT / "notebooks").glob("*.ipynb"))
-# The tiny study with little of everything: every line of it runs, nothing is learnt well.
-LITTLE = {"tower_steps": 30, "text_steps": 40, "text_documents": 800, "caption_steps": 20,
-          "mixed_steps": 20, "alignment_images": 60, "preference_images": 60,
-          "development_images": 12, "test_images": 20, "natural_images": 12,
-          "noise_steps": "[0, 500, 999]", "steps": 4, "save_every": 2, "lora_rank": 4,
-          "resamples": 200, "benchmark_images": 12, "probe_rows": 30}
 STUDY = params.study_files("tiny")  # the notebooks of the study
 METHODS = ["base", *params.METHODS]
 MEASURED = ["chair_s", "chair_i", "cover", "objects", "colour_accuracy", "p_true", "p_prior",
             "prior_rate", "pope_adversarial"]
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "bpo", *arguments]
-
-
-def run_little(study: str) -> list[str]:
-    overrides = [part for n, v in LITTLE.items() for part in ("-p", n, str(v))]
-    return command("run", "tiny", "--as", study, *overrides)
-
-
-def environment(root: Path) -> dict[str, str]:
-    return {**os.environ, "BPO_OUTPUTS": str(root), "HF_HUB_OFFLINE": "1"}
 
 
 def manifest(folder: Path, notebook: str) -> dict:
@@ -53,13 +36,9 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def study(root):
-    """The little study, run once."""
-    done = subprocess.run(run_little("little"), env=environment(root), cwd=root, text=True,
-                          capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "index.html" in done.stdout
-    return root / "little"
+def study(root, little_study):
+    """The little study, in a place where the tests may change it."""
+    return Path(shutil.copytree(little_study, root / "little"))
 
 
 def cells(notebook: Path, kind: str = "code"):
@@ -137,6 +116,7 @@ class TestTheWholeStudy:
             assert "data:image/" in page
         index = (study / "index.html").read_text()
         assert index.count("complete") >= 6 and "4_qualitative_comparison.html" in index
+        assert "bpo − sft_matched" in index and "AMBER: AMBER score" in index
 
     def test_the_world_is_a_plain_checkpoint_with_disjoint_data(self, study):
         world = study / "0_tiny_world"
@@ -250,14 +230,16 @@ class TestTheWholeStudy:
 
     def test_a_run_killed_twice_ends_with_the_bytes_of_one_that_was_not(self, study, root):
         killed = root / "killed"
+        for notebook in list(STUDY)[:2]:  # as far as notebook 1 it was not killed
+            shutil.copytree(study / notebook, killed / notebook)
         _kill_when(root, killed / "2_pair_generation" / "shards" / "weakened-noisy-800-0.0.jsonl",
                    lambda f: f.is_file() and f.stat().st_size > 0)
         assert not (killed / "2_pair_generation" / "manifest.json").exists()
         _kill_when(root, killed / "3_dpo_training" / "bpo" / "checkpoints",
                    lambda f: bool(list(f.glob("checkpoint-*/trainer_state.json"))))
         assert not (killed / "3_dpo_training" / "manifest.json").exists()
-        done = subprocess.run(run_little("killed"), env=environment(root), text=True,
-                              capture_output=True)
+        done = subprocess.run([*run_little("killed"), "--from", "2"], env=environment(root),
+                              text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
         for name in ("2_pair_generation/pairs.jsonl",
                      "2_pair_generation/weakened-noisy-800-0.jsonl",
@@ -267,6 +249,11 @@ class TestTheWholeStudy:
             assert (killed / name).read_bytes() == (study / name).read_bytes(), name
         for notebook in STUDY:
             assert manifest(killed, notebook)["metrics"] == manifest(study, notebook)["metrics"]
+        done = subprocess.run(command("compare", "little", "killed"), env=environment(root),
+                              text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        held = json.loads((study / "against-killed.json").read_text())
+        assert held["parameters"] == held["results"] == [] and held["same"] > 1000
 
     def test_its_pairs_are_exported_for_other_tools(self, study, root):
         for layout in ("trl", "bpo"):
@@ -316,8 +303,8 @@ def _papermill(notebook: str, out: Path, root: Path, cwd: Path, *arguments: str)
 
 def _kill_when(root: Path, watched: Path, ready) -> None:
     """Starts the study and kills it, and its kernel, as soon as `watched` is ready."""
-    process = subprocess.Popen(run_little("killed"), env=environment(root), text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*run_little("killed"), "--from", "2"], env=environment(root),
+                               text=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not ready(watched):
         assert process.poll() is None, "the run ended before it could be killed"

@@ -1,30 +1,25 @@
 """The studies beside the tiny one that the README reports, run whole with little of everything."""
 
 import json
-import os
+import shutil
 import subprocess
-import sys
 
 import pytest
+from conftest import LITTLE, command, environment
 
 from bpo import params
 
-LITTLE = {"tower_steps": 30, "text_steps": 40, "text_documents": 800, "caption_steps": 20,
-          "mixed_steps": 20, "alignment_images": 40, "preference_images": 40,
-          "development_images": 6, "test_images": 12, "natural_images": 6,
-          "benchmark_images": 6, "steps": 2,
-          "save_every": 2, "lora_rank": 4, "resamples": 200}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ("tiny-weakening", "tiny-selection"))
-def test_a_study_of_pairs_runs_whole(name, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "bpo", "run", name,
-         *(x for n, v in LITTLE.items() for x in ("-p", n, str(v)))],
-        env={**os.environ, "BPO_OUTPUTS": str(tmp_path), "HF_HUB_OFFLINE": "1"}, text=True,
-        capture_output=True)
+def test_a_study_of_pairs_runs_whole(name, tmp_path, little_study):
+    # The tiny world is the same in all of them: it is read again.
+    shutil.copytree(little_study / "0_tiny_world", tmp_path / name / "0_tiny_world")
+    overrides = [x for n, v in LITTLE.items() for x in ("-p", n, str(v))
+                 if n not in ("noise_steps", "probe_rows")]
+    done = subprocess.run(command("run", name, *overrides), env=environment(tmp_path), text=True,
+                          capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not list(tmp_path.glob("*/*.old-*"))
     read = params.read_study(name)
     found = {n: json.loads((tmp_path / name / n / "manifest.json").read_text())["metrics"]
              for n in read}

@@ -35,6 +35,14 @@ COMMANDS = {
     "make replicate": "test_make_says_what_the_readme_says",
     "python -m bpo replicate tiny --seeds 5": "test_a_replication_that_is_killed_goes_on",
     "python -m bpo run tiny-prior": "test_the_notebook_runs_headless",
+    "python -m bpo compare tiny tiny-seed7": "test_the_page_names_what_differs_and_no_more",
+    "python -m bpo verify tiny": "test_every_byte_counts",
+    "python -m bpo pack tiny": "test_it_is_accepted_elsewhere",
+    "python -m bpo verify outputs/tiny.zip": "test_it_is_accepted_elsewhere",
+    "make pdf STUDY=tiny": "test_make_says_what_the_readme_says",
+    "python -m bpo new ten --model PATH/MODEL --data PATH/PICTURES.csv": "test_ten_pictures_become_a_report",
+    "python -m bpo check ten": "test_ten_pictures_become_a_report",
+    "python -m bpo run ten": "test_ten_pictures_become_a_report",
     "python -m bpo check llava-1.5-7b": "test_check_names_what_a_real_study_lacks",
     "python -m bpo run llava-1.5-7b":
         "test_the_whole_study_of_a_real_model_runs_on_photographs",
@@ -58,7 +66,8 @@ def test_make_says_what_the_readme_says():
 
     assert "-m bpo run tiny\n" in recipe("report")
     assert "-m pytest" in recipe("test")
-    assert "-m jupyterlab" in recipe("lab")
+    assert "-m jupyterlab --config=bpo/template/lab_config.py" in recipe("lab")
+    assert "make pdf" in recipe("help")
     assert "-m bpo replicate tiny --seeds 5" in recipe("replicate")
     assert "tests/bench.py" in recipe("bench")
     assert "outputs/tiny/index.html" in recipe("help")
@@ -88,13 +97,16 @@ FLOORS = [
     {"vocabulary", "records", "images", "models", "endpoint", "figures", "report"},
     {"metrics", "runs", "entries", "shards", "encoding", "writers", "card", "collation",
      "packed_forward", "packed_check", "scoring", "hallucination", "yes_no", "coco",
-     "benchmark_figures", "replication_page"},
-    {"selection", "audit", "readers", "generate", "exports", "packed", "launch", "official"},
+     "benchmark_figures", "replication_page", "archives"},
+    {"selection", "audit", "readers", "generate", "exports", "packed", "launch", "official",
+     "touched"},
     {"pair_tables", "stock", "probe", "held_out", "candidates", "diagnostics", "judged", "answers",
      "merge"},
     {"pairs", "compare", "sizes", "trainers", "judge", "score"},
-    {"train", "rounds", "benchmarks", "claims"},
-    {"benchmark_tables", "replication"},
+    {"train", "rounds", "benchmarks", "claims", "explorer", "start"},
+    {"benchmark_tables", "replication", "verify"},
+    {"studies", "pack"},
+    {"against"},
     {"__main__"},
 ]
 

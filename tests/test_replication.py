@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_notebooks import LITTLE
+from conftest import LITTLE
 
 from bpo import __main__, claims, params, replication, replication_page, runs
 from bpo.__main__ import main

@@ -8,13 +8,18 @@ from bpo.template.filters import strip_ansi
 if TYPE_CHECKING:
     import nbformat
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
 
 def drop_progress(notebook: "nbformat.NotebookNode") -> None:
-    """Take text bars, widgets and their state out of the notebook."""
+    """Take text bars, widgets and their state out of the notebook. Where a widget brings a still
+    figure, that stays."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+            for output in cell.outputs:
+                output.get("data", {}).pop(WIDGET, None)
 
 
 def _is_progress(output: "nbformat.NotebookNode") -> bool:
@@ -22,8 +27,7 @@ def _is_progress(output: "nbformat.NotebookNode") -> bool:
         return re.search(r"\r(?!\n)", output.text) is not None
     data = output.get("data", {})
     # transformers' trainer shows its bar as an HTML element
-    return ("application/vnd.jupyter.widget-view+json" in data
-            or "<progress" in data.get("text/html", ""))
+    return (WIDGET in data and "text/html" not in data) or "<progress" in data.get("text/html", "")
 
 
 def failure(notebook: "nbformat.NotebookNode") -> dict[str, Any] | None:

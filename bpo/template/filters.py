@@ -49,6 +49,11 @@ def markdown_page(folder: Path) -> Callable[[str], str]:
             picture = super().image(text, url, title)
             return picture if 'src="data:' in picture else f"[{text}]"
 
+        def table(self, text: str) -> str:
+            # a table is as wide as its words: it scrolls in a box that keys reach
+            return ('<div class="wide" tabindex="0" role="group" aria-label="table">\n'
+                    f"<table>\n{text}</table>\n</div>\n")
+
     renderer = Renderer(escape=False, embed_images=True, exclude_anchor_links=True,
                         path=str(folder))
     return lambda source: MarkdownWithMath(renderer).render(source)

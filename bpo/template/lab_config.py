@@ -1,0 +1,23 @@
+"""What `make lab` tells JupyterLab: saved notebooks hold no bars and no widgets that are dead when
+they are opened again, and nothing is asked of the network."""
+
+from typing import Any
+
+from bpo.template import executed
+
+
+def tidy(model: dict[str, Any], **_: Any) -> None:
+    """Before a save: bars and widget views leave the file; the open notebook keeps them."""
+    if model["type"] == "notebook" and model.get("content"):
+        import nbformat
+
+        notebook = nbformat.from_dict(model["content"])
+        executed.drop_progress(notebook)
+        model["content"] = notebook
+
+
+c = get_config()  # noqa: F821  (jupyter puts it there)
+c.ContentsManager.pre_save_hook = tidy
+c.LabApp.news_url = None
+c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
+c.LabApp.extension_manager = "readonly"

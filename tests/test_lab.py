@@ -1,0 +1,283 @@
+"""The notebooks in JupyterLab: a real server on loopback, a real browser, Run All from a fresh
+kernel. What counts is the saved notebook, and a notebook that must fail shows that it would tell.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import LITTLE, environment
+
+from bpo import params
+from bpo.template.executed import WIDGET
+
+pytestmark = pytest.mark.slow
+CHROMIUM = shutil.which("chromium")
+PATIENCE = 150  # seconds for one notebook
+STUDY = list(params.study_files("tiny"))
+# All cells stay in the page, so that what is below the fold can be looked at.
+SETTINGS = {"@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
+            "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {
+                "fetchNews": "false", "checkForUpdates": False}}
+
+
+def with_parameters(notebook: Path, out: Path, **changes: object) -> None:
+    """A copy of a notebook whose parameters cell was edited, as a user would."""
+    copy = nbformat.read(notebook, 4)
+    cell = next(c for c in copy.cells if "parameters" in c.metadata.get("tags", []))
+    cell.source = edited(cell.source, **changes)
+    nbformat.write(copy, out)
+
+
+def edited(source: str, **changes: object) -> str:
+    for name, value in changes.items():
+        shown = value if isinstance(value, str) and value.startswith("[") else repr(value)
+        source = re.sub(rf"^{name} = .*?(?=  #)", f"{name} = {shown}".replace("\\", r"\\"), source,
+                        flags=re.M)
+    return source
+
+
+class Lab:
+    """A JupyterLab server over a folder of notebooks and a browser that was never elsewhere."""
+
+    def __init__(self, folder: Path, outputs: Path, page):
+        self.folder, self.page = folder, page
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.token = secrets.token_hex(16)
+        self.requests: list[str] = []
+        page.on("request", lambda request: self.requests.append(request.url))
+        settings = folder.parent / "settings"
+        for name, values in SETTINGS.items():
+            (settings / name).parent.mkdir(parents=True, exist_ok=True)
+            (settings / name).write_text(json.dumps(values))
+        self.log = (folder.parent / "lab.log").open("w")
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
+             f"--config={params.ROOT / 'bpo' / 'template' / 'lab_config.py'}",
+             f"--ServerApp.port={self.port}", "--ServerApp.ip=127.0.0.1",
+             f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={folder}"],
+            env={**environment(outputs), "JUPYTERLAB_SETTINGS_DIR": str(settings),
+                 "JUPYTERLAB_WORKSPACES_DIR": str(folder.parent / "workspaces")},
+            stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            assert self.server.poll() is None, (folder.parent / "lab.log").read_text()
+            try:
+                self.ask("GET", "api/status")
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError("JupyterLab did not start")
+
+    def ask(self, method: str, path: str):
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{path}", method=method,
+                                         headers={"Authorization": f"token {self.token}"})
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            return json.loads(reply.read() or "null")
+
+    def open(self, name: str) -> None:
+        for session in self.ask("GET", "api/sessions"):  # one kernel at a time
+            self.ask("DELETE", f"api/sessions/{session['id']}")
+        self.page.goto(f"http://127.0.0.1:{self.port}/lab/tree/{name}.ipynb?token={self.token}"
+                       "&reset")
+        self.idle()
+
+    def idle(self) -> None:
+        self.page.wait_for_selector(
+            '.jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook-ExecutionIndicator'
+            '[data-status="idle"]', timeout=60_000)
+
+    def menu(self, *names: str) -> None:
+        self.page.locator(f'.lm-MenuBar-itemLabel:text-is("{names[0]}")').click()
+        for name in names[1:]:
+            self.page.locator(f'.lm-Menu-itemLabel:text-is("{name}")').first.click()
+
+    def run_all(self, name: str) -> nbformat.NotebookNode:
+        """Run All, then the notebook as it was saved once every cell ran or one failed."""
+        file = self.folder / f"{name}.ipynb"
+        before = [c.execution_count or 0 for c in code_cells(file)]
+        self.menu("Run", "Run All Cells")
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            time.sleep(0.5)
+            self.idle()
+            self.page.keyboard.press("Control+s")
+            time.sleep(0.5)
+            saved = code_cells(file)
+            counts = [c.execution_count or 0 for c in saved]
+            ran = all(c > max(before) for c in counts)
+            if errors(saved) or ran:
+                return nbformat.read(file, 4)
+        raise AssertionError(f"{name} did not end: cells ran {counts}")
+
+    def close(self) -> None:
+        os.killpg(self.server.pid, signal.SIGTERM)
+        self.server.wait(20)
+        self.log.close()
+
+
+def code_cells(file: Path) -> list[nbformat.NotebookNode]:
+    return [c for c in nbformat.read(file, 4).cells if c.cell_type == "code"]
+
+
+def errors(cells: list[nbformat.NotebookNode]) -> list[str]:
+    return [f"{o.ename}: {o.evalue}" for c in cells for o in c.outputs if o.output_type == "error"]
+
+
+def check(saved: nbformat.NotebookNode) -> None:
+    """What every saved notebook must be: run to its end, without an error, a bar or a widget."""
+    nbformat.validate(saved)
+    cells = [c for c in saved.cells if c.cell_type == "code"]
+    assert errors(cells) == []
+    counts = [c.execution_count for c in cells]
+    assert all(counts) and counts == sorted(counts), counts
+    outputs = [o for c in cells for o in c.outputs]
+    assert not any("\r" in o.get("text", "") for o in outputs), "a progress bar was saved"
+    assert not any(WIDGET in o.get("data", {}) for o in outputs), "a dead widget was saved"
+    assert "widgets" not in saved.metadata
+
+
+def html_of(saved: nbformat.NotebookNode, cell_id: str) -> str:
+    cell = next(c for c in saved.cells if c.id == cell_id)
+    return "".join(o.get("data", {}).get("text/html", "") for o in cell.outputs)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, little_study):
+    from playwright.sync_api import sync_playwright
+
+    root = tmp_path_factory.mktemp("lab")
+    (root / "notebooks").mkdir()
+    shutil.copytree(little_study, root / "outputs" / "little")
+    # This one is computed in JupyterLab, the others are found there.
+    shutil.rmtree(root / "outputs" / "little" / "1_noise_probability")
+    for name in STUDY:
+        fields = params.SCHEMAS[name].model_fields
+        with_parameters(params.ROOT / "notebooks" / f"{name}.ipynb",
+                        root / "notebooks" / f"{name}.ipynb", study="little",
+                        **{n: v for n, v in LITTLE.items() if n in fields})
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        lab = Lab(root / "notebooks", root / "outputs", page)
+        try:
+            yield lab
+        finally:
+            lab.close()
+            browser.close()
+
+
+@pytest.mark.parametrize("name", [n for n in STUDY if not n.startswith(("1_", "4_"))])
+def test_a_notebook_runs_whole_from_a_fresh_kernel(lab, name):
+    lab.open(name)
+    saved = lab.run_all(name)
+    check(saved)
+    assert any("data:image/" in o.get("data", {}).get("text/html", "")
+               for c in saved.cells if c.cell_type == "code" for o in c.outputs)
+
+
+def test_the_noise_can_be_moved_and_a_parameter_changed(lab):
+    name = "1_noise_probability"
+    lab.open(name)
+    saved = lab.run_all(name)
+    check(saved)
+    assert "step 500" in html_of(saved, "1-07b"), "the still figure is not in the file"
+    made = lab.folder.parent / "outputs" / "little" / name / "manifest.json"
+    assert len(json.loads(made.read_text())["metrics"]["p_true"]) == 3
+
+    view = lab.page.locator(".jp-OutputArea-output:has(.widget-slider)")
+    view.scroll_into_view_if_needed()
+    picture = view.locator('img[alt^="The image at noise step"]')
+    before, told = picture.get_attribute("src"), view.inner_text()
+    assert "Step 500: from the stored result." in told
+    handle = view.locator("[role=slider]")
+    for _ in range(3):
+        handle.press("ArrowRight")
+    lab.page.wait_for_function(
+        "() => document.querySelector('.jp-OutputArea-output:has(.widget-slider)').innerText"
+        ".includes('Step 503: computed just now by the model.')", timeout=60_000)
+    assert picture.get_attribute("src") != before
+    assert re.findall(r"\b[01]\.\d{3}\b", view.inner_text()) != re.findall(r"\b[01]\.\d{3}\b", told)
+    view.locator("select").select_option(index=1)
+    lab.page.wait_for_function(
+        "image => document.querySelector('.jp-OutputArea-output:has(.widget-slider) "
+        "img[alt^=\"The image at\"]').src != image", arg=picture.get_attribute("src"),
+        timeout=60_000)
+
+    # A changed parameter and Run All again, in the same kernel.
+    cell = lab.page.locator(".jp-CodeCell").first
+    cell.scroll_into_view_if_needed()
+    text = cell.locator(".cm-content")
+    text.click()
+    source = code_cells(lab.folder / f"{name}.ipynb")[0].source
+    lab.page.keyboard.press("Control+a")
+    lab.page.keyboard.insert_text(edited(source, noise_steps="[0, 999]"))
+    again = lab.run_all(name)
+    check(again)
+    assert len(json.loads(made.read_text())["metrics"]["p_true"]) == 2
+    said = "".join(o.get("text", "") for c in again.cells if c.cell_type == "code"
+                   for o in c.outputs)
+    assert "computed, since noise_steps [0, 500, 999] -> [0, 999]" in said
+
+
+def test_a_question_can_be_asked(lab):
+    name = "4_qualitative_comparison"
+    lab.open(name)
+    saved = lab.run_all(name)
+    check(saved)
+    still = html_of(saved, "4-06b")
+    assert "data:image/" in still and "bpo_inject" in still
+    view = lab.page.locator('.jp-OutputArea-output:has(button:has-text("Ask"))')
+    view.scroll_into_view_if_needed()
+    picture = view.locator("img")
+    before = picture.get_attribute("src")
+    view.locator("select").nth(1).select_option(index=3)
+    lab.page.wait_for_function(
+        "old => document.querySelector('.jp-OutputArea-output:has(.widget-text) img').src != old",
+        arg=before, timeout=60_000)
+    view.locator("input[type=text]").fill("is there a banana ?")
+    view.locator('button:has-text("Ask")').click()
+    view.get_by_text("Answered just now by the model").wait_for(timeout=90_000)
+    assert "is there a banana ?" in view.inner_text()
+    names = view.locator("dt").all_inner_texts()
+    assert names[-7:] == ["base", *params.METHODS][:7]
+    assert all(text.strip() for text in view.locator("dd").all_inner_texts())
+
+
+@pytest.mark.parametrize("broken", ["a misspelt parameter", "a cell in the middle"])
+def test_a_notebook_that_fails_is_told(lab, broken):
+    source = lab.folder / "2_pair_generation.ipynb"
+    bad = nbformat.read(source, 4)
+    cells = [c for c in bad.cells if c.cell_type == "code"]
+    if broken == "a misspelt parameter":
+        cells[0].source = cells[0].source.replace("seed = 0", "sed = 0")
+    else:
+        cells[3].source += "\nraise ValueError('this must be seen')"
+    nbformat.write(bad, lab.folder / "broken.ipynb")
+    lab.open("broken")
+    saved = lab.run_all("broken")
+    with pytest.raises(AssertionError):
+        check(saved)
+    told = errors([c for c in saved.cells if c.cell_type == "code"])
+    assert len(told) == 1
+    assert ("sed: no such parameter (did you mean seed?)" if broken.startswith("a mis")
+            else "this must be seen") in told[0]
+
+
+def test_nothing_left_the_machine(lab):
+    away = [url for url in lab.requests
+            if not url.startswith((f"http://127.0.0.1:{lab.port}/", "data:", "blob:"))]
+    assert len(lab.requests) > 100 and away == []
