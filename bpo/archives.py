@@ -213,7 +213,8 @@ def _of_bytes(archive: zipfile.ZipFile, raw: BinaryIO) -> list[str]:
         own = _info(entry.filename, size=entry.file_size)
         own.CRC, own.flag_bits = entry.CRC, 0 if entry.filename.isascii() else 0x800
         header = own.FileHeader(_large(own))
-        own.extra = entry.extra if _large(own) else b""
+        if max(entry.file_size, place) > zipfile.ZIP64_LIMIT:  # then size or place stand in there
+            own.extra, own.create_version, own.extract_version = entry.extra, 45, 45
         raw.seek(entry.header_offset)
         if (entry.header_offset != place or raw.read(len(header)) != header
                 or any(getattr(entry, n) != getattr(own, n) for n in ENTRY)):

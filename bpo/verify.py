@@ -29,6 +29,7 @@ from bpo.touched import REPORTS, Line, Study
 LOCKS = (".run.lock", ".stage.lock")
 SHOWN = 20  # problems that are told one by one
 
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="STUDY|ARCHIVE", help="a study's name or folder, an "
                         "archive that pack wrote, or the folder it was unpacked to")

@@ -94,6 +94,7 @@ class Lab:
         self.page.goto(f"http://127.0.0.1:{self.port}/lab/tree/{name}.ipynb?token={self.token}"
                        "&reset")
         self.idle()
+        self.page.wait_for_timeout(1500)  # menus know the notebook only a moment after the kernel
 
     def idle(self) -> None:
         self.page.wait_for_selector(

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from bpo import runs
-from bpo.params import DPOTraining, PairGeneration, Refusal
+from bpo.params import ROOT, DPOTraining, PairGeneration, Refusal
 
 
 class Work:
@@ -239,6 +239,21 @@ def test_timings_are_no_part_of_the_result(run, folder):
     assert result.timings == {"bpo": 3.5}
     (folder / runs.TIMINGS).write_text('{"bpo": 4}')
     assert run(work).done == "up to date, read again"
+
+
+def test_a_manifest_says_where_its_inputs_lay_and_that_makes_nothing_stale(run, data, tmp_path):
+    assert run(Work()).manifest["paths"] == {"data": str(data)}
+    moved = tmp_path / "moved.json"
+    data.rename(moved)
+    assert run(Work(), inputs={"data": moved}).done == "up to date, read again"
+
+
+def test_a_noted_path_starts_from_the_outputs_or_the_project(outputs, tmp_path):
+    assert runs.noted_path(outputs / "s" / "model") == "outputs/s/model"
+    assert runs.noted_path(ROOT / "params" / "x.json") == "params/x.json"
+    # One below the project's outputs/ is not below these outputs.
+    assert runs.noted_path(ROOT / "outputs" / "s") == str(ROOT / "outputs" / "s")
+    assert runs.noted_path(tmp_path / "rows.json") == str(tmp_path / "rows.json")
 
 
 # --- inputs that other stages wrote -------------------------------------------------------------
