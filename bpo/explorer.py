@@ -31,7 +31,15 @@ from bpo import (
     scoring,
     seeds,
 )
-from bpo.galleries import Shown, as_text, image_uri, mark_words, visible
+from bpo.galleries import (
+    LONGEST_ALT,
+    Shown,
+    as_text,
+    image_uri,
+    mark_words,
+    shortened,
+    visible,
+)
 from bpo.generate import Request
 from bpo.models import Checkpoint
 from bpo.noise import STEPS, signal_to_noise
@@ -305,7 +313,7 @@ def _options(rows: Sequence[Row]) -> list[tuple[str, int]]:
 
 
 def _picture(image: Image.Image, alt: object, width: int) -> str:
-    return (f'<img alt="{html.escape(visible(alt))}" src="{image_uri(image, width)}" '
+    return (f'<img alt="{html.escape(visible(shortened(alt, LONGEST_ALT)))}" src="{image_uri(image, width)}" '
             f'style="flex:none;max-width:100%;width:{width}px;image-rendering:pixelated">')
 
 
@@ -398,7 +406,7 @@ def _answers(row: Row, question: str, answers: dict[str, str], lines: Sequence[d
         f'<div style="display:contents"><dt>{as_text(name)}</dt><dd>{text or Markup("–")}</dd></div>'
         for name, text in told)
     inner = (f'<p class="question" style="margin-top:0">{as_text(question)}</p>'
-             f'<dl class="facts" style="border:0;padding:.6em 0 0;font-size:1em">{table}</dl>')
+             f'<dl>{table}</dl>')
     card = _beside(_picture(images.load(row.image), f"The image asked about: {question}", PICTURE),
                    inner)
     caption = f"<figcaption>{as_text(note)}</figcaption>" if note else ""

@@ -1,0 +1,137 @@
+"""The pages of a study in a real browser: axe-core, keyboard, widths, requests, paper."""
+
+import functools
+import http.server
+import re
+import shutil
+import threading
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+
+pytestmark = pytest.mark.slow
+CHROMIUM = shutil.which("chromium")
+VIEWS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
+GRAVE = ("serious", "critical")
+
+
+@pytest.fixture(scope="module")
+def pages(little_study):
+    found = [little_study.parent / "index.html", *sorted(little_study.glob("*.html"))]
+    assert len(found) == 8
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+def grave(page) -> list[str]:
+    found = Axe().run(page).response["violations"]
+    return [f"{v['id']}: {v['nodes'][0]['target']}" for v in found if v["impact"] in GRAVE]
+
+
+@pytest.mark.parametrize(("width", "scheme"), VIEWS)
+def test_axe_has_nothing_serious_to_say_and_nothing_is_wider_than_the_page(browser, pages, width,
+                                                                           scheme):
+    # axe-core is a script, which the pages themselves forbid
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme,
+                                  bypass_csp=True)
+    page = context.new_page()
+    for file in pages:
+        page.goto(file.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert grave(page) == [], file.name
+        assert page.evaluate("document.documentElement.scrollWidth") == width, file.name
+    context.close()
+
+
+def test_axe_would_tell(browser):
+    page = browser.new_page()
+    page.set_content("<html><body><img src='data:,'><p style='color:#ccc'>faint</p></body></html>")
+    assert {"image-alt", "color-contrast"} <= {v.split(":")[0] for v in grave(page)}
+    page.close()
+
+
+def test_a_page_asks_for_nothing_from_a_disk_or_a_host(browser, pages, little_study):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler,
+                                directory=str(little_study.parent))
+    handler.log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    host = f"http://127.0.0.1:{server.server_port}"
+    context = browser.new_context()
+    page = context.new_page()
+    asked, troubles = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: troubles.append(message.text))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    try:
+        for file in pages:
+            for url in (file.as_uri(), f"{host}/{file.relative_to(little_study.parent)}"):
+                asked.clear()
+                page.goto(url)
+                assert [u for u in asked if not u.startswith("data:")] == [url]
+            assert file.stat().st_size < 3_000_000
+        assert troubles == []
+    finally:
+        context.close()
+        server.shutdown()
+
+
+def test_headings_pictures_and_the_keyboard(browser, pages):
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    for file in pages:
+        page.goto(file.as_uri())
+        levels = [int(t[1]) for t in page.evaluate(
+            "[...document.querySelectorAll('h1,h2,h3,h4')].map(h => h.tagName)")]
+        assert levels.count(1) == 1 and levels[0] == 1, file.name
+        assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False)), file.name
+        assert page.evaluate("[...document.images].every(i => i.alt.trim() && i.naturalWidth)")
+        reached = set()
+        for _ in range(12):
+            page.keyboard.press("Tab")
+            reached.add(page.evaluate("document.activeElement.tagName"))
+        assert "A" in reached, file.name
+        if re.match(r"\d_", file.name):
+            assert "SUMMARY" in reached, file.name
+            page.locator("summary").first.focus()
+            page.keyboard.press("Enter")
+            assert page.evaluate("document.querySelector('details').open")
+    page.close()
+
+
+def test_a_page_opens_with_what_came_out_and_its_facts(browser, pages):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    for file in pages:
+        if re.match(r"\d_", file.name):
+            page.goto(file.as_uri())
+            short, facts = page.locator(".short"), page.locator("dl.facts")
+            assert short.count() == 1 and facts.count() == 1, file.name
+            assert short.bounding_box()["y"] < facts.bounding_box()["y"] < 1000, file.name
+            for told in ("seed", "differs from the defaults", "inputs", "versions", "commit"):
+                assert told in facts.inner_text(), file.name
+    page.close()
+
+
+def test_paper_is_light_and_holds_every_column(browser, pages):
+    # A4 without its margins, in pixels
+    page = browser.new_page(viewport={"width": 673, "height": 985}, color_scheme="dark")
+    page.emulate_media(media="print")
+    for file in pages:
+        page.goto(file.as_uri())
+        assert page.evaluate("matchMedia('print').matches")
+        assert page.evaluate(
+            "getComputedStyle(document.body).color") == "rgb(32, 36, 40)", file.name
+        wide = page.evaluate("[...document.querySelectorAll('table, img')]"
+                             ".filter(e => e.getBoundingClientRect().right > innerWidth + 24)"
+                             ".map(e => e.innerText || e.alt)")
+        assert wide == [], file.name
+        assert page.pdf(format="A4").count(b"/Type /Page\n") >= 1
+    page.close()
