@@ -4,7 +4,6 @@ model's yes and no are calibrated, and which words of a caption the image carrie
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np

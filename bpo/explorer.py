@@ -5,7 +5,6 @@ move that needs it. One output holds the widgets and a still figure, for a page 
 shows no widgets.
 """
 
-import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,12 +12,12 @@ from typing import Any
 
 import ipywidgets as widgets
 import torch
-from markupsafe import Markup
 from PIL import Image
 
 from bpo import (
     compare,
     encoding,
+    explorer_cards,
     generate,
     held_out,
     images,
@@ -31,28 +30,14 @@ from bpo import (
     scoring,
     seeds,
 )
-from bpo.galleries import (
-    LONGEST_ALT,
-    Shown,
-    as_text,
-    image_uri,
-    mark_words,
-    shortened,
-    visible,
-)
+from bpo.galleries import Shown, as_text, mark_words, visible
 from bpo.generate import Request
 from bpo.models import Checkpoint
-from bpo.noise import STEPS, signal_to_noise
+from bpo.noise import STEPS
 from bpo.params import NoiseProbability, QualitativeComparison, Refusal
 from bpo.records import Row, to_json
 
 CHOICES = 24  # rows offered
-PICTURE = 256  # pixels; a picture of the tiny world grows to that
-# Of the true and the prior's answer, as in the notebook's curves; readable on light and on dark.
-COLOURS = {"true": "#2f7fc1", "prior": "#d98200", "other": "#8a9097"}
-LABELS = {"true": "true answer", "prior": "prior's answer", "other": "any other answer"}
-QUIET = "color-mix(in srgb, currentColor {}%, transparent)"
-
 _held: dict[str, Any] = {}
 
 
@@ -99,17 +84,18 @@ def noise(p: NoiseProbability, result: runs.Result) -> Explorer:
                 answers = look(p, checkpoint, row, at, candidates[row.id])
                 said = f"Step {at}: computed just now by the model."
             curve = [(s, stored[row.id, s]) for s in p.noise_steps]
-            card.value = _card(picture(row, at), row.question, at, answers, curve).html
+            card.value = explorer_cards.at_step(picture(row, at), row.question, at, answers,
+                                                curve).html
             status.value = _line(said)
 
     for control in (image, step):
         control.observe(show, "value")
     show()
     first, steps = rows[0], sorted({p.noise_steps[0], step.value, p.noise_steps[-1]})
-    still = _cards([_panel(picture(first, s), s, stored[first.id, s]) for s in steps],
-                   f"{first.question} One image at {len(steps)} noise steps with the probabilities "
-                   "of whole answers. Run this cell in JupyterLab to choose the image and the "
-                   "step.")
+    still = explorer_cards.side_by_side(
+        [explorer_cards.still_at_step(picture(first, s), s, stored[first.id, s]) for s in steps],
+        f"{first.question} One image at {len(steps)} noise steps with the probabilities of whole "
+        "answers. Run this cell in JupyterLab to choose the image and the step.")
     return Explorer(widgets.VBox([_row(image, step), card, status]), still)
 
 
@@ -162,7 +148,8 @@ def ask(p: QualitativeComparison, result: runs.Result) -> Explorer:
     card, status = widgets.HTML(), _status()
 
     def draw(row: Row, said: str, answers: dict[str, str]) -> None:
-        card.value = _answers(row, said, answers, asked[split.value], truths[split.value]).html
+        told = marked(row, said, answers, lines=asked[split.value], truth=truths[split.value])
+        card.value = explorer_cards.answered(images.load(row.image), said, told).html
 
     def choose_split(_: Any) -> None:
         image.value = None
@@ -204,8 +191,9 @@ def ask(p: QualitativeComparison, result: runs.Result) -> Explorer:
     choose_image()
     first = rows[main][0]
     stored = next(x["answers"] for x in asked[main] if x["id"] == first.id)
-    still = _answers(
-        first, first.question, stored, asked[main], truths[main],
+    still = explorer_cards.answered(
+        images.load(first.image), first.question,
+        marked(first, first.question, stored, lines=asked[main], truth=truths[main]),
         note="What each method answered. Run this cell in JupyterLab to choose another image and "
              "to ask questions of your own.")
     above = [split, image] if len(p.splits) > 1 else [image]
@@ -256,6 +244,22 @@ def wrong_words(row: Row, question: str, answers: dict[str, str], *, lines: Sequ
             for m, text in answers.items()}
 
 
+def marked(row: Row, question: str, answers: dict[str, str], *, lines: Sequence[dict],
+           truth: dict[str, Any]) -> list[tuple[str, Any]]:
+    """(name, text) of what is known of the image, then of every answer with its wrong words marked.
+
+    lines, truth: of the image's split.
+    """
+    wrong = wrong_words(row, question, answers, lines=lines, truth=truth)
+    own, known = _own(row, question, lines), truth["images"].get(row.image_name)
+    told: list[tuple[str, Any]] = []
+    if own:
+        told = [("truth", own["annotated"])]
+    elif known is not None:
+        told = [("in the image", ", ".join(o["name"] for o in known["objects"]))]
+    return told + [(m, mark_words(text, wrong[m])) for m, text in answers.items()]
+
+
 def _own(row: Row, question: str, lines: Sequence[dict]) -> dict | None:
     """The line of the split that asks this of the same image, if there is one."""
     return next((x for x in lines if x["image"] == row.image_name
@@ -291,7 +295,7 @@ def _status() -> widgets.HTML:
 
 def _line(text: object) -> str:
     return (f'<div class="bpo mathjax_ignore" role="status" style="margin:0;font-size:.875em;'
-            f'color:{QUIET.format(76)}">{as_text(text)}</div>')
+            f'color:{explorer_cards.QUIET.format(76)}">{as_text(text)}</div>')
 
 
 def _wide(basis: str) -> widgets.Layout:
@@ -310,105 +314,3 @@ def _options(rows: Sequence[Row]) -> list[tuple[str, int]]:
     """Labels in plain text, each once, and the numbers of the rows."""
     return [(f"{n}. {visible(r.question)[:60]} ({visible(r.image_name)[-40:]})", n - 1)
             for n, r in enumerate(rows, start=1)]
-
-
-def _picture(image: Image.Image, alt: object, width: int) -> str:
-    return (f'<img alt="{html.escape(visible(shortened(alt, LONGEST_ALT)))}" src="{image_uri(image, width)}" '
-            f'style="flex:none;max-width:100%;width:{width}px;image-rendering:pixelated">')
-
-
-def _beside(picture: str, inner: str) -> str:
-    return (f'<div class="card" style="display:flex;flex-wrap:wrap;gap:1em 1.5em;'
-            f'align-items:flex-start;max-width:58rem">{picture}'
-            f'<div style="flex:1 1 20rem;min-width:0">{inner}</div></div>')
-
-
-def _card(image: Image.Image, question: str, step: int, answers: Sequence[dict],
-          curve: Sequence[tuple[int, Sequence[dict]]]) -> Shown:
-    """The live view: the picture, the answers' probabilities, where the step is on their curve."""
-    level = "the clean image" if step == 0 else f"signal to noise {signal_to_noise(step):+.1f} dB"
-    inner = (f'<p class="question" style="margin-top:0">{as_text(question)}</p>'
-             f'<p style="margin:.2em 0 .8em">Noise step {step}, {level}</p>'
-             f"{_bars(answers)}{_curve(curve, step, answers)}")
-    return Shown(_beside(_picture(image, f"The image at noise step {step}", PICTURE), inner), "")
-
-
-def _panel(image: Image.Image, step: int, answers: Sequence[dict]) -> str:
-    return (f'{_picture(image, f"The image at noise step {step}", 192)}'
-            f'<p style="margin:.4em 0"><strong>step {step}</strong></p>{_bars(answers)}')
-
-
-def _cards(cards: Sequence[str], caption: str) -> Shown:
-    inner = "".join(f'<div class="card">{card}</div>' for card in cards)
-    return Shown('<figure><div class="cards" style="grid-template-columns:repeat(auto-fill,'
-                 f'minmax(min(100%,14rem),1fr))">{inner}</div>'
-                 f"<figcaption>{as_text(caption)}</figcaption></figure>", f"Figure: {caption}")
-
-
-def _shares(answers: Sequence[dict]) -> list[tuple[str, str, float]]:
-    """(kind, text, probability) of each candidate and of all other answers together."""
-    chances = [(a["kind"], a["text"], float(torch.tensor(a["logp"]).exp())) for a in answers]
-    return [*chances, ("other", "", max(0.0, 1 - sum(chance for *_, chance in chances)))]
-
-
-def _bars(answers: Sequence[dict]) -> str:
-    rows = []
-    for kind, text, chance in _shares(answers):
-        number = f"{chance:.3f}" if chance >= 0.0005 or chance == 0 else f"{chance:.0e}"
-        words = as_text(f"“{text}”") if text else ""
-        rows.append(
-            f'<div style="margin-top:.5em"><div style="display:flex;gap:1em;align-items:baseline;'
-            f'justify-content:space-between"><span><span class="label" style="display:inline">'
-            f'{LABELS[kind]}</span> {words}</span><span style="font-variant-numeric:tabular-nums">'
-            f'{number}</span></div><div aria-hidden="true" style="height:.55em;border-radius:3px;'
-            f'background:{QUIET.format(12)}"><div style="height:100%;border-radius:3px;'
-            f'width:{100 * chance:.1f}%;background:{COLOURS[kind]}"></div></div></div>')
-    return "".join(rows)
-
-
-def _curve(curve: Sequence[tuple[int, Sequence[dict]]], step: int, answers: Sequence[dict]) -> str:
-    """The image's own stored curves as a small drawing, with a mark where the step stands."""
-    width, height = 360, 84
-
-    def place(at: int, chance: float) -> str:
-        return f"{at / (STEPS - 1) * width:.1f},{(1 - min(chance, 1)) * height:.1f}"
-
-    def total(mine: Sequence[dict], kind: str) -> float:
-        return sum(chance for k, _, chance in _shares(mine) if k == kind)
-
-    parts = [f'<path d="M0,0H{width}M0,{height}H{width}" stroke="{QUIET.format(25)}"/>',
-             f'<path d="M{place(step, 1)}V{height}" stroke="{QUIET.format(55)}" '
-             'stroke-dasharray="3 3"/>']
-    for kind in probe.KINDS:
-        points = " ".join(place(at, total(mine, kind)) for at, mine in curve)
-        x, y = place(step, total(answers, kind)).split(",")
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS[kind]}" '
-                     f'stroke-width="2"/><circle cx="{x}" cy="{y}" r="4" fill="{COLOURS[kind]}"/>')
-    return (f'<svg role="img" aria-label="Probabilities of this image along the noise steps" '
-            f'viewBox="-24 -8 {width + 40} {height + 26}" style="display:block;margin-top:1em;'
-            f'width:100%;max-width:30rem" font-size="10" fill="currentColor">'
-            f'<text x="-6" y="4" text-anchor="end">1</text>'
-            f'<text x="-6" y="{height + 3}" text-anchor="end">0</text>'
-            f'<text x="0" y="{height + 14}">clean</text><text x="{width}" y="{height + 14}" '
-            f'text-anchor="end">step {STEPS - 1}</text>{"".join(parts)}</svg>')
-
-
-def _answers(row: Row, question: str, answers: dict[str, str], lines: Sequence[dict],
-             truth: dict[str, Any], note: str = "") -> Shown:
-    """The picture, the question, the truth where it is known, and every answer with its marks."""
-    wrong = wrong_words(row, question, answers, lines=lines, truth=truth)
-    own = _own(row, question, lines)
-    known = truth["images"].get(row.image_name)
-    told = [("truth", as_text(own["annotated"]))] if own else [] if known is None else [
-        ("in the image", as_text(", ".join(o["name"] for o in known["objects"])))]
-    told += [(m, as_text(mark_words(text, wrong[m]))) for m, text in answers.items()]
-    table = "".join(
-        f'<div style="display:contents"><dt>{as_text(name)}</dt><dd>{text or Markup("–")}</dd></div>'
-        for name, text in told)
-    inner = (f'<p class="question" style="margin-top:0">{as_text(question)}</p>'
-             f'<dl>{table}</dl>')
-    card = _beside(_picture(images.load(row.image), f"The image asked about: {question}", PICTURE),
-                   inner)
-    caption = f"<figcaption>{as_text(note)}</figcaption>" if note else ""
-    return Shown(f"<figure>{card}{caption}</figure>",
-                 "\n".join([question, *(f"{m}: {text}" for m, text in answers.items())]))

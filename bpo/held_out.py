@@ -20,7 +20,6 @@ from bpo import (
     encoding,
     generate,
     hallucination,
-    images,
     metrics,
     models,
     readers,

@@ -8,7 +8,7 @@ can be read counts as unscored and in no mean: the official evaluations count 0 
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from bpo.galleries import OUTPUT_STYLE, Shown, as_text, data_uri, visible
+from bpo.galleries import OUTPUT_STYLE, Shown, as_text, data_uri, shortened, visible
 from bpo.template import executed, filters
 
 if TYPE_CHECKING:
@@ -45,9 +45,10 @@ def figure(fig: "matplotlib.figure.Figure", alt: str, caption: str) -> Shown:
     plt.close(fig)
     width, height = (round(96 * inches) for inches in fig.get_size_inches())
     return Shown(
-        f'<figure><div class="plot" {SCROLLS}="figure"><img alt="{html.escape(visible(alt))}" width="{width}"'
-        f' height="{height}" src="{data_uri(svg.getvalue(), "image/svg+xml")}"></div>'
-        f"<figcaption>{html.escape(visible(caption))}</figcaption></figure>",
+        f'<figure><div class="plot" {SCROLLS}="figure"><img alt="{_line(alt)}"'
+        f' width="{width}" height="{height}"'
+        f' src="{data_uri(svg.getvalue(), "image/svg+xml")}"></div>'
+        f"<figcaption>{_line(caption)}</figcaption></figure>",
         plain=f"Figure: {caption}",
     )
 
@@ -67,9 +68,9 @@ def table(frame: "pandas.DataFrame", caption: str, note: str = "") -> Shown:
         "<tr>" + "".join(f"<td{kinds[name]}>{_shown_cell(cells[name][row])}</td>" for name in cells)
         + "</tr>" for row in range(len(frame))
     )
-    title = html.escape(visible(caption))
+    title = _line(caption)
     wide = sum(any("[" in text for text in cells[n]) for n in cells if kinds[n]) > 3
-    below = f'<p class="note">{html.escape(visible(note))}</p>' if note else ""
+    below = f'<p class="note">{_line(note)}</p>' if note else ""
     return Shown(
         f'<div class="scroll" {SCROLLS}="{title}">'
         f'<table class="{"tall" if wide else "flat"}">'
@@ -77,6 +78,10 @@ def table(frame: "pandas.DataFrame", caption: str, note: str = "") -> Shown:
         f"<tbody>{rows}</tbody></table></div>{below}",
         plain=f"Table: {caption}\n{frame.to_string(index=False)}",
     )
+
+
+def _line(text: str) -> str:
+    return html.escape(visible(shortened(text)))
 
 
 def _shown_cell(text: str) -> str:
@@ -184,7 +189,7 @@ def html_page(notebook: Path, out: Path | None = None) -> Path:
         "failure": failure,
         # A reader in a hurry meets the question, what came out and the facts before the rest.
         "opening": content.cells[0].get("id") if content.cells else None,
-        "short": "" if failure else executed.last_sentence(content),
+        "short": "" if failure else shortened(executed.last_sentence(content)),
         "facts": _take_facts(content),
         "notebook": notebook.name,
         "executed": executed.when(content),
@@ -253,7 +258,8 @@ def _index_row(folder: Path, notebook: dict[str, Any]) -> dict[str, Any]:
     status, seconds = notebook["status"], notebook.get("seconds")
     links = {"report": link("html"), "notebook": link("ipynb"), "manifest": link("manifest")}
     return {
-        **{key: visible(notebook.get(key) or "") for key in ("name", "title", "headline")},
+        **{key: visible(shortened(notebook.get(key) or ""))
+           for key in ("name", "title", "headline")},
         "message": filters.strip_ansi(notebook.get("message") or ""),
         "status": status, "sign": SIGNS[status], "css": f"is-{status.replace(' ', '-')}",
         "seconds": executed.duration(seconds) if seconds is not None else "",

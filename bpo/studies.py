@@ -9,7 +9,7 @@ from typing import Any
 
 from bpo import replication, report, rounds, runs, verify
 from bpo.galleries import Shown
-from bpo.params import SCHEMAS, outputs_root
+from bpo.params import SCHEMAS
 
 TITLES = {"0_tiny_world": "Tiny world", "1_noise_probability": "Noise and probability",
           "2_pair_generation": "Pair generation", "3_dpo_training": "DPO training",
@@ -31,8 +31,8 @@ def manifests(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def index(folder: Path) -> Path:
-    """Writes the study's index.html, the hashes of its pages, and the list of all studies beside it;
-    the study's."""
+    """Writes the study's index.html, the hashes of its pages and the list of all studies beside it;
+    the path of the first."""
     known = manifests(folder)
     parts = []
     if noise := noise_sentence(known):

@@ -12,7 +12,6 @@ from bpo.generate import Request, SeededSampling, View
 from bpo.noise import add_noise
 from bpo.seeds import numpy_generator, torch_generator
 
-
 # --- sampling -----------------------------------------------------------------------------------
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])

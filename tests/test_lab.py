@@ -27,9 +27,7 @@ CHROMIUM = shutil.which("chromium")
 PATIENCE = 150  # seconds for one notebook
 STUDY = list(params.study_files("tiny"))
 # All cells stay in the page, so that what is below the fold can be looked at.
-SETTINGS = {"@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
-            "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {
-                "fetchNews": "false", "checkForUpdates": False}}
+SETTINGS = {"@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"}}
 
 
 def with_parameters(notebook: Path, out: Path, **changes: object) -> None:
@@ -276,6 +274,13 @@ def test_a_notebook_that_fails_is_told(lab, broken):
     assert len(told) == 1
     assert ("sed: no such parameter (did you mean seed?)" if broken.startswith("a mis")
             else "this must be seen") in told[0]
+
+
+def test_nothing_is_asked_before_one_can_work(lab):
+    # JupyterLab asks a newcomer about news a few seconds after it has started.
+    lab.open("1_noise_probability")
+    lab.page.wait_for_timeout(4000)
+    assert lab.page.locator(".Toastify__toast, .jp-Dialog").count() == 0
 
 
 def test_nothing_left_the_machine(lab):

@@ -9,6 +9,7 @@ from conftest import LITTLE, command, environment
 
 from bpo import params
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ("tiny-weakening", "tiny-selection"))
 def test_a_study_of_pairs_runs_whole(name, tmp_path, little_study):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models as tokenizing, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizing
 from tokenizers.trainers import BpeTrainer
 from transformers import (
     CLIPImageProcessorPil,

@@ -15,7 +15,7 @@ import yaml
 from conftest import COLOURS, THINGS, conversation, picture
 from test_real_path import write_qwen
 
-from bpo import params, readers, start
+from bpo import params, readers, start, survey
 from bpo.__main__ import main
 from bpo.params import Refusal
 
@@ -405,7 +405,7 @@ def decided(model, data):
 
 
 def test_a_large_model_gets_the_settings_of_the_paper(ten, model_folder, studies):
-    small, data = start.look_at_model(model_folder), start.look_at_data(ten, None)
+    small, data = survey.look_at_model(model_folder), survey.look_at_data(ten, None)
     large = replace(small, shape=replace(small.shape, parameters=7_063_427_072))
     many = replace(data, rows=[(f"row {n}", n % 10, "question") for n in range(100_000)])
     train = decided(large, many)["3_dpo_training"]
@@ -421,7 +421,7 @@ def test_a_large_model_gets_the_settings_of_the_paper(ten, model_folder, studies
 
 
 def test_a_small_card_gets_small_batches(ten, model_folder, monkeypatch):
-    model, data = start.look_at_model(model_folder), start.look_at_data(ten, None)
+    model, data = survey.look_at_model(model_folder), survey.look_at_data(ten, None)
     shape = replace(model.shape, parameters=7_063_427_072, cached=262_144, layers=32, hidden=4096,
                     intermediate=11008, adapted=2_000_000)
     large = replace(model, shape=shape, precision="bfloat16", positions=4096)
@@ -447,11 +447,11 @@ def test_answers_and_pictures_have_room(tmp_path, ten, model_folder):
 
 
 def test_the_number_format_and_the_picture_are_the_checkpoint_s(ten, broken, tmp_path):
-    read = start.look_at_model(broken)
+    read = survey.look_at_model(broken)
     assert (read.precision, read.reader.transform) == ("float32", "pad")
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
-    assert start.look_at_model(broken).precision == "bfloat16"
+    assert survey.look_at_model(broken).precision == "bfloat16"
     qwen = tmp_path / "qwen"
     qwen.mkdir()
     write_qwen(qwen)
@@ -481,7 +481,7 @@ def test_notebook_1_takes_short_answers_where_there_are_enough(tmp_path, model_f
 
 
 def test_of_many_pictures_some_are_opened(ten, model_folder, monkeypatch):
-    monkeypatch.setattr(start, "OPENED", 6)
+    monkeypatch.setattr(survey, "OPENED", 6)
     (ten.parent / "3.png").write_bytes(b"x")
     said = "\n".join(start.make("mine", model_folder, ten))
     bad = "image format is not known" in said  # if it was among the drawn ones

@@ -1,6 +1,7 @@
 """What `make lab` tells JupyterLab: saved notebooks hold no bars and no widgets that are dead when
 they are opened again, and nothing is asked of the network."""
 
+from pathlib import Path
 from typing import Any
 
 from bpo.template import executed
@@ -19,5 +20,7 @@ def tidy(model: dict[str, Any], **_: Any) -> None:
 c = get_config()  # noqa: F821  (jupyter puts it there)
 c.ContentsManager.pre_save_hook = tidy
 c.LabApp.news_url = None
+# Where overrides.json says that the question about news need not be asked.
+c.LabApp.app_settings_dir = str(Path(__file__).resolve().parent / "lab_settings")
 c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
 c.LabApp.extension_manager = "readonly"
