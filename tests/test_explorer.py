@@ -2,14 +2,27 @@
 them, and every trouble as one sentence.
 """
 
+import math
 import re
 from types import SimpleNamespace
 
 import ipywidgets
 import pytest
 import torch
+from PIL import Image
 
-from bpo import encoding, explorer, generate, held_out, images, models, probe, records, seeds
+from bpo import (
+    encoding,
+    explorer,
+    explorer_cards,
+    generate,
+    held_out,
+    images,
+    models,
+    probe,
+    records,
+    seeds,
+)
 from bpo.generate import Request
 from bpo.params import NoiseProbability, QualitativeComparison
 
@@ -67,10 +80,6 @@ def terms(widget):
     return dict(zip(names, (re.sub("<[^>]+>", "", s) for s in said), strict=True))
 
 
-def numbers(html):
-    return [float(n) for n in re.findall(r">(\d\.\d{3}|\de-\d\d)<", html)]
-
-
 # --- notebook 1 ---------------------------------------------------------------------------------
 
 def test_at_the_steps_of_the_stage_the_model_says_what_is_stored(analysis, checkpoint):
@@ -110,8 +119,12 @@ def test_between_them_it_says_what_a_plain_pass_over_the_noised_image_says(analy
         assert answer["logp"] == pytest.approx(chain.sum().item(), abs=3e-5)
 
 
-def test_stored_steps_need_no_model_and_others_load_it_once(analysis, loads):
+def test_stored_steps_need_no_model_and_others_load_it_once(analysis, loads, checkpoint,
+                                                            monkeypatch):
     p, result = analysis
+    cards = []
+    draw = explorer_cards.at_step
+    monkeypatch.setattr(explorer_cards, "at_step", lambda *a: (cards.append(a), draw(*a))[1])
     shown = explorer.noise(p, result)
     w = parts(shown)
     assert w.IntSlider.value == 500 and text(w.status).strip() == (
@@ -124,12 +137,22 @@ def test_stored_steps_need_no_model_and_others_load_it_once(analysis, loads):
     lines, _ = probe.load(result)
     row = explorer.analysed(p, lines)[1]
     stored = next(x for x in lines if (x["row"], x["step"], x["draw"]) == (row.id, 999, 0))
-    chances = [torch.tensor(a["logp"]).exp().item() for a in stored["answers"]]
-    assert numbers(w.card.value)[:len(chances)] == pytest.approx(chances, abs=5e-4)
+    image, question, step, answers, curve = cards[-1]
+    assert (question, step, answers) == (row.question, 999, stored["answers"])
+    assert [s for s, _ in curve] == STEPS and curve[-1][1] == answers
+    # The picture is what the model sees: its noised pixels back in colours.
+    how = checkpoint.processor.image_processor
+    clean = generate.encode_batch(checkpoint, [Request("x", row.prompt, row.image)])["pixel_values"]
+    drawn = seeds.torch_generator(p.seed, "probe noise", row.id, 0)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (how.image_mean, how.image_std))
+    pixels = encoding.noised(checkpoint.processor, clean, 999, drawn)[0] * std + mean
+    shown = torch.tensor(list(image.getdata())).T.reshape(3, *pixels.shape[1:]) / 255
+    assert (shown - pixels.clamp(0, 1)).abs().max() < 0.003
 
     w.IntSlider.value = 998
     assert text(w.status).strip() == "Step 998: computed just now by the model."
-    assert numbers(w.card.value)[:len(chances)] != pytest.approx(chances, abs=1e-9)
+    assert cards[-1][2:4] == (998, explorer.look(p, checkpoint, row, 998,
+                                                 probe.load(result)[1][row.id]))
     w.IntSlider.value = 997
     explorer.noise(p, result)
     assert len(loads) == 1
@@ -164,6 +187,27 @@ def test_one_output_holds_the_widgets_and_the_still_figure(analysis, comparison,
     assert [int(s) for s in re.findall(r"<strong>step (\d+)</strong>", still)] == STEPS
 
 
+def test_a_card_shows_probabilities_of_whole_answers_and_what_is_left():
+    def answers(true, prior):
+        return [{"kind": kind, "text": f"<{kind}>", "logp": math.log(chance)}
+                for kind, chance in (("true", true), ("prior", prior))]
+
+    curve = [(0, answers(0.5, 0.25)), (999, answers(0.2, 0.0003))]
+    card = explorer_cards.at_step(Image.new("RGB", (8, 8)), "a <i> ?", 999, answers(0.2, 0.0003),
+                                  curve).html
+    shown = [text(SimpleNamespace(value=row)) for row in card.split("margin-top:.5em")[1:]]
+    assert [re.findall(r"true answer|prior's answer|any other answer|\d[.e]\S+", row.split("%")[0]
+                       )[:2] for row in shown] == [
+        ["true answer", "0.200"], ["prior's answer", "3e-04"], ["any other answer", "0.800"]]
+    assert re.findall(r"width:(\d+\.\d)%", card) == ["20.0", "0.0", "80.0"]
+    sure = explorer_cards.still_at_step(Image.new("RGB", (8, 8)), 0, answers(0.7, 0.25))
+    assert re.findall(r"width:(\d+\.\d)%", sure) == ["70.0", "25.0", "5.0"]
+    assert "a &lt;i&gt; ?" in card and "&lt;true&gt;" in card and "<i>" not in card
+    assert re.findall('polyline points="(.*?)"', card) == ["0.0,42.0 360.0,67.2",
+                                                           "0.0,63.0 360.0,84.0"]
+    assert re.findall('cx="(.*?)" cy="(.*?)"', card) == [("360.0", "67.2"), ("360.0", "84.0")]
+
+
 # --- notebook 4 ---------------------------------------------------------------------------------
 
 def test_stored_answers_are_shown_until_one_asks(comparison, loads):
@@ -189,7 +233,7 @@ def test_a_question_is_answered_by_the_base_and_by_every_adapter(comparison, mod
     w.Text.value = "  is there a <b>cat</b> ? "
     w.Button.click()
     assert "Answered just now" in text(w.status) and not w.Button.disabled
-    assert "is there a &lt;b&gt;cat&lt;/b&gt; ?" in w.card.value
+    assert "is there a &lt;b&gt;cat&lt;/b&gt; ?" in w.card.value and "<b>" not in w.card.value
     asked = [Request("x", ({"role": "user", "content": "is there a <b>cat</b> ?"},), row.image)]
     plain = models.load(model_folder)
     tuned = models.load_adapters(models.load(model_folder), {"x": adapters / "bpo" / "adapter"})

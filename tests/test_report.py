@@ -310,6 +310,25 @@ def test_tables_sentences_and_estimates():
     assert repr(said) == "1,284 of 50%"
 
 
+def test_long_text_is_cut_wherever_it_stands(tmp_path):
+    import matplotlib.pyplot as plt
+
+    long = "w" * 100_000
+    parts = [report.say("said {x}", x=long),
+             report.table(pandas.DataFrame({"a": [long]}), long, long),
+             report.figure(plt.figure(figsize=(1, 1)), long, long)]
+    for part in parts:
+        assert len(part.html) < 40_000 and "… 96,000 more characters" in part.html
+    notebook = new_notebook(cells=[new_markdown_cell("# Long"), code("report.say(long)", display(
+        text__html=parts[0].html, text__plain=parts[0].plain))])
+    nbformat.write(notebook, tmp_path / "0.ipynb")
+    index = report.index_page(tmp_path, [{
+        "name": "0", "title": long, "status": "complete",
+        "headline": report.headline(tmp_path / "0.ipynb")}])
+    for page in (index, report.html_page(tmp_path / "0.ipynb")):
+        assert "w" * 4_001 not in page.read_text() and " more characters" in page.read_text()
+
+
 @pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is not installed")
 def test_browser_opens_pages_without_a_request_or_error(page):
     from playwright.sync_api import sync_playwright
