@@ -26,6 +26,7 @@ MARKERS = ["o", "s", "D", "^", "v", "P", "X", "<", "h"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2))]
 QUIET = "#6b7178"
 WIDTH = 9.0  # inches; the page shows it as 864 pixels
+NARROW = 4.4  # inches; a phone shows it as about 350 pixels, its letters at 8 of their 10 points
 
 
 def theme() -> None:
@@ -212,7 +213,8 @@ def _method_panels(table: list[dict[str, Any]],
                         height=rows * (0.95 + 0.36 * len(methods)))
     for place, panel in enumerate(panels):
         labels = [_wrapped(method, columns=26) for method in methods]
-        _rows_of(panel, labels if place % columns == 0 else [""] * len(methods))
+        _rows_of(panel, labels)
+        panel.tick_params(axis="y", labelleft=place % columns == 0)
         panel.locator_params(axis="x", nbins=4)
         panel.margins(x=0.12)
         if place < len(metrics):
@@ -259,6 +261,36 @@ def _grid(rows: int, columns: int, *, width: float, height: float) -> tuple[Figu
     fig = Figure(figsize=(width, height), layout="constrained")
     fig.get_layout_engine().set(w_pad=0.09, h_pad=0.09)
     return fig, list(fig.subplots(rows, columns, squeeze=False).flat)
+
+
+def narrowed(fig: Figure) -> Figure | None:
+    """The same figure for a phone, its panels below each other, pictures three in a row.
+
+    `fig` itself is changed. None where its panels are not one grid.
+    """
+    grids = {panel.get_gridspec() for panel in fig.axes if panel.get_gridspec()}
+    if fig.subfigs or len(grids) != 1:
+        return None
+    grid = grids.pop()
+    panels = [panel for panel in fig.axes if panel.axison]
+    for panel in set(fig.axes) - set(panels):
+        panel.remove()
+    columns = min(len(panels), 3) if any(panel.images for panel in panels) else 1
+    rows = math.ceil(len(panels) / columns)
+    width, height = fig.get_size_inches()
+    high = height / grid.nrows
+    if columns > 1:
+        high *= NARROW / columns / (width / grid.ncols)
+        high = max(high, 2.1)  # the title and the answer keep their size
+    heights = grid.get_height_ratios() if grid.ncols == 1 else None
+    fig.set_size_inches(NARROW, high * rows)
+    stacked = fig.add_gridspec(rows, columns, height_ratios=heights)
+    for place, panel in zip(stacked, panels, strict=False):
+        panel.set_subplotspec(place)
+        panel.tick_params(labelleft=True)
+    for legend in fig.legends:
+        legend.set_ncols(2)
+    return fig
 
 
 def line_styles() -> Any:
