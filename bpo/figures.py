@@ -281,15 +281,17 @@ def narrowed(fig: Figure) -> Figure | None:
     high = height / grid.nrows
     if columns > 1:
         high *= NARROW / columns / (width / grid.ncols)
-        high = max(high, 2.1)  # the title and the answer keep their size
+        high = max(high, 1.9)  # the title and the answer keep their size
     heights = grid.get_height_ratios() if grid.ncols == 1 else None
     fig.set_size_inches(NARROW, high * rows)
     stacked = fig.add_gridspec(rows, columns, height_ratios=heights)
     for place, panel in zip(stacked, panels, strict=False):
         panel.set_subplotspec(place)
         panel.tick_params(labelleft=True)
-    for legend in fig.legends:
-        legend.set_ncols(2)
+    for legend in list(fig.legends):  # its number of columns is settled when it is made
+        legend.remove()
+        fig.legend(legend.legend_handles, [text.get_text() for text in legend.get_texts()],
+                   loc="outside upper left", ncols=2)
     return fig
 
 

@@ -253,14 +253,17 @@ def test_a_phone_gets_the_same_panels_below_each_other():
         (narrow, high), (wide, low) = sizes(name)
         assert narrow == 422 and wide > 600, name
         assert high == low if name in ("curves", "statistics") else high > low, name
-    fig = figures.training_curves({"BPO": HISTORY, "SFT": HISTORY})
+    methods = {f"a method {n}": HISTORY for n in range(7)}
+    fig = figures.training_curves(methods)
     drawn = [[line.get_xydata().tolist() for line in panel.lines] for panel in fig.axes]
     stacked = figures.narrowed(fig)
     stacked.draw_without_rendering()
     assert [[line.get_xydata().tolist() for line in p.lines] for p in stacked.axes] == drawn
     boxes = [panel.get_tightbbox().extents for panel in stacked.axes]
     assert all(over[1] > under[3] for over, under in zip(boxes, boxes[1:], strict=False))
+    boxes += [legend.get_tightbbox().extents for legend in stacked.legends]
     assert all(left >= 0 and right <= stacked.bbox.width for left, _, right, _ in boxes)
+    assert [text.get_text() for text in stacked.legends[0].get_texts()] == list(methods)
     # Methods are named in the first panel of a row, and so in every panel where a row has one.
     for panel in figures.narrowed(figures.metric_bars(ROWS, ["accuracy", "yes share"])).axes:
         assert panel.yaxis.get_tick_params()["labelleft"]
