@@ -288,9 +288,9 @@ def _replicate(study: str, overrides: dict[str, Any], *, seeds: int) -> int:
         raise Refusal(f"study {study} has no {compared}.yaml, and a replication tells over seeds "
                       "what that notebook compares; write one, or run the study for each seed")
     own = read[compared]
-    studies = replication.studies(own.study, seed=own.seed, count=seeds)
+    named = replication.studies(own.study, seed=own.seed, count=seeds)
     again = "then give the same command again: what is complete is only read"
-    for seed, name in studies.items():
+    for seed, name in named.items():
         print(f"— seed {seed}: study {name}", flush=True)
         try:
             failed = _run(study, {**overrides, "study": name, "seed": seed}, only=None, first=None)
@@ -301,7 +301,7 @@ def _replicate(study: str, overrides: dict[str, Any], *, seeds: int) -> int:
             raise Refusal(f"seed {seed} (study {name}) failed, so the replication stopped; mend "
                           f"what its report names, {again}")
     # The page has each split and seed; a terminal the claims.
-    print(*replication.write(own.study, studies)[:5], sep="\n\n")
+    print(*replication.write(own.study, named)[:5], sep="\n\n")
     folder = params.outputs_root() / own.study
     studies.index(folder)
     print(f"the replication is {short(folder / replication.PAGE)}")

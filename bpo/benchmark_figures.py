@@ -97,7 +97,8 @@ def image_gains(table: Sequence[Mapping[str, Any]]) -> Figure:
                          color=look["color"], linewidth=1.6)
             panel.plot([r["value"] for r in mine], places, look["marker"], color=look["color"],
                        markersize=5.5, label=over)
-        _method_rows(panel, methods if column == 0 else [""] * len(methods))
+        _method_rows(panel, methods)
+        panel.tick_params(axis="y", labelleft=column == 0)
         panel.axvline(0, color="#303030", linewidth=1)
         panel.set(title=category, xlabel="nats an answer")
     handles, labels = panels[0].get_legend_handles_labels()

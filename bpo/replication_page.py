@@ -185,10 +185,10 @@ def forest(rows: Sequence[Series]) -> "Figure":
             panel.set_axis_off()
             continue
         names = [f"seed {s}" for s in seeds] + ["mean"]
-        panel.set_yticks(range(len(names)), names if place % across == 0 else [])
+        panel.set_yticks(range(len(names)), names)
         panel.set(ylim=(len(seeds) + 0.95, -0.6), title=f"{rows[place]['metric']}",
                   xlabel=_better(rows[place]).strip(" ()"))
-        panel.tick_params(axis="y", length=0)
+        panel.tick_params(axis="y", length=0, labelleft=place % across == 0)
         panel.grid(visible=False, axis="y")
         panel.spines["left"].set_visible(False)
         panel.locator_params(axis="x", nbins=4)

@@ -31,7 +31,11 @@ def estimate(value, half=0.02, **rest):
 def finished(study, notebook, metrics, **rest):
     folder = runs.stage_folder(study, notebook)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / runs.MANIFEST).write_text(json.dumps({"metrics": metrics, **rest}))
+    rest["parameters"] = {"seed": 0, **rest.get("parameters", {})}
+    (folder / runs.MANIFEST).write_text(json.dumps({
+        "study": study, "stage": notebook, "device": "CPU", "commit": "abc", "inputs": {},
+        "finished": "2026-01-01", "seconds": 1.0, "versions": {"torch": "2"}, "metrics": metrics,
+        **rest}))
 
 
 def seeded(study, gain, *, noise=0.2, cover=0.0, benchmark=None):
@@ -48,7 +52,7 @@ def seeded(study, gain, *, noise=0.2, cover=0.0, benchmark=None):
               "differences": {"counterfactual": differences, "natural": differences}},
              parameters={"splits": {"counterfactual": "x/rows.json"}})
     finished(study, "1_noise_probability", {
-        "noise_steps": [0, 500, 999],
+        "noise_steps": [0, 500, 999], "images": 9,
         **{f"p_{k}": [0.4, 0.4, 0.4 + s * noise] for k, s in (("true", -1), ("prior", 1))},
         **{f"p_{k}_interval": [[0.3, 0.5]] * 3 for k in ("true", "prior")},
         "change_true": estimate(-noise, p=0.001), "change_prior": estimate(noise, p=0.001)},
@@ -56,7 +60,7 @@ def seeded(study, gain, *, noise=0.2, cover=0.0, benchmark=None):
     if benchmark is not None:
         rates = {"chair_i": -benchmark, "cover": 0.1, "objects": 0.3}
         finished(study, "5_benchmarks", {
-            "benchmarks": {"chair": {m: {n: estimate(0.5 + (v if m == "bpo" else 0))
+            "methods": METHODS, "benchmarks": {"chair": {m: {n: estimate(0.5 + (v if m == "bpo" else 0))
                                          for n, v in rates.items()} for m in METHODS}},
             "differences": {"chair": {b: {"bpo": {n: estimate(v, p=0.001)
                                                   for n, v in rates.items()}}

@@ -13,7 +13,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from bpo import figures, galleries, report
+from bpo import benchmark_figures, figures, galleries, report
 
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = ("<script>alert(1)</script> **bold** $x^2$ `code` <img src='http://192.0.2.1/x.png'> "
@@ -265,8 +265,14 @@ def test_a_phone_gets_the_same_panels_below_each_other():
     assert all(left >= 0 and right <= stacked.bbox.width for left, _, right, _ in boxes)
     assert [text.get_text() for text in stacked.legends[0].get_texts()] == list(methods)
     # Methods are named in the first panel of a row, and so in every panel where a row has one.
-    for panel in figures.narrowed(figures.metric_bars(ROWS, ["accuracy", "yes share"])).axes:
-        assert panel.yaxis.get_tick_params()["labelleft"]
+    gains = [{**row, "category": c, "over": "none"} for row in ROWS for c in "ab"]
+    for fig in (figures.metric_bars(ROWS, ["accuracy", "yes share"]),
+                benchmark_figures.image_gains(gains)):
+        named = [panel.yaxis.get_tick_params()["labelleft"] for panel in fig.axes]
+        assert named == [True, False]
+        for panel in figures.narrowed(fig).axes:
+            assert panel.yaxis.get_tick_params()["labelleft"]
+            assert any(label.get_text() for label in panel.get_yticklabels())
     two = matplotlib.figure.Figure()
     two.subfigures(2, 1)[0].subplots()
     assert figures.narrowed(two) is None
