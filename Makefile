@@ -39,7 +39,7 @@ replicate: $(VENV)/.report
 	$(VENV)/bin/python -m bpo replicate tiny --seeds 5
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lab: $(VENV)/.report
 	$(VENV)/bin/python -m jupyterlab --config=bpo/template/lab_config.py --notebook-dir=notebooks

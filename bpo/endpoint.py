@@ -7,14 +7,16 @@ import ipaddress
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import anyio
-import openai
 from anyio.from_thread import start_blocking_portal
 
 from bpo.params import Refusal
+
+if TYPE_CHECKING:
+    import openai
 
 LONGEST_LINE = 300  # characters of a server's message that are shown
 MAY_PASS = (408, 409, 429)  # of HTTP's 4xx, those that are worth another try
@@ -103,6 +105,8 @@ class Endpoint:
              seeds: Sequence[int], keep: Callable[[int, str], None] | None = None,
              **settings: Any) -> None:
         """Fills `texts` as answers come. max_tokens is the name that the most servers know."""
+        import openai  # takes more than a second, and few studies have an endpoint
+
         key = self._key()
         left = iter(list(enumerate(zip(prompts, seeds, strict=True))))
         failed: list[Exception] = []
@@ -154,7 +158,9 @@ class Endpoint:
         line = _first_line(getattr(said, "error", said), key)
         raise NoAnswer(f"{self.url}, model {self.model}: what came is no chat completion: {line}")
 
-    def _refusal(self, error: openai.APIError | ValueError, key: str) -> Refusal:
+    def _refusal(self, error: "openai.APIError | ValueError", key: str) -> Refusal:
+        import openai
+
         where = f"{self.url}, model {self.model}"
         if isinstance(error, openai.APIStatusError):
             status = error.status_code

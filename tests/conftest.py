@@ -9,6 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import fcntl
+import importlib
 import json
 import random
 import signal
@@ -38,7 +39,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from bpo import models
+from bpo import __main__, models, params
 from bpo.seeds import torch_generator
 
 SIDE, PATCH = 32, 16
@@ -68,6 +69,12 @@ LITTLE = {"tower_steps": 30, "text_steps": 40, "text_documents": 800, "caption_s
           "resamples": 200, "benchmark_images": 12, "probe_rows": 30}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that processes which share the files end at one time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "bpo", *arguments]
 
@@ -75,6 +82,14 @@ def command(*arguments: str) -> list[str]:
 def run_little(study: str) -> list[str]:
     overrides = [part for n, v in LITTLE.items() for part in ("-p", n, str(v))]
     return command("run", "tiny", "--as", study, *overrides)
+
+
+def without_a_kernel(notebook: str, p: params.Parameters, folder: Path) -> bool:
+    """What a notebook computes, in place of `__main__._execute`: tests that are not about notebooks
+    spare a kernel's start."""
+    module = __main__.STAGES.get(int(notebook[0]), "tiny.stage")
+    assert importlib.import_module(f"bpo.{module}").run(p).folder == folder / notebook
+    return True
 
 
 def environment(root: Path) -> dict[str, str]:

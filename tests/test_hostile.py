@@ -220,11 +220,14 @@ def test_notebooks_and_their_widgets_show_text_and_nothing_else(browser, leaks, 
     try:
         for name in NOTEBOOKS:
             lab.open(f"executed-{name}")
+            page.wait_for_timeout(500)  # typesetting starts when the outputs are there
             harmless("opened")
+            if name[0] not in "14":  # those with widgets
+                continue
             lab.open(name)
             # What the kernel sends is trusted: JupyterLab itself would run scripts in it.
             check(lab.run_all(name))
-            page.wait_for_timeout(1000)  # typesetting starts when the outputs are there
+            page.wait_for_timeout(1000)
             harmless(name)
             if name.startswith("4_"):
                 view = page.locator('.jp-OutputArea-output:has(button:has-text("Ask"))')

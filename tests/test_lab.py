@@ -149,6 +149,17 @@ def check(saved: nbformat.NotebookNode) -> None:
     assert "widgets" not in saved.metadata
 
 
+# Notes every text of the notebook that has the look of "40%|████      | 4/10 [00:02<00:03".
+WATCH_BARS = """() => {
+  window.bars = new Set();
+  new MutationObserver(() => {
+    for (const output of document.querySelectorAll(".jp-OutputArea-output"))
+      for (const bar of output.textContent.match(/\\d+%\\D*\\d+\\/\\d+ \\[[\\d:]+<[\\d:]+/g) || [])
+        window.bars.add(bar);
+  }).observe(document.body, {subtree: true, childList: true, characterData: true});
+}"""
+
+
 def html_of(saved: nbformat.NotebookNode, cell_id: str) -> str:
     cell = next(c for c in saved.cells if c.id == cell_id)
     return "".join(o.get("data", {}).get("text/html", "") for o in cell.outputs)
@@ -181,9 +192,16 @@ def lab(tmp_path_factory, little_study):
 
 @pytest.mark.parametrize("name", [n for n in STUDY if not n.startswith(("1_", "4_"))])
 def test_a_notebook_runs_whole_from_a_fresh_kernel(lab, name):
+    made = lab.folder.parent / "outputs" / "little" / name / "manifest.json"
+    before = made.stat().st_mtime_ns
     lab.open(name)
     saved = lab.run_all(name)
     check(saved)
+    # What is up to date is read again and not computed, whoever computed it.
+    shown = [o.get("data", {}).get("text/plain", "")
+             for c in code_cells(lab.folder / f"{name}.ipynb") for o in c.outputs]
+    assert any("this run: up to date, read again" in text for text in shown)
+    assert made.stat().st_mtime_ns == before and not list(made.parent.parent.glob("*.old-*"))
     assert any("data:image/" in o.get("data", {}).get("text/html", "")
                for c in saved.cells if c.cell_type == "code" for o in c.outputs)
 
@@ -191,8 +209,11 @@ def test_a_notebook_runs_whole_from_a_fresh_kernel(lab, name):
 def test_the_noise_can_be_moved_and_a_parameter_changed(lab):
     name = "1_noise_probability"
     lab.open(name)
+    lab.page.evaluate(WATCH_BARS)
     saved = lab.run_all(name)
     check(saved)
+    bars = lab.page.evaluate("[...window.bars]")
+    assert len(bars) >= 2, f"no progress bar with the time left was seen: {bars}"
     assert "step 500" in html_of(saved, "1-07b"), "the still figure is not in the file"
     made = lab.folder.parent / "outputs" / "little" / name / "manifest.json"
     assert len(json.loads(made.read_text())["metrics"]["p_true"]) == 3

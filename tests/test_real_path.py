@@ -266,10 +266,13 @@ LESS_WORK = {"rows": 0, "max_new_tokens": 8, "noise_steps": "[0, 700, 999]", "sa
              "steps": 2, "device_batch": 2, "batch_pairs": 4, "resamples": 100, "questions": 2}
 
 
+def environment(project) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(project), "HF_HUB_OFFLINE": "1"}
+
+
 def bpo(project, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "bpo", *arguments], cwd=project, text=True, capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(project), "HF_HUB_OFFLINE": "1"})
+    return subprocess.run([sys.executable, "-m", "bpo", *arguments], cwd=project, text=True,
+                          capture_output=True, env=environment(project))
 
 
 @pytest.mark.slow
@@ -279,8 +282,17 @@ def test_the_whole_study_of_a_real_model_runs_on_photographs(project, study, ima
     checked = bpo(project, "check", study)
     assert checked.returncode == 0 and "MISSING" not in checked.stdout, checked.stdout
     assert f"640 x 480 pixels ({image_tokens} tokens)" in checked.stdout
-    done = bpo(project, "run", study,
-               *(x for n, v in LESS_WORK.items() for x in ("-p", n, str(v))))
+    less = [x for n, v in LESS_WORK.items() for x in ("-p", n, str(v))]
+    if study == "llava-1.5-7b":
+        done = bpo(project, "run", study, *less)
+        assert (project / "outputs" / study / "index.html").is_file()
+    else:  # the others' stages without a kernel, but for a notebook that draws what the model sees
+        stages = [["stage", study, n[0], *less] for n in params.study_files(study)]
+        program = f"from bpo.__main__ import main\nassert not any(map(main, {stages}))"
+        done = subprocess.run([sys.executable, "-c", program], cwd=project, text=True,
+                              capture_output=True, env=environment(project))
+        if study == "qwen2.5-vl-7b" and not done.returncode:
+            done = bpo(project, "run", study, *less, "--only", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     folder = project / "outputs" / study
     found = {n: json.loads((folder / n / "manifest.json").read_text()) for n in
@@ -308,7 +320,6 @@ def test_the_whole_study_of_a_real_model_runs_on_photographs(project, study, ima
     assert set(scored["settings"]) == set(params.BENCHMARKS)
     assert set(scored["benchmarks"]["pope"]) == {"base", *methods}
     assert (folder / "5_benchmarks" / "answers-mm-vet.jsonl").is_file()
-    assert (folder / "index.html").is_file()
 
 
 @pytest.mark.parametrize("study", ["llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-7b"])

@@ -369,11 +369,12 @@ def test_report_renders_the_replication_again(copied, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_replication_that_is_killed_goes_on(tmp_path):
+def test_a_replication_that_is_killed_goes_on(tmp_path, little_study):
     study = "tiny-selection"
+    shutil.copytree(little_study / "0_tiny_world", tmp_path / study / "0_tiny_world")
     # A study without notebooks 1 and 5, which take as long and say the same about going on.
     little = {n: v for n, v in LITTLE.items() if n not in ("noise_steps", "probe_rows")} | {
-        "benchmark_images": 6, "methods": "[sft, bpo]", "steps": 2}
+        "methods": "[sft, bpo]", "steps": 2}
     overrides = [x for n, v in little.items() for x in ("-p", n, str(v))]
     command = [sys.executable, "-m", "bpo", "replicate", study, "--seeds", "2", *overrides]
     environment = {**os.environ, "BPO_OUTPUTS": str(tmp_path), "HF_HUB_OFFLINE": "1"}

@@ -411,7 +411,10 @@ def test_packed_and_unpacked_training_have_one_loss_curve(parameters, rows, tmp_
     curves = {way: history_of(changed(parameters, packing=way), "bpo", rows, tmp_path / way,
                               steps=6) for way in ("auto", "never")}
     for packed, plain in zip(*curves.values(), strict=True):
-        for name in packed.keys() & set(train.LOGGED):
+        names = packed.keys() & set(train.LOGGED)
+        if abs(plain["rewards/margins"]) < 1e-5:  # nothing has moved: accuracy is of rounding
+            names -= {"rewards/accuracies"}
+        for name in names:
             assert packed[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-5), name
     flops = [json.loads((tmp_path / way / "bpo" / "compute.json").read_text()) for way in curves]
     assert all(packed < .8 * plain for packed, plain in zip(
