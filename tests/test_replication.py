@@ -60,8 +60,9 @@ def seeded(study, gain, *, noise=0.2, cover=0.0, benchmark=None):
     if benchmark is not None:
         rates = {"chair_i": -benchmark, "cover": 0.1, "objects": 0.3}
         finished(study, "5_benchmarks", {
-            "methods": METHODS, "benchmarks": {"chair": {m: {n: estimate(0.5 + (v if m == "bpo" else 0))
-                                         for n, v in rates.items()} for m in METHODS}},
+            "methods": METHODS, "benchmarks": {"chair": {
+                m: {n: estimate(0.5 + (v if m == "bpo" else 0)) for n, v in rates.items()}
+                for m in METHODS}},
             "differences": {"chair": {b: {"bpo": {n: estimate(v, p=0.001)
                                                   for n, v in rates.items()}}
                                       for b in METHODS[:-1]}}})
