@@ -212,6 +212,7 @@ def _notebooks(read: dict[str, params.Parameters], folder: Path) -> bool:
 def _execute(notebook: str, p: params.Parameters, folder: Path) -> bool:
     """One notebook through papermill, cleaned and rendered; False when it failed."""
     import papermill
+    from traitlets.config import Config
 
     print(f"— {notebook}", flush=True)
     began = time.monotonic()
@@ -225,6 +226,8 @@ def _execute(notebook: str, p: params.Parameters, folder: Path) -> bool:
         papermill.execute_notebook(
             params.ROOT / "notebooks" / f"{notebook}.ipynb", running, parameters=given,
             kernel_name="python3", cwd=str(folder), progress_bar=False,
+            # nobody else on a shared machine reads along; "auto": as far as the kernel knows how
+            config=Config(KernelManager={"transport_encryption": "auto"}),
             **({"stderr_file": sys.stderr} if sys.stderr.isatty() else {}))
     except papermill.exceptions.PapermillExecutionError as error:
         message = report.plain("\n".join(error.traceback)) or f"{error.ename}: {error.evalue}"

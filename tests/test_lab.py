@@ -160,6 +160,11 @@ WATCH_BARS = """() => {
 }"""
 
 
+# Of how many lines each term of the facts and of an explorer's card is, in JupyterLab's own style.
+LINES = """() => [...document.querySelectorAll(".jp-OutputArea-output .bpo dt bdi")]
+  .map(term => [term.textContent, term.getClientRects().length])"""
+
+
 def html_of(saved: nbformat.NotebookNode, cell_id: str) -> str:
     cell = next(c for c in saved.cells if c.id == cell_id)
     return "".join(o.get("data", {}).get("text/html", "") for o in cell.outputs)
@@ -197,6 +202,8 @@ def test_a_notebook_runs_whole_from_a_fresh_kernel(lab, name):
     lab.open(name)
     saved = lab.run_all(name)
     check(saved)
+    lines = lab.page.evaluate(LINES)
+    assert lines and all(n == 1 for term, n in lines if len(term) < 20), lines
     # What is up to date is read again and not computed, whoever computed it.
     shown = [o.get("data", {}).get("text/plain", "")
              for c in code_cells(lab.folder / f"{name}.ipynb") for o in c.outputs]

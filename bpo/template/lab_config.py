@@ -1,5 +1,5 @@
 """What `make lab` tells JupyterLab: saved notebooks hold no bars and no widgets that are dead when
-they are opened again, and nothing is asked of the network."""
+they are opened again, nothing is asked of the network, and what kernels say is encrypted."""
 
 from pathlib import Path
 from typing import Any
@@ -24,3 +24,4 @@ c.LabApp.news_url = None
 c.LabApp.app_settings_dir = str(Path(__file__).resolve().parent / "lab_settings")
 c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
 c.LabApp.extension_manager = "readonly"
+c.KernelManager.transport_encryption = "auto"
