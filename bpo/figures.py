@@ -52,8 +52,13 @@ def noise_strip(images: list["Image.Image"], steps: list[int],
     """The same picture at each noise step, the model's answer under each."""
     rows = math.ceil(len(images) / 6)
     columns = math.ceil(len(images) / rows)
-    fig, panels = _grid(rows, columns, width=WIDTH * min(1, columns / 5), height=2.4 * rows)
-    for panel, image, step, answer in itertools.zip_longest(panels, images, steps, answers or []):
+    width = WIDTH * min(1, columns / 5)
+    told = [_wrapped(answer, columns=20) for answer in answers or []]
+    lines = max((text.count("\n") + 1 for text in told), default=0)
+    tall = max(min(2, image.height / image.width) for image in images)  # of its width
+    fig, panels = _grid(rows, columns, width=width,
+                        height=rows * (width / columns * 0.92 * tall + 0.45 + 0.16 * lines))
+    for panel, image, step, answer in itertools.zip_longest(panels, images, steps, told):
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set(visible=image is not None, color="#d5d8da")
         if image is not None:
@@ -63,7 +68,7 @@ def noise_strip(images: list["Image.Image"], steps: list[int],
             panel.imshow(image.convert("RGB"), interpolation="nearest")
             panel.set_title(f"step {step}", loc="center")
         if answer is not None:
-            panel.set_xlabel(_wrapped(answer, columns=20), fontsize=8.5, color="#202428")
+            panel.set_xlabel(answer, fontsize=8.5, color="#202428")
     return fig
 
 
