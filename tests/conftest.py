@@ -70,9 +70,12 @@ LITTLE = {"tower_steps": 30, "text_steps": 40, "text_documents": 800, "caption_s
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that processes which share the files end at one time."""
+    """Files with slow tests first, so that processes which share the files end at one time; and
+    while the first of those that need the little study makes it, the others do not wait for it."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    needing = slow & {item.path for item in items if "little_study" in item.fixturenames}
+    first = min(needing, default=None)
+    items.sort(key=lambda item: (item.path not in slow, item.path != first, item.path in needing))
 
 
 def command(*arguments: str) -> list[str]:
