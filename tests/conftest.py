@@ -12,6 +12,7 @@ import fcntl
 import importlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,23 @@ def without_a_kernel(notebook: str, p: params.Parameters, folder: Path) -> bool:
 
 def environment(root: Path) -> dict[str, str]:
     return {**os.environ, "BPO_OUTPUTS": str(root), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, with nothing that it would ask the network for by itself."""
+    from playwright.sync_api import sync_playwright
+
+    names = ("chromium", "chromium-browser", "google-chrome")  # those of the Makefile
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip("Chromium is not installed")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=[
+            "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync"])
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import yaml
 from conftest import WORDS, command, environment, picture, save
-from test_lab import CHROMIUM, Lab, check
+from test_lab import Lab, check
 from tokenizers import AddedToken
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -132,16 +132,6 @@ def study(hostile_model, hostile_data, prompt_files, tmp_path_factory):
                                "BPO_PARAMS": str(root / "params")})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return root / "outputs" / "hostile"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 def test_the_words_would_do_harm(browser, leaks, words):

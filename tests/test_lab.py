@@ -23,7 +23,6 @@ from bpo import params
 from bpo.template.executed import WIDGET
 
 pytestmark = pytest.mark.slow
-CHROMIUM = shutil.which("chromium")
 PATIENCE = 150  # seconds for one notebook
 STUDY = list(params.study_files("tiny"))
 # All cells stay in the page, so that what is below the fold can be looked at.
@@ -171,9 +170,7 @@ def html_of(saved: nbformat.NotebookNode, cell_id: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, little_study):
-    from playwright.sync_api import sync_playwright
-
+def lab(tmp_path_factory, little_study, browser):
     root = tmp_path_factory.mktemp("lab")
     (root / "notebooks").mkdir()
     shutil.copytree(little_study, root / "outputs" / "little")
@@ -184,15 +181,13 @@ def lab(tmp_path_factory, little_study):
         with_parameters(params.ROOT / "notebooks" / f"{name}.ipynb",
                         root / "notebooks" / f"{name}.ipynb", study="little",
                         **{n: v for n, v in LITTLE.items() if n in fields})
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        lab = Lab(root / "notebooks", root / "outputs", page)
-        try:
-            yield lab
-        finally:
-            lab.close()
-            browser.close()
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    lab = Lab(root / "notebooks", root / "outputs", page)
+    try:
+        yield lab
+    finally:
+        lab.close()
+        page.close()
 
 
 @pytest.mark.parametrize("name", [n for n in STUDY if not n.startswith(("1_", "4_"))])

@@ -3,14 +3,12 @@
 import functools
 import http.server
 import re
-import shutil
 import threading
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 pytestmark = pytest.mark.slow
-CHROMIUM = shutil.which("chromium")
 VIEWS = [(1280, "light"), (390, "dark")]
 GRAVE = ("serious", "critical")
 
@@ -20,16 +18,6 @@ def pages(little_study):
     found = [little_study.parent / "index.html", *sorted(little_study.glob("*.html"))]
     assert len(found) == 8
     return found
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 def grave(page) -> list[str]:

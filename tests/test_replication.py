@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from conftest import LITTLE
@@ -19,7 +18,6 @@ from bpo import __main__, claims, params, replication, replication_page, runs
 from bpo.__main__ import main
 from bpo.params import Refusal
 
-CHROMIUM = Path("/usr/bin/chromium")
 METHODS = replication.METHODS
 NAMES = {"chair_i": 0.3, "cover": 0.5, "p_true": 0.4, "p_prior": 0.3, "pope_adversarial": 0.6}
 
@@ -263,25 +261,19 @@ def test_the_forest_shows_seeds_and_their_mean(three):
     assert cover == ["white"] * 3  # its intervals hold zero
 
 
-@pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is not installed")
-def test_the_page_opens_in_a_browser_without_a_request_or_error(page):
-    from playwright.sync_api import sync_playwright
-
+def test_the_page_opens_in_a_browser_without_a_request_or_error(page, browser):
     file, _ = page
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=[
-            "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync"])
-        tab = browser.new_page(viewport={"width": 390, "height": 800})
-        asked, troubles = [], []
-        tab.on("request", lambda request: asked.append(request.url))
-        tab.on("pageerror", lambda error: troubles.append(str(error)))
-        tab.on("console", lambda message: troubles.append(message.text))
-        tab.goto(file.as_uri())
-        assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
-        assert troubles == []
-        assert tab.evaluate("document.documentElement.scrollWidth") == 390
-        assert tab.evaluate("[...document.images].filter(i => !i.naturalWidth).length") == 0
+    tab = browser.new_page(viewport={"width": 390, "height": 800})
+    asked, troubles = [], []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("pageerror", lambda error: troubles.append(str(error)))
+    tab.on("console", lambda message: troubles.append(message.text))
+    tab.goto(file.as_uri())
+    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
+    assert troubles == []
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    assert tab.evaluate("[...document.images].filter(i => !i.naturalWidth).length") == 0
+    tab.close()
 
 
 def test_what_was_written_counts_until_a_seed_changes(copied):

@@ -15,7 +15,6 @@ from PIL import Image
 
 from bpo import benchmark_figures, figures, galleries, report
 
-CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = ("<script>alert(1)</script> **bold** $x^2$ `code` <img src='http://192.0.2.1/x.png'> "
            "\x00\x1b[31m \u202egnp \u05e9\u05dc {value} & \"q\"")
 CURVE = {"mean": [0.9, 0.2], "low": [0.8, 0.1], "high": [1.0, 0.3]}
@@ -366,25 +365,18 @@ def test_long_text_is_cut_wherever_it_stands(tmp_path):
         assert "w" * 4_001 not in page.read_text() and " more characters" in page.read_text()
 
 
-@pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is not installed")
-def test_browser_opens_pages_without_a_request_or_error(page):
-    from playwright.sync_api import sync_playwright
-
+def test_browser_opens_pages_without_a_request_or_error(page, browser):
     index = report.index_page(page.parent, [{"name": "3_run", "title": "x", "status": "complete"}])
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=[
-            "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync"])
-        for path in (page, index):
-            tab = browser.new_page(viewport={"width": 390, "height": 800})
-            asked, troubles = [], []
-            tab.on("request", lambda request: asked.append(request.url))
-            tab.on("pageerror", lambda error: troubles.append(str(error)))
-            tab.on("console", lambda message: troubles.append(message.text))
-            tab.goto(path.as_uri())
-            assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
-            assert troubles == []
-            assert tab.evaluate("document.documentElement.scrollWidth") == 390
-            broken = tab.evaluate("[...document.images].filter(i => !i.naturalWidth).length")
-            assert broken == (1 if path == page else 0)  # the PNG that is none
-        browser.close()
+    for path in (page, index):
+        tab = browser.new_page(viewport={"width": 390, "height": 800})
+        asked, troubles = [], []
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.on("pageerror", lambda error: troubles.append(str(error)))
+        tab.on("console", lambda message: troubles.append(message.text))
+        tab.goto(path.as_uri())
+        assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+        assert troubles == []
+        assert tab.evaluate("document.documentElement.scrollWidth") == 390
+        broken = tab.evaluate("[...document.images].filter(i => !i.naturalWidth).length")
+        assert broken == (1 if path == page else 0)  # the PNG that is none
+        tab.close()
