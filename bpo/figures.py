@@ -321,8 +321,15 @@ def prior_worlds(cells: list[dict[str, Any]], steps: list[int], chance: float) -
     theme()
     texts, pictures = (list(dict.fromkeys(c[k] for c in cells)) for k in ("text", "images"))
     fig = Figure(figsize=(WIDTH, 6.6), layout="constrained")
-    above, below = fig.subfigures(2, 1, hspace=0.04)
-    panels = above.subplots(1, len(texts), sharey=True, squeeze=False)[0]
+    fig.get_layout_engine().set(h_pad=0.09)
+    # one grid for both rows, which a phone's column needs
+    grid = fig.add_gridspec(2, 2 * len(texts))
+    panels: list[Axes] = []
+    for number in range(len(texts)):
+        panels.append(fig.add_subplot(grid[0, 2 * number:2 * number + 2],
+                                      sharey=panels[0] if panels else None))
+        panels[-1].tick_params(labelleft=number == 0)
+    below = [fig.add_subplot(grid[1, :len(texts)]), fig.add_subplot(grid[1, len(texts):])]
     for text, panel in zip(texts, panels, strict=True):
         panel.set(title=visible(f"text: {text}"), xlabel="noise step (0 is the clean image)",
                   xmargin=0.02)
@@ -335,7 +342,7 @@ def prior_worlds(cells: list[dict[str, Any]], steps: list[int], chance: float) -
         panel.axhline(chance, color=QUIET, linewidth=1, linestyle=(0, (2, 2)), label="chance")
     panels[0].set_ylabel("P(prior's answer)")
     titles = {"clean": "P(prior) on clean images", "rise": "Rise to the last step"}
-    for (key, title), panel in zip(titles.items(), below.subplots(1, 2), strict=True):
+    for (key, title), panel in zip(titles.items(), below, strict=True):
         for place, text in enumerate(texts):
             for number, (level, style) in enumerate(zip(pictures, line_styles(), strict=False)):
                 at = place + (number - (len(pictures) - 1) / 2) * 0.22
