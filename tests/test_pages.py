@@ -25,19 +25,24 @@ def grave(page) -> list[str]:
     return [f"{v['id']}: {v['nodes'][0]['target']}" for v in found if v["impact"] in GRAVE]
 
 
-@pytest.mark.parametrize(("width", "scheme"), VIEWS)
-def test_axe_has_nothing_serious_to_say_and_nothing_is_wider_than_the_page(browser, pages, width,
-                                                                           scheme):
+def check(browser, files, width: int, scheme: str) -> None:
+    """Nothing serious by axe-core, nothing wider than the window."""
     # axe-core is a script, which the pages themselves forbid
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme,
                                   bypass_csp=True)
     page = context.new_page()
-    for file in pages:
+    for file in files:
         page.goto(file.as_uri())
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
         assert grave(page) == [], file.name
         assert page.evaluate("document.documentElement.scrollWidth") == width, file.name
     context.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), VIEWS)
+def test_axe_has_nothing_serious_to_say_and_nothing_is_wider_than_the_page(browser, pages, width,
+                                                                           scheme):
+    check(browser, pages, width, scheme)
 
 
 def test_axe_would_tell(browser):

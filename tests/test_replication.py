@@ -13,6 +13,7 @@ import time
 
 import pytest
 from conftest import LITTLE
+from test_pages import VIEWS, check
 
 from bpo import __main__, claims, params, replication, replication_page, runs
 from bpo.__main__ import main
@@ -274,6 +275,11 @@ def test_the_page_opens_in_a_browser_without_a_request_or_error(page, browser):
     assert tab.evaluate("document.documentElement.scrollWidth") == 390
     assert tab.evaluate("[...document.images].filter(i => !i.naturalWidth).length") == 0
     tab.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), VIEWS)
+def test_axe_has_nothing_serious_to_say(page, browser, width, scheme):
+    check(browser, [page[0]], width, scheme)
 
 
 def test_what_was_written_counts_until_a_seed_changes(copied):

@@ -12,6 +12,7 @@ import safetensors
 import torch
 from conftest import LITTLE, without_a_kernel
 from peft import get_peft_model
+from test_pages import VIEWS, check
 
 from bpo import __main__, generate, models, params, rounds, runs
 from bpo.generate import Request
@@ -242,6 +243,12 @@ def test_the_page_holds_the_tables_and_says_what_they_are_not(three_rounds, outp
     held = json.loads((outputs / "mine" / "rounds.json").read_text())
     assert held["measures"] == rounds.table(three_rounds, rounds=3)
     assert held["pairs"][0]["pairs"] == 90 and len(held["comparisons"]) == 3
+
+
+@pytest.mark.parametrize(("width", "scheme"), VIEWS)
+def test_axe_has_nothing_serious_to_say(three_rounds, outputs, browser, width, scheme):
+    rounds.write(three_rounds, rounds=3)
+    check(browser, [outputs / "mine" / "rounds.html"], width, scheme)
 
 
 def test_a_table_is_no_longer_shown_once_a_comparison_has_changed(three_rounds, outputs):
