@@ -140,9 +140,10 @@ def facts(mapping: dict[str, object]) -> Shown:
                  plain="\n".join(f"{name}: {value}" for name, value in mapping.items()))
 
 
-def estimate(value: float, low: float, high: float, digits: int = 3) -> str:
-    """A value and its interval: "0.345 [0.312, 0.381]"."""
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def estimate(value: float, low: float, high: float, digits: int = 3, sign: str = "") -> str:
+    """A value and its interval: "0.345 [0.312, 0.381]"; sign "+" for a difference."""
+    value, low, high = (f"{number:{sign}.{digits}f}" for number in (value, low, high))
+    return f"{value} [{low}, {high}]"
 
 
 def clean_notebook(path: Path) -> None:
