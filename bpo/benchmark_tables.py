@@ -6,7 +6,7 @@ Everything here is read from the metrics and answers of `benchmarks`; nothing is
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bpo import benchmarks, coco, compare, diagnostics, held_out, metrics, official, runs
+from bpo import benchmarks, coco, compare, diagnostics, held_out, metrics, official, report, runs
 from bpo.params import Benchmarks
 
 # Hallucination and what it is to be read beside, by benchmark: (cover, hallucination).
@@ -122,7 +122,7 @@ def panels(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def difference_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     return [{"benchmark": r["benchmark"], "metric": r["metric"],
-             "difference": f"{r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]"
+             "difference": report.estimate(r["value"], r["low"], r["high"], sign="+")
              + (f" {r['reading']}" if r["reading"] in DECIDED else ""),
              "p": f"{r['p']:.4f}", "p, Holm": f"{r['holm']:.4f}"} for r in rows]
 
@@ -201,7 +201,8 @@ def gain_reading(found: Mapping[str, Any], method: str, against: str) -> str:
         d = both["differences"].get(against, {}).get(method, {}).get("over_swapped")
         if d is not None and d["value"] is not None:
             sure = "" if not d["low"] <= 0 <= d["high"] else ", cannot be told from none"
-            parts.append(f"{category} {d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]{sure}")
+            gain = report.estimate(d["value"], d["low"], d["high"], 2, "+")
+            parts.append(f"{category} {gain}{sure}")
     return "; ".join(parts) or "nothing was weighed"
 
 

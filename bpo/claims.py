@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bpo import compare, held_out, judged, metrics, official, records, runs, seeds
+from bpo import compare, held_out, judged, metrics, official, records, report, runs, seeds
 from bpo.params import QualitativeComparison
 
 METHOD = "bpo"  # whom the claims are about
@@ -262,7 +262,7 @@ def detail(claims: Sequence[Claim]) -> list[dict[str, Any]]:
                 rows.append({
                     "claim": c["claim"], "against": c["against"], "where": m["where"],
                     "measure": m["metric"], "claimed": "more" if m["claimed"] else "less",
-                    "difference": f"{m['value']:+.3f} [{m['low']:+.3f}, {m['high']:+.3f}]",
+                    "difference": report.estimate(m["value"], m["low"], m["high"], sign="+"),
                     "side": m["side"], "p": m["p"], "Holm": m["holm"],
                     "decides": line["verdict"] if m["name"] == line["decides"] else ""})
     return rows

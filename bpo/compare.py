@@ -5,7 +5,7 @@ Everything here is read from the metrics and answers of `held_out`; nothing is c
 
 from typing import Any
 
-from bpo import held_out, images, metrics, records, runs, seeds, yes_no
+from bpo import held_out, images, metrics, records, report, runs, seeds, yes_no
 from bpo.held_out import BASELINES, METRICS
 from bpo.params import QualitativeComparison
 
@@ -71,7 +71,7 @@ def shown_estimate(e: dict[str, Any]) -> str:
     """"value [low, high]", or "none"."""
     if e["value"] is None:
         return "none"
-    return f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]"
+    return report.estimate(e["value"], e["low"], e["high"])
 
 
 def differences(found: dict[str, Any], split: str, method: str, against: str
@@ -113,8 +113,8 @@ def change_table(found: dict[str, Any], split: str, method: str) -> list[dict[st
         for r in differences(found, split, method, against):
             row = table.setdefault(r["metric"], {"metric": r["metric"]})
             reading = f" {r['reading']}" if r["reading"] in ("better", "worse") else ""
-            row[f"minus {against}"] = (f"{r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]"
-                                       f"{reading}")
+            row[f"minus {against}"] = report.estimate(r["value"], r["low"], r["high"],
+                                                      sign="+") + reading
     return list(table.values())
 
 

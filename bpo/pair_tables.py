@@ -5,7 +5,7 @@ Everything here is read from the stage's metrics; nothing is computed anew.
 
 from typing import Any
 
-from bpo import selection
+from bpo import report, selection
 from bpo.params import SOURCES
 
 CHECKS = {"truth_right": "share in truth right",
@@ -92,4 +92,4 @@ def scores() -> Table:
 def _text(e: dict[str, Any] | None) -> str:
     if e is None or e["value"] is None:
         return "not known"
-    return f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]"
+    return report.estimate(e["value"], e["low"], e["high"])

@@ -143,8 +143,7 @@ def _place(where: str, levels: Sequence[Series], apart: Sequence[Series], *, all
 
 
 def _own(e: Mapping[str, Any], *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{e['value']:{sign}.3f} [{e['low']:{sign}.3f}, {e['high']:{sign}.3f}]"
+    return report.estimate(e["value"], e["low"], e["high"], sign="+" if signed else "")
 
 
 def _mean(r: Series, *, signed: bool = False) -> str:

@@ -252,4 +252,4 @@ def _change(row: Mapping[str, Any]) -> str:
     if d is None:
         return "–"
     reading = f" {d['reading']}" if d["reading"] in ("better", "worse") else ""
-    return f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]{reading}"
+    return report.estimate(d["value"], d["low"], d["high"], sign="+") + reading

@@ -285,7 +285,6 @@ def test_the_whole_study_of_a_real_model_runs_on_photographs(project, study, ima
     less = [x for n, v in LESS_WORK.items() for x in ("-p", n, str(v))]
     if study == "llava-1.5-7b":
         done = bpo(project, "run", study, *less)
-        assert (project / "outputs" / study / "index.html").is_file()
     else:  # the others' stages without a kernel, but for a notebook that draws what the model sees
         stages = [["stage", study, n[0], *less] for n in params.study_files(study)]
         program = f"from bpo.__main__ import main\nassert not any(map(main, {stages}))"
@@ -320,6 +319,8 @@ def test_the_whole_study_of_a_real_model_runs_on_photographs(project, study, ima
     assert set(scored["settings"]) == set(params.BENCHMARKS)
     assert set(scored["benchmarks"]["pope"]) == {"base", *methods}
     assert (folder / "5_benchmarks" / "answers-mm-vet.jsonl").is_file()
+    # stages alone, as the 13B study's are run here, leave no pages
+    assert (folder / "index.html").is_file() is (study != "llava-1.5-13b")
 
 
 @pytest.mark.parametrize("study", ["llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-7b"])

@@ -13,7 +13,7 @@ import time
 
 import pytest
 from conftest import LITTLE
-from test_pages import VIEWS, check
+from test_pages import VIEWS, alone, check
 
 from bpo import __main__, claims, params, replication, replication_page, runs
 from bpo.__main__ import main
@@ -264,17 +264,8 @@ def test_the_forest_shows_seeds_and_their_mean(three):
 
 def test_the_page_opens_in_a_browser_without_a_request_or_error(page, browser):
     file, _ = page
-    tab = browser.new_page(viewport={"width": 390, "height": 800})
-    asked, troubles = [], []
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.on("pageerror", lambda error: troubles.append(str(error)))
-    tab.on("console", lambda message: troubles.append(message.text))
-    tab.goto(file.as_uri())
-    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
-    assert troubles == []
-    assert tab.evaluate("document.documentElement.scrollWidth") == 390
-    assert tab.evaluate("[...document.images].filter(i => !i.naturalWidth).length") == 0
-    tab.close()
+    with alone(browser, file.as_uri()) as tab:
+        assert tab.evaluate("[...document.images].filter(i => !i.naturalWidth).length") == 0
 
 
 @pytest.mark.parametrize(("width", "scheme"), VIEWS)

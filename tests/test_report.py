@@ -12,6 +12,7 @@ import pandas
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
+from test_pages import alone
 
 from bpo import benchmark_figures, figures, galleries, report
 
@@ -369,15 +370,6 @@ def test_long_text_is_cut_wherever_it_stands(tmp_path):
 def test_browser_opens_pages_without_a_request_or_error(page, browser):
     index = report.index_page(page.parent, [{"name": "3_run", "title": "x", "status": "complete"}])
     for path in (page, index):
-        tab = browser.new_page(viewport={"width": 390, "height": 800})
-        asked, troubles = [], []
-        tab.on("request", lambda request: asked.append(request.url))
-        tab.on("pageerror", lambda error: troubles.append(str(error)))
-        tab.on("console", lambda message: troubles.append(message.text))
-        tab.goto(path.as_uri())
-        assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
-        assert troubles == []
-        assert tab.evaluate("document.documentElement.scrollWidth") == 390
-        broken = tab.evaluate("[...document.images].filter(i => !i.naturalWidth).length")
-        assert broken == (1 if path == page else 0)  # the PNG that is none
-        tab.close()
+        with alone(browser, path.as_uri()) as tab:
+            broken = tab.evaluate("[...document.images].filter(i => !i.naturalWidth).length")
+            assert broken == (1 if path == page else 0)  # the PNG that is none

@@ -331,9 +331,19 @@ class TestTwoRounds:
     def test_a_second_run_computes_nothing(self, root, told, monkeypatch):
         before = {f: f.stat().st_mtime_ns for f in root.glob("*/*/manifest.json")}
         monkeypatch.setenv("BPO_OUTPUTS", str(root))
-        monkeypatch.setattr(__main__, "_execute", without_a_kernel)
+        ran = []
+
+        def execute(notebook, p, folder):
+            ran.append((folder.name, notebook))
+            return without_a_kernel(notebook, p, folder)
+
+        monkeypatch.setattr(__main__, "_execute", execute)
         overrides = [part for n, v in TWO_ROUNDS.items() for part in ("-p", n, str(v))]
-        assert __main__.main(["run", "tiny", "--as", "mine", *overrides]) == 0
+        for start in ((), ("--from", "4")):
+            ran.clear()
+            assert __main__.main(["run", "tiny", "--as", "mine", *overrides, *start]) == 0
+            assert ("mine.round-2", "3_dpo_training") in ran  # a later round follows whole
+            assert (("mine", "3_dpo_training") in ran) is (not start)
         assert (root / "mine.round-2" / "model").is_dir()
         assert before == {f: f.stat().st_mtime_ns for f in root.glob("*/*/manifest.json")}
         assert not list(root.glob("*/*.old-*"))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from bpo import report
 from bpo.params import PriorOrigin
 from bpo.tiny import prior
 
@@ -45,7 +46,7 @@ def told(change: dict[str, Any]) -> str:
     seed its value with its interval."""
     if len(change["seeds"]) == 1:
         only = change["seeds"][0]
-        return f"{only['value']:+.3f} [{only['low']:+.3f}, {only['high']:+.3f}]"
+        return report.estimate(only["value"], only["low"], only["high"], sign="+")
     each = ", ".join(f"{s['value']:+.3f}" for s in change["seeds"])
     return f"{change['mean']:+.3f} ({each})"
 
@@ -58,7 +59,7 @@ def effect_rows(found: dict[str, Any], p: PriorOrigin, factor: str) -> list[dict
         for at in (*prior.ordered(beside), prior.ALL):
             change = effect(found, factor, name, at)
             rows.append({"of": label, other: at, "mean": f"{change['mean']:+.3f}"} | {
-                f"seed {s['seed']}": f"{s['value']:+.2f} [{s['low']:+.2f}, {s['high']:+.2f}]"
+                f"seed {s['seed']}": report.estimate(s["value"], s["low"], s["high"], 2, "+")
                 for s in change["seeds"]} | {f"biased {factor}": verdict(change)})
     return rows
 
