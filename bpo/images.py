@@ -14,6 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from bpo.params import Refusal
 
@@ -29,6 +30,7 @@ MAX_PIXELS = 89_478_485  # 256 MB as RGB: where Pillow begins to warn of decompr
 MAX_ASPECT = 200  # a processor makes the short side as long as the model's: the other grows with it
 # What data sets come in. Others Pillow would hand to outside programs (EPS) or decode from text.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 IMAGE_COLUMNS = ("image", "images")  # of a parquet file with images inside
 _THREADS = min(8, os.cpu_count() or 1)
 _AHEAD = 8 * _THREADS  # files that may be looked at before the first one's result is taken
@@ -44,6 +46,22 @@ def load(file: Path) -> Image.Image:
     """The image as RGB by the module's rules; raises Refusal with the file and what is wrong."""
     try:
         return _decoded(file)
+    except _Unusable as reason:
+        raise Refusal(f"{file}: {reason}") from None
+
+
+def size(file: Path) -> tuple[int, int]:
+    """(width, height) of what `load` returns, from the image's header: no pixel is decoded.
+
+    Raises Refusal as `load` does, but does not see that the pixels behind the header are damaged.
+    """
+    try:
+        with _opened(file) as image:
+            # Pillow decodes a PNG whole to look for orientation behind its pixels, where no
+            # camera writes it.
+            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+            turned = exif.get(ExifTags.Base.Orientation, 1) in SIDEWAYS
+            return image.size[::-1] if turned else image.size
     except _Unusable as reason:
         raise Refusal(f"{file}: {reason}") from None
 
@@ -105,6 +123,14 @@ def _result(found: Future | None) -> str | None:
 
 
 def _decoded(file: Path) -> Image.Image:
+    with _opened(file) as image:
+        image.load()  # first: later _rgb takes a fault for one of the EXIF block
+        return _rgb(image)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """The image with its header read; what goes wrong inside the block is said as _Unusable."""
     try:
         with Image.open(source(file), formats=FORMATS) as image:
             width, height = image.size
@@ -112,8 +138,7 @@ def _decoded(file: Path) -> Image.Image:
                 raise _Unusable("image is too large")
             if max(width, height) > MAX_ASPECT * min(width, height):
                 raise _Unusable("image is too narrow")
-            image.load()  # first: later _rgb takes a fault for one of the EXIF block
-            return _rgb(image)
+            yield image
     except _Unusable:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

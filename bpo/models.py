@@ -34,7 +34,7 @@ from bpo.params import Refusal
 class Checkpoint:
     """A loaded model with its processor (a plain tokenizer for a text model)."""
 
-    model: PreTrainedModel | PeftModel
+    model: PreTrainedModel | PeftModel | None
     processor: Any
     transform: str = "processor"  # what is done to an image before the processor
 
@@ -88,7 +88,16 @@ def load(folder: Path, *, precision: str = "float32", transform: str = "processo
     Raises Refusal when the folder is not such a checkpoint. No remote code, safetensors only.
     """
     model = _load(AutoModelForImageTextToText, folder, precision)
-    checkpoint = Checkpoint(model.eval(), load_processor(folder), transform)
+    return replace(load_without_weights(folder, transform=transform), model=model.eval())
+
+
+def load_without_weights(folder: Path, *, transform: str = "processor") -> Checkpoint:
+    """The checkpoint with None for its model: enough to render prompts and to count tokens.
+
+    Raises Refusal as `load` does.
+    """
+    _require_config(folder)
+    checkpoint = Checkpoint(None, load_processor(folder), transform)
     _ready(checkpoint, folder)
     return checkpoint
 
@@ -103,8 +112,7 @@ def load_text_model(folder: Path, *, precision: str = "float32") -> Checkpoint:
 
 
 def _load(auto: Any, folder: Path, precision: str, *, device: str = "") -> PreTrainedModel:
-    if not (folder / "config.json").is_file():
-        raise Refusal(f"{folder}: there is no checkpoint (config.json is missing)")
+    _require_config(folder)
     try:
         model = auto.from_pretrained(folder, dtype=getattr(torch, precision), use_safetensors=True)
     except (OSError, ValueError) as error:
@@ -133,6 +141,11 @@ def load_adapters(checkpoint: Checkpoint, folders: Mapping[str, Path]) -> Checkp
             raise Refusal(f"{folder}: the adapter was trained on another model; "
                           "name that one as model, or train again") from None
     return replace(checkpoint, model=model.eval())
+
+
+def _require_config(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise Refusal(f"{folder}: there is no checkpoint (config.json is missing)")
 
 
 def _ready(checkpoint: Checkpoint, folder: Path) -> None:

@@ -27,6 +27,7 @@ SCORES = ("similarity", "length", "image")
 LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
           "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "dpop",
           "anchor", "mdpo")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 # The judge-free benchmarks first.
 BENCHMARKS = ("chair", "object-halbench", "pope", "amber", "mm-vet", "llava-bench", "mmhal")
@@ -360,6 +361,8 @@ class DPOTraining(Checkpoint):
     fall_warning: float = shown(
         5.0, "nats by which a chosen answer's log-probability may fall on average before the "
              "report warns", gt=0)
+    trackers: list[Literal[TRACKERS]] = shown(
+        [], "where TRL sends the training curves: tensorboard, wandb, trackio; empty: nowhere")
     launch: str = shown("", "arguments of accelerate launch that start the stage in several "
                             "processes: --num_processes 8, or --config_file FILE; empty: none")
     rounds: int = shown(1, "rounds of pairs and training, each from the model that the last one "

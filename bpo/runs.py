@@ -6,12 +6,10 @@ work runs again. The manifest is written last, by rename: a folder that has one 
 """
 
 import ast
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import time
@@ -21,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
 
 from bpo import ranks
 from bpo.params import ROOT, SCHEMAS, Parameters, Refusal, outputs_root
@@ -308,16 +308,12 @@ def locked(file: Path, message: str) -> Iterator[None]:
     The lock ends with the process that holds it, so a killed run leaves nothing to clean up. The
     kernel of a killed run notices within seconds that it is alone, so that long is waited for.
     """
-    with file.open("w") as stream:
-        patience = time.monotonic() + LOCK_PATIENCE
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > patience:
-                    raise Refusal(message) from None
-                time.sleep(0.2)
-        stream.write(str(os.getpid()))
-        stream.flush()
+    lock = FileLock(file, timeout=LOCK_PATIENCE)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise Refusal(message) from None
+    try:
         yield
+    finally:
+        lock.release()

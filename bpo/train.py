@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from bpo import (
     branches,
@@ -59,19 +60,21 @@ def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
     if p.batch_pairs % (p.device_batch * ranks.world()):
         raise Refusal(f"batch_pairs ({p.batch_pairs}) must be a multiple of device_batch "
                       f"({p.device_batch}) times the {ranks.world()} processes")
-    checkpoint = models.load(p.path(p.model), precision=p.precision,
-                             transform=p.image_transform)
+    trainers.require_trackers(p.trackers)
+    # The processor is enough to count tokens: no weights lie in memory while others train.
+    checkpoint = models.load_without_weights(p.path(p.model), transform=p.image_transform)
     image_folder = p.path(p.image_folder)
-    lines, skipped = usable(checkpoint, pairs.read_pairs(p.path(p.pairs)), image_folder,
-                            max_tokens=p.max_tokens)
+    lines, skipped = ranks.first(lambda: usable(
+        checkpoint, pairs.read_pairs(p.path(p.pairs)), image_folder, max_tokens=p.max_tokens))
     rows = {m: method_rows(m, lines, image_folder) for m in p.methods}
     steps = p.steps or math.ceil(
         p.epochs * len(method_rows("bpo", lines, image_folder)) / p.batch_pairs)
     kept = Path("reference", trainers.batches_key(p, list(rows.values())))
     others = sorted(folder.parent.glob(f"{folder.name}.old-*/{kept}"))
     out = {}
-    # sft_compute is last: it is sft_matched for as long as it takes to spend what bpo spent.
-    for method in sorted(p.methods, key="sft_compute".__eq__):
+    # sft_compute comes last: it is sft_matched for as many steps as spend what bpo spent.
+    last = [m for m in p.methods if m == "sft_compute"]
+    for method in [m for m in p.methods if m not in last] + last:
         if not rows[method]:
             raise Refusal(f"{p.path(p.pairs)}: there is no row to train {method} on")
         if method == "sft_compute":
@@ -116,14 +119,15 @@ def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
         if any(metrics.normalised(t) == metrics.normalised(line["chosen"]) for t in texts[1:]):
             raise Refusal(f"pair {line['id']}: a rejected answer equals the chosen one, "
                           "which would train on nothing")
-        image = images.load(file)
+        size = images.size(file)
         prompt = encoding.prompt_text(checkpoint, line["prompt"], image=True)
         text_tokens = len(encoding.answer_ids(checkpoint, prompt))
-        if image.size not in placeholders:  # an image's tokens depend on its size alone
-            whole = encoding.encode(checkpoint, prompt, image)["input_ids"].shape[1]
-            placeholders[image.size] = whole - text_tokens
+        if size not in placeholders:  # an image's tokens depend on its size alone
+            blank = Image.new("RGB", size)
+            tokens = encoding.encode(checkpoint, prompt, blank)["input_ids"].shape[1]
+            placeholders[size] = tokens - text_tokens
         answer = max(len(encoding.answer_tokens(checkpoint, line["prompt"], t)) for t in texts)
-        if placeholders[image.size] + text_tokens + answer > max_tokens:
+        if placeholders[size] + text_tokens + answer > max_tokens:
             reason = f"longer than {max_tokens} tokens"
             dropped[reason] = dropped.get(reason, 0) + 1
         else:
@@ -144,7 +148,7 @@ def train_method(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     try:
-        with models.quietly():
+        with models.quietly(), trainers.tensorboard_folder(folder):
             trainer = trainers.make(p, method, rows, folder, steps=steps, kept=kept,
                                     others=others)
             trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))

@@ -6,7 +6,10 @@ reference's log-probs are the same weights with the adapters off.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,10 @@ from bpo import collation, encoding, generate, images, models, objectives, ranks
 from bpo.generate import Request, View
 from bpo.models import Checkpoint
 from bpo.packed import PackedDPOTrainer
-from bpo.params import DPOTraining
+from bpo.params import DPOTraining, Refusal
 
 COUNTED_STEPS = 4
+TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # read by transformers' callback when it is made
 # Torch knows no count for the CPU's own attention. The arguments are the tensors' shapes.
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
@@ -164,6 +168,31 @@ class Progress(TrainerCallback):
         self.bar.close()
 
 
+def require_trackers(names: Sequence[str]) -> None:
+    """Raises Refusal for a tracker whose package is not installed, before a model is loaded."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise Refusal(f"trackers: {name} is not installed; pip install {name}, or leave "
+                          "trackers empty")
+
+
+@contextmanager
+def tensorboard_folder(method_folder: Path) -> Iterator[None]:
+    """Trainers made in this block write TensorBoard's files to outputs/STUDY/trackers/METHOD.
+
+    Beside the stage, not in it: their bytes hold the time of day, and a stage's files are hashed.
+    A folder that the user set in the environment is left as it is.
+    """
+    before = os.environ.get(TENSORBOARD)
+    study = method_folder.parent.parent
+    os.environ.setdefault(TENSORBOARD, str(study / "trackers" / method_folder.name))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TENSORBOARD]
+
+
 def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, steps: int,
          kept: Path, others: Iterable[Path] = ()) -> CountedDPOTrainer | CountedSFTTrainer:
     """The trainer of a method; its checkpoints go below `folder`. TRL seeds its draws before it
@@ -182,7 +211,8 @@ def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, ste
         use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=1, logging_first_step=True, logging_nan_inf_filter=False,
         save_strategy="steps", save_steps=p.save_every,
-        save_total_limit=2, report_to="none", disable_tqdm=True, remove_unused_columns=False)
+        save_total_limit=2, report_to=list(p.trackers), run_name=f"{p.study} {method}",
+        disable_tqdm=True, remove_unused_columns=False)
     given = dict(
         train_dataset=Dataset.from_list(list(rows)).with_transform(Rendering(checkpoint, p)),
         processing_class=checkpoint.processor, callbacks=[Progress(method)],

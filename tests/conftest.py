@@ -8,7 +8,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import fcntl
 import importlib
 import json
 import random
@@ -24,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from filelock import FileLock
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -125,8 +125,7 @@ def little_study(tmp_path_factory) -> Path:
         root = root.parent
     root = root / "shared"
     root.mkdir(exist_ok=True)
-    with (root / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(root / ".lock"):
         if not (root / "done").is_file():
             done = subprocess.run(run_little("little"), env=environment(root), cwd=root, text=True,
                                   capture_output=True)

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import picture
-from PIL import Image
+from PIL import Image, ImageFile
 
 from bpo import images
 from bpo.params import Refusal
@@ -79,6 +79,23 @@ def test_a_photograph_taken_sideways_is_turned_upright(tmp_path):
     read = images.load(tmp_path / "e.png")
     assert read.size == (4, 6)
     assert read.getpixel((3, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("name", ("e.png", "e.jpg", "e.webp"))
+@pytest.mark.parametrize("orientation", (1, 3, 6, 8))
+def test_the_size_is_read_from_the_header_alone(tmp_path, monkeypatch, name, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.new("RGB", (60, 40)).save(tmp_path / name, exif=exif)
+    upright = images.load(tmp_path / name).size
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
+    assert images.size(tmp_path / name) == upright
+
+
+def test_the_size_of_what_is_no_image_is_refused(tmp_path):
+    (tmp_path / "t.png").write_text("words")
+    with pytest.raises(Refusal, match=r"t\.png: image format is not known"):
+        images.size(tmp_path / "t.png")
 
 
 def test_of_an_animation_the_first_frame_is_taken(tmp_path):

@@ -399,9 +399,10 @@ def test_a_second_run_of_a_study_is_refused(run, impatient):
 
 
 HOLDER = """
-import fcntl, sys
-stream = open(sys.argv[1], "w")
-fcntl.flock(stream, fcntl.LOCK_EX)
+import sys
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
 print("held", flush=True)
 sys.stdin.read()
 """

@@ -13,6 +13,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from conftest import SIDE
+from PIL import ImageFile
 from safetensors.torch import load_file
 from transformers import PrinterCallback, TrainerState
 from trl import DPOTrainer
@@ -130,6 +131,14 @@ def test_rows_that_are_too_long_are_dropped_and_counted(checkpoint, lines, image
 def test_nothing_is_dropped_where_all_fits(checkpoint, lines, images):
     longest = max(whole_length(checkpoint, k, images) for k in lines)
     assert train.usable(checkpoint, lines, images, max_tokens=longest) == (lines, {})
+
+
+def test_counting_tokens_needs_no_weights_and_decodes_no_image(model_folder, lines, images,
+                                                                monkeypatch):
+    without = models.load_without_weights(model_folder)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
+    assert without.model is None
+    assert train.usable(without, lines, images, max_tokens=2048) == (lines, {})
 
 
 @pytest.mark.parametrize("text", ("red", "Red.", " RED "))
@@ -652,6 +661,32 @@ def test_a_sweep_finds_the_reference_and_has_the_bytes_of_a_run_that_does_not(
     for method in p.methods:
         first, second = (weights(r.folder / method) for r in (swept, fresh))
         assert all(torch.equal(w, second[n]) for n, w in first.items())
+
+
+def test_curves_go_to_tensorboard_and_one_model_is_loaded_a_method(
+        parameters, lines, tmp_path, outputs, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loads, right = [], models.load
+    monkeypatch.setattr(models, "load", lambda *a, **k: loads.append(a) or right(*a, **k))
+    records.write_lines(tmp_path / "pairs.jsonl", lines[:4])
+    p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), steps=2, trackers=["tensorboard"],
+                methods=["sft", "bpo"])
+    result = train.run(p)
+    assert len(loads) == 2
+    for method in p.methods:
+        curves = EventAccumulator(str(outputs / p.study / "trackers" / method)).Reload()
+        losses = [h["loss"] for h in train.histories(result)[method]]
+        assert [e.value for e in curves.Scalars("train/loss")] == pytest.approx(losses)
+    assert not [n for n in result.manifest["outputs"] if "tfevents" in n]
+    assert train.run(changed(p, trackers=[])).done.startswith("up to date")
+
+
+def test_a_tracker_that_is_not_installed_is_refused(parameters, lines, tmp_path, outputs):
+    records.write_lines(tmp_path / "pairs.jsonl", lines[:4])
+    p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), trackers=["wandb"])
+    with pytest.raises(Refusal, match="trackers: wandb is not installed; pip install wandb"):
+        train.run(p)
 
 
 def test_epochs_give_the_steps_where_none_are_set(parameters, lines, tmp_path, outputs):
