@@ -6,7 +6,6 @@ judge's replies are kept beside the studies, so that no reply is paid for twice.
 """
 
 import functools
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,9 @@ from typing import Any
 import torch
 
 from bpo import (
-    coco,
     diagnostics,
     encoding,
     generate,
-    hallucination,
     held_out,
     judge,
     judged,
@@ -32,8 +29,6 @@ from bpo import (
     scoring,
     seeds,
     shards,
-    vocabulary,
-    yes_no,
 )
 from bpo.endpoint import Endpoint
 from bpo.generate import Request
@@ -60,10 +55,7 @@ def run(p: Benchmarks) -> runs.Result:
             inputs[f"{name} judge's prompt"] = benchmark.template
     if p.probe_data:
         inputs["probe data"] = p.path(p.probe_data)
-    return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
-                      modules=[seeds, *readers.MODULES, models, encoding, generate, scoring,
-                               metrics, vocabulary, hallucination, yes_no, coco, official, judged,
-                               judge, held_out, diagnostics, shards, sys.modules[__name__]])
+    return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs)
 
 
 def chosen(p: Benchmarks) -> dict[str, Benchmark | Judged]:

@@ -7,7 +7,6 @@ Without one, only what needs no truth is measured: length, and how many answers 
 
 import functools
 import json
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 
 from bpo import (
-    branches,
     encoding,
     generate,
     hallucination,
@@ -63,10 +61,7 @@ def run(p: QualitativeComparison) -> runs.Result:
         inputs[split] = p.path(data)
         if truth := records.truth_file(inputs[split]):
             inputs[f"{split} truth"] = truth
-    return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
-                      modules=[seeds, *readers.MODULES, models, encoding, generate, branches,
-                               scoring, metrics, vocabulary, hallucination, yes_no, shards,
-                               sys.modules[__name__]])
+    return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs)
 
 
 def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ positive with its list of rejected answers. No step holds the rows in memory, on
 """
 
 import heapq
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,26 +16,18 @@ import numpy as np
 
 from bpo import (
     audit,
-    branches,
     candidates,
-    encoding,
-    endpoint,
     generate,
     images,
     launch,
     metrics,
     models,
-    noise,
     ranks,
-    readers,
     records,
     runs,
-    scoring,
     seeds,
     selection,
-    shards,
     stock,
-    vocabulary,
 )
 from bpo.candidates import Candidates
 from bpo.params import SOURCES, WEAKEN_MODES, PairGeneration, Refusal
@@ -57,10 +48,7 @@ def run(p: PairGeneration) -> runs.Result:
             inputs["text_model"] = p.path(p.text_model)
     if len(data_files(p)) == 1 and (truth := records.truth_file(next(iter(data_files(p))))):
         inputs["truth"] = truth
-    return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
-                      modules=[noise, seeds, *readers.MODULES, stock, models, encoding, generate,
-                               branches, scoring, metrics, vocabulary, selection, audit,
-                               endpoint, shards, candidates, sys.modules[__name__]])
+    return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs)
 
 
 def data_files(p: PairGeneration) -> dict[Path, str]:

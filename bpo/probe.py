@@ -6,7 +6,6 @@ ways, and a model for which packing is not exact is probed without it.
 """
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,20 +16,17 @@ import numpy as np
 import torch
 
 from bpo import (
-    branches,
     encoding,
     generate,
     images,
     metrics,
     models,
-    noise,
     readers,
     records,
     runs,
     scoring,
     seeds,
     shards,
-    vocabulary,
 )
 from bpo.generate import Request
 from bpo.models import Checkpoint
@@ -58,9 +54,7 @@ def run(p: NoiseProbability) -> runs.Result:
     inputs = {"model": p.path(p.model), "data": data}
     if truth := records.truth_file(data):
         inputs["truth"] = truth
-    return runs.stage(p, lambda folder: work(p, folder), inputs=inputs,
-                      modules=[noise, seeds, *readers.MODULES, models, encoding, generate, branches,
-                               scoring, metrics, vocabulary, shards, sys.modules[__name__]])
+    return runs.stage(p, lambda folder: work(p, folder), inputs=inputs)
 
 
 def work(p: NoiseProbability, folder: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ stops a run, it is counted by its reason. Lists are for held-out sets; data of a
 """
 
 import itertools
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +14,6 @@ from bpo import entries, images, layouts, records
 from bpo.params import Refusal
 from bpo.records import Rejected, Row
 from bpo.seeds import seed_for
-
-# The modules whose code shapes what is read, for the manifests of stages that read rows.
-MODULES = (records, images, layouts, entries, sys.modules[__name__])
 
 _PEEK = 100  # entries in which a layout must show itself: the first ones may be bad rows
 _NAMED = 12  # fields of an unknown layout that a message names

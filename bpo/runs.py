@@ -5,24 +5,21 @@ of its manifest, and its files are as it left them. Otherwise the old folder is 
 work runs again. The manifest is written last, by rename: a folder that has one is complete.
 """
 
-import ast
-import functools
 import hashlib
 import importlib.metadata
 import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from bpo import ranks
+from bpo import ranks, sources
 from bpo.params import ROOT, SCHEMAS, Parameters, Refusal, outputs_root
 from bpo.records import to_json, write_whole
 
@@ -73,22 +70,22 @@ def stage_folder(study: str, notebook: str) -> Path:
     return outputs_root() / study / notebook
 
 
-def stage(p: Parameters, work: Callable[[Path], dict[str, Any]], *, inputs: Mapping[str, Path],
-          modules: Sequence[ModuleType]) -> Result:
+def stage(p: Parameters, work: Callable[[Path], dict[str, Any]], *, inputs: Mapping[str, Path]
+          ) -> Result:
     """The result of `work`, computed only if nothing valid is there.
 
     work: writes its files into the folder that it is given and returns the metrics (plain JSON).
     It is called again on the same folder after an interruption with the same key, so that it can
-    go on from what it finds there.
+    go on from what it finds there. The code that shapes the result is that of its module and of
+    all that this imports of the kit; comments and layout do not count.
     inputs: files or folders that the result depends on, by name.
-    modules: the modules whose code shapes the result; comments and layout do not count.
     Under a launcher every process calls this and does its share of the work; the first one keeps
     the books. Raises Refusal when an input is missing or was edited, or another run holds the
     study.
     """
     folder = stage_folder(p.study, p.notebook)
     with ExitStack() as held:
-        key, done = ranks.first(lambda: _begin(p, folder, inputs, modules, held))
+        key, done = ranks.first(lambda: _begin(p, folder, inputs, work.__module__, held))
         if done is None:
             return Result(folder, _manifest(folder), "up to date, read again")
         began = time.monotonic()
@@ -99,7 +96,7 @@ def stage(p: Parameters, work: Callable[[Path], dict[str, Any]], *, inputs: Mapp
 
 
 def _begin(p: Parameters, folder: Path, inputs: Mapping[str, Path],
-           modules: Sequence[ModuleType], held: ExitStack) -> tuple[dict[str, Any], str | None]:
+           module: str, held: ExitStack) -> tuple[dict[str, Any], str | None]:
     """Takes the study's lock; the stage's key, and what is to be done (None: nothing)."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     held.enter_context(locked(
@@ -107,7 +104,7 @@ def _begin(p: Parameters, folder: Path, inputs: Mapping[str, Path],
         "wait for it to end, or write to another study with `--as`"))
     key = {"parameters": p.shaping(),
            "inputs": {n: fingerprint(path) for n, path in inputs.items()},
-           "modules": {m.__name__: code_hash(Path(m.__file__)) for m in modules}}
+           "modules": sources.code(module)}
     reason = why_stale(folder, key)
     if reason is None:
         return key, None
@@ -267,17 +264,6 @@ def stream_hash(stream: BinaryIO, *, size: int) -> str:
         stream.seek((size - 2**20) * block // 63)
         digest.update(stream.read(2**20))
     return digest.hexdigest()
-
-
-@functools.cache
-def code_hash(file: Path) -> str:
-    """sha256 of a module's syntax tree: comments, docstrings and line breaks do not change it."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        if documented and ast.get_docstring(node):
-            node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
 def device_name() -> str:

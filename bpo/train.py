@@ -8,7 +8,6 @@ and sweeps.
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,25 +17,17 @@ import torch
 from PIL import Image
 
 from bpo import (
-    branches,
-    collation,
     encoding,
     images,
     launch,
     metrics,
     models,
-    objectives,
     packed,
-    packed_check,
-    packed_forward,
     pairs,
     ranks,
     records,
-    reference,
     runs,
-    seeds,
     trainers,
-    vocabulary,
 )
 from bpo.models import Checkpoint
 from bpo.params import DPOTraining, Refusal
@@ -50,10 +41,7 @@ def run(p: DPOTraining) -> runs.Result:
     """The stage of notebook 3: for every method adapter/, history.json and compute.json."""
     launch.start(p)
     inputs = {"model": p.path(p.model), "pairs": p.path(p.pairs)}
-    return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs,
-                      modules=[seeds, records, images, models, encoding, metrics, vocabulary, pairs,
-                               branches, reference, objectives, collation, packed_forward,
-                               packed_check, packed, trainers, sys.modules[__name__]])
+    return runs.stage(p, lambda folder: _work(p, folder), inputs=inputs)
 
 
 def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 import json
 import subprocess
 import sys
-from types import ModuleType
 
 import pytest
 
-from bpo import runs
+from bpo import runs, sources
 from bpo.params import ROOT, DPOTraining, PairGeneration, Refusal
 
 
@@ -31,16 +30,6 @@ class Killed(Exception):
 
 
 @pytest.fixture
-def code(tmp_path):
-    """A module whose code shapes the stage."""
-    file = tmp_path / "shaping.py"
-    file.write_text("x = 1\n")
-    module = ModuleType("shaping")
-    module.__file__ = str(file)
-    return module
-
-
-@pytest.fixture
 def data(tmp_path):
     file = tmp_path / "rows.json"
     file.write_text("[]")
@@ -48,11 +37,11 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def run(outputs, code, data):
+def run(outputs, data):
     """Runs the stage of notebook 3 with `work`; parameters by keyword."""
-    def stage(work, inputs=None, modules=(code,), **values):
+    def stage(work, inputs=None, **values):
         return runs.stage(DPOTraining(study="s", **values), work,
-                          inputs={"data": data} if inputs is None else inputs, modules=modules)
+                          inputs={"data": data} if inputs is None else inputs)
     return stage
 
 
@@ -65,7 +54,7 @@ def asides(folder):
     return sorted(f.name for f in folder.parent.iterdir() if ".old-" in f.name)
 
 
-def test_a_fresh_stage_is_computed_and_accounted_for(run, folder, data, code, capsys):
+def test_a_fresh_stage_is_computed_and_accounted_for(run, folder, data, capsys):
     work = Work()
     result = run(work, beta=0.2)
     assert (work.calls, result.folder, result.metrics) == (1, folder, {"lines": 1})
@@ -75,7 +64,7 @@ def test_a_fresh_stage_is_computed_and_accounted_for(run, folder, data, code, ca
     assert manifest == result.manifest
     assert manifest["parameters"]["beta"] == 0.2
     assert manifest["inputs"] == {"data": runs.file_hash(data)}
-    assert list(manifest["modules"]) == ["shaping"]
+    assert manifest["modules"] == {}  # this file is none of the kit's
     assert set(manifest["outputs"]) == {"pairs.jsonl", "sub/more.txt"}
     assert manifest["versions"].keys() >= {"torch", "transformers", "trl", "peft"}
     assert not (folder / runs.STARTED).exists()
@@ -134,8 +123,8 @@ def test_an_input_that_is_gone_or_new_makes_a_stage_stale(run, data, tmp_path):
 def test_changed_code_makes_a_stage_stale(run, monkeypatch):
     work = Work()
     run(work)
-    monkeypatch.setattr(runs, "code_hash", lambda file: "other")
-    assert "code of shaping changed" in run(work).done
+    monkeypatch.setattr(sources, "code", lambda module: {"bpo.shaping": "other"})
+    assert "code of bpo.shaping changed" in run(work).done
     assert work.calls == 2
 
 
@@ -150,13 +139,13 @@ def test_an_edited_or_deleted_result_makes_a_stage_stale(run, folder, name):
     assert work.calls == 3
 
 
-def test_the_study_s_name_and_the_gallery_do_not_make_a_stage_stale(outputs, data, code):
+def test_the_study_s_name_and_the_gallery_do_not_make_a_stage_stale(outputs, data):
     work = Work()
-    runs.stage(PairGeneration(study="s"), work, inputs={"data": data}, modules=[code])
-    runs.stage(PairGeneration(study="s", gallery=9), work, inputs={"data": data}, modules=[code])
+    runs.stage(PairGeneration(study="s"), work, inputs={"data": data})
+    runs.stage(PairGeneration(study="s", gallery=9), work, inputs={"data": data})
     assert work.calls == 1
     (outputs / "s").rename(outputs / "t")
-    runs.stage(PairGeneration(study="t"), work, inputs={"data": data}, modules=[code])
+    runs.stage(PairGeneration(study="t"), work, inputs={"data": data})
     assert work.calls == 1
 
 
@@ -261,7 +250,7 @@ def test_a_noted_path_starts_from_the_outputs_or_the_project(outputs, tmp_path):
 @pytest.fixture
 def earlier(outputs, data):
     """The folder of a finished notebook 2."""
-    return runs.stage(PairGeneration(study="s"), Work(), inputs={"data": data}, modules=[]).folder
+    return runs.stage(PairGeneration(study="s"), Work(), inputs={"data": data}).folder
 
 
 def test_a_stage_depends_on_what_an_earlier_one_wrote(run, earlier, data):
@@ -269,7 +258,7 @@ def test_a_stage_depends_on_what_an_earlier_one_wrote(run, earlier, data):
     run(work, inputs={"pairs": earlier / "pairs.jsonl"})
     run(work, inputs={"pairs": earlier / "pairs.jsonl"})
     assert work.calls == 1
-    runs.stage(PairGeneration(study="s", seed=5), Work("other"), inputs={"data": data}, modules=[])
+    runs.stage(PairGeneration(study="s", seed=5), Work("other"), inputs={"data": data})
     assert "input pairs changed" in run(work, inputs={"pairs": earlier / "pairs.jsonl"}).done
 
 
@@ -290,7 +279,7 @@ def test_a_missing_earlier_stage_names_its_notebook(run, outputs):
 
 def test_an_unfinished_earlier_stage_is_no_input(run, outputs, data):
     with pytest.raises(Killed):
-        runs.stage(PairGeneration(study="s"), interrupted, inputs={"data": data}, modules=[])
+        runs.stage(PairGeneration(study="s"), interrupted, inputs={"data": data})
     with pytest.raises(Refusal, match="is not there yet"):
         run(Work(), inputs={"pairs": outputs / "s" / "2_pair_generation" / "half.txt"})
 
@@ -343,42 +332,6 @@ def test_a_large_file_is_hashed_by_size_and_blocks(tmp_path):
         stream.write(b"\0")
         stream.truncate(size + 1)
     assert runs.file_hash(file) != empty
-
-
-SOURCE = '''"""A module."""
-
-# a comment
-def f(x, y):
-    """Adds."""
-    return x + y
-
-
-class C:
-    """A class."""
-
-    z = 1
-'''
-
-
-def hashed(tmp_path, source):
-    # A file of its own each time: hashes of one file are remembered.
-    file = tmp_path / f"module{len(list(tmp_path.iterdir()))}.py"
-    file.write_text(source)
-    return runs.code_hash(file)
-
-
-@pytest.mark.parametrize("old, new", [
-    ("# a comment", "# another\n# comment"), ("Adds.", "Adds two numbers."),
-    ("A module.", "Another."), ("A class.", "Another."), ("f(x, y)", "f(x,\n      y)"),
-    ('    """Adds."""\n', ""), ("x + y", "(x + y)  # brackets")])
-def test_comments_docstrings_and_layout_are_not_code(tmp_path, old, new):
-    assert old in SOURCE
-    assert hashed(tmp_path, SOURCE) == hashed(tmp_path, SOURCE.replace(old, new))
-
-
-@pytest.mark.parametrize("old, new", [("x + y", "x - y"), ("z = 1", "z = 2"), ("f(x", "g(x")])
-def test_a_change_of_what_is_computed_is_a_change_of_code(tmp_path, old, new):
-    assert hashed(tmp_path, SOURCE) != hashed(tmp_path, SOURCE.replace(old, new))
 
 
 # --- two at once --------------------------------------------------------------------------------

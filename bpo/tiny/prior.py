@@ -15,7 +15,6 @@ import copy
 import functools
 import inspect
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,25 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from bpo import (
-    branches,
-    encoding,
-    generate,
-    hallucination,
-    metrics,
-    models,
-    noise,
-    probe,
-    readers,
-    records,
-    runs,
-    scoring,
-    seeds,
-    shards,
-    vocabulary,
-)
+from bpo import hallucination, metrics, probe, records, runs, seeds, vocabulary
 from bpo.params import NoiseProbability, PriorOrigin
-from bpo.tiny import build, data, drawing, language, measure, model, training, world
+from bpo.tiny import build, data, drawing, language, measure, model, world
 
 MEASURES = ("clean", "rise")
 ALL = "all"  # averaged over the other factor's levels
@@ -51,11 +34,7 @@ CHANCE = 1 / len(world.COLOURS)
 
 def run(p: PriorOrigin) -> runs.Result:
     """The stage of notebook 6: worlds/SEED-TEXT-IMAGES.json."""
-    return runs.stage(p, lambda folder: _work(p, folder), inputs={},
-                      modules=[noise, seeds, *readers.MODULES, models, encoding, generate, branches,
-                               scoring, metrics, vocabulary, hallucination, shards, probe, build,
-                               data, drawing, language, measure, model, training, world,
-                               sys.modules[__name__]])
+    return runs.stage(p, lambda folder: _work(p, folder), inputs={})
 
 
 def _work(p: PriorOrigin, folder: Path) -> dict[str, Any]:

@@ -1,24 +1,12 @@
 """Notebook 0's work as a stage, and its results as rows for the notebook to show."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from bpo import records, runs, seeds
+from bpo import records, runs
 from bpo.params import TinyWorld
-from bpo.tiny import (
-    build,
-    data,
-    drawing,
-    language,
-    measure,
-    model,
-    official,
-    overview,
-    training,
-    world,
-)
+from bpo.tiny import build
 
 SHARES = {"text": "text", "alignment": "alignment images",
           "counterfactual": "counterfactual images"}
@@ -26,9 +14,7 @@ SHARES = {"text": "text", "alignment": "alignment images",
 
 def run(p: TinyWorld) -> runs.Result:
     """The stage of notebook 0: model/, language_model/, prompts/ and a folder for each data set."""
-    return runs.stage(p, lambda folder: _work(p, folder), inputs={},
-                      modules=[seeds, build, data, drawing, language, measure, model, official,
-                               overview, training, world, sys.modules[__name__]])
+    return runs.stage(p, lambda folder: _work(p, folder), inputs={})
 
 
 def _work(p: TinyWorld, folder: Path) -> dict[str, Any]:
