@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from bpo import metrics, seeds
+from bpo import metrics, results, seeds
 from bpo.params import SOURCES
+from bpo.results import Result
 
 NEAR_DUPLICATE = 0.9  # share of matching words from which two answers count as nearly the same
 SIDES = {"candidates": "candidates", "kept": "rejected"}  # what the audit says -> a line's key
@@ -92,6 +93,32 @@ STYLE: dict[str, Callable[[str], float | None]] = {
     "sentences_gap": lambda text: max(len(re.findall(r"[.!?]+(?=\s|$)", text)), 1),
     "commas_gap": lambda text: _per_word(text.count(","), text),
 }
+
+
+def tidy(audited: Mapping[str, Any]) -> list[Result]:
+    """The audit as results: a method is a source of rejected answers, a split is all candidates or
+    the kept ones; `shortcut_text` and `shortcut_length` are a classifier's accuracy."""
+    out = []
+    for source, measures in audited.items():
+        if source in SOURCES:
+            out.append(Result("kept", "audit", source, "", "share_kept",
+                              results.Estimate(measures["share_kept"])))
+            for metric, sides in measures.items():
+                for side in SIDES if isinstance(sides, dict) and set(sides) == set(SIDES) else ():
+                    parts = sides[side]
+                    if parts is not None and "value" not in parts:  # displacement has two
+                        parts = {f"{metric}_{n}": parts[n] for n in ("mean", "above_zero")}
+                    else:
+                        parts = {metric: parts}
+                    out += [_result(side, source, n, e) for n, e in parts.items() if e]
+    for source, sides in audited.get("shortcut", {}).items():
+        out += [_result(side, source, f"shortcut_{n}", found[n]) for side, found in sides.items()
+                if found for n in ("text", "length")]
+    return out
+
+
+def _result(side: str, source: str, metric: str, e: Mapping[str, Any]) -> Result:
+    return Result(side, "audit", source, "", metric, results.Estimate(**e))
 
 
 def _measure(pairs: Sequence[Pair], seed: int,

@@ -6,6 +6,7 @@ judge's replies are kept beside the studies, so that no reply is paid for twice.
 """
 
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from bpo import (
     encoding,
     generate,
     held_out,
-    judge,
     judged,
     metrics,
     models,
@@ -25,6 +25,7 @@ from bpo import (
     params,
     readers,
     records,
+    results,
     runs,
     scoring,
     seeds,
@@ -36,9 +37,14 @@ from bpo.judged import Judged, JudgedQuestion
 from bpo.models import Checkpoint
 from bpo.official import Benchmark, Question
 from bpo.params import Benchmarks
+from bpo.results import Result
 
 PROBED = "probed.jsonl"
 REPLIES = "judge_replies"  # the folder of them, beside the studies
+
+# metric of P(yes) -> (category, whether more is better)
+CALIBRATION = {"brier": ("calibration", False), "ece": ("calibration", False),
+               "mean_p_yes": ("calibration", None)}
 
 
 def run(p: Benchmarks) -> runs.Result:
@@ -87,7 +93,27 @@ def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
             continue
         found["benchmarks"][name], found["differences"][name] = held_out.scored(
             counted, benchmark.metrics, seed=p.seed, resamples=p.resamples, made=benchmark.made)
-    return found | _calibrated(p, lines, methods) | _probed(p, folder, checkpoint, methods)
+    found |= _calibrated(p, lines, methods) | _probed(p, folder, checkpoint, methods)
+    results.write(folder, tidy(found))
+    return found
+
+
+def tidy(found: Mapping[str, Any]) -> list[Result]:
+    """Everything measured as results; a metric of questions of one kind alone, such as
+    accuracy_random, has the category "kind"."""
+    known = {**official.BENCHMARKS, **judged.JUDGED}
+    out = []
+    for name, values in found["benchmarks"].items():
+        whole = known[name].metrics
+        directions = {n: ("kind" if n.rpartition("_")[0] in whole else "all", m.more)
+                      for n, m in known[name].all_metrics.items()}
+        out += results.compared(name, values, found["differences"][name], directions)
+    for name, both in found["calibration"].items():
+        out += results.compared(name, both["values"], both["differences"], CALIBRATION)
+    for category, both in found["image"].items():
+        gains = {n: (category, more) for n, (_, more) in diagnostics.GAINS.items()}
+        out += results.compared("image", both["values"], both["differences"], gains)
+    return out
 
 
 def _drawn(p: Benchmarks, name: str, questions: Sequence[Question]) -> list[Question]:
@@ -141,19 +167,22 @@ def _ask(p: Benchmarks, checkpoint: Checkpoint, methods: Sequence[str],
 def _judged(p: Benchmarks, benchmark: Judged, questions: Sequence[Question],
             lines: Sequence[Mapping[str, Any]], methods: Sequence[str]
             ) -> tuple[dict[str, list], dict[str, Any]]:
-    """What each answer counts by the judge's verdicts, as `held_out.scored` takes it, and what
+    """What each answer counts by the judge's scores, as `held_out.scored` takes it, and what
     stands beside the numbers."""
     endpoint = Endpoint(p.judge, p.judge_model, p.judge_key_variable, p.judge_requests,
                         p.judge_retries, p.judge_timeout)
-    settings = judge.Settings(p.judge_temperature, p.judge_repeats, p.judge_attempts,
-                              benchmark.reply_tokens)
+    settings = {"temperature": p.judge_temperature, "repeats": p.judge_repeats,
+                "attempts": p.judge_attempts}
     prompts = [benchmark.prompt(q, line["answers"][m]) for m in methods
                for q, line in zip(questions, lines, strict=True)]
-    verdicts = iter(judge.ask(endpoint, params.outputs_root() / REPLIES, prompts, benchmark.parse,
-                              settings))
-    counted = {m: [(q.image, benchmark.counts(q, next(verdicts).scores)) for q in questions]
+    scores = iter(judged.ask(endpoint, params.outputs_root() / REPLIES, benchmark, prompts,
+                             **settings))
+    counted = {m: [(q.image, benchmark.counts(q, next(scores))) for q in questions]
                for m in methods}
-    return counted, judge.describe(endpoint, benchmark.template, settings)
+    return counted, {
+        "judge": endpoint.model, "prompt": benchmark.template.name,
+        "prompt_sha256": hashlib.sha256(benchmark.template.read_bytes()).hexdigest(), **settings,
+        "max_new_tokens": benchmark.reply_tokens, "top_p": judged.TOP_P}
 
 
 def _calibrated(p: Benchmarks, lines: Mapping[str, Sequence[dict]], methods: Sequence[str]

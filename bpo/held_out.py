@@ -22,12 +22,12 @@ from bpo import (
     models,
     readers,
     records,
+    results,
     runs,
     scoring,
     seeds,
     shards,
     vocabulary,
-    yes_no,
 )
 from bpo.generate import Request
 from bpo.models import Checkpoint
@@ -79,6 +79,9 @@ def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
             label=f"{split} questions")
         out[split], contrasts[split] = score(lines, truth, methods, seed=p.seed,
                                              resamples=p.resamples)
+    directions = {name: (category, more) for name, (_, category, more) in METRICS.items()}
+    results.write(folder, [r for split in out for r in results.compared(
+        split, out[split], contrasts[split], directions)])
     return {**out, "differences": contrasts}
 
 
@@ -186,7 +189,7 @@ def counts(line: dict, method: str, truth: dict[str, Any]) -> dict[str, tuple[fl
             out["p_true"] = (line["p_true"][method], 1)
             out["p_prior"] = (line["p_prior"][method], 1)
     if known["category"] == "presence":
-        said = yes_no.said(text)
+        said = hallucination.yes_or_no(text)
         out["yes_rate"] = (float(said == "yes"), 1)
         if known["kind"]:
             out[f"pope_{known['kind']}"] = (float(said == known["true"][0]), 1)

@@ -24,6 +24,7 @@ from bpo import (
     models,
     ranks,
     records,
+    results,
     runs,
     seeds,
     selection,
@@ -121,6 +122,7 @@ def _choose(p: PairGeneration, rows: LineFile, folder: Path) -> dict[str, Any]:
     for source, exact in counts.by_source().items():
         found[source] = found.get(source, {}) | exact
     found["shortcut"] = audit.shortcut(audited, seed=p.seed)
+    results.write(folder, audit.tidy(found))
     return found | {"rows": len(rows), "rows_skipped": dict(sorted(skipped.items())),
                     "pairs": counts.pairs, "positives": counts.positives, "audited": len(audited)}
 

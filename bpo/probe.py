@@ -7,7 +7,7 @@ ways, and a model for which packing is not exact is probed without it.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from bpo import (
     models,
     readers,
     records,
+    results,
     runs,
     scoring,
     seeds,
@@ -32,6 +33,7 @@ from bpo.generate import Request
 from bpo.models import Checkpoint
 from bpo.params import NoiseProbability, Refusal
 from bpo.records import Row
+from bpo.results import Estimate, Result
 
 RESAMPLES = 2000
 KINDS = ("true", "prior")
@@ -85,7 +87,9 @@ def work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
         folder / "looks.jsonl", looks, p.batch_size,
         lambda batch: _look(p, checkpoint, batch, candidates, score=score, sampled=sampled),
         label="noise steps")
-    return {**summary(lines, p.noise_steps, seed=p.seed), "images": len(rows),
+    curves = summary(lines, p.noise_steps, seed=p.seed)
+    results.write(folder, tidy(curves, images=len(rows)))
+    return {**curves, "images": len(rows),
             "prefix_shared": score is scoring.weigh,
             "rows_skipped": dict(sorted((skipped + unused).items()))}
 
@@ -230,6 +234,22 @@ def summary(lines: Sequence[dict], steps: Sequence[int], *, seed: int) -> dict[s
                 out[f"change_{kind}"] = metrics.difference(
                     ratios[steps[-1]], ratios[steps[0]], weights)
     out["sampled"] = _shares(lines, steps)
+    return out
+
+
+def tidy(curves: Mapping[str, Any], *, images: int) -> list[Result]:
+    """The curves as results, a split a noise step; and the paired change to the last step."""
+    steps, out = curves["noise_steps"], []
+    for metric, more in {"p_true": True, "p_prior": False, "p_true_first": True,
+                         "p_prior_first": False, "logp_true": True, "logp_prior": False}.items():
+        for step, value, (low, high) in zip(steps, curves[metric], curves[f"{metric}_interval"],
+                                            strict=True):
+            out.append(Result(f"step {step}", "noise", "base", "", metric,
+                              Estimate(value, low, high, images, more_is_better=more)))
+    for kind in KINDS:
+        change = Estimate(**curves[f"change_{kind}"], more_is_better=kind == "true")
+        out.append(Result(f"step {steps[-1]}", "noise", "base", f"step {steps[0]}", f"p_{kind}",
+                          change))
     return out
 
 

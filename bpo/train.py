@@ -26,6 +26,7 @@ from bpo import (
     pairs,
     ranks,
     records,
+    results,
     runs,
     trainers,
 )
@@ -72,6 +73,10 @@ def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
         history = train_method(p, method, rows[method], folder / method, steps=max(wanted, 1),
                                kept=folder / kept, others=others)
         out[method] = _facts(p, rows[method], folder / method, history, steps=max(wanted, 1))
+    if ranks.rank() == 0:
+        results.write(folder, [
+            results.Result("training", "", m, "", metric, results.Estimate(value))
+            for m in p.methods for metric, value in out[m].items() if metric != "packed"])
     return {"methods": {m: out[m] for m in p.methods}, "rows_dropped": skipped}
 
 

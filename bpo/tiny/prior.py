@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from bpo import hallucination, metrics, probe, records, runs, seeds, vocabulary
+from bpo import hallucination, metrics, probe, records, results, runs, seeds, vocabulary
 from bpo.params import NoiseProbability, PriorOrigin
 from bpo.tiny import build, data, drawing, language, measure, model, world
 
@@ -41,8 +41,16 @@ def _work(p: PriorOrigin, folder: Path) -> dict[str, Any]:
     (folder / "worlds").mkdir(exist_ok=True)
     for seed in range(p.seed, p.seed + p.repeats):
         _one_seed(p, folder, seed)
-    return summary([json.loads(_file(folder, *key).read_text(encoding="utf-8"))
-                    for key in keys(p)], p)
+    summed = summary([json.loads(_file(folder, *key).read_text(encoding="utf-8"))
+                      for key in keys(p)], p)
+    results.write(folder, [
+        results.Result(f"text {c['text']}, images {c['images']}", "prior", f"seed {c['seed']}", "",
+                       metric, results.Estimate(**e, more_is_better=more))
+        for c in summed["cells"] for metric, e, more in (
+            ("p_true", c["clean"]["p_true"], True), ("p_prior", c["clean"]["p_prior"], False),
+            ("rise", c["rise"], False), ("chair_i", c["chair_i"], False),
+            ("cover", c["cover"], True))])
+    return summed
 
 
 def ordered(levels: dict[str, list[float]]) -> list[str]:

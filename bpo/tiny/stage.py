@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bpo import records, runs
+from bpo import records, results, runs
 from bpo.params import TinyWorld
 from bpo.tiny import build
 
@@ -20,6 +20,9 @@ def run(p: TinyWorld) -> runs.Result:
 def _work(p: TinyWorld, folder: Path) -> dict[str, Any]:
     metrics = build.build(folder, **p.shaping())
     records.write_whole(folder / runs.TIMINGS, records.to_json(metrics.pop("seconds")))
+    results.write(folder, [
+        results.Result(split, "base model", "base", "", metric, results.Estimate(value))
+        for split, measured in metrics["base"].items() for metric, value in measured.items()])
     return metrics
 
 
