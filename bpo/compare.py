@@ -5,7 +5,7 @@ Everything here is read from the metrics and answers of `held_out`; nothing is c
 
 from typing import Any
 
-from bpo import held_out, images, metrics, records, report, runs, seeds, yes_no
+from bpo import held_out, images, metrics, records, report, runs, seeds
 from bpo.held_out import BASELINES, METRICS
 from bpo.params import QualitativeComparison
 
@@ -118,23 +118,6 @@ def change_table(found: dict[str, Any], split: str, method: str) -> list[dict[st
     return list(table.values())
 
 
-def quality(line: dict, method: str, truth: dict[str, Any]) -> float | None:
-    """How good one answer is, for finding wins and losses; None where nothing is known.
-
-    A right answer is 1, a wrong one 0; a caption loses 1 for each wrong object word and gains the
-    share of the image's objects that it names.
-    """
-    known = truth["rows"].get(line["id"])
-    if known is None:
-        return None
-    counts = held_out.counts(line, method, truth)
-    if known["category"] == "caption":
-        return counts["cover"][0] / max(counts["cover"][1], 1) - counts["chair_i"][0]
-    if known["category"] == "presence":
-        return float(yes_no.said(line["answers"][method]) == known["true"][0])
-    return counts["colour_accuracy"][0]
-
-
 def gallery(p: QualitativeComparison, result: runs.Result, *, split: str, method: str,
             against: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Cards for the gallery, and how often each verdict occurs among all questions of the split.
@@ -145,7 +128,7 @@ def gallery(p: QualitativeComparison, result: runs.Result, *, split: str, method
     files = {r.id: r.image for r in rows}
     verdicts: dict[str, list[dict]] = {"win": [], "loss": [], "tie": []}
     for line in records.read_lines(result.folder / f"answers-{split}.jsonl"):
-        mine, other = (quality(line, m, truth) or 0.0 for m in (method, against))
+        mine, other = (held_out.quality(line, m, truth) or 0.0 for m in (method, against))
         verdicts["win" if mine > other else "loss" if mine < other else "tie"].append(line)
     drawn = [[(name, x) for x in sorted(found, key=lambda x: seeds.seed_for(
         p.seed, "comparison gallery", x["id"]))] for name, found in verdicts.items()]
@@ -165,4 +148,4 @@ def wrong_words(line: dict, method: str, truth: dict[str, Any]) -> set[str]:
     if known["category"] == "caption":
         present = {o["name"] for o in truth["images"][line["image"]]["objects"]}
         return metrics.wrong_object_words(text, truth["vocabulary"]["objects"], present)
-    return set() if quality(line, method, truth) else set(metrics.words(text))
+    return set() if held_out.quality(line, method, truth) else set(metrics.words(text))

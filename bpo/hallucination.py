@@ -1,4 +1,4 @@
-"""Object hallucination, as three benchmarks count it: what one answer adds to each metric.
+"""Hallucination as the judge-free benchmarks count it: what one answer adds to each metric.
 
 Every metric is (counted, out of), so that sums over answers give the published ratio. Words alone
 decide here; where the official script asks a language model or word vectors, the rule that stands
@@ -15,6 +15,8 @@ Counts = dict[str, tuple[float, float]]
 SHORT = 3  # words: an answer up to this long counts as one without an object (Object HalBench)
 NEGATORS = frozenset(("no", "without", "nor", "neither"))
 ARTICLES = frozenset(("a", "an", "any"))  # after a "not": "not a dog", "there aren't any dogs"
+_DENIALS = frozenset(("not", "isn't", "aren't", "doesn't", "don't"))
+_UNSURE = re.compile(r"\b(not|isn't|don't) (sure|certain|clear|know|possible)\b")
 _STOPS = frozenset(".,;:!?\n")
 _TURNS = frozenset(("but", "while", "although", "though", "however", "except", "instead", "only"))
 _STARTS = frozenset(("a", "an", "the", "some", "there"))  # after an "and": "no dog and a cat"
@@ -172,3 +174,36 @@ def _listed_nouns(text: str, listed: Collection[str]) -> list[str]:
         if noun is not None and (token not in ALSO_VERBS or before in BEFORE_A_NOUN):
             found.append(noun)
     return found
+
+
+def yes_or_no(text: str) -> str | None:
+    """What an answer says: "yes", "no", or None where it says neither.
+
+    The first yes or no decides. Where there is none, a not (or isn't, aren't, doesn't, don't) in
+    the first sentence means no ("There is not a dog"), unless it is about knowing ("I am not
+    sure"). The script of POPE (arXiv 2305.10355) differs: it reads the first sentence alone, where
+    any no or not means no and everything else yes; that of AMBER takes "Yes" and "No" alone.
+    """
+    plain = text.replace("’", "'")
+    first = next((w for w in words(plain) if w in ("yes", "no")), None)
+    if first is not None:
+        return first
+    sentence = re.split(r"[.!?\n]", plain.strip().lower())[0]
+    denies = _DENIALS & set(words(sentence)) and not _UNSURE.search(sentence)
+    return "no" if denies else None
+
+
+def yes_no(text: str, truth: str, *, positive: str) -> Counts:
+    """What one answer to a yes/no question adds to each metric.
+
+    truth: "yes" or "no".  positive: the answer that precision and recall are about, "yes" in POPE,
+    "no" in AMBER, which asks about what is not there. precision: right / given positives. recall:
+    right / true positives. f1: 2 TP / (2 TP + FP + FN), a ratio of sums too. yes_ratio: answers
+    that say yes / ANSWERS. unanswered: answers that say neither; they are wrong and no positive.
+    """
+    answer = yes_or_no(text)
+    given, true = float(answer == positive), float(truth == positive)
+    hit = given * true
+    return {"accuracy": (float(answer == truth), 1), "precision": (hit, given),
+            "recall": (hit, true), "f1": (2 * hit, given + true),
+            "yes_ratio": (float(answer == "yes"), 1), "unanswered": (float(answer is None), 1)}

@@ -1,25 +1,37 @@
 """The benchmarks whose answers a judge scores, from their official files: MM-Vet, LLaVA-Bench (in
-the Wild) and MMHal-Bench. What a judge is told, how its replies are read, what they count as.
+the Wild) and MMHal-Bench; and asking a judge, a model behind an endpoint, whose replies stay on
+disk.
 
-The prompts are this project's own words, so that even with the judge of a paper the numbers are not
-those of its table. Who is asked, and how it is kept, is `judge`'s. A question without a score that
-can be read counts as unscored and in no mean: the official evaluations count 0 or -1 for it.
+A judged number belongs to its judge, prompt and temperature: it compares methods under that judge
+alone, and no published number, for which GPT-4 was the judge with other prompts. A question without
+a readable score counts as unscored and in no mean: the official evaluations count 0 or -1 for it.
 """
 
+import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from tqdm import tqdm
+
+from bpo import entries, runs
+from bpo.endpoint import Endpoint
 from bpo.official import Benchmark, Counts, Metric, Question
 from bpo.params import Refusal
+from bpo.records import to_json
+from bpo.seeds import seed_for
 
-Score = tuple[float, ...]  # a reply's: one number, or the reference's and the answer's
+Score = tuple[float, ...]  # of a reply: one number, or the reference's and the answer's
+Messages = Sequence[Mapping[str, str]]
 
+REPLIES = "replies.jsonl"
+TOP_P = 1.0
 PROMPTS = Path(__file__).parent / "prompts"
 ABILITIES = {"rec": "recognition", "ocr": "OCR", "know": "knowledge",
              "gen": "language generation", "spat": "spatial awareness", "math": "math"}
@@ -28,15 +40,10 @@ TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "envi
          "holistic", "other")
 HALLUCINATED_BELOW = 3  # of MMHal-Bench's ratings 0 .. 6
 
-NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+)(?:\.0)?)?"  # and what it is out of, as in 4/6
-ENDS = r"(?!\w|[.,]\d|\s*[-–/]\s*\d)"  # behind it: no longer number, no range, no other fraction
-
 
 @dataclass(frozen=True)
 class JudgedQuestion(Question):
-    """A question with its reference answer as label.
-
-    context: what the judge is told of the image, which it does not see.
+    """A question with its reference answer as label.  context: the image in words, for the judge.
     """
 
     context: str = ""
@@ -50,26 +57,101 @@ class Judged(Benchmark):
     template: the judge's prompt, with {question}, {reference}, {answer} and {context}.
     reply_tokens: enough for a judge's reply in the form asked for.
     parse: a judge's reply -> its score, None if there is no single one in it.
-    counts: a question and its scores, one a repeat that could be read -> (counted, out of) of each
-        metric. Repeats count as their mean.
+    marks: a question and its scores, one a readable repeat -> (counted, out of) of each metric.
     """
 
     load: Callable[[Path], tuple[JudgedQuestion, ...]]
     template: Path
     reply_tokens: int
     parse: Callable[[str], Score | None]
-    counts: Callable[[Question, Sequence[Score]], Counts]
+    marks: Callable[[Question, Sequence[Score]], Counts]
 
-    def prompt(self, question: JudgedQuestion, answer: str) -> tuple[dict[str, str], ...]:
+    def prompt(self, question: JudgedQuestion, answer: str) -> Messages:
         """The messages that ask for a judgement; other braces of the template stay as they are."""
-        said = {"question": question.text, "reference": question.label, "answer": answer,
-                "context": question.context}
-        text = re.sub(r"\{(question|reference|answer|context)\}", lambda place: said[place[1]],
+        parts = {"question": question.text, "reference": question.label, "answer": answer,
+                 "context": question.context}
+        text = re.sub(r"\{(question|reference|answer|context)\}", lambda place: parts[place[1]],
                       self.template.read_text(encoding="utf-8"))
         return ({"role": "user", "content": text.strip()},)
 
+    def counts(self, question: Question, scores: Sequence[Score]) -> Counts:
+        """What an answer adds to each metric; without a score it adds to `unscored` alone."""
+        return {"unscored": (0, 1), **self.marks(question, scores)} if scores else {
+            "unscored": (1, 1)}
+
+
+# --- asking a judge ------------------------------------------------------------------------------
+
+def ask(endpoint: Endpoint, folder: Path, benchmark: Judged, prompts: Sequence[Messages], *,
+        temperature: float, repeats: int, attempts: int) -> list[list[Score]]:
+    """The scores of each prompt's readable repeats; only replies that `folder` lacks are asked for.
+
+    attempts: how often one reply is asked for until it can be read, each with a seed of its own.
+    Each reply is on disk before the next question, so that a killed server or run costs nothing
+    twice, and with all replies there no server and no key is needed. Raises Refusal as `endpoint`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file, scores = folder / REPLIES, {}
+    with runs.locked(folder / ".replies.lock", f"{folder}: another process asks a judge and keeps "
+                     "the replies here; wait until it has ended"):
+        replies = _read_replies(file)
+        left = [(n, r) for n in range(len(prompts)) for r in range(repeats)]
+        for attempt in range(attempts):
+            # sha256 of all that a reply depends on; not the url, where the same judge may move
+            keys = {(n, r): hashlib.sha256(json.dumps({
+                "model": endpoint.model, "messages": [dict(m) for m in prompts[n]],
+                "temperature": float(temperature), "top_p": TOP_P,
+                "max_new_tokens": benchmark.reply_tokens, "repeat": r, "attempt": attempt},
+                sort_keys=True).encode()).hexdigest() for n, r in left}
+            new = {key: prompts[n] for (n, _), key in keys.items() if key not in replies}
+            if new:
+                _ask_new(endpoint, file, replies, new, temperature=temperature,
+                         max_new_tokens=benchmark.reply_tokens)
+            scores |= {place: benchmark.parse(replies[key]) for place, key in keys.items()}
+            left = [place for place in left if scores[place] is None]
+    return [[s for r in range(repeats) if (s := scores[n, r]) is not None]
+            for n in range(len(prompts))]
+
+
+def _ask_new(endpoint: Endpoint, file: Path, replies: dict[str, str], new: Mapping[str, Messages],
+             **settings: float) -> None:
+    """Adds the replies to `new` (key -> prompt) to the file and to `replies` as they come."""
+    keys = list(new)
+    with tqdm(total=len(new), desc="judge's replies", unit="reply", leave=False) as bar:
+        def keep(place: int, text: str) -> None:
+            line = {"key": keys[place], "model": endpoint.model, "reply": text}
+            with file.open("ab") as stream:  # opened for each: an interrupt may close it no more
+                stream.write(f"{to_json(line)}\n".encode())
+                stream.flush()
+                os.fsync(stream.fileno())
+            replies[keys[place]] = text
+            bar.update()
+
+        endpoint.answers(list(new.values()), top_p=TOP_P, keep=keep, **settings,
+                         seeds=[seed_for(0, "judge", k) % 2**31 for k in keys])
+
+
+def _read_replies(file: Path) -> dict[str, str]:
+    """key -> reply of a file; what a kill left of its last line is cut off."""
+    *lines, torn = file.read_bytes().split(b"\n") if file.is_file() else [b""]
+    replies = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            replies[record["key"]] = record["reply"]
+        except (ValueError, TypeError, KeyError):
+            raise Refusal(f"{file}, line {number}: is no reply of a judge; remove the line, and "
+                          "its question is asked again") from None
+    if torn:
+        os.truncate(file, file.stat().st_size - len(torn))
+    return replies
+
 
 # --- replies -------------------------------------------------------------------------------------
+
+NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+)(?:\.0)?)?"  # and what it is out of, as in 4/6
+ENDS = r"(?!\w|[.,]\d|\s*[-–/]\s*\d)"  # behind it: no longer number, no range, no other fraction
+
 
 def _verdict(reply: str) -> str:
     """A reply without emphasis and without the thoughts that some models write before it; nothing
@@ -80,20 +162,19 @@ def _verdict(reply: str) -> str:
 
 
 def _number(value: str, out_of: str | None, *, low: float, high: float) -> float | None:
-    inside = low <= float(value) <= high and out_of in (None, f"{high:g}")
+    inside = low <= float(value) <= high and out_of in (None, "", f"{high:g}")
     return float(value) if inside else None
 
 
-def one_score(reply: str, *, label: str, low: float, high: float, whole: bool = False
-              ) -> Score | None:
+def one_score(reply: str, *, label: str, low: float, high: float, step: float = 0) -> Score | None:
     """The number behind "<label>:", or that the first line consists of; None where there is none,
-    where there are several, or where it is out of bounds. whole: only whole numbers count."""
+    where there are several, or where it is out of bounds or no multiple of `step`."""
     text = _verdict(reply)
     found = (re.findall(rf"(?i)\b{label}\s*[:=]\s*{NUMBER}{ENDS}", text)
              or re.findall(rf"\A{NUMBER}\.?\s*(?:\n|\Z)", text))
-    scores = {_number(value, out_of or None, low=low, high=high) for value, out_of in found}
+    scores = {_number(*number, low=low, high=high) for number in found}
     score = scores.pop() if len(scores) == 1 else None
-    return None if score is None or whole and score % 1 else (score,)
+    return None if score is None or step and score % step else (score,)
 
 
 def two_scores(reply: str, *, low: float, high: float) -> Score | None:
@@ -108,126 +189,91 @@ def two_scores(reply: str, *, low: float, high: float) -> Score | None:
 
 # --- official files ------------------------------------------------------------------------------
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise Refusal(f"{file}: is no text; fetch the official file again") from None
+def _fields(record: Any, where: str, **kinds: Any) -> list[Any]:
+    """The named fields of a record, each of its type or one of the values listed for it."""
+    for name, kind in kinds.items():
+        value = record.get(name) if isinstance(record, dict) else None
+        if not (isinstance(value, kind) if isinstance(kind, type) else value in tuple(kind)):
+            raise Refusal(f"{where}: {name} is {str(value)[:40]!r}, not as in the official file; "
+                          "fetch the file again")
+    return [record[name] for name in kinds]
 
 
-def _json(text: str, where: object, kind: type) -> Any:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, kind):
-        raise Refusal(f"{where}: is not the JSON of the official file; fetch it again")
-    return found
+def _rows(file: Path, **kinds: Any) -> Iterator[tuple[Any, ...]]:
+    """Where each record of a JSON list or of JSON lines stands, and its fields."""
+    for where, record in entries.read(file, file.parent):
+        yield f"{file.parent / where}", *_fields(record, f"{file.parent / where}", **kinds)
 
 
-def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(where it stands, record) of every line that is not empty."""
-    lines = ((f"{file}, line {n}", line) for n, line in enumerate(_text(file).split("\n"), start=1))
-    return [(where, _json(line, where, dict)) for where, line in lines if line.strip()]
-
-
-def _part(record: Any, name: str, where: str, kind: type = str) -> Any:
-    value = record.get(name) if isinstance(record, dict) else None
-    if not isinstance(value, kind):
-        raise Refusal(f"{where}: {name!r} is missing or is not as in the official file; fetch the "
-                      "file again")
-    return value
-
-
-def _known(value: str, names: Sequence[str], where: str) -> str:
-    if value not in names:
-        raise Refusal(f"{where}: {value!r} is none of {', '.join(names)}; fetch the official file "
-                      "again")
-    return value
-
-
-def _all(questions: Sequence[JudgedQuestion], file: Path) -> tuple[JudgedQuestion, ...]:
+def _unique(questions: Sequence[JudgedQuestion], file: Path) -> tuple[JudgedQuestion, ...]:
     if not questions or len({q.id for q in questions}) < len(questions):
         raise Refusal(f"{file}: has no question, or one twice; fetch the official file again")
     return tuple(questions)
 
 
 def _mm_vet_questions(folder: Path) -> tuple[JudgedQuestion, ...]:
-    file = folder / MM_VET.files["questions"]
-    questions = []
-    for name, record in _json(_text(file), file, dict).items():
+    file, questions = folder / MM_VET.files["questions"], []
+    try:
+        records = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise Refusal(f"{file}: is not the JSON of the official file; fetch it again") from None
+    for name, record in records.items():
         where = f"{file}, {name}"
-        abilities = [_known(a, tuple(ABILITIES), where)
-                     for a in _part(record, "capability", where, list)]
+        image, text, answer, abilities = _fields(
+            record, where, imagename=str, question=str, answer=str, capability=list)
+        for ability in abilities:
+            _fields({"capability": ability}, where, capability=ABILITIES)
         questions.append(JudgedQuestion(
-            name, _part(record, "imagename", where), _part(record, "question", where),
-            kind=" ".join(a for a in ABILITIES if a in abilities),
-            label=re.sub(r"\s*<(AND|OR)>\s*", r" <\1> ", _part(record, "answer", where))))
-    return _all(questions, file)
+            name, image, text, kind=" ".join(a for a in ABILITIES if a in abilities),
+            label=re.sub(r"\s*<(AND|OR)>\s*", r" <\1> ", answer)))
+    return _unique(questions, file)
 
 
 def _llava_bench_questions(folder: Path) -> tuple[JudgedQuestion, ...]:
     files = {role: folder / path for role, path in LLAVA_BENCH.files.items()}
     # Official readers go by line; by number, a file in another order is no danger.
-    references = {_part(r, "question_id", where, int): _part(r, "text", where)
-                  for where, r in _lines(files["references"])}
-    contexts = {_part(r, "image", where): _part(r, "caption", where)
-                for where, r in _lines(files["contexts"])}
+    references = {n: text for _, n, text in _rows(files["references"], question_id=int, text=str)}
+    contexts = {i: text for _, i, text in _rows(files["contexts"], image=str, caption=str)}
     questions = []
-    for where, record in _lines(files["questions"]):
-        number, image = _part(record, "question_id", where, int), _part(record, "image", where)
-        for part, held, key in (("references", references, number), ("contexts", contexts, image)):
-            if key not in held:
-                raise Refusal(f"{where}: {files[part]} has nothing for {key!r}; fetch both files "
-                              "again")
-        questions.append(JudgedQuestion(
-            str(number), image, _part(record, "text", where),
-            kind=_known(_part(record, "category", where), tuple(CATEGORIES), where),
-            label=references[number], context=contexts[image]))
-    return _all(questions, files["questions"])
+    for where, number, image, text, kind in _rows(
+            files["questions"], question_id=int, image=str, text=str, category=CATEGORIES):
+        if number not in references or image not in contexts:
+            raise Refusal(f"{where}: {files['references']} has nothing for {number}, or "
+                          f"{files['contexts']} for {image}; fetch both files again")
+        questions.append(JudgedQuestion(str(number), image, text, kind, references[number],
+                                        contexts[image]))
+    return _unique(questions, files["questions"])
 
 
 def _mmhal_questions(folder: Path) -> tuple[JudgedQuestion, ...]:
     file = folder / MMHAL.files["questions"]
-    questions = []
-    for number, record in enumerate(_json(_text(file), file, list), start=1):
-        where = f"{file}, question {number}"
-        questions.append(JudgedQuestion(
-            _part(record, "image_id", where), _part(record, "image_src", where).rpartition("/")[2],
-            _part(record, "question", where),
-            kind=_known(_part(record, "question_type", where), TYPES, where),
-            label=_part(record, "gt_answer", where),
-            context=", ".join(map(str, _part(record, "image_content", where, list)))))
-    return _all(questions, file)
+    return _unique([
+        JudgedQuestion(name, url.rpartition("/")[2], text, kind, answer, ", ".join(map(str, seen)))
+        for _, name, url, text, kind, answer, seen in _rows(
+            file, image_id=str, image_src=str, question=str, question_type=TYPES, gt_answer=str,
+            image_content=list)], file)
 
 
 # --- what scores count as ------------------------------------------------------------------------
 
-def _mm_vet_counts(question: Question, scores: Sequence[Score]) -> Counts:
+def _mm_vet_marks(question: Question, scores: Sequence[Score]) -> Counts:
     """Mean mark, over all questions and over those that need an ability."""
-    if not scores:
-        return {"unscored": (1, 1)}
     mark = fmean(s for s, in scores)
-    return {"unscored": (0, 1), **{n: (mark, 1) for n in ("total", *question.kind.split())}}
+    return {name: (mark, 1) for name in ("total", *question.kind.split())}
 
 
-def _llava_bench_counts(question: Question, scores: Sequence[Score]) -> Counts:
+def _llava_bench_marks(question: Question, scores: Sequence[Score]) -> Counts:
     """Sum of the answers' scores over the sum of the references', and the mean of each."""
-    if not scores:
-        return {"unscored": (1, 1)}
     reference, answer = map(fmean, zip(*scores, strict=True))
-    return {"unscored": (0, 1), "total": (answer, reference), question.kind: (answer, reference),
+    return {"total": (answer, reference), question.kind: (answer, reference),
             "answer_score": (answer, 1), "reference_score": (reference, 1)}
 
 
-def _mmhal_counts(question: Question, scores: Sequence[Score]) -> Counts:
+def _mmhal_marks(question: Question, scores: Sequence[Score]) -> Counts:
     """Mean rating, in all and of a type of question, and the share of ratings below 3."""
-    if not scores:
-        return {"unscored": (1, 1)}
     rating = fmean(s for s, in scores)
     below = fmean(s < HALLUCINATED_BELOW for s, in scores)
-    return {"unscored": (0, 1), "rating": (rating, 1), "hallucination": (below, 1),
-            question.kind: (rating, 1)}
+    return {"rating": (rating, 1), question.kind: (rating, 1), "hallucination": (below, 1)}
 
 
 UNSCORED = {"unscored": Metric("questions without a score", False)}
@@ -243,7 +289,7 @@ MM_VET = Judged(
     metrics={"total": Metric("MM-Vet", True),
              **{n: Metric(label, True) for n, label in ABILITIES.items()}, **UNSCORED},
     load=_mm_vet_questions, parse=partial(one_score, label="score", low=0, high=1),
-    counts=_mm_vet_counts)
+    marks=_mm_vet_marks)
 
 LLAVA_BENCH = Judged(
     name="llava-bench", title="LLaVA-Bench (in the Wild)",
@@ -259,7 +305,7 @@ LLAVA_BENCH = Judged(
              "answer_score": Metric("score of the answers, 1 to 10", True),
              "reference_score": Metric("score of GPT-4's answers, 1 to 10", None), **UNSCORED},
     load=_llava_bench_questions, parse=partial(two_scores, low=1, high=10),
-    counts=_llava_bench_counts)
+    marks=_llava_bench_marks)
 
 MMHAL = Judged(
     name="mmhal", title="MMHal-Bench",
@@ -274,6 +320,6 @@ MMHAL = Judged(
              "hallucination": Metric("answers that hallucinate", False),
              **{n: Metric(f"rating, {n}", True) for n in TYPES}, **UNSCORED},
     load=_mmhal_questions,
-    parse=partial(one_score, label="rating", low=0, high=6, whole=True), counts=_mmhal_counts)
+    parse=partial(one_score, label="rating", low=0, high=6, step=1), marks=_mmhal_marks)
 
 JUDGED = {b.name: b for b in (MM_VET, LLAVA_BENCH, MMHAL)}

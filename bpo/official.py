@@ -2,7 +2,7 @@
 
 A benchmark's folder holds the files under the names they are published with; nothing is fetched.
 `synonyms.txt` in the folder replaces COCO's word list, and `questions.json` in CHAIR's names the
-images to caption and how they are asked for. The rules of counting: `hallucination`, `yes_no`.
+images to caption and how they are asked for. The rules of counting: `hallucination`.
 """
 
 import base64
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bpo import coco, entries, hallucination, vocabulary, yes_no
+from bpo import coco, entries, hallucination, vocabulary
 from bpo.params import Refusal
 from bpo.vocabulary import Lexicon
 
@@ -87,17 +87,17 @@ class Benchmark:
         return {n: (c.parts, c.rule) for n, c in self.combined.items()}
 
 
-def missing(benchmark: Benchmark, folder: Path, *, images: bool = True) -> list[str]:
-    """The files and, with `images`, the image folder that a benchmark's folder lacks."""
+def missing(benchmark: Benchmark, folder: Path) -> list[str]:
+    """The files and the image folder that a benchmark's folder lacks."""
     lost = [f for f in benchmark.files.values() if not (folder / f).is_file()]
-    if images and not benchmark.embedded and not (folder / benchmark.images).is_dir():
+    if not benchmark.embedded and not (folder / benchmark.images).is_dir():
         lost.append(f"{benchmark.images}/")
     return lost
 
 
-def require(benchmark: Benchmark, folder: Path, *, images: bool = True) -> None:
+def require(benchmark: Benchmark, folder: Path) -> None:
     """Raises one Refusal that lists all that is missing."""
-    if lost := missing(benchmark, folder, images=images):
+    if lost := missing(benchmark, folder):
         raise Refusal(f"{folder}: {benchmark.title} needs {', '.join(lost)} there; "
                       f"{benchmark.fetch}")
 
@@ -107,7 +107,7 @@ def read_lexicon(folder: Path) -> Lexicon:
     return vocabulary.lexicon(vocabulary.read(own if own.is_file() else vocabulary.COCO))
 
 
-def _rows(file: Path, needed: Sequence[str]) -> Iterator[dict[str, Any]]:
+def rows(file: Path, needed: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The entries of a JSON list or of JSON lines."""
     for where, entry in entries.read(file, file.parent):
         yield coco.checked(entry, needed, f"{file.parent / where}")
@@ -138,7 +138,7 @@ def _chair(folder: Path) -> Loaded:
     asked = folder / QUESTIONS
     if asked.is_file():
         questions = [Question(coco.image_key(q["image"]), q["image"], q["text"])
-                     for q in _rows(asked, ("image", "text"))]
+                     for q in rows(asked, ("image", "text"))]
         ids = [q.id for q in questions]
         if twice := sorted({i for i in ids if ids.count(i) > 1}):
             raise Refusal(f"{asked}: asks twice for image {twice[0]}; CHAIR has one caption an "
@@ -157,7 +157,7 @@ def _object_halbench(folder: Path) -> Loaded:
     lexicon = read_lexicon(folder)
     scenes = read_scenes(folder, lexicon)
     questions = []
-    for number, row in enumerate(_rows(folder / HALBENCH, ("image_id", "question")), start=1):
+    for number, row in enumerate(rows(folder / HALBENCH, ("image_id", "question")), start=1):
         key = coco.image_key(row["image_id"])
         inside = f"{key}.jpg" if row.get("image") else None
         questions.append(Question(str(number), inside or getattr(scenes.get(key), "file", key),
@@ -172,7 +172,7 @@ def unpack(folder: Path) -> None:
     """Writes the images inside Object HalBench's question file to images/ID.jpg where they are not
     yet. Raises Refusal where they cannot be decoded or written."""
     images = folder / "images"
-    for row in _rows(folder / HALBENCH, ("image_id",)):
+    for row in rows(folder / HALBENCH, ("image_id",)):
         file = images / f"{coco.image_key(row['image_id'])}.jpg"
         if not row.get("image") or file.is_file():
             continue
@@ -213,12 +213,12 @@ def pope_questions(files: Mapping[str, Path]) -> list[Question]:
     return [Question(f"{kind}-{q['question_id']}", q["image"], q["text"], kind,
                      _label(q, "label", file))
             for kind, file in files.items()
-            for q in _rows(file, ("question_id", "image", "text", "label"))]
+            for q in rows(file, ("question_id", "image", "text", "label"))]
 
 
 def yes_no_counts(question: Question, text: str, *, positive: str) -> Counts:
     """The counts of one answer, and of its kind: accuracy_KIND, f1_KIND."""
-    counts = yes_no.counts(text, question.label, positive=positive)
+    counts = hallucination.yes_no(text, question.label, positive=positive)
     return counts | {f"{n}_{question.kind}": counts[n] for n in ("accuracy", "f1")}
 
 
@@ -247,7 +247,7 @@ class AmberTruth:
 def read_amber(folder: Path) -> AmberTruth:
     """annotations.json, relation.json and safe_words.txt of AMBER's folder."""
     file, labels, scenes = folder / "annotations.json", {}, {}
-    for entry in _rows(file, ("id", "type", "truth")):
+    for entry in rows(file, ("id", "type", "truth")):
         if entry["type"] == GENERATIVE:
             coco.checked(entry, ("hallu",), str(file))
             scenes[str(entry["id"])] = (entry["truth"], entry["hallu"])
@@ -269,7 +269,7 @@ def _amber(folder: Path) -> Loaded:
     truth, questions = read_amber(folder), []
     for role in ("generative", "discriminative"):
         file = folder / BENCHMARKS["amber"].files[role]
-        for entry in _rows(file, ("id", "image", "query")):
+        for entry in rows(file, ("id", "image", "query")):
             number = str(entry["id"])
             if number not in (truth.scenes if role == GENERATIVE else truth.labels):
                 raise Refusal(f"{file}: question {number} is not in annotations.json; give files "

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_endpoint import completion, endpoint, free_port, served, server  # noqa: F401 (fixtures)
+from test_endpoint import completion, endpoint, server  # noqa: F401 (fixtures)
 
 from bpo import (
     benchmark_figures,
@@ -141,7 +141,7 @@ def test_a_judge_scores_what_it_can_read_and_is_named(
 
     def reply(number, body):
         mark = judgement(body["messages"][-1]["content"])
-        return completion({"content": "hm" if mark is None else f"Score: {mark}"})
+        return completion("hm" if mark is None else f"Score: {mark}")
 
     server.reply = reply
     p = parameters.model_copy(update={

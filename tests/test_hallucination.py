@@ -194,3 +194,43 @@ def test_an_association_goes_one_way():
     ("air-conditioning", 1), ("man-made", 0), ("slippers", 1), ("skyline", 0), ("Skies", 1)])
 def test_listed_words_are_nouns(text, nouns):
     assert amber(text)["chair"][1] == nouns
+
+
+# --- POPE's and AMBER's yes/no questions ---------------------------------------------------------
+
+@pytest.mark.parametrize("text, said", [
+    ("Yes.", "yes"), ("no", "no"), ("Yes, there is no doubt.", "yes"), ("No. Yes.", "no"),
+    ("The answer is: yes", "yes"), ("There is a dog.", None), ("", None),
+    ("Nothing. Yesterday", None),
+    ("There is not a dog.", "no"), ("It is big. It is not red.", None), ("There isn’t any", "no"),
+    ("I don't see one", "no"), ("I am not sure", None), ("It's not possible to tell.", None),
+    ("I don't know", None), ("Not really, but yes", "yes")])
+def test_an_answer_is_read_by_the_rules_that_are_stated(text, said):
+    assert hallucination.yes_or_no(text) == said
+
+
+def summed(answers, positive):
+    totals = {}
+    for text, truth in answers:
+        for name, (top, bottom) in hallucination.yes_no(text, truth, positive=positive).items():
+            old = totals.get(name, (0, 0))
+            totals[name] = (old[0] + top, old[1] + bottom)
+    return totals
+
+
+GOLDEN = [("yes", "yes"), ("Yes it is", "yes"), ("yes", "no"), ("no", "no"), ("no", "yes"),
+          ("perhaps", "yes"), ("perhaps", "no")]
+
+
+def test_golden_answers_with_yes_positive():
+    # TP 2, FP 1, TN 1, FN 2 (one said no, one nothing); of 7 answers 3 say yes, 2 neither.
+    assert summed(GOLDEN, "yes") == {
+        "accuracy": (3, 7), "precision": (2, 3), "recall": (2, 4), "f1": (4, 7),
+        "yes_ratio": (3, 7), "unanswered": (2, 7)}
+
+
+def test_golden_answers_with_no_positive():
+    # TP 1 (no, no), FP 1 (no, yes), FN 2 (yes and perhaps to a no).
+    assert summed(GOLDEN, "no") == {
+        "accuracy": (3, 7), "precision": (1, 2), "recall": (1, 3), "f1": (2, 5),
+        "yes_ratio": (3, 7), "unanswered": (2, 7)}

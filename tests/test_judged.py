@@ -1,23 +1,37 @@
-"""The benchmarks with a judge: official layouts, replies as judges write them, numbers by hand."""
+"""The benchmarks with a judge: official layouts, replies as judges write them, numbers by hand; and
+asking a judge: nothing paid for is lost, nothing is paid for twice."""
 
 import json
-import re
+import os
+import signal
+import threading
+import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from test_endpoint import (  # noqa: F401 (fixtures)
+    completion,
+    endpoint,
+    prompts,
+    question,
+    served,
+    server,
+)
 
-from bpo import metrics, official
+from bpo import judged, metrics, official, runs
+from bpo.endpoint import Endpoint, NoAnswer
 from bpo.judged import JUDGED, LLAVA_BENCH, MM_VET, MMHAL, TYPES
 from bpo.params import Refusal
 
 VET = {
     "v1_0": {"imagename": "v1_0.png", "question": "What is x?", "answer": "-1<AND>-5",
-             "imagesource": "made up", "capability": ["math", "ocr"]},
+             "capability": ["math", "ocr"]},
     "v1_1": {"imagename": "v1_1.jpg", "question": "What is {answer} here?",
-             "answer": "eight <OR> 8.0", "imagesource": "made up", "capability": ["ocr"]},
+             "answer": "eight <OR> 8.0", "capability": ["ocr"]},
     "v1_2": {"imagename": "v1_1.jpg", "question": "Is it ä?", "answer": "no",
-             "imagesource": "made up", "capability": ["rec", "know", "gen", "spat"]}}
+             "capability": ["rec", "know", "gen", "spat"]}}
 LLAVA = {
     "questions.jsonl": [
         {"question_id": 0, "image": "001.jpg", "text": "Name it.", "category": "conv"},
@@ -25,187 +39,128 @@ LLAVA = {
         {"question_id": 2, "image": "002.jpg", "text": "Why?", "category": "complex"},
         {"question_id": 3, "image": "002.jpg", "text": "How many?", "category": "conv"}],
     # In another order, as no official file is: they are matched by number.
-    "answers_gpt4.jsonl": [
-        {"question_id": n, "prompt": "p", "answer_id": "a", "model_id": "gpt-4-0314",
-         "metadata": {}, "text": f"reference {n}"} for n in (2, 0, 3, 1)],
-    "context.jsonl": [{"id": "002", "image": "002.jpg", "caption": "Two mugs."},
-                      {"id": "001", "image": "001.jpg", "caption": "A hill."}]}
-HAL = [{"question_type": kind, "question_topic": "outdoor", "image_id": f"id{n}",
+    "answers_gpt4.jsonl": [{"question_id": n, "text": f"reference {n}"} for n in (2, 0, 3, 1)],
+    "context.jsonl": [{"image": "002.jpg", "caption": "Two mugs."},
+                      {"image": "001.jpg", "caption": "A hill."}]}
+HAL = [{"question_type": kind, "image_id": f"id{n}", "question": f"question {n}",
         "image_src": f"https://x.invalid/8/{n}_o.jpg", "image_content": ["Bus", "Car"],
-        "question": f"question {n}", "gt_answer": f"answer {n}", "model_answer": ""}
-       for n, kind in enumerate(TYPES)]
+        "gt_answer": f"answer {n}"} for n, kind in enumerate(TYPES)]
 
 
-def write(folder, *, vet=VET, llava=LLAVA, hal=HAL):
+def write(folder, *, vet=VET, llava=None, hal=HAL):
     (folder / "mm-vet.json").write_text(json.dumps(vet))
     (folder / "response_template.json").write_text(json.dumps(hal))
-    for name, lines in llava.items():
+    for name, lines in (LLAVA | (llava or {})).items():
         (folder / name).write_text("".join(f"{json.dumps(line)}\n" for line in lines) + "\n")
     return folder
 
 
 # --- files and prompts ---------------------------------------------------------------------------
 
-def test_mm_vet_is_read_from_its_file(tmp_path):
-    first, second, third = MM_VET.load(write(tmp_path))
-    assert (first.id, first.image, first.text) == ("v1_0", "v1_0.png", "What is x?")
-    assert (first.label, second.label, third.label) == ("-1 <AND> -5", "eight <OR> 8.0", "no")
-    assert (first.kind, second.kind, third.kind) == ("ocr math", "ocr", "rec know gen spat")
-
-
-def test_llava_bench_joins_its_three_files(tmp_path):
-    questions = LLAVA_BENCH.load(write(tmp_path))
-    assert [(q.id, q.image, q.text, q.kind, q.label, q.context) for q in questions[1:3]] == [
+def test_the_official_files_are_read(tmp_path):
+    vet, llava, hal = (JUDGED[n].load(write(tmp_path)) for n in ("mm-vet", "llava-bench", "mmhal"))
+    assert [(q.id, q.image, q.kind, q.label) for q in vet] == [
+        ("v1_0", "v1_0.png", "ocr math", "-1 <AND> -5"),
+        ("v1_1", "v1_1.jpg", "ocr", "eight <OR> 8.0"), ("v1_2", "v1_1.jpg", "rec know gen spat",
+                                                        "no")]
+    assert [(q.id, q.image, q.text, q.kind, q.label, q.context) for q in llava[1:3]] == [
         ("1", "001.jpg", "Describe it.", "detail", "reference 1", "A hill."),
         ("2", "002.jpg", "Why?", "complex", "reference 2", "Two mugs.")]
-    assert len(questions) == 4
-
-
-def test_mmhal_names_its_images_by_the_end_of_their_address(tmp_path):
-    questions = MMHAL.load(write(tmp_path))
-    assert [q.kind for q in questions] == list(TYPES) and len(TYPES) == 8
-    q = questions[3]
-    assert (q.id, q.image, q.text, q.label, q.context) == (
+    assert [q.kind for q in hal] == list(TYPES) and (len(llava), len(hal)) == (4, 8)
+    assert (hal[3].id, hal[3].image, hal[3].text, hal[3].label, hal[3].context) == (
         "id3", "3_o.jpg", "question 3", "answer 3", "Bus, Car")
 
 
 @pytest.mark.parametrize("name", JUDGED)
 def test_a_prompt_holds_all_that_a_judge_needs_and_nothing_is_filled_in_twice(tmp_path, name):
     benchmark = JUDGED[name]
-    question = replace(benchmark.load(write(tmp_path))[1], context="a {answer} in brackets")
+    asked = replace(benchmark.load(write(tmp_path))[1], context="a {answer} in brackets")
     answer = "a {reference} of mine {0} {}"
-    message, = benchmark.prompt(question, answer)
-    assert message["role"] == "user"
-    text = message["content"]
-    for part in (question.text, question.label, answer):
-        assert part in text
-    assert (question.context in text) == (benchmark is not MM_VET)
-    assert text.rindex(question.label) < text.rindex(answer) or benchmark is LLAVA_BENCH
-    for place in ("{question}", "{context}"):
-        assert place not in text
-    blank = replace(question, text="", label="", context="")
-    assert text.count("{answer}") == question.text.count("{answer}") + (benchmark is not MM_VET)
+    text = benchmark.prompt(asked, answer)[-1]["content"]
+    assert all(part in text for part in (asked.text, asked.label, answer))
+    assert (asked.context in text) == (benchmark is not MM_VET)
+    # LLaVA-Bench's first assistant is the reference, as in the reply's two scores.
+    assert text.rindex(asked.label) < text.rindex(answer)
+    blank = replace(asked, text="", label="", context="")
     assert "{" not in benchmark.prompt(blank, "")[0]["content"]
 
 
-def test_what_llava_bench_calls_the_first_answer_is_the_reference(tmp_path):
-    question = LLAVA_BENCH.load(write(tmp_path))[0]
-    text = LLAVA_BENCH.prompt(question, "mine")[0]["content"]
-    assert text.index("assistant 1:\nreference 0") < text.index("assistant 2:\nmine")
-
-
-def without(record, name):
-    return {k: v for k, v in record.items() if k != name}
-
-
-@pytest.mark.parametrize("benchmark, files, said", (
-    (MM_VET, {"vet": [1]}, r"mm-vet\.json: is not the JSON"),
-    (MM_VET, {"vet": {}}, r"mm-vet\.json: has no question"),
-    (MM_VET, {"vet": {"v1_7": without(VET["v1_0"], "imagename")}}, "v1_7: 'imagename'"),
-    (MM_VET, {"vet": {"v1_7": VET["v1_0"] | {"answer": 3}}}, "v1_7: 'answer'"),
-    (MM_VET, {"vet": {"v1_7": VET["v1_0"] | {"capability": ["ocr", "smell"]}}},
-     "v1_7: 'smell' is none of rec, ocr, know, gen, spat, math"),
-    (MM_VET, {"vet": {"v1_7": "text"}}, "v1_7: 'capability'"),
-    (LLAVA_BENCH, {"llava": LLAVA | {"answers_gpt4.jsonl": LLAVA["answers_gpt4.jsonl"][1:]}},
-     r"questions\.jsonl, line 3: .*answers_gpt4\.jsonl has nothing for 2"),
-    (LLAVA_BENCH, {"llava": LLAVA | {"context.jsonl": LLAVA["context.jsonl"][:1]}},
-     r"questions\.jsonl, line 1: .*context\.jsonl has nothing for '001\.jpg'"),
-    (LLAVA_BENCH, {"llava": LLAVA | {"questions.jsonl": [LLAVA["questions.jsonl"][0]] * 2}},
-     "one twice"),
-    (LLAVA_BENCH, {"llava": LLAVA | {"questions.jsonl": [
-        LLAVA["questions.jsonl"][0] | {"category": "llava_bench_conv"}]}},
-     "line 1: 'llava_bench_conv' is none of conv, detail, complex"),
-    (LLAVA_BENCH, {"llava": LLAVA | {"context.jsonl": [["001.jpg"]]}},
-     r"context\.jsonl, line 1: is not the JSON"),
-    (MMHAL, {"hal": {"a": 1}}, r"response_template\.json: is not the JSON"),
-    (MMHAL, {"hal": [HAL[0], HAL[1] | {"question_type": "odd"}]}, "question 2: 'odd' is none of"),
-    (MMHAL, {"hal": [without(HAL[0], "gt_answer")]}, "question 1: 'gt_answer'"),
-    (MMHAL, {"hal": [HAL[0] | {"image_content": "Bus"}]}, "question 1: 'image_content'")))
-def test_a_file_that_is_not_the_official_one_is_refused(tmp_path, benchmark, files, said):
-    with pytest.raises(Refusal, match=said) as refusal:
+@pytest.mark.parametrize("benchmark, files, named", (
+    (MM_VET, {"vet": [1]}, r"mm-vet\.json: "), (MM_VET, {"vet": {}}, r"mm-vet\.json: "),
+    (MM_VET, {"vet": {"v1_7": VET["v1_0"] | {"answer": 3}}}, "v1_7: answer is '3'"),
+    (MM_VET, {"vet": {"v1_7": VET["v1_0"] | {"capability": ["smell"]}}}, "capability is 'smell'"),
+    (MM_VET, {"vet": {"v1_7": "text"}}, "v1_7: imagename"),
+    (LLAVA_BENCH, {"llava": {"answers_gpt4.jsonl": LLAVA["answers_gpt4.jsonl"][1:]}},
+     r"questions\.jsonl, row 3: .*answers_gpt4\.jsonl has nothing for 2"),
+    (LLAVA_BENCH, {"llava": {"context.jsonl": LLAVA["context.jsonl"][:1]}},
+     r"questions\.jsonl, row 1: .*context\.jsonl for 001\.jpg"),
+    (LLAVA_BENCH, {"llava": {"questions.jsonl": LLAVA["questions.jsonl"][:1] * 2}}, "one twice"),
+    (LLAVA_BENCH, {"llava": {"context.jsonl": [["001.jpg"]]}}, r"context\.jsonl"),
+    (MMHAL, {"hal": [HAL[0], HAL[1] | {"question_type": "odd"}]}, "row 2: question_type is 'odd'"),
+    (MMHAL, {"hal": [HAL[0] | {"image_content": "Bus"}]}, "row 1: image_content is 'Bus'")))
+def test_a_file_that_is_not_the_official_one_is_refused(tmp_path, benchmark, files, named):
+    with pytest.raises(Refusal, match=named):
         benchmark.load(write(tmp_path, **files))
-    assert "again" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("content, said", ((b"<html>", "is not the JSON"),
-                                           (b"\x89PNG\xff", "is no text")))
+@pytest.mark.parametrize("content", (b"<html>", b"\x89PNG\xff"))
 @pytest.mark.parametrize("benchmark", JUDGED.values(), ids=JUDGED)
-def test_another_thing_in_a_file_s_place_is_refused(tmp_path, benchmark, content, said):
+def test_another_thing_in_a_file_s_place_is_refused(tmp_path, benchmark, content):
     (write(tmp_path) / benchmark.files["questions"]).write_bytes(content)
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(Refusal, match=benchmark.files["questions"]):
         benchmark.load(tmp_path)
+    with pytest.raises(Refusal, match="needs images/ there; get "):
+        official.require(benchmark, tmp_path)
 
 
 # --- replies -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("reply, score", (
-    ("0.5", 0.5), ("Score: 0.5", 0.5), ("score=0.3", 0.3), ("**Score:** 0.7", 0.7), ("1", 1),
-    ("**Score: 1.0**", 1), (" 0.0\n", 0), ("0.4.\n", 0.4), ("1.", 1), ("0.5\nHalf of it.", 0.5),
-    ("Only one part is there.\n\nScore: 0.5", 0.5), ("Score: 0.5/1", 0.5), ("0.5 / 1.0", 0.5),
-    ("Score: 0.6. So, once more: score: 0.6", 0.6), ("`0.25`", 0.25),
-    ("<think>Score: 0.1? Or Score: 0.9.</think>\n\nScore: 0.9", 0.9),
-    ("no tag at the start: 0.1</think>0.2", 0.2)))
-def test_a_mark_of_mm_vet_is_read(reply, score):
-    assert MM_VET.parse(reply) == (score,)
-
-
-@pytest.mark.parametrize("reply", (
-    "", "right", "Score:", "Score: 1.5", "Score: -0.5", "-0.1", "5", "Score: 8", "Score: 5/10",
-    "1/2", "Score: 1/2", "0.5-0.7", "Score: 0.5 - 0.7", "Score: 0,5", "Score: 0.5 or score: 0.6",
-    "1 of the two parts is there", "2 of 4 are right. 0.5", "1. The answer names the hill.",
-    "<think>Score: 0.5", "Score: 0.5.1", "Score: 1x", "underscore: 0.5", "Score: nan"))
-def test_what_holds_no_single_mark_of_mm_vet_is_not_read(reply):
-    assert MM_VET.parse(reply) is None
+@pytest.mark.parametrize("benchmark, reply, score", (
+    *((MM_VET, *pair) for pair in (
+        ("0.5", 0.5), ("Score: 0.5", 0.5), ("score=0.3", 0.3), ("**Score:** 0.7", 0.7), ("1", 1),
+        (" 0.0\n", 0), ("0.4.\n", 0.4), ("0.5\nHalf of it.", 0.5), ("Score: 0.5/1", 0.5),
+        ("Only one part is there.\n\nScore: 0.5", 0.5), ("0.5 / 1.0", 0.5), ("`0.25`", 0.25),
+        ("Score: 0.6. So, once more: score: 0.6", 0.6),
+        ("<think>Score: 0.1? Or 0.9.</think>\n\nScore: 0.9", 0.9), ("no tag: 0.1</think>0.2", 0.2),
+        *((reply, None) for reply in (
+            "", "right", "Score:", "Score: 1.5", "Score: -0.5", "5", "Score: 5/10", "1/2",
+            "0.5-0.7", "Score: 0.5 - 0.7", "Score: 0,5", "Score: 0.5 or score: 0.6",
+            "2 of 4 are right. 0.5", "1. The answer names the hill.", "<think>Score: 0.5",
+            "Score: 0.5.1", "Score: 1x", "underscore: 0.5", "Score: nan")))),
+    *((MMHAL, *pair) for pair in (
+        ("Rating: 4", 4), ("It makes up a dog.\nRating: 0", 0), ("**Rating**: 6", 6), ("2", 2),
+        ("Rating: 4/6", 4), ("Rating: 5, without hallucination", 5), ("Rating: 4.0", 4),
+        ("5 dogs are named.\nRating: 1", 1), ("Rating: 2\n\nRating: 2", 2),
+        *((reply, None) for reply in (
+            "", "Rating: 10", "Rating: -1", "Rating: 4.5", "Rating: 3-4", "Rating: high", "3/4",
+            "Rating: 3 or 4?\nRating: 4", "4 things are right", "Rating: 40"))))))
+def test_a_single_score_is_read_or_none_is(benchmark, reply, score):
+    assert benchmark.parse(reply) == (None if score is None else (score,))
 
 
 @pytest.mark.parametrize("reply, scores", (
     ("8 7", (8, 7)), ("8 7\nThe first is better. Score: 3", (8, 7)), ("8,7", (8, 7)),
-    ("8, 7", (8, 7)), ("9.5 1\n", (9.5, 1)), ("10 10", (10, 10)), ("**8 7**\n\nBoth", (8, 7)),
-    ("\n 8  7 \nx", (8, 7)), ("8/10 7/10", (8, 7)), ("Scores: 8 7", (8, 7)), ("8; 7.", (8, 7)),
-    ("<think>9 9</think>\n6 5", (6, 5))))
+    ("9.5 1\n", (9.5, 1)), ("**8 7**\n\nBoth", (8, 7)), ("\n 8  7 \nx", (8, 7)),
+    ("8/10 7/10", (8, 7)), ("Scores: 8 7", (8, 7)), ("<think>9 9</think>\n6 5", (6, 5)),
+    *((reply, None) for reply in (
+        "", "8", "8 7 6", "0 7", "8 11", "-8 7", "8-7", "Both are good.\n8 7", "8 seven",
+        "8/100 7/100", "<think>8 7", "8 7 because", "1.2.3 4"))))
 def test_the_two_scores_of_llava_bench_are_read(reply, scores):
     assert LLAVA_BENCH.parse(reply) == scores
-
-
-@pytest.mark.parametrize("reply", (
-    "", "8", "8 7 6", "0 7", "8 11", "-8 7", "8-7", "87", "Both are good.\n8 7", "8 seven",
-    "8/100 7/100", "Assistant 1: 8", "<think>8 7", "8 7 because", "1.2.3 4"))
-def test_what_does_not_begin_with_two_scores_is_not_read(reply):
-    assert LLAVA_BENCH.parse(reply) is None
-
-
-@pytest.mark.parametrize("reply, score", (
-    ("Rating: 4", 4), ("It makes up a dog.\nRating: 0", 0), ("**Rating**: 6", 6), ("rating: 3.", 3),
-    ("Rating: 4/6", 4), ("Rating: 5, very informative, without hallucination", 5), ("2", 2),
-    ("Rating: 4.0", 4), ("5 dogs are named.\nRating: 1", 1), ("Rating: 2\n\nRating: 2", 2)))
-def test_a_rating_of_mmhal_is_read(reply, score):
-    assert MMHAL.parse(reply) == (score,)
-
-
-@pytest.mark.parametrize("reply", (
-    "", "Rating: 10", "Rating: 7", "Rating: -1", "Rating: 4.5", "Rating: 3-4", "Rating: 3 or 4?\n"
-    "Rating: 4", "Rating: high", "4 things are right", "Rating: 40", "The rating is good", "3/4"))
-def test_what_holds_no_single_rating_of_mmhal_is_not_read(reply):
-    assert MMHAL.parse(reply) is None
 
 
 # --- numbers, worked out by hand -----------------------------------------------------------------
 
 def values(benchmark, folder, replies):
     """metric -> (value, n) over a list of replies for each question, by the shared bootstrap."""
-    found = {}
-    for question, mine in zip(benchmark.load(folder), replies, strict=True):
-        scores = [s for s in map(benchmark.parse, mine) if s is not None]
-        for name, count in benchmark.counts(question, scores).items():
-            found.setdefault(name, []).append((question.image, count))
-    assert found.keys() <= benchmark.metrics.keys()
-    out = {}
-    for name, counts in found.items():
-        ratios = metrics.by_image(counts)
-        weights = metrics.bootstrap_weights(len(ratios), 50, np.random.default_rng(0))
-        estimate = metrics.estimate(ratios, weights)
-        out[name] = (estimate["value"], estimate["n"])
-    return out
+    counted = []
+    for asked, texts in zip(benchmark.load(folder), replies, strict=True):
+        scores = [s for s in map(benchmark.parse, texts) if s is not None]
+        counted.append((asked.image, benchmark.counts(asked, scores)))
+    assert {n for _, count in counted for n in count} <= benchmark.metrics.keys()
+    ratios = metrics.tabled(counted, benchmark.metrics)
+    weights = metrics.bootstrap_weights(len(ratios["unscored"]), 50, np.random.default_rng(0))
+    return {n: (e["value"], e["n"]) for n, e in metrics.estimates(ratios, weights, {}).items()}
 
 
 def test_mm_vet_is_the_mean_mark_in_all_and_by_ability(tmp_path):
@@ -214,10 +169,7 @@ def test_mm_vet_is_the_mean_mark_in_all_and_by_ability(tmp_path):
     assert found == {"total": (pytest.approx(2 / 3, abs=1e-6), 3), "ocr": (0.5, 2),
                      "math": (0.75, 1), "rec": (1, 1), "know": (1, 1), "gen": (1, 1),
                      "spat": (1, 1), "unscored": (0, 3)}
-
-
-def test_a_question_without_a_mark_is_in_no_mean_and_is_counted(tmp_path):
-    found = values(MM_VET, write(tmp_path), [["hm"], ["0.25", "hm"], ["1.0"]])
+    found = values(MM_VET, tmp_path, [["hm"], ["0.25", "hm"], ["1.0"]])
     assert found["total"] == (0.625, 2) and found["ocr"] == (0.25, 1) and "math" not in found
     assert found["unscored"] == (pytest.approx(1 / 3, abs=1e-6), 3)
 
@@ -230,10 +182,6 @@ def test_llava_bench_is_a_ratio_of_sums_and_a_tie_is_one(tmp_path):
     assert found["conv"][0] == pytest.approx(8 / 12, abs=1e-6) and found["detail"][0] == 1
     assert found["complex"][0] == pytest.approx(5.5 / 9, abs=1e-6)
     assert found["reference_score"] == (7.5, 4) and found["answer_score"] == (5.625, 4)
-    assert found["unscored"] == (0, 4)
-    found = values(LLAVA_BENCH, write(tmp_path), [["8 7"], ["0 0"], ["?"], ["8 1"]])
-    assert found["total"] == (0.5, 16) and found["unscored"] == (0.5, 4)
-    assert not {"detail", "complex"} & found.keys()
 
 
 def test_mmhal_has_the_mean_rating_and_the_share_below_three(tmp_path):
@@ -244,14 +192,158 @@ def test_mmhal_has_the_mean_rating_and_the_share_below_three(tmp_path):
     assert found["rating"] == (pytest.approx(20 / 7, abs=1e-6), 7)
     assert found["hallucination"] == (0.5, 7) and found["unscored"] == (0.125, 8)
     assert [found[t][0] for t in TYPES if t in found] == [6, 3, 2, 0, 5, 3, 1]
-    assert "holistic" not in found
 
 
-@pytest.mark.parametrize("benchmark", JUDGED.values(), ids=JUDGED)
-def test_what_a_folder_lacks_is_told_as_for_the_other_benchmarks(tmp_path, benchmark):
-    with pytest.raises(Refusal, match=f"{re.escape(benchmark.title)} needs .*, images/ there; "
-                                      "get "):
-        official.require(benchmark, tmp_path)
-    (write(tmp_path) / "images").mkdir()
-    official.require(benchmark, tmp_path)
-    assert benchmark.metrics["unscored"].more is False and "arXiv" in benchmark.about
+# --- asking a judge ------------------------------------------------------------------------------
+
+SCORES = {"a": "Score: 0.5", "b": "1.0", "c": "0.0", "d": "0.25",
+          "e": "Score: 0.75, \u2028 nearly. ä", "f": "0.9"}
+ALL = [[(0.5,)], [(1.0,)], [(0.0,)], [(0.25,)], [(0.75,)], [(0.9,)]]
+
+
+def scored(number, body):
+    return completion(SCORES[question(body)])
+
+
+def ask(endpoint, folder, *texts, **changes):  # noqa: F811
+    settings = {"temperature": 0.2, "repeats": 1, "attempts": 1} | changes
+    return judged.ask(endpoint, folder, MM_VET, prompts(*texts), **settings)
+
+
+@pytest.fixture
+def judge(server):  # noqa: F811
+    server.reply = scored
+    return server
+
+
+def test_scores_come_in_the_order_of_the_prompts(endpoint, judge, tmp_path):  # noqa: F811
+    found = ask(endpoint, tmp_path / "new", *"dabd", repeats=2)
+    assert found == [[(0.25,)] * 2, [(0.5,)] * 2, [(1.0,)] * 2, [(0.25,)] * 2]
+    assert Counter(judge.questions()) == {"d": 2, "a": 2, "b": 2}, "asked twice, paid once"
+    body = judge.seen[0][2]
+    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.2, 1.0, 64)
+    seeds = {b["seed"] for _, _, b in judge.seen}
+    assert len(seeds) == 6 and all(0 <= s < 2**31 for s in seeds)
+
+
+def test_a_reply_belongs_to_its_prompt_model_and_settings(
+        endpoint, judge, tmp_path, monkeypatch):  # noqa: F811
+    first = ask(endpoint, tmp_path, "a")
+    for changes in ({"temperature": 0.3}, {"repeats": 2}):
+        ask(endpoint, tmp_path, "a", **changes)
+    ask(replace(endpoint, model="other"), tmp_path, "a")
+    assert len(judge.seen) == 4
+    # A rerun asks nobody: it needs no server and no key.
+    monkeypatch.delenv("TEST_KEY")
+    gone = replace(endpoint, url="https://models.invalid/v1")
+    assert ask(gone, tmp_path, "a", attempts=3) == first and len(judge.seen) == 4
+    with pytest.raises(Refusal, match="no key"):
+        ask(gone, tmp_path, *"ab")
+
+
+def test_what_cannot_be_read_is_asked_again_and_then_is_unscored_and_not_0(
+        endpoint, judge, tmp_path):  # noqa: F811
+    left = iter(("hm", "0.0", "hm", "hm", "hm"))
+    judge.reply = lambda number, body: completion(next(left))
+    one, none = (ask(replace(endpoint, at_once=1), tmp_path, text, attempts=3) for text in "ab")
+    assert one == [[(0.0,)]] and none == [[]]
+    assert Counter(judge.questions()) == {"a": 2, "b": 3}
+    assert len({b["seed"] for _, _, b in judge.seen}) == 5
+
+
+def test_each_reply_is_on_the_disk_before_the_next_question(
+        endpoint, judge, tmp_path, monkeypatch):  # noqa: F811
+    synced, sizes, fsync = [], [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda n: synced.append(os.fstat(n).st_size) or fsync(n))
+
+    def look(number, body):
+        sizes.append(file.stat().st_size if file.exists() else 0)
+        return scored(number, body)
+
+    judge.reply, file = look, tmp_path / judged.REPLIES
+    ask(replace(endpoint, at_once=1), tmp_path, *"abc")
+    assert synced[:2] == sizes[1:] and 0 == sizes[0] < sizes[1] < sizes[2] < synced[2]
+
+
+def test_a_failure_keeps_what_came_and_the_rest_alone_is_asked_later(
+        endpoint, judge, tmp_path):  # noqa: F811
+    def busy(number, body):
+        while len(judge.seen) < 3:
+            time.sleep(0.01)
+        if question(body) == "b":
+            return 503, {}, {"error": "busy"}
+        time.sleep(0.3)  # under way while b fails
+        return scored(number, body)
+
+    judge.reply = busy
+    with pytest.raises(NoAnswer, match="HTTP 503: busy; 2 of this batch's 6 had been answered"):
+        ask(replace(endpoint, at_once=3, retries=0), tmp_path, *"abcdef")
+    judge.reply = scored
+    assert ask(endpoint, tmp_path, *"abcdef") == ALL
+    assert sorted(judge.questions()) == list("abbcdef")
+
+
+def test_a_torn_last_line_is_cut_off_and_a_damaged_one_named(
+        endpoint, judge, tmp_path):  # noqa: F811
+    alone, file = replace(endpoint, at_once=1), tmp_path / judged.REPLIES
+    expected = ask(alone, tmp_path, *"abe")
+    content = file.read_bytes()
+    begin, letter = content[:-1].rindex(b"\n") + 1, content.rindex("ä".encode())
+    for cut in (begin, begin + 1, letter + 1, len(content) - 1):
+        file.write_bytes(content[:cut])
+        judge.seen.clear()
+        assert ask(alone, tmp_path, *"abe") == expected
+        assert judge.questions() == ["e"] and file.read_bytes() == content
+    first, *others = content.splitlines(keepends=True)
+    for line in (b"{}", b"[1]", b'{"key": "x"}', b"\xff"):
+        file.write_bytes(first + line + b"\n" + b"".join(others))
+        with pytest.raises(Refusal, match=r"replies\.jsonl, line 2: "):
+            ask(endpoint, tmp_path, "a")
+
+
+def test_two_processes_do_not_pay_for_the_same(endpoint, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(runs, "LOCK_PATIENCE", 0)
+    with runs.locked(tmp_path / ".replies.lock", ""):
+        with pytest.raises(Refusal, match="another process asks a judge"):
+            ask(endpoint, tmp_path, "a")
+
+
+@pytest.mark.parametrize("at_once", (1, 3))
+def test_a_killed_process_goes_on_and_has_paid_once_for_each_reply(
+        endpoint, judge, tmp_path, at_once):  # noqa: F811
+    held, client = threading.Semaphore(0), replace(endpoint, at_once=at_once, retries=0)
+
+    def hold_after_three(number, body):
+        if number >= 3:
+            held.release()
+            judge.ended.wait(20)
+        return scored(number, body)
+
+    judge.reply = hold_after_three
+    child = os.fork()
+    if child == 0:
+        try:
+            ask(client, tmp_path, *"abcdef")
+        finally:
+            os._exit(1)
+    for _ in range(at_once):  # each worker asks on when its reply is on the disk
+        assert held.acquire(timeout=30)
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    judge.reply = scored
+    asked = len(judge.seen)
+    assert len((tmp_path / judged.REPLIES).read_text().splitlines()) == 3
+    assert ask(client, tmp_path, *"abcdef") == ALL and len(judge.seen) == asked + 3
+
+
+@pytest.mark.slow
+def test_a_model_that_says_no_score_leaves_all_unscored_and_nothing_0(
+        served, tmp_path):  # noqa: F811
+    client = Endpoint(served.url, str(served.model), "UNSET_KEY", at_once=2, retries=1, timeout=60)
+    served.start()
+    benchmark, before = replace(MM_VET, reply_tokens=6), served.posted()
+    asked = [benchmark.prompt(q, "a red box") for q in benchmark.load(write(tmp_path))]
+    for _ in range(2):
+        assert judged.ask(client, tmp_path, benchmark, asked, temperature=0.7, repeats=1,
+                          attempts=2) == [[]] * 3
+        assert served.posted() - before == 6

@@ -2,12 +2,10 @@
 
 import argparse
 import json
-import subprocess
-import sys
 
 import pytest
 
-from bpo import params, score
+from bpo import score
 from bpo.params import Refusal
 
 OBJECTS = {"42": ["person", "dog"], "COCO_val2014_000000000007.jpg": ["person"], "8": ["chair"]}
@@ -90,22 +88,6 @@ def test_a_difference_is_on_the_answers_that_both_have(files, capsys):
     assert all(e["low"] <= e["value"] <= e["high"] and 0 < e["p"] <= 1 for e in gap.values())
 
 
-def test_a_difference_to_itself_is_nothing(files, capsys):
-    gap = numbers(capsys, *chair(files, "--against", files / "mine.jsonl"))["differences"]
-    assert all((e["value"], e["low"], e["high"], e["p"]) == (0, 0, 0, 1) for e in gap.values())
-
-
-def test_seed_and_resamples_decide_the_interval(tmp_path, capsys):
-    (tmp_path / "objects.json").write_text(json.dumps({n: ["dog"] for n in range(1, 31)}))
-    lines(tmp_path / "mine.jsonl", [{"image_id": n, "text": "a dog and a cat" if n % 3 else "a dog"}
-                                    for n in range(1, 31)])
-    ends = [numbers(capsys, *chair(tmp_path, "--seed", s, "--resamples", r))["metrics"]["chair_i"]
-            for s, r in ((0, 300), (0, 300), (1, 300), (0, 50))]
-    assert ends[0] == ends[1]
-    assert len({(e["low"], e["high"]) for e in ends}) == 3
-    assert len({e["value"] for e in ends}) == 1
-
-
 def test_several_answers_to_an_image_are_paired_by_their_question(files, capsys):
     asked = [{"image_id": 7, "question": "What?", "answer": "I see a woman there"},
              {"image_id": 7, "question": "Who?", "answer": "I see a cat there"}]
@@ -118,13 +100,6 @@ def test_several_answers_to_an_image_are_paired_by_their_question(files, capsys)
     lines(files / "other.jsonl", [{**a, "question": "Where?"} for a in asked])
     with pytest.raises(Refusal, match="none of the questions"):
         numbers(capsys, *chair(files, "--against", files / "other.jsonl"))
-
-
-def test_single_answers_are_paired_whatever_the_question_was(files, capsys):
-    lines(files / "mine.jsonl", [{"image_id": 7, "question": "What?", "answer": "a woman"}])
-    lines(files / "other.jsonl", [{"image_id": 7, "prompt": "Describe it", "answer": "a cat"}])
-    found = numbers(capsys, *chair(files, "--against", files / "other.jsonl"))
-    assert found["differences"]["chair_s"]["value"] == -1
 
 
 @pytest.mark.parametrize("captions", (True, False))
@@ -231,12 +206,6 @@ def test_amber_with_its_score(amber, capsys):
     assert "AMBER score" in out and "70.8 %" in out
 
 
-def test_amber_without_its_questions_has_no_score(amber, capsys):
-    (amber / "a.json").write_text('[{"id": 1, "response": "The sky"}]')
-    found = numbers(capsys, "amber", "--answers", amber / "a.json", "--truth", amber)
-    assert list(found["metrics"]) == ["chair", "cover", "hal", "cog", "words"]
-
-
 def test_amber_s_images_are_the_unit_where_its_queries_are_there(amber, capsys):
     (amber / "query").mkdir()
     (amber / "query/query_generative.json").write_text(
@@ -255,7 +224,7 @@ def test_amber_s_images_are_the_unit_where_its_queries_are_there(amber, capsys):
     ([{"image_id": 5, "caption": "x"}], "none of its 1 answers is to an image or question"),
     ([{"image_id": 7}], "row 1: the answer needs one of caption, answer, response, text"),
     ([{"caption": "x"}], "needs one of image_id, image, question_id, id"),
-    ([{"image_id": 7, "caption": ["x"]}], "must be a text"), ([MINE[0], "x"], "no JSON object"),
+    ([{"image_id": 7, "caption": ["x"]}], "must be a text"), ([MINE[0], "x"], "row 2: .* in a JSON object"),
     ([], "empty")])
 def test_answers_that_cannot_be_scored_are_refused(files, capsys, rows, said):
     lines(files / "mine.jsonl", rows)
@@ -267,8 +236,8 @@ def test_answers_that_cannot_be_scored_are_refused(files, capsys, rows, said):
     (("--answers", "none.jsonl"), "no such file of answers"),
     (("--truth", "none.json"), "no such truth file"),
     (("--truth", "objects.json", "objects.json"), "one truth file, 2 are given"),
-    (("--synonyms", "none.txt"), "missing or no UTF-8"), (("--resamples", "0"), "must be 1 or"),
-    (("--truth", "mine.jsonl"), "is no JSON"), (("--truth", "other.json"), "must be an object"),
+    (("--synonyms", "none.txt"), "missing or no UTF-8"),
+    (("--truth", "mine.jsonl"), "must be a JSON object"), (("--truth", "other.json"), "must be a JSON object"),
     (("--truth", "strange.json"), "no synonyms are known for 'unicorn'")])
 def test_options_that_do_not_fit_are_refused(files, capsys, monkeypatch, change, said):
     monkeypatch.chdir(files)
@@ -283,11 +252,3 @@ def test_synonyms_are_refused_where_nothing_uses_them(amber, capsys):
              amber / "safe_words.txt")
 
 
-def test_the_command_prints_its_table_and_says_refusals(files):
-    command = [sys.executable, "-m", "bpo", "score", *map(str, chair(files))]
-    done = subprocess.run(command, cwd=params.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "CHAIRs" in done.stdout and not done.stderr
-    lines(files / "mine.jsonl", [{"image_id": 5, "caption": "x"}])
-    done = subprocess.run(command, cwd=params.ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "none of its 1 answers" in done.stderr
-    assert "Traceback" not in done.stderr
