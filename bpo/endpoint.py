@@ -127,18 +127,14 @@ class Endpoint:
     def _key(self) -> str:
         """The key, or "" for a server on this machine that may want none."""
         key = os.environ.get(self.key_variable, "").strip()
-        if not key and not re.fullmatch(LOCAL, self.url):
-            raise Refusal(f"{self.url}: no key: put it into the environment variable "
-                          f"{self.key_variable}")
-        if not all("!" <= c <= "~" for c in key):
-            raise Refusal(f"the environment variable {self.key_variable} holds no key: a key has "
-                          "no spaces, line breaks or accented letters")
+        if not re.fullmatch("[!-~]*" if re.fullmatch(LOCAL, self.url) else "[!-~]+", key):
+            raise Refusal(f"{self.url}: no key: put one without spaces, line breaks or accented "
+                          f"letters into the environment variable {self.key_variable}")
         return key
 
 
 def _first_line(message: Any, key: str) -> str:
-    """The first line of a server's message, in whichever of the usual wrappings, without the key.
-    """
+    """The first line of a server's message, out of the usual wrappings and without the key."""
     while isinstance(message, Mapping) and (inner := next(
             (message[n] for n in ("error", "message", "detail") if message.get(n)), None)):
         message = inner

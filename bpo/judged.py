@@ -43,8 +43,7 @@ HALLUCINATED_BELOW = 3  # of MMHal-Bench's ratings 0 .. 6
 
 @dataclass(frozen=True)
 class JudgedQuestion(Question):
-    """A question with its reference answer as label.  context: the image in words, for the judge.
-    """
+    """A question with its reference answer as label; context: the image in words."""
 
     context: str = ""
 
@@ -103,6 +102,7 @@ def ask(endpoint: Endpoint, folder: Path, benchmark: Judged, prompts: Sequence[M
                 "temperature": float(temperature), "top_p": TOP_P,
                 "max_new_tokens": benchmark.reply_tokens, "repeat": r, "attempt": attempt},
                 sort_keys=True).encode()).hexdigest() for n, r in left}
+            # By key: a prompt that comes twice is asked once.
             new = {key: prompts[n] for (n, _), key in keys.items() if key not in replies}
             if new:
                 _ask_new(endpoint, file, replies, new, temperature=temperature,
@@ -120,7 +120,7 @@ def _ask_new(endpoint: Endpoint, file: Path, replies: dict[str, str], new: Mappi
     with tqdm(total=len(new), desc="judge's replies", unit="reply", leave=False) as bar:
         def keep(place: int, text: str) -> None:
             line = {"key": keys[place], "model": endpoint.model, "reply": text}
-            with file.open("ab") as stream:  # opened for each: an interrupt may close it no more
+            with file.open("ab") as stream:  # opened for each, so that an interrupt closes none
                 stream.write(f"{to_json(line)}\n".encode())
                 stream.flush()
                 os.fsync(stream.fileno())

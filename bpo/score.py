@@ -24,6 +24,7 @@ TEXTS = ("caption", "answer", "response", "text")
 NUMBERS = {"pope": ("question_id", "id"), "amber": ("id", "question_id")}
 COCO_FILE = rb'\s*\{\s*"(info|images|licenses|annotations|categories|type)"'
 MEANS = ("objects", "words")  # the other metrics are shares, shown in per cent
+HEADER = "{:28}    value   95 % interval     {:>8}"
 RESAMPLES = 2000
 
 # (question, how it was asked, number among its answers) -> (image, counts)
@@ -100,8 +101,9 @@ def _scenes(benchmark: Benchmark, file: Path, synonyms: Path) -> tuple[Loaded, s
     if of_coco:
         captions = file.with_name(file.name.replace("instances", "captions"))
         beside = [captions] if captions != file and captions.is_file() else []
-        note = "" if beside else ("no captions file beside the instances: objects that reference "
-                                  "captions name count as absent")
+        if not beside:
+            note = ("no captions file beside the instances: objects that reference captions name "
+                    "count as absent")
         present = {k: s.present for k, s in coco.read([file], beside, lexicon).items()}
     else:
         try:
@@ -204,17 +206,17 @@ def _field(entry: Any, names: Sequence[str], where: str) -> str:
 def table(benchmark: Benchmark, result: Mapping[str, Any]) -> str:
     """The lines for the terminal; rates in per cent."""
     n = result["answers"]
-    lines = [f"{benchmark.title}: {n['scored']} of {n['read']} answers scored, "
-             f"{n['without_truth']} without truth; {n['truth_without_answer']} of {n['truth']} in "
-             "the truth have no answer", *filter(None, [n["note"]]), "",
-             f"{'metric':28}{'value':>9}   {'95 % interval':18}{'out of':>8}"]
+    lines = [(f"{benchmark.title}: {n['scored']} of {n['read']} answers scored, "
+              f"{n['without_truth']} without truth; {n['truth_without_answer']} of {n['truth']} in "
+              "the truth have no answer"), *filter(None, [n["note"]]), "",
+             HEADER.format("metric", "out of")]
     lines += [_row(n, e) + f"{e['n']:>8}" for n, e in result["metrics"].items()]
     if "differences" in result:
         n = result["against"]
-        lines += ["", f"minus the other file: {n['matched']} answers matched, "
-                  f"{n['without_partner']} here and {n['without_partner_against']} there lack a "
-                  f"partner; {n['without_truth']} there without truth",
-                  f"{'difference':28}{'value':>9}   {'95 % interval':18}{'p':>8}"]
+        lines += ["", (f"minus the other file: {n['matched']} answers matched, "
+                       f"{n['without_partner']} here and {n['without_partner_against']} there lack "
+                       f"a partner; {n['without_truth']} there without truth"),
+                  HEADER.format("difference", "p")]
         lines += [_row(n, e, sign="+") + ("" if e["p"] is None else f"{e['p']:>8.4f}")
                   for n, e in result["differences"].items()]
     return "\n".join(lines)

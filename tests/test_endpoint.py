@@ -285,7 +285,7 @@ def test_this_machine_s_own_server_is_asked_without_proxy_and_without_key(
 @pytest.mark.parametrize("key", (f"{KEY} {KEY}", f"{KEY}\n{KEY}", f"{KEY}ä"))
 def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(endpoint, monkeypatch, key):
     monkeypatch.setenv("TEST_KEY", key)
-    with pytest.raises(Refusal, match="TEST_KEY holds no key") as refusal:
+    with pytest.raises(Refusal, match="no key: .* variable TEST_KEY$") as refusal:
         endpoint.check()
     assert KEY not in str(refusal.value)
 

@@ -303,9 +303,9 @@ def test_a_torn_last_line_is_cut_off_and_a_damaged_one_named(
 
 def test_two_processes_do_not_pay_for_the_same(endpoint, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(runs, "LOCK_PATIENCE", 0)
-    with runs.locked(tmp_path / ".replies.lock", ""):
-        with pytest.raises(Refusal, match="another process asks a judge"):
-            ask(endpoint, tmp_path, "a")
+    with (runs.locked(tmp_path / ".replies.lock", ""),
+          pytest.raises(Refusal, match="another process asks a judge")):
+        ask(endpoint, tmp_path, "a")
 
 
 @pytest.mark.parametrize("at_once", (1, 3))
