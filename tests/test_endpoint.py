@@ -167,12 +167,6 @@ def test_faults_that_pass_are_asked_again(endpoint, server, fault):
     assert len(server.seen) == 1
 
 
-def test_it_waits_as_long_as_retry_after_says(endpoint, server):
-    server.reply = lambda number, body: echo(body) if number else (429, {"Retry-After": "1.5"}, {})
-    assert ask(endpoint, "a") == ["echo: a"]
-    assert 1.5 <= server.seen[1][0] - server.seen[0][0] < 4
-
-
 def test_a_lasting_fault_names_server_and_model_and_how_far_the_batch_had_come(endpoint, server):
     server.reply = lambda number, body: echo(body) if question(body) in "ab" else (
         503, {}, {"error": {"message": "busy.\nmore"}})

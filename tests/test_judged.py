@@ -11,17 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_endpoint import (  # noqa: F401 (fixtures)
-    completion,
-    endpoint,
-    prompts,
-    question,
-    served,
-    server,
-)
+from test_endpoint import completion, endpoint, prompts, question, server  # noqa: F401 (fixtures)
 
 from bpo import judged, metrics, official, runs
-from bpo.endpoint import Endpoint, NoAnswer
+from bpo.endpoint import NoAnswer
 from bpo.judged import JUDGED, LLAVA_BENCH, MM_VET, MMHAL, TYPES
 from bpo.params import Refusal
 
@@ -334,16 +327,3 @@ def test_a_killed_process_goes_on_and_has_paid_once_for_each_reply(
     asked = len(judge.seen)
     assert len((tmp_path / judged.REPLIES).read_text().splitlines()) == 3
     assert ask(client, tmp_path, *"abcdef") == ALL and len(judge.seen) == asked + 3
-
-
-@pytest.mark.slow
-def test_a_model_that_says_no_score_leaves_all_unscored_and_nothing_0(
-        served, tmp_path):  # noqa: F811
-    client = Endpoint(served.url, str(served.model), "UNSET_KEY", at_once=2, retries=1, timeout=60)
-    served.start()
-    benchmark, before = replace(MM_VET, reply_tokens=6), served.posted()
-    asked = [benchmark.prompt(q, "a red box") for q in benchmark.load(write(tmp_path))]
-    for _ in range(2):
-        assert judged.ask(client, tmp_path, benchmark, asked, temperature=0.7, repeats=1,
-                          attempts=2) == [[]] * 3
-        assert served.posted() - before == 6
