@@ -1,5 +1,7 @@
 # Two commands matter: `make report` and `make test`. Both make .venv first if it is not there.
-PYTHON ?= python3.11
+# The newest Python from 3.11 to 3.14 that starts: pyenv's shims are on PATH even where they do not.
+PYTHON ?= $(or $(firstword $(foreach v,14 13 12 11,$(shell python3.$(v) -c 'print("python3.$(v)")' \
+	2>/dev/null))),python3)
 VENV := .venv
 export HF_HUB_OFFLINE ?= 1
 # One thread: the tiny model is too small to gain from more, loses much when another program wants
@@ -23,13 +25,11 @@ help:
 	@echo "make pdf        print the reports of a study (STUDY=tiny) to outputs/tiny/pdf/, needs Chromium"
 	@echo "make bench      install, measure the speed ratios of the README's table"
 
-$(VENV)/.report: pyproject.toml
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+$(VENV)/.report: requirements.lock pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
-	touch $@
-
-$(VENV)/.test: $(VENV)/.report
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	$(PIP) --requirement requirements.lock
+	$(PIP) --no-deps --editable .
 	touch $@
 
 report: $(VENV)/.report
@@ -38,7 +38,7 @@ report: $(VENV)/.report
 replicate: $(VENV)/.report
 	$(VENV)/bin/python -m bpo replicate tiny --seeds 5
 
-test: $(VENV)/.test
+test: $(VENV)/.report
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lab: $(VENV)/.report
