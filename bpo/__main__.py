@@ -1,10 +1,9 @@
-"""The command line: python -m bpo check | run | stage | replicate | export | report STUDY, and the
+"""The command line: python -m bpo check | run | stage | replicate | report STUDY, and the
 commands that a module of their own holds (`OWN`)."""
 
 import argparse
 import functools
 import importlib
-import json
 import os
 import sys
 import time
@@ -13,8 +12,7 @@ from typing import Any
 
 import yaml
 
-from bpo import params, ranks, replication, report, rounds, runs, studies
-from bpo.exports import LAYOUTS
+from bpo import params, ranks, report, rounds, runs, studies
 from bpo.params import Refusal, short
 
 # The module whose `run` is a notebook's stage. Notebook 6's is of the tiny world, which nothing but
@@ -23,9 +21,9 @@ STAGES = {1: "probe", 2: "pairs", 3: "train", 4: "held_out", 5: "benchmarks"}
 # command -> the module with its `add_arguments` and `run`, imported for that command alone: some
 # bring torch; and what it does
 OWN = {"new": ("start", "write the parameters of a study of your own model and data"),
-       "compare": ("against", "write a page of what differs between two studies"),
        "verify": ("verify", "recheck every hash of a study or of a packed archive"),
        "pack": ("pack", "make one archive of a study's reports, parameters and adapters"),
+       "export": ("export", "write a study's pairs in another tool's layout"),
        "merge": ("merge", "write what a method trained as a plain checkpoint"),
        "score": ("score", "score answers to a public benchmark")}
 
@@ -38,19 +36,17 @@ def main(arguments: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="run a study's notebooks and render their reports")
     stage = commands.add_parser("stage", help="compute one notebook's stage without a kernel, also "
                                 "under `accelerate launch -m bpo stage STUDY N`")
-    export = commands.add_parser("export", help="write a study's pairs in another tool's layout",
-                                 formatter_class=argparse.RawDescriptionHelpFormatter,
-                                 epilog="\n".join(f"  {n:14} {v}" for n, v in LAYOUTS.items()))
     pages = commands.add_parser("report", help="render the executed notebooks again")
     replicate = commands.add_parser("replicate", help="run a study for several seeds and tell what "
                                     "holds over them")
+    compare = commands.add_parser("compare", help="write a page of what differs between two "
+                                  "studies")
     own = {name: commands.add_parser(name, help=does) for name, (_, does) in OWN.items()}
-    for command in (check, run, stage, export, pages, replicate):
+    for command in (check, run, stage, pages, replicate, compare):
         command.add_argument("study")
     stage.add_argument("number", type=int, metavar="N", help="the notebook's number")
     stage.add_argument("--parameters", type=Path, metavar="FILE", help="the notebook's parameters, "
                        "in place of the study's")
-    export.add_argument("--to", required=True, metavar="LAYOUT", help=", ".join(LAYOUTS))
     for command in (check, run, stage, replicate):
         command.add_argument("-p", nargs=2, action="append", default=[], dest="overrides",
                              metavar=("NAME", "VALUE"), help="override a parameter wherever it is")
@@ -60,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
                      help="run notebook N alone, and no later round")
     run.add_argument("--from", type=int, dest="first", metavar="N",
                      help="start at notebook N; later rounds (parameter rounds) follow whole")
+    compare.add_argument("other", help="the second study")
     replicate.add_argument("--seeds", type=int, default=5, metavar="N", help="how many, from the "
                            "study's own upwards (default: 5)")
     given = sys.argv[1:] if arguments is None else arguments
@@ -70,10 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command in OWN:
             return module.run(options)
+        if options.command == "compare":
+            return _compare(options.study, options.other)
         if options.command == "report":
             return _report(options.study)
-        if options.command == "export":
-            return _export(options.study, to=options.to)
         overrides = {n: yaml.safe_load(v) if v else "" for n, v in options.overrides}
         if options.command == "check":
             return _check(options.study, overrides)
@@ -209,16 +206,19 @@ def _notebooks(read: dict[str, params.Parameters], folder: Path) -> bool:
     return done
 
 
-def _execute(notebook: str, p: params.Parameters, folder: Path) -> bool:
-    """One notebook through papermill, cleaned and rendered; False when it failed."""
+def _execute(notebook: str, p: params.Parameters, folder: Path, *, name: str = "") -> bool:
+    """One notebook through papermill, cleaned and rendered; False when it failed.
+
+    name: the executed notebook's, if not the notebook's own.
+    """
     import papermill
     from traitlets.config import Config
 
     print(f"— {notebook}", flush=True)
     began = time.monotonic()
-    out = folder / f"{notebook}.ipynb"
+    out = folder / f"{name or notebook}.ipynb"
     # papermill fills the name it is given while it runs: a killed run must not leave half a report.
-    running = folder / f".{notebook}.running.ipynb"
+    running = folder / f".{out.stem}.running.ipynb"
     given = p.model_dump(mode="json")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     message = None
@@ -263,20 +263,6 @@ def _stage(study: str, overrides: dict[str, Any], *, number: int, given: Path | 
     return 0
 
 
-def _export(study: str, *, to: str) -> int:
-    """The pairs of a finished stage in another tool's layout, with the parameters they were made
-    with, so that a study of another name or of a later round is exported alike."""
-    from bpo import exports, pairs
-
-    stage = runs.stage_folder(study, params.PairGeneration.notebook)
-    root = stage
-    if (stage / runs.MANIFEST).is_file():
-        known = json.loads((stage / runs.MANIFEST).read_text(encoding="utf-8"))["parameters"]
-        root = pairs.image_root(params.PairGeneration(study=study, **known))
-    print(f"the export is {short(exports.export(stage, to, image_folder=root))}")
-    return 0
-
-
 def _replicate(study: str, overrides: dict[str, Any], *, seeds: int) -> int:
     """The study for several seeds, each a study of its own, then what holds over them. A seed that
     is complete is only read, so that a replication that was stopped goes on where it was."""
@@ -291,6 +277,8 @@ def _replicate(study: str, overrides: dict[str, Any], *, seeds: int) -> int:
         raise Refusal(f"study {study} has no {compared}.yaml, and a replication tells over seeds "
                       "what that notebook compares; write one, or run the study for each seed")
     own = read[compared]
+    from bpo import replication  # here, since transformers comes with it
+
     named = replication.studies(own.study, seed=own.seed, count=seeds)
     again = "then give the same command again: what is complete is only read"
     for seed, name in named.items():
@@ -303,12 +291,25 @@ def _replicate(study: str, overrides: dict[str, Any], *, seeds: int) -> int:
         if failed:
             raise Refusal(f"seed {seed} (study {name}) failed, so the replication stopped; mend "
                           f"what its report names, {again}")
-    # The page has each split and seed; a terminal the claims.
-    print(*replication.write(own.study, named)[:5], sep="\n\n")
-    folder = params.outputs_root() / own.study
+    return _read_results(params.Replication(study=own.study, seed=own.seed,
+                                            studies=list(named.values())))
+
+
+def _compare(study: str, other: str) -> int:
+    """Notebook 7 on one study beside another: what they did differently, and what came out."""
+    for name in (study, other):
+        if not list((params.outputs_root() / name).glob(f"*/{runs.MANIFEST}")):
+            raise Refusal(f"outputs/{name}: nothing has finished there; python -m bpo run {name}")
+    return _read_results(params.Replication(study=study, studies=[study], other=other),
+                         name=f"{studies.AGAINST}{other}")
+
+
+def _read_results(p: params.Replication, *, name: str = params.Replication.notebook) -> int:
+    """Notebook 7, which computes no stage, into the first study's folder."""
+    folder = params.outputs_root() / p.study
+    done = _execute(p.notebook, p, folder, name=name)
     studies.index(folder)
-    print(f"the replication is {short(folder / replication.PAGE)}")
-    return 0
+    return int(not done)
 
 
 def _report(study: str) -> int:
@@ -321,8 +322,6 @@ def _report(study: str) -> int:
         report.html_page(notebook)
     if held := rounds.written(study):
         rounds.write(study, rounds=held["rounds"])
-    if held := replication.written(study):
-        replication.write(study, replication.seeds_of(held))
     print(f"the report is {short(studies.index(folder))}")
     return 0
 

@@ -1,21 +1,19 @@
-"""The paper's claims (arXiv 2403.08730), each with the test that decides it on one study.
-
-Read from the manifests of notebooks 1, 4 and 5 and the answers of notebook 4; no model is loaded.
-A claim is a dict {claim, against, says, verdict, because, lines}; a line {name, role, decides,
-verdict, note, measures} is one question put to the data, decided by the measure that it names; a
-measure {where, name, metric, claimed, value, low, high, n, p, holm, side} is one comparison that
-was looked at.
+"""The paper's claims on a study. Which measure decides each was fixed beforehand; a verdict is a
+query on the study's results. What a claim says of other seeds is `replication`'s.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from bpo import compare, held_out, judged, metrics, official, records, report, runs, seeds
-from bpo.params import QualitativeComparison
+from bpo import held_out, judged, metrics, official, results, runs
+from bpo.results import BETTER, OPEN, WORSE, Estimate
 
-METHOD = "bpo"  # whom the claims are about
-HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+METHOD = "bpo"  # the method that the claims are about
+HOLDS, FAILS = "holds", "does not hold"
 RULE = (
     "Holds: the 95 % interval of the deciding difference excludes zero on the claimed side. Does "
     "not hold: it excludes zero on the other side, or hallucination fell but cover fell with it. "
@@ -31,51 +29,49 @@ BENCHMARKS = {"chair": ("chair_i", "cover", True), "object-halbench": ("response
 SFT = {"sft": "SFT on all positives",
        "sft_matched": "SFT on the same positives for as many steps",
        "sft_compute": "SFT on the same positives with the same compute"}
+COMPARISON, BENCHMARK = "4_qualitative_comparison", "5_benchmarks"
 
-Claim = dict[str, Any]
-Line = dict[str, Any]
-Measure = dict[str, Any]
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that a claim hangs on: a category or a benchmark.
+
+    measures: metric -> difference, every one that was looked at; decides: the metric of the
+    verdict. role: "gain", which the claim needs to hold, or "guard", which must not fail.
+    """
+
+    name: str
+    where: str
+    decides: str
+    measures: Mapping[str, Estimate]
+    verdict: str
+    note: str = ""
+    role: str = "gain"
+    main: bool = True
+    hallucination: bool = False
+
+
+@dataclass(frozen=True)
+class Claim:
+    number: int
+    says: str
+    against: str
+    verdict: str
+    because: str
+    lines: Sequence[Line]
 
 
 def table(study: str) -> list[Claim]:
-    """All claims on a study, with what was measured for each; notebooks that did not run leave
-    theirs open. Holm's correction is over the measures that decide, which were named beforehand;
-    over all that are shown beside them, no number of resamples that is usual could survive it."""
-    compared = _metrics(study, "4_qualitative_comparison")
-    benchmarks = _metrics(study, "5_benchmarks")
-    claims = [_noise(study), _gains(compared, benchmarks)]
-    claims += [_against_sft(compared, benchmarks, control) for control in SFT]
+    """All claims on a study; notebooks that did not run leave theirs open."""
+    frame = results.of_study(study)
+    claims = [_noise(study, frame), _gains(frame)]
+    claims += [_against_sft(frame, control) for control in SFT]
     claims.append(_claim(4, "A 7B model with BPO passes the untuned 13B on most tasks", [],
                          because="a study of one model size cannot tell"))
-    claims.append(_visible(study, compared))
-    family = deciding(claims)
-    for measure, adjusted in zip(family, metrics.holm([m["p"] for m in family]), strict=True):
-        measure["holm"] = adjusted
-    return claims
+    return [*claims, _visible(frame)]
 
 
-def measures(claims: Sequence[Claim]) -> list[Measure]:
-    """Every comparison of a table: all that were looked at and have a claimed side."""
-    return [m for c in claims for line in c["lines"] for m in line["measures"]]
-
-
-def deciding(claims: Sequence[Claim]) -> list[Measure]:
-    """Those that decide a line: the family of Holm's correction."""
-    return [m for c in claims for line in c["lines"] for m in line["measures"]
-            if m["name"] == line["decides"]]
-
-
-def side(difference: Mapping[str, Any], claimed: bool) -> str:
-    """Where an interval lies: on the "right" side of zero, the "wrong" one, or "open" around it.
-
-    claimed: whether the claim is that the difference is above zero.
-    """
-    if difference["low"] <= 0 <= difference["high"]:
-        return "open"
-    return "right" if (difference["low"] > 0) == claimed else "wrong"
-
-
-def verdict(decisive: Measure | None, kept: Measure | None, *, needs_kept: bool
+def verdict(decisive: Estimate | None, kept: Estimate | None, *, needs_kept: bool
             ) -> tuple[str, str]:
     """The verdict on one line and a note to it.
 
@@ -84,209 +80,169 @@ def verdict(decisive: Measure | None, kept: Measure | None, *, needs_kept: bool
     """
     if decisive is None:
         return OPEN, "not measured"
-    if decisive["side"] == "wrong":
-        return FAILS, ""
-    if decisive["side"] == "open":
-        return OPEN, ""
+    if decisive.reading() != BETTER:
+        return (FAILS if decisive.reading() == WORSE else OPEN), ""
     if needs_kept and kept is None:
         return OPEN, "gained, but cover was not measured beside it"
-    if kept is not None and kept["side"] == "wrong":
-        return FAILS, f"gained, but {kept['metric']} was lost"
+    if kept is not None and kept.reading() == WORSE:
+        return FAILS, "gained, but cover was lost"
     return HOLDS, ""
 
 
-def _metrics(study: str, notebook: str) -> dict[str, Any] | None:
-    file = runs.stage_folder(study, notebook) / runs.MANIFEST
-    return json.loads(file.read_text(encoding="utf-8"))["metrics"] if file.is_file() else None
-
-
-def _measure(where: str, name: str, metric: str, difference: Mapping[str, Any], claimed: bool
-             ) -> Measure:
-    return {"where": where, "name": name, "metric": metric, "claimed": claimed,
-            **{k: difference[k] for k in ("value", "low", "high", "n")},
-            # manifests from before there were p values have none
-            "p": difference.get("p"), "holm": None, "side": side(difference, claimed)}
-
-
-def _line(name: str, found: Sequence[Measure], decides: str, kept: str | None = None, *,
-          role: str = "gain") -> Line:
-    """role: "gain", which the claim needs to hold, or "guard", which it needs not to fail."""
-    by_name = {m["name"]: m for m in found}
-    word, note = verdict(by_name.get(decides), by_name.get(kept or ""), needs_kept=bool(kept))
-    order = [decides, kept, *by_name]
-    return {"name": name, "role": role, "decides": decides, "verdict": word, "note": note,
-            "measures": sorted(found, key=lambda m: order.index(m["name"]))}
+def _line(name: str, where: str, measures: Mapping[str, Estimate], decides: str,
+          kept: str | None = None, **rest: object) -> Line:
+    word, note = verdict(measures.get(decides), measures.get(kept or ""), needs_kept=bool(kept))
+    return Line(name, where, decides, measures, word, note, **rest)
 
 
 def _claim(number: int, says: str, lines: Sequence[Line], *, against: str = "", because: str = ""
            ) -> Claim:
-    words = [x["verdict"] for x in lines]
-    gains = [x["verdict"] for x in lines if x["role"] == "gain"]
-    if FAILS in words:
-        word = FAILS
-    else:
-        word = HOLDS if gains and set(gains) == {HOLDS} else OPEN
-    told = "; ".join(f"{x['name']}: {x['verdict']}" + (f" ({x['note']})" if x["note"] else "")
-                     for x in lines)
-    return {"claim": number, "against": against, "says": says, "verdict": word,
-            "because": because or told or "not measured", "lines": list(lines)}
+    verdicts = [x.verdict for x in lines]
+    gains = {x.verdict for x in lines if x.role == "gain"}
+    word = FAILS if FAILS in verdicts else HOLDS if gains == {HOLDS} else OPEN
+    reasons = "; ".join(f"{x.name}: {x.verdict}" + (f" ({x.note})" if x.note else "")
+                        for x in lines)
+    return Claim(number, says, against, word, because or reasons or "not measured", lines)
 
 
-def _noise(study: str) -> Claim:
+def _noise(study: str, frame: "DataFrame") -> Claim:
     """Claim 1: from the clean image to the last noise step P(true) falls and P(prior) rises."""
     says = "As noise drowns the image, the true answer gets less likely, the prior's answer more"
-    file = runs.stage_folder(study, "1_noise_probability") / runs.MANIFEST
-    if not file.is_file():
+    rows = frame.query("notebook == '1_noise_probability' and against != ''")
+    if rows.empty:
         return _claim(1, says, [], because="notebook 1 has not run")
-    manifest = json.loads(file.read_text(encoding="utf-8"))
-    found, where = manifest["metrics"], f"step {manifest['metrics']['noise_steps'][-1]}"
-    true = _measure(where, "p_true", "P(true answer)", found["change_true"], False)
-    prior = _measure(where, "p_prior", "P(prior's answer)", found["change_prior"], True)
-    lines = [_line("P(true answer) falls", [true], "p_true"),
-             _line("P(prior's answer) rises", [prior], "p_prior")]
+    changes = {row["metric"]: results.estimate(row) for _, row in rows.iterrows()}
+    where = rows.iloc[0]["split_or_benchmark"]
+    lines = [_line(f"{label} {moves}", where, {n: replace(changes[n], more_is_better=up)}, n)
+             for n, label, moves, up in (("p_true", "P(true answer)", "falls", False),
+                                         ("p_prior", "P(prior's answer)", "rises", True))]
+    manifest = runs.read_manifest(runs.stage_folder(study, "1_noise_probability"))
     if "truth" not in manifest["inputs"] and not manifest["parameters"]["question"]:
-        lines[1] |= {"verdict": OPEN, "note": "the prior's answers are what the model said at the "
-                     "last step, so they rise by construction"}
+        lines[1] = replace(lines[1], verdict=OPEN, note="the prior's answers are what the model "
+                           "said at the last step, so they rise by construction")
     return _claim(1, says, lines, against="clean image")
 
 
-def _gains(compared: Mapping[str, Any] | None, benchmarks: Mapping[str, Any] | None) -> Claim:
+def _gains(frame: "DataFrame") -> Claim:
     """Claim 2: less hallucination than the untuned model, nothing else worse, on any split."""
-    lines = _categories(compared, "base") + _benchmarks(benchmarks, "base")
-    for line in lines:
-        line["role"] = "gain" if line["main"] and line["hallucination"] else "guard"
+    lines = [replace(x, role="gain" if x.main and x.hallucination else "guard")
+             for x in _lines(frame, "base")]
     return _claim(2, "BPO hallucinates less than the untuned model and loses nowhere", lines,
                   against="base")
 
 
-def _against_sft(compared: Mapping[str, Any] | None, benchmarks: Mapping[str, Any] | None,
-                 control: str) -> Claim:
+def _against_sft(frame: "DataFrame", control: str) -> Claim:
     """Claim 3, against one of the SFT baselines, category by category on the main split."""
-    lines = [x for x in _categories(compared, control) + _benchmarks(benchmarks, control)
-             if x["main"]]
-    return _claim(3, f"BPO beats {SFT[control]}, by category", lines, against=control)
+    return _claim(3, f"BPO beats {SFT[control]}, by category",
+                  [x for x in _lines(frame, control) if x.main], against=control)
 
 
-def _categories(compared: Mapping[str, Any] | None, against: str) -> list[Line]:
-    """A line a split and category of notebook 4; the main split's are marked."""
-    lines = []
-    for split, found in ((compared or {}).get("differences") or {}).items():
-        mine = found.get(against, {}).get(METHOD, {})
+def _lines(frame: "DataFrame", against: str) -> list[Line]:
+    """A line a split and category of notebook 4 and a benchmark of notebook 5."""
+    rows = frame[(frame["method"] == METHOD) & (frame["against"] == against)
+                 & frame["value"].notna() & frame["more_is_better"].notna()]
+    out = []
+    compared = rows[rows["notebook"] == COMPARISON]
+    main = main_split(frame)
+    for split in dict.fromkeys(compared["split_or_benchmark"]):
         for category, (decides, kept) in DECIDES.items():
-            measured = [_measure(split, n, label, mine[n], more)
-                        for n, (label, of, more) in held_out.METRICS.items()
-                        if of == category and more is not None and n in mine
-                        and mine[n]["value"] is not None]
-            if measured:
-                line = _line(f"{split} {category}", measured, decides, kept)
-                lines.append(line | {"main": split == compare.main_split(compared),
-                                     "hallucination": category == "caption"})
-    return lines
+            measures = _measures(compared, split, [category], held_out.METRICS)
+            if measures:
+                out.append(_line(f"{split} {category}", split, measures, decides, kept,
+                                 main=split == main, hallucination=category == "caption"))
+    scored = rows[rows["notebook"] == BENCHMARK]
+    for name in dict.fromkeys(scored["split_or_benchmark"]):
+        if name in benchmarks():
+            title, known = benchmark(name)
+            decides, kept, halluc = BENCHMARKS.get(name, (next(iter(known)), None, False))
+            measures = _measures(scored, name, ["all", "kind"], known)
+            out.append(_line(title, title, measures, decides, kept, hallucination=halluc))
+    return out
+
+
+def _measures(rows: "DataFrame", where: str, categories: Sequence[str], order: Iterable[str]
+              ) -> dict[str, Estimate]:
+    rows = rows[(rows["split_or_benchmark"] == where) & rows["category"].isin(categories)]
+    found = {row["metric"]: results.estimate(row) for _, row in rows.iterrows()}
+    return {n: found[n] for n in order if n in found}
+
+
+def _visible(frame: "DataFrame") -> Claim:
+    """Claim 5: more answers better than the untuned model's than worse; wins minus losses a
+    question, with its interval over images."""
+    says = "Answers are visibly more faithful: more of them better than worse"
+    compared = frame[frame["notebook"] == COMPARISON]
+    if compared.empty:
+        return _claim(5, says, [], against="base", because="notebook 4 has not run")
+    split = main_split(frame)
+    rows = compared.query("metric == 'wins' and method == @METHOD and "
+                          "split_or_benchmark == @split").dropna(subset="value")
+    if rows.empty:
+        return _claim(5, says, [], against="base",
+                      because="nothing tells wins from losses: there is no truth file, or no BPO")
+    line = _line(f"{split}, all questions", split, {"wins": results.estimate(rows.iloc[0])}, "wins")
+    return _claim(5, says, [line], against="base")
+
+
+def main_split(frame: "DataFrame") -> str:
+    """The split that verdicts are about: counterfactual where there is one, else the first."""
+    splits = frame.loc[frame["notebook"] == COMPARISON, "split_or_benchmark"].unique().tolist()
+    return "counterfactual" if "counterfactual" in splits or not splits else splits[0]
+
+
+def benchmarks() -> dict[str, official.Benchmark | judged.Judged]:
+    return {**official.BENCHMARKS, **judged.JUDGED}
 
 
 def benchmark(name: str) -> tuple[str, dict[str, tuple[str, bool | None]]]:
     """The title of a benchmark of notebook 5, and its metrics with label and whether more is
     better, those that are made of others last."""
-    known = {**official.BENCHMARKS, **judged.JUDGED}[name]
+    known = benchmarks()[name]
     return known.title, {n: (m.label, m.more) for n, m in known.all_metrics.items()}
 
 
-def _benchmarks(found: Mapping[str, Any] | None, against: str) -> list[Line]:
-    """A line a benchmark of notebook 5."""
-    lines = []
-    for name, differences in ((found or {}).get("differences") or {}).items():
-        title, known = benchmark(name)
-        decides, kept, hallucination = BENCHMARKS.get(name, (next(iter(known)), None, False))
-        mine = differences.get(against, {}).get(METHOD, {})
-        measured = [_measure(title, n, label, mine[n], more)
-                    for n, (label, more) in known.items()
-                    if more is not None and n in mine and mine[n]["value"] is not None]
-        if measured:
-            lines.append(_line(title, measured, decides, kept)
-                         | {"main": True, "hallucination": hallucination})
-    return lines
+def label(where: str, metric: str) -> str:
+    """A metric's name on a page; where: a split or a benchmark's name."""
+    if where in benchmarks() and metric in benchmark(where)[1]:
+        return benchmark(where)[1][metric][0]
+    return held_out.METRICS[metric][0] if metric in held_out.METRICS else metric
 
 
-def _visible(study: str, compared: Mapping[str, Any] | None) -> Claim:
-    """Claim 5: more answers better than the untuned model's than worse, as `compare.quality`
-    weighs them; wins minus losses a question, with its interval over images."""
-    says = "Answers are visibly more faithful: more of them better than worse"
-    stage = runs.stage_folder(study, QualitativeComparison.notebook)
-    split = compare.main_split(compared) if compared else ""
-    file = stage / f"answers-{split}.jsonl"
-    if not file.is_file():
-        return _claim(5, says, [], against="base", because="notebook 4 has not run")
-    known = json.loads((stage / runs.MANIFEST).read_text(encoding="utf-8"))["parameters"]
-    p = QualitativeComparison(study=study, **known)
-    won = wins(records.read_lines(file), records.read_truth(p.path(p.splits[split])), METHOD,
-               seed=p.seed, resamples=p.resamples)
-    if won is None:
-        return _claim(5, says, [], against="base",
-                      because="nothing tells wins from losses: there is no truth file, or no BPO")
-    measure = _measure(split, "wins", "wins − losses, a question", won, True)
-    return _claim(5, says, [_line(f"{split}, all questions", [measure], "wins")], against="base")
-
-
-def wins(lines: Sequence[dict], truth: dict[str, Any], method: str, *, seed: int, resamples: int
-         ) -> dict[str, Any] | None:
-    """{value, low, high, n, p}: the share of questions that a method answers better than the base,
-    less the share that it answers worse; bootstrap over images. None where nothing can be judged.
-    """
-    won, lost = [], []
-    for line in lines:
-        if method in line["answers"]:
-            mine, base = (compare.quality(line, m, truth) for m in (method, "base"))
-            if mine is not None and base is not None:
-                won.append((line["image"], (float(mine > base), 1)))
-                lost.append((line["image"], (float(mine < base), 1)))
-    if not won:
-        return None
-    ratios = [metrics.by_image(counted) for counted in (won, lost)]
-    weights = metrics.bootstrap_weights(len(ratios[0]), resamples,
-                                        seeds.numpy_generator(seed, "claims interval"))
-    return metrics.difference(*ratios, weights)
-
-
-def summary(claims: Sequence[Claim]) -> list[dict[str, Any]]:
+def summary(claims: Sequence[Claim]) -> "DataFrame":
     """One row a claim for a page."""
-    return [{"claim": c["claim"], "says": c["says"], "against": c["against"] or "–",
-             "verdict": c["verdict"], "because": c["because"]} for c in claims]
+    from pandas import DataFrame
+
+    return DataFrame([{"claim": c.number, "says": c.says, "against": c.against or "–",
+                       "verdict": c.verdict, "because": c.because} for c in claims])
 
 
-def detail(claims: Sequence[Claim]) -> list[dict[str, Any]]:
-    """One row a comparison for a page; "decides" marks those that make a line's verdict."""
-    rows = []
-    for c in claims:
-        for line in c["lines"]:
-            for m in line["measures"]:
-                rows.append({
-                    "claim": c["claim"], "against": c["against"], "where": m["where"],
-                    "measure": m["metric"], "claimed": "more" if m["claimed"] else "less",
-                    "difference": report.estimate(m["value"], m["low"], m["high"], sign="+"),
-                    "side": m["side"], "p": m["p"], "Holm": m["holm"],
-                    "decides": line["verdict"] if m["name"] == line["decides"] else ""})
-    return rows
-
-
-def looks(claims: Sequence[Claim]) -> dict[str, Any]:
+def looks(claims: Sequence[Claim]) -> dict[str, int]:
     """How much was looked at: {looked, apart, decide, decide_apart, survive}. The comparisons and
     those whose interval excludes zero, of all and of the deciding ones, and how many deciding ones
-    survive Holm's correction at 0.05 (None where manifests hold no p values)."""
-    every, family = measures(claims), deciding(claims)
-    known = all(m["p"] is not None for m in family)
-    return {"looked": len(every), "apart": sum(m["side"] != "open" for m in every),
-            "decide": len(family), "decide_apart": sum(m["side"] != "open" for m in family),
-            "survive": sum(m["holm"] <= 0.05 for m in family) if known else None}
+    survive Holm's correction at 0.05. The correction is over the measures that decide, which were
+    named beforehand; over all that are shown beside them no usual number of resamples could
+    survive it."""
+    every = [e for c in claims for x in c.lines for e in x.measures.values()]
+    family = _deciding(claims)
+    corrected = metrics.holm([e.p for _, e in family])
+    return {"looked": len(every), "apart": sum(e.excludes_zero() for e in every),
+            "decide": len(family), "decide_apart": sum(e.excludes_zero() for _, e in family),
+            "survive": sum(p is not None and p <= 0.05 for p in corrected)}
 
 
-def told(claims: Sequence[Claim]) -> str:
+def _deciding(claims: Sequence[Claim]) -> list[tuple[str, Estimate]]:
+    return [(f"{x.name}" + (f" against {c.against}" if c.against else ""), x.measures[x.decides])
+            for c in claims for x in c.lines if x.decides in x.measures]
+
+
+def looks_text(claims: Sequence[Claim]) -> str:
     """`looks` in a sentence, with the names of what survives."""
-    found = looks(claims)
-    text = (f"{found['looked']} comparisons were looked at, {found['apart']} intervals exclude "
-            f"zero; of the {found['decide']} that decide a verdict {found['decide_apart']} do")
-    if found["survive"] is None:
-        return f"{text}. Without p values there is no Holm's correction: run the study again"
-    kept = [f"{m['where']} {m['metric']}" + (f" against {c['against']}" if c["against"] else "")
-            for c in claims for m in deciding([c]) if m["holm"] <= 0.05]
-    return (f"{text}, and {found['survive']} survive Holm's correction at 0.05"
-            + (f": {', '.join(kept)}" if kept else ""))
+    count = looks(claims)
+    family = _deciding(claims)
+    corrected = metrics.holm([e.p for _, e in family])
+    names = [name for (name, _), p in zip(family, corrected, strict=True)
+             if p is not None and p <= 0.05]
+    return (f"{count['looked']} comparisons were looked at, {count['apart']} intervals exclude "
+            f"zero; of the {count['decide']} that decide a verdict {count['decide_apart']} do, and "
+            f"{count['survive']} survive Holm's correction at 0.05"
+            + (f": {', '.join(names)}" if names else ""))

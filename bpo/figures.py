@@ -192,9 +192,42 @@ def differences(table: list[dict[str, Any]]) -> Figure:
     for row in named:
         panel, place = places[row["method"], row["metric"]]
         style = {"color": COLOURS[0], "marker": "o", "fill": COLOURS[0] if _sure(row) else "white"}
-        value = f"{round(row['value'], 3) or 0.0:+.3f}".replace("+0.000", "0.000")
-        _interval(panel, row, place, style, number=value)
+        _interval(panel, row, place, style, number=_signed(row["value"]))
     return fig
+
+
+def forest(panels: dict[str, "pandas.DataFrame"]) -> Figure:
+    """A panel a metric around a zero line: a row a seed and, as a diamond, the mean over seeds.
+
+    panels: title -> frame {label, value, low, high}, the last row is the mean; its interval may be
+    missing (NaN). A marker is filled where the interval leaves zero out.
+    """
+    seeds = max(map(len, panels.values()))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    fig, axes = _grid(rows, columns, width=min(WIDTH, 2.6 + 2.4 * columns),
+                      height=rows * (0.95 + 0.32 * seeds))
+    for panel, (title, frame) in itertools.zip_longest(axes, panels.items(), fillvalue=("", None)):
+        if frame is None:
+            panel.set_axis_off()
+            continue
+        panel.set_title(_wrapped(title, columns=32))
+        _rows_of(panel, list(frame["label"]))
+        panel.axvline(0, color="#303030", linewidth=1)
+        panel.margins(x=0.12)
+        panel.locator_params(axis="x", nbins=4)
+        for place, row in enumerate(frame.to_dict("records")):
+            mean = place == len(frame) - 1
+            colour = COLOURS[1] if mean else COLOURS[0]
+            style = {"color": colour, "marker": "D" if mean else "o",
+                     "fill": colour if _sure(row) else "white"}
+            _interval(panel, row, place, style, number=_signed(row["value"]))
+    return fig
+
+
+def _signed(value: float) -> str:
+    """A difference with its sign; one that rounds to nothing has none."""
+    return f"{round(value, 3) or 0.0:+.3f}".replace("+0.000", "0.000")
 
 
 def _sure(row: dict[str, Any]) -> bool:

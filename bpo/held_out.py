@@ -68,6 +68,7 @@ def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
     checkpoint, methods = load_methods(p)
     out: dict[str, Any] = {}
     contrasts: dict[str, Any] = {}
+    gained: dict[str, Any] = {}
     for split in p.splits:
         rows, truth = read_split(p, split)
         asked = {r.id: r for r in rows}
@@ -79,9 +80,13 @@ def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
             label=f"{split} questions")
         out[split], contrasts[split] = score(lines, truth, methods, seed=p.seed,
                                              resamples=p.resamples)
+        gained[split] = wins(lines, truth, methods[1:], seed=p.seed, resamples=p.resamples)
     directions = {name: (category, more) for name, (_, category, more) in METRICS.items()}
-    results.write(folder, [r for split in out for r in results.compared(
-        split, out[split], contrasts[split], directions)])
+    table = [r for split in out for r in results.compared(split, out[split], contrasts[split],
+                                                          directions)]
+    results.write(folder, table + [
+        results.Result(split, "any", m, "base", "wins", results.Estimate(**e, more_is_better=True))
+        for split, of_split in gained.items() for m, e in of_split.items()])
     return {**out, "differences": contrasts}
 
 
@@ -193,6 +198,45 @@ def counts(line: dict, method: str, truth: dict[str, Any]) -> dict[str, tuple[fl
         out["yes_rate"] = (float(said == "yes"), 1)
         if known["kind"]:
             out[f"pope_{known['kind']}"] = (float(said == known["true"][0]), 1)
+    return out
+
+
+def quality(line: dict, method: str, truth: dict[str, Any]) -> float | None:
+    """How good one answer is, for finding wins and losses; None where nothing is known.
+
+    A right answer is 1, a wrong one 0; a caption loses 1 for each wrong object word and gains the
+    share of the image's objects that it names.
+    """
+    known = truth["rows"].get(line["id"])
+    if known is None:
+        return None
+    added = counts(line, method, truth)
+    if known["category"] == "caption":
+        return added["cover"][0] / max(added["cover"][1], 1) - added["chair_i"][0]
+    if known["category"] == "presence":
+        said = hallucination.yes_or_no(line["answers"][method])
+        return float(said == known["true"][0])
+    return added["colour_accuracy"][0]
+
+
+def wins(lines: Sequence[dict], truth: dict[str, Any], methods: Sequence[str], *, seed: int,
+         resamples: int) -> dict[str, dict[str, Any]]:
+    """method -> {value, low, high, n, p}: the share of questions that it answers better than the
+    base, as `quality` weighs them, less the share that it answers worse; bootstrap over images.
+    Empty where nothing can be judged."""
+    out = {}
+    for method in methods:
+        won, lost = [], []
+        for line in lines:
+            tuned, base = (quality(line, m, truth) for m in (method, "base"))
+            if tuned is not None and base is not None:
+                won.append((line["image"], (float(tuned > base), 1)))
+                lost.append((line["image"], (float(tuned < base), 1)))
+        if won:
+            ratios = [metrics.by_image(counted) for counted in (won, lost)]
+            weights = metrics.bootstrap_weights(
+                len(ratios[0]), resamples, seeds.numpy_generator(seed, "claims interval"))
+            out[method] = metrics.difference(*ratios, weights)
     return out
 
 

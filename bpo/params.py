@@ -459,9 +459,23 @@ class Benchmarks(Checkpoint):
         return self
 
 
+class Replication(Parameters):
+    """7_replication: reads finished studies, computes no stage."""
+
+    notebook: ClassVar[str] = "7_replication"
+
+    studies: list[str] = Field([], description="studies of the seeds, one each; empty: the study "
+                                               "and every STUDY-seedN beside it")
+    other: str = Field("", description="a second study to compare the first with; empty: none")
+    baselines: list[str] = Field(["base", "sft_matched"], min_length=1, description="what bpo is "
+                                 "compared with in the forest plots")
+    metrics: list[str] = Field(["chair_i", "cover", "p_true", "p_prior", "pope_adversarial"],
+                               min_length=1, description="metrics of the forest plots")
+
+
 SCHEMAS: dict[str, type[Parameters]] = {
     s.notebook: s for s in (TinyWorld, NoiseProbability, PairGeneration, DPOTraining,
-                            QualitativeComparison, Benchmarks, PriorOrigin)}
+                            QualitativeComparison, Benchmarks, PriorOrigin, Replication)}
 
 
 def outputs_root() -> Path:

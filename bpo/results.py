@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpo.metrics import holm
-from bpo.params import Refusal
+from bpo.params import SCHEMAS, Refusal, outputs_root
 from bpo.records import whole
+from bpo.runs import MANIFEST
 
 if TYPE_CHECKING:
     import pandas
@@ -147,3 +148,15 @@ def estimate(row: Mapping[str, Any]) -> Estimate:
     n = number("n")
     return Estimate(number("value"), number("low"), number("high"), None if n is None else int(n),
                     number("p"), number("p_holm"), row["more_is_better"])
+
+
+def of_study(study: str) -> "pandas.DataFrame":
+    """The results of all finished stages of a study, with the column `notebook`; no rows where
+    nothing has finished."""
+    import pandas
+
+    frames = [read(manifest.parent).assign(notebook=manifest.parent.name)
+              for manifest in sorted((outputs_root() / study).glob(f"*/{MANIFEST}"))
+              if manifest.parent.name in SCHEMAS]
+    return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame(
+        columns=[*COLUMNS, "notebook"])

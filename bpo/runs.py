@@ -87,7 +87,7 @@ def stage(p: Parameters, work: Callable[[Path], dict[str, Any]], *, inputs: Mapp
     with ExitStack() as held:
         key, done = ranks.first(lambda: _begin(p, folder, inputs, work.__module__, held))
         if done is None:
-            return Result(folder, _manifest(folder), "up to date, read again")
+            return Result(folder, read_manifest(folder), "up to date, read again")
         began = time.monotonic()
         metrics = work(folder)
         ranks.wait()
@@ -132,7 +132,7 @@ def why_stale(folder: Path, key: Mapping[str, Any]) -> str | None:
     """None when the folder holds this very result, else the reason, for people."""
     if not (folder / MANIFEST).is_file():
         return "there was no result yet"
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     reasons = []
     for name in key["parameters"].keys() | manifest["parameters"].keys():
         old, new = manifest["parameters"].get(name), key["parameters"].get(name)
@@ -193,7 +193,7 @@ def fingerprint(path: Path) -> str:
         number = owner.name.split("_")[0]
         raise Refusal(f"{path} is not there yet: run notebooks/{owner.name}.ipynb first "
                       f"(python -m bpo run {owner.parent.name} --only {number})")
-    manifest = _manifest(owner)
+    manifest = read_manifest(owner)
     mine = below(manifest["outputs"], "" if path == owner else str(path.relative_to(owner)))
     if not mine:
         wrote = sorted({n.split("/")[0] for n in manifest["outputs"]})
@@ -241,7 +241,8 @@ def _files(folder: Path) -> list[Path]:
                   and not (f.name.startswith(".") and f.name.endswith(".tmp")))
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished stage."""
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 

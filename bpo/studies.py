@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bpo import replication, report, rounds, runs, verify
+from bpo import report, rounds, runs, verify
 from bpo.galleries import Shown
 from bpo.params import SCHEMAS
 
 TITLES = {"0_tiny_world": "Tiny world", "1_noise_probability": "Noise and probability",
           "2_pair_generation": "Pair generation", "3_dpo_training": "DPO training",
           "4_qualitative_comparison": "Qualitative comparison", "5_benchmarks": "Benchmarks",
-          "6_where_the_prior_comes_from": "Where the prior comes from"}
+          "6_where_the_prior_comes_from": "Where the prior comes from",
+          "7_replication": "Replication"}
 COMPARED = ("chair_i", "cover", "p_true", "p_prior", "pope_adversarial")  # of notebook 4
 # The number of each benchmark that an index shows; of another benchmark its first.
 SHOWN = {"chair": "chair_i", "object-halbench": "response", "pope": "f1", "amber": "amber_score"}
@@ -68,7 +69,7 @@ def entries(folder: Path, known: Manifests) -> list[dict[str, Any]]:
             "seconds": known[name]["seconds"] if name in known else None,
             "message": failure or "", "html": f"{name}.html", "ipynb": executed.name,
             "manifest": f"{name}/{runs.MANIFEST}" if name in known else None})
-    for title, module in (("Rounds", rounds), ("Replication", replication)):
+    for title, module in (("Rounds", rounds),):
         if held := module.written(folder.name):
             found.append({"name": module.TABLE, "title": title, "status": "complete",
                           "headline": module.headline(held), "html": module.PAGE})
@@ -190,6 +191,7 @@ def _first_numbers(folder: Path, known: Manifests) -> str:
     for row in numbers(known)[:1]:
         measure, _, method, minus, *_ = row
         parts.append(f"{row[measure]}: {method} {row[method]}, {minus} {row[minus]}")
-    if len(parts) == 1:
-        parts.append(report.headline(folder / f"{list(known)[-1]}.ipynb"))
+    executed = folder / f"{list(known)[-1]}.ipynb"  # a stage may have been computed without it
+    if len(parts) == 1 and executed.is_file():
+        parts.append(report.headline(executed))
     return "; ".join(filter(None, parts))

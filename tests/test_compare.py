@@ -126,14 +126,14 @@ def test_a_method_is_compared_with_every_baseline_but_itself(scored):
     ("caption", "a dog and two cats , a cat", 0.5 - 2), ("caption", "nothing", 0),
     ("unknown", "a dog", None)])
 def test_the_quality_of_an_answer_is_that_by_hand(row_id, text, value):
-    assert compare.quality(line(row_id, text, ""), "base", TRUTH) == value
+    assert held_out.quality(line(row_id, text, ""), "base", TRUTH) == value
 
 
 @pytest.mark.parametrize("text", ("No.", "no , there is not"))
 def test_a_presence_answer_is_as_good_as_pope_finds_it(text):
     asked = line("pope", text, "")
     assert held_out.counts(asked, "base", TRUTH)["pope_adversarial"] == (1, 1)
-    assert compare.quality(asked, "base", TRUTH) == 1
+    assert held_out.quality(asked, "base", TRUTH) == 1
 
 
 @pytest.mark.parametrize("row_id, text, words", [

@@ -1,320 +1,167 @@
-"""A study over seeds: means and t intervals by hand, what is counted on how many seeds, the page in
-a browser, and the command, which goes on after a kill."""
+"""A study over seeds: means and t intervals by hand, claims by seed, the notebook, and the command,
+which goes on after a kill."""
 
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import pandas
 import pytest
 from conftest import LITTLE
-from test_pages import VIEWS, alone, check
 
-from bpo import __main__, claims, params, replication, replication_page, runs
+from bpo import __main__, claims, held_out, params, replication, results, runs
 from bpo.__main__ import main
-from bpo.params import Refusal
-
-METHODS = replication.METHODS
-NAMES = {"chair_i": 0.3, "cover": 0.5, "p_true": 0.4, "p_prior": 0.3, "pope_adversarial": 0.6}
+from bpo.params import Refusal, Replication
+from bpo.results import Estimate, Result
 
 
-def estimate(value, half=0.02, **rest):
-    return {"value": value, "low": value - half, "high": value + half, "n": 40, **rest}
+def level(value, half=0.02, **rest):
+    return Estimate(value, value - half, value + half, 40, **rest)
 
 
-def finished(study, notebook, metrics, **rest):
-    folder = runs.stage_folder(study, notebook)
-    folder.mkdir(parents=True, exist_ok=True)
-    rest["parameters"] = {"seed": 0, **rest.get("parameters", {})}
-    (folder / runs.MANIFEST).write_text(json.dumps({
-        "study": study, "stage": notebook, "device": "CPU", "commit": "abc", "inputs": {},
-        "finished": "2026-01-01", "seconds": 1.0, "versions": {"torch": "2"}, "metrics": metrics,
-        **rest}))
-
-
-def seeded(study, gain, *, noise=0.2, cover=0.0, benchmark=None):
-    """A study whose BPO gains `gain` in every measure against every baseline, CHAIRi and P(prior)
-    falling, and loses `cover`."""
-    sign = {n: -1 if n in ("chair_i", "p_prior") else 1 for n in NAMES}
-    changes = {n: gain * sign[n] if n != "cover" else cover for n in NAMES}
-    values = {m: {n: estimate(v + (changes[n] if m == "bpo" else 0)) for n, v in NAMES.items()}
-              for m in METHODS}
-    differences = {b: {"bpo": {n: estimate(v, p=0.001) for n, v in changes.items()}}
-                   for b in METHODS[:-1]}
-    finished(study, "4_qualitative_comparison",
-             {"counterfactual": values, "natural": values,
-              "differences": {"counterfactual": differences, "natural": differences}},
-             parameters={"splits": {"counterfactual": "x/rows.json"}})
-    finished(study, "1_noise_probability", {
-        "noise_steps": [0, 500, 999], "images": 9,
-        **{f"p_{k}": [0.4, 0.4, 0.4 + s * noise] for k, s in (("true", -1), ("prior", 1))},
-        **{f"p_{k}_interval": [[0.3, 0.5]] * 3 for k in ("true", "prior")},
-        "change_true": estimate(-noise, p=0.001), "change_prior": estimate(noise, p=0.001)},
-        inputs={"truth": "x"}, parameters={"question": ""})
-    if benchmark is not None:
-        rates = {"chair_i": -benchmark, "cover": 0.1, "objects": 0.3}
-        finished(study, "5_benchmarks", {
-            "methods": METHODS, "benchmarks": {"chair": {
-                m: {n: estimate(0.5 + (v if m == "bpo" else 0)) for n, v in rates.items()}
-                for m in METHODS}},
-            "differences": {"chair": {b: {"bpo": {n: estimate(v, p=0.001)
-                                                  for n, v in rates.items()}}
-                                      for b in METHODS[:-1]}}})
+def seeded(study, gain, *, seed=0, metrics=("chair_i", "cover", "p_true")):
+    """A study whose bpo gains `gain` in every metric against base and sft_matched."""
+    for notebook in ("1_noise_probability", claims.COMPARISON):
+        folder = runs.stage_folder(study, notebook)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / runs.MANIFEST).write_text(json.dumps({
+            "study": study, "stage": notebook, "device": "CPU", "commit": "abc", "seconds": 1.0,
+            "finished": "2026-01-01", "inputs": {"truth": f"{seed}" * 64}, "outputs": {},
+            "modules": {"bpo.noise": f"{gain}"}, "versions": {"torch": "2"}, "metrics": {},
+            "parameters": {"seed": seed, "question": ""}}))
+    results.write(runs.stage_folder(study, "1_noise_probability"), [
+        Result("step 999", "noise", "base", "step 0", f"p_{n}", level(v, p=0.001,
+                                                                      more_is_better=v < 0))
+        for n, v in (("true", -0.2), ("prior", 0.2))])
+    rows = []
+    for metric in metrics:
+        _, category, more = held_out.METRICS[metric]
+        change = gain if more else -gain
+        for against in ("", "base", "sft_matched"):
+            estimate = level(0.5 + change) if not against else level(change, p=0.001)
+            rows.append(Result("counterfactual", category, "bpo", against, metric, Estimate(
+                *(getattr(estimate, n) for n in ("value", "low", "high", "n", "p")),
+                more_is_better=more)))
+    results.write(runs.stage_folder(study, claims.COMPARISON), rows)
 
 
 @pytest.fixture
 def three(outputs):
     """Seeds 0 to 2: the first gains, the second gains less, the third loses."""
-    for study, gain in (("mine", 0.1), ("mine-seed1", 0.05), ("mine-seed2", -0.06)):
-        seeded(study, gain)
-    return replication.studies("mine", seed=0, count=3)
+    for seed, gain in enumerate((0.1, 0.05, -0.06)):
+        seeded("mine" if not seed else f"mine-seed{seed}", gain, seed=seed)
+    return replication.by_seed(Replication(study="mine"))
 
 
-def test_the_study_itself_is_the_first_seed():
+def only(frame, **wanted):
+    for name, value in wanted.items():
+        frame = frame[frame[name] == value]
+    row, = frame.to_dict("records")
+    return row
+
+
+def test_the_study_itself_is_the_first_seed(three):
     assert replication.studies("tiny", seed=0, count=3) == {
         0: "tiny", 1: "tiny-seed1", 2: "tiny-seed2"}
     assert replication.studies("mine", seed=7, count=2) == {7: "mine", 8: "mine-seed8"}
+    assert three == {0: "mine", 1: "mine-seed1", 2: "mine-seed2"}
 
 
-def test_the_interval_over_seeds_is_student_s():
-    found = replication.over_seeds({s: estimate(v) for s, v in enumerate((1.0, 2.0, 4.0, 5.0))})
+def test_the_interval_over_seeds_is_student_s(outputs):
+    for seed, gain in enumerate((1.0, 2.0, 4.0, 5.0)):
+        seeded(f"s{seed}", gain, seed=seed)
+    frame = replication.read({s: f"s{s}" for s in range(4)})
+    row = only(replication.over_seeds(frame), metric="cover", against="base")
     # mean 3, s = sqrt((4 + 1 + 1 + 4) / 3), t(0.975, 3) = 3.1824 in any table
     half = 3.1824 * math.sqrt(10 / 3) / math.sqrt(4)
-    assert found["mean"] == 3
-    assert (found["low"], found["high"]) == pytest.approx((3 - half, 3 + half), abs=1e-3)
-    assert found["seeds"][2] == {"seed": 2, "value": 4.0, "low": 3.98, "high": 4.02}
+    assert row["value"] == 3 and row["seeds"] == 4
+    assert (row["low"], row["high"]) == pytest.approx((3 - half, 3 + half), abs=1e-3)
 
 
-def test_two_seeds_have_a_mean_and_no_interval():
-    found = replication.over_seeds({0: estimate(1.0), 5: estimate(2.0)})
-    assert (found["mean"], found["low"], found["high"]) == (1.5, None, None)
-    three = replication.over_seeds({s: estimate(1.0) for s in range(3)})
-    assert (three["low"], three["high"]) == (1, 1)
-
-
-def rows(found, **wanted):
-    return [r for r in found if all(r[k] == v for k, v in wanted.items())]
-
-
-def test_levels_and_differences_are_means_of_the_seeds(three):
-    levels, apart = replication.levels(three), replication.differences(three)
-    assert {r["where"] for r in levels} == {"counterfactual", "natural"}
-    assert [r["method"] for r in rows(levels, where="natural", name="cover")] == list(METHODS)
-    bpo, = rows(levels, where="counterfactual", method="bpo", name="p_true")
-    assert bpo["mean"] == pytest.approx((0.5 + 0.45 + 0.34) / 3, abs=1e-6)
-    chair, = rows(apart, where="counterfactual", against="sft_matched", name="chair_i")
-    assert [e["value"] for e in chair["seeds"]] == [-0.1, -0.05, 0.06]
-    assert chair["mean"] == pytest.approx(-0.03) and chair["more"] is False
-    assert chair["low"] < -0.1 and chair["high"] > 0.06
-    # What no seed measured is no row; hallucination stands beside cover.
-    assert [r["name"] for r in rows(levels, where="natural", method="sft")] == list(NAMES)
+def test_two_seeds_have_a_mean_and_no_interval(three):
+    frame = replication.read({s: three[s] for s in (0, 1)})
+    row = only(replication.over_seeds(frame), metric="cover", against="base")
+    assert row["value"] == pytest.approx(0.075) and math.isnan(row["low"])
 
 
 def test_a_measure_that_one_seed_lacks_is_left_out(three):
-    file = runs.stage_folder("mine-seed1", "4_qualitative_comparison") / runs.MANIFEST
-    held = json.loads(file.read_text())
-    held["metrics"]["natural"]["bpo"]["cover"]["value"] = None
-    del held["metrics"]["counterfactual"]["sft"]
-    file.write_text(json.dumps(held))
-    levels = replication.levels(three)
-    assert not rows(levels, where="natural", method="bpo", name="cover")
-    assert not rows(levels, where="counterfactual", method="sft")
-    assert rows(levels, where="counterfactual", method="bpo", name="cover")
+    seeded("mine-seed1", 0.05, seed=1, metrics=("cover",))
+    over = replication.over_seeds(replication.read(three))
+    assert set(over.loc[over["against"] == "base", "metric"]) == {"cover"}
 
 
-def test_noise_is_followed_on_every_seed(three):
-    seeded("mine-seed2", 0.1, noise=-0.1)
-    found = replication.noise(three)
-    change, = rows(found, name="p_prior", step=None)
-    assert [round(e["value"], 6) for e in change["seeds"]] == [0.2, 0.2, -0.1]
-    assert change["mean"] == pytest.approx(0.1)
-    last, = rows(found, name="p_true", step=999)
-    assert last["mean"] == pytest.approx((0.2 + 0.2 + 0.5) / 3, abs=1e-6)
-    assert last["seeds"][0]["low"] == 0.3
-    assert {r["step"] for r in found} == {0, 500, 999, None}
-
-
-def test_noise_at_other_steps_is_not_averaged(three):
-    file = runs.stage_folder("mine-seed1", "1_noise_probability") / runs.MANIFEST
-    held = json.loads(file.read_text())
-    held["metrics"]["noise_steps"] = [0, 400, 999]
-    file.write_text(json.dumps(held))
-    assert replication.noise(three) == []
+def test_rows_of_the_forest_are_the_seeds_and_their_mean(three):
+    rows = replication.seed_rows(replication.read(three), "chair_i", where="counterfactual",
+                                 against="base")
+    assert list(rows["label"]) == ["seed 0", "seed 1", "seed 2", "mean"]
+    assert list(rows["value"]) == pytest.approx([-0.1, -0.05, 0.06, -0.03])
+    assert list(rows["low"])[:3] == pytest.approx([-0.12, -0.07, 0.04])
 
 
 def test_claims_are_counted_over_seeds(three):
-    over = replication.claims_over(three)
-    found, looks = over["claims"], over["looks"]
-    assert [(c["claim"], c["against"], c["holds"], c["fails"]) for c in found] == [
-        (1, "clean image", 3, 0), (2, "base", 2, 1), (3, "sft", 0, 1), (3, "sft_matched", 0, 1),
-        (3, "sft_compute", 0, 1), (4, "", 0, 0), (5, "base", 0, 0)]
-    assert [v["verdict"] for v in found[1]["verdicts"]] == [claims.HOLDS, claims.HOLDS,
-                                                            claims.FAILS]
-    assert [k["seed"] for k in looks] == [0, 1, 2] and looks[0]["decide"] > 10
-    lines = rows(over["lines"], claim=3, against="sft")
-    # There is no colour accuracy among these numbers: what decides the category was not measured.
-    assert [(x["name"], x["holds"], x["fails"]) for x in lines] == [
-        ("counterfactual caption", 2, 1), ("counterfactual attribute", 0, 0),
-        ("counterfactual presence", 2, 1)]
-    assert [v["note"] for v in lines[1]["verdicts"]] == ["not measured"] * 3
+    verdicts = replication.claims_over(three)
+    assert (only(verdicts, claim=1, line="")["holds"], only(verdicts, claim=4)["holds"]) == (3, 0)
+    second = only(verdicts, claim=2, line="counterfactual caption")
+    assert [second[f"seed {s}"] for s in three] == ["holds", "holds", "does not hold"]
+    assert (second["holds"], second["fails"]) == (2, 1)
+    assert "claim 2 against base on 2" in replication.counted(verdicts)
 
 
-def test_a_benchmark_joins_when_every_seed_has_it(three):
-    seeded("mine", 0.1, benchmark=0.1)
-    assert "CHAIR" not in {r["where"] for r in replication.levels(three)}
-    for study, gain in (("mine-seed1", 0.3), ("mine-seed2", 0.2)):
-        seeded(study, 0.1, benchmark=gain)
-    chair, = rows(replication.differences(three), where="CHAIR", against="base", name="chair_i")
-    assert chair["mean"] == pytest.approx(-0.2)
-    assert [r["name"] for r in rows(replication.levels(three), where="CHAIR", method="base")] == [
-        "chair_i", "cover", "objects"]
-    file = runs.stage_folder("mine-seed1", "5_benchmarks") / runs.MANIFEST
-    file.write_text(json.dumps({"metrics": {"benchmarks": {}, "differences": {}}}))
-    assert not rows(replication.levels(three), where="CHAIR")
+def test_what_two_studies_did_differently_is_listed(three):
+    rows = replication.settings_that_differ("mine", "mine-seed1")
+    named = {(r.what, r.name) for r in rows.itertuples()}
+    assert named == {("parameters", "seed"), ("inputs", "truth"), ("modules", "bpo.noise")}
+    shared, apart = replication.side_by_side("mine", "mine-seed2", baselines=["base"])
+    assert set(shared["method"]) == {"bpo", "bpo − base"} and apart == len(shared) == 6
+    assert only(shared, metric="CHAIRi", method="bpo − base")["mine"] == "-0.100 [-0.120, -0.080]"
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """A replication that was written once, and its page as plain text."""
-    root = tmp_path_factory.mktemp("outputs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BPO_OUTPUTS", str(root))
-        for study, gain in (("mine", 0.1), ("mine-seed1", 0.2), ("mine-seed2", -0.2)):
-            seeded(study, gain, benchmark=gain)
-        parts = replication.write("mine", replication.studies("mine", seed=0, count=3))
-    return root / "mine" / replication.PAGE, "\n".join(p.plain for p in parts)
+def test_a_seed_without_a_comparison_and_a_seed_twice_are_refused(three, outputs):
+    with pytest.raises(Refusal, match="study other has no finished comparison; python -m bpo repl"):
+        replication.by_seed(Replication(study="mine", studies=["mine", "other"]))
+    seeded("mine-seed2", 0.1, seed=1)
+    with pytest.raises(Refusal, match="mine-seed1 and mine-seed2 both have seed 1"):
+        replication.by_seed(Replication(study="mine"))
 
 
-@pytest.fixture
-def copied(page, tmp_path, monkeypatch):
-    """The same to change, as the root of outputs."""
-    root = shutil.copytree(page[0].parents[1], tmp_path / "copied")
-    monkeypatch.setenv("BPO_OUTPUTS", str(root))
-    return root
+# --- the commands -------------------------------------------------------------------------------
 
+@pytest.mark.slow
+def test_compare_writes_a_page_of_two_studies(three, outputs, capsys):
+    assert main(["compare", "mine", "mine-seed1"]) == 0
+    text = (outputs / "mine" / "against-mine-seed1.html").read_text(encoding="utf-8")
+    assert "What mine and mine-seed1 did differently" in text and "bpo.noise" in text
+    assert "against-mine-seed1.html" in (outputs / "mine" / "index.html").read_text()
+    assert main(["compare", "mine", "nothing"]) == 1
+    assert "outputs/nothing: nothing has finished there" in capsys.readouterr().err
 
-def test_the_page_says_what_differs_and_shows_every_seed(page):
-    file, plain = page
-    text = file.read_text(encoding="utf-8")
-    assert "Study mine over 3 seeds" in text
-    for words in ("holds on 2 of 3, does not hold on 1 of 3", "95 % t interval",
-                  "CHAIR: each seed", "P(true answer), clean", "step 999"):
-        assert words in plain, words
-    assert not re.search(r"objects an answer \(", plain)  # neither more nor less is better
-    assert text.count("<figure>") == 1 + 4 + 1 + 1  # noise; baselines; natural; the benchmark
-
-
-def test_worlds_differ_between_seeds_where_every_seed_built_its_own(copied, page):
-    assert "Checkpoint and data are the same for all seeds" in page[1]
-    studies = replication.studies("mine", seed=0, count=3)
-    for study in ("mine", "mine-seed1"):
-        finished(study, "0_tiny_world", {})
-    assert not replication.own_worlds(studies)
-    finished("mine-seed2", "0_tiny_world", {})
-    assert replication.own_worlds(studies)
-    held = replication.written("mine") | {"own_worlds": True, "noise": [], "levels": []}
-    assert "world, data, model, pairs and training all differ" in (
-        replication_page.parts(held)[0].plain)
-
-
-def test_better_and_worse_are_counted_by_what_is_better(three):
-    seeded("mine", 0.01)  # less than its interval's half
-    apart = replication.differences(three)
-    for name, more in (("p_true", True), ("chair_i", False)):
-        row, = rows(apart, where="natural", against="sft", name=name)
-        assert row["more"] is more
-        assert replication_page._sides(row) == {"better": "2 (1)", "worse": "1 (1)"}
-
-
-def test_two_seeds_make_a_page_without_intervals_over_seeds(three):
-    parts = replication.write("mine", {0: "mine", 1: "mine-seed1"})
-    plain = "\n".join(p.plain for p in parts)
-    assert "no interval" in plain and "Over seeds: the mean with" not in plain
-
-
-def test_without_a_truth_the_page_says_that_nothing_was_measured(outputs):
-    none = {"value": None, "low": None, "high": None, "n": 0}
-    for study in ("mine", "mine-seed1"):
-        finished(study, "4_qualitative_comparison", {
-            "own": {"base": {"changed": estimate(0)}, "bpo": {"changed": none}},
-            "differences": {"own": {}}}, parameters={"splits": {"own": "x/rows.json"}})
-    parts = replication.write("mine", replication.studies("mine", seed=0, count=2))
-    assert "needs a truth file or a benchmark" in "\n".join(p.plain for p in parts)
-
-
-def test_the_forest_shows_seeds_and_their_mean(three):
-    found = rows(replication.differences(three), where="counterfactual", against="base")
-    fig = replication_page.forest(found)
-    panel = fig.axes[0]
-    assert panel.get_title("left") == "CHAIRi" and panel.get_xlabel() == "less is better"
-    assert [t.get_text() for t in panel.get_yticklabels()] == ["seed 0", "seed 1", "seed 2", "mean"]
-    dots = [x for x in panel.lines if x.get_marker() == "o"]
-    assert [x.get_xdata()[0] for x in dots] == [-0.1, -0.05, 0.06]
-    assert all(x.get_markerfacecolor() != "white" for x in dots)
-    diamond, = (x for x in panel.lines if x.get_marker() == "D")
-    assert diamond.get_xdata()[0] == pytest.approx(-0.03)
-    cover = [x.get_markerfacecolor() for x in fig.axes[1].lines if x.get_marker() == "o"]
-    assert cover == ["white"] * 3  # its intervals hold zero
-
-
-def test_the_page_opens_in_a_browser_without_a_request_or_error(page, browser):
-    file, _ = page
-    with alone(browser, file.as_uri()) as tab:
-        assert tab.evaluate("[...document.images].filter(i => !i.naturalWidth).length") == 0
-
-
-@pytest.mark.parametrize(("width", "scheme"), VIEWS)
-def test_axe_has_nothing_serious_to_say(page, browser, width, scheme):
-    check(browser, [page[0]], width, scheme)
-
-
-def test_what_was_written_counts_until_a_seed_changes(copied):
-    held = replication.written("mine")
-    assert replication.seeds_of(held) == {0: "mine", 1: "mine-seed1", 2: "mine-seed2"}
-    assert replication.headline(held).startswith("Of 3 seeds, claims hold: 1 on 3, 2 on 2, 3 "
-                                                 "against sft on 0")
-    seeded("mine-seed1", 0.5, benchmark=0.1)
-    assert replication.written("mine") is None
-    assert replication.written("other") is None
-
-
-def test_a_seed_without_a_comparison_is_refused(three, outputs):
-    with pytest.raises(Refusal, match="seed 3 has no finished comparison; python -m bpo replicate"):
-        replication.write("mine", three | {3: "mine-seed3"})
-    assert not (outputs / "mine" / replication.TABLE).exists()
-
-
-# --- the command --------------------------------------------------------------------------------
 
 @pytest.fixture
 def ran(monkeypatch, outputs):
     """What `replicate` runs, without running it: each notebook leaves what `seeded` does."""
     did = []
 
-    def execute(notebook, p, folder):
+    def execute(notebook, p, folder, *, name=""):
         did.append(f"{p.study} {p.seed} {notebook[0]}")
         if notebook.startswith("4"):
-            seeded(p.study, 0.1)
+            seeded(p.study, 0.1, seed=p.seed)
         return True
 
     monkeypatch.setattr(__main__, "_execute", execute)
     return did
 
 
-def test_every_seed_is_a_study_of_its_own(ran, outputs, capsys):
+def test_every_seed_is_a_study_of_its_own_then_notebook_7_reads_them(ran, outputs, capsys):
     assert main(["replicate", "tiny", "--seeds", "3", "-p", "beta", "0.3"]) == 0
     every = [n[0] for n in params.study_files("tiny")]
-    assert ran == [f"{study} {seed} {n}" for study, seed in (("tiny", 0), ("tiny-seed1", 1),
-                                                             ("tiny-seed2", 2)) for n in every]
-    assert (outputs / "tiny" / replication.PAGE).is_file()
-    assert replication.PAGE in (outputs / "tiny/index.html").read_text()
-    told = capsys.readouterr().out
-    assert "— seed 2: study tiny-seed2" in told and "holds on 3 of 3" in told
+    assert ran == [f"{study} {seed} {n}" for study, seed in (
+        ("tiny", 0), ("tiny-seed1", 1), ("tiny-seed2", 2)) for n in every] + ["tiny 0 7"]
+    assert "— seed 2: study tiny-seed2" in capsys.readouterr().out
 
 
 def test_a_seed_that_fails_stops_the_replication(ran, monkeypatch, outputs, capsys):
@@ -322,20 +169,9 @@ def test_a_seed_that_fails_stops_the_replication(ran, monkeypatch, outputs, caps
                         or not (p.seed == 1 and n.startswith("3")))
     assert main(["replicate", "tiny", "--seeds", "3"]) == 1
     assert 2 not in ran
-    told = capsys.readouterr().err
-    assert "seed 1 (study tiny-seed1) failed, so the replication stopped" in told
-    assert "give the same command again" in told
-    assert not (outputs / "tiny" / replication.TABLE).exists()
-
-
-def test_a_seed_that_is_being_run_stops_the_replication(ran, monkeypatch, outputs, capsys):
-    monkeypatch.setattr(runs, "LOCK_PATIENCE", 0.1)
-    (outputs / "tiny-seed1").mkdir(parents=True)
-    with runs.locked(outputs / "tiny-seed1" / ".run.lock", "unused"):
-        assert main(["replicate", "tiny", "--seeds", "2"]) == 1
-    told = capsys.readouterr().err
-    assert "is being run by another process" in told
-    assert "seed 1 (study tiny-seed1) could not run" in told
+    text = capsys.readouterr().err
+    assert "seed 1 (study tiny-seed1) failed, so the replication stopped" in text
+    assert "give the same command again" in text
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -346,16 +182,6 @@ def test_a_seed_that_is_being_run_stops_the_replication(ran, monkeypatch, output
 def test_what_cannot_be_replicated_is_refused(arguments, words, ran, outputs, capsys):
     assert main(["replicate", "tiny", *arguments]) == 1
     assert words in capsys.readouterr().err and not ran
-
-
-def test_report_renders_the_replication_again(copied, monkeypatch):
-    file = copied / "mine" / replication.PAGE
-    file.write_text("old")
-    monkeypatch.setattr(__main__.report, "html_page", lambda notebook: None)
-    (copied / "mine" / "4_qualitative_comparison.ipynb").write_text(json.dumps(
-        {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
-    assert main(["report", "mine"]) == 0
-    assert "Study mine over 3 seeds" in file.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -385,18 +211,16 @@ def test_a_replication_that_is_killed_goes_on(tmp_path, little_study):
     stages = [tmp_path / s / n / runs.MANIFEST
               for s, n in ((study, "0_tiny_world"), (study, "2_pair_generation"))]
     before = {f: f.stat().st_mtime_ns for f in stages}
-    assert not (tmp_path / study / replication.TABLE).exists()
     done = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert before == {f: f.stat().st_mtime_ns for f in stages}  # those were only read
     assert not list(tmp_path.glob("*/*.old-*"))
-    held = json.loads((tmp_path / study / replication.TABLE).read_text())
-    assert held["seeds"] == {"0": study, "1": f"{study}-seed1"} and held["own_worlds"]
-    first, second = (json.loads((tmp_path / s / "4_qualitative_comparison" / runs.MANIFEST)
-                                .read_text())["metrics"] for s in held["seeds"].values())
-    cover, = rows(held["levels"], where="counterfactual", method="bpo", name="cover")
-    values = [m["counterfactual"]["bpo"]["cover"]["value"] for m in (first, second)]
-    assert [e["value"] for e in cover["seeds"]] == values
-    assert cover["mean"] == pytest.approx(sum(values) / 2, abs=1e-6)
-    assert first != second
-    assert replication.PAGE in (tmp_path / study / "index.html").read_text()
+    table = pandas.read_csv(tmp_path / study / replication.TABLE, keep_default_na=False)
+    cover = table.query("split_or_benchmark == 'counterfactual' and method == 'bpo' and "
+                        "against == '' and metric == 'cover'").iloc[0]
+    values = [json.loads((tmp_path / s / claims.COMPARISON / runs.MANIFEST).read_text())
+              ["metrics"]["counterfactual"]["bpo"]["cover"]["value"]
+              for s in (study, f"{study}-seed1")]
+    assert cover["value"] == pytest.approx(sum(values) / 2, abs=1e-6) and cover["seeds"] == 2
+    index = (tmp_path / study / "index.html").read_text()
+    assert "7_replication.html" in index and "Of 2 seeds" in index
