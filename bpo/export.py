@@ -8,7 +8,6 @@ import argparse
 import functools
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ from PIL import Image
 from bpo import images, pairs, runs
 from bpo.galleries import visible
 from bpo.params import PairGeneration, Refusal, short
-from bpo.records import to_json, write_lines, write_whole
+from bpo.records import LineFile, to_json, write_lines, write_whole
 
 LAYOUTS = {  # name -> its file, and what it is
     "trl": ("train.parquet", "parquet with images inside, as TRL's DPOTrainer takes it"),
@@ -102,22 +101,21 @@ def export(study: str, to: str) -> Path:
 
 
 def _write(stage: Path, to: str, folder: Path) -> None:
-    manifest = json.loads((stage / runs.MANIFEST).read_text(encoding="utf-8"))
+    manifest = runs.read_manifest(stage)
     # The parameters that the pairs were made with: the study's own may have changed since.
     root = pairs.image_root(PairGeneration(study=stage.parent.name, **manifest["parameters"]))
     file, tally = folder / LAYOUTS[to][0], Tally()
     # Rows of one image are neighbours: this spares reading it for each.
     stored = functools.lru_cache(maxsize=2)(functools.partial(
         _stored, root.resolve(), None if file.suffix == ".parquet" else folder))
-    with (stage / "pairs.jsonl").open(encoding="utf-8") as lines:
-        rows = (row for line in usable(map(json.loads, lines), to, tally)
-                for row in _rows(to, line, stored(line["image"])))
-        if to == "ms-swift":
-            write_lines(file, rows)
-        elif file.suffix == ".json":
-            _write_list(file, rows)
-        else:
-            write_parquet(file, rows, _schema(to))
+    rows = (row for line in usable(LineFile(stage / "pairs.jsonl"), to, tally)
+            for row in _rows(to, line, stored(line["image"])))
+    if file.suffix == ".parquet":
+        write_parquet(file, rows, _schema(to))
+    elif file.suffix == ".jsonl":
+        write_lines(file, rows)
+    else:
+        _write_list(file, rows)
     if not tally.kinds:
         reasons = "; ".join(f"{r}: {n}" for r, n in sorted(tally.left_out.items()))
         raise Refusal(f"{stage / 'pairs.jsonl'}: there is no pair to export ("
