@@ -73,6 +73,17 @@ def test_the_ranges_admit_the_lock_and_do_not_pin():
     assert pip.split() == ["-", "-r", "requirements.lock", "-", "-e", "."]
 
 
+def test_every_package_that_bpo_imports_is_a_dependency():
+    declared = {canonicalize_name(Requirement(r).name) for r in PROJECT["dependencies"]}
+    packages = metadata.packages_distributions()
+    for file in (params.ROOT / "bpo").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = ([a.name for a in node.names] if isinstance(node, ast.Import) else
+                     [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])
+            for name in {n.partition(".")[0] for n in names} - sys.stdlib_module_names - {"bpo"}:
+                assert declared & set(map(canonicalize_name, packages[name])), f"{file} {name}"
+
+
 POSIX = {"fcntl", "resource", "pwd", "grp", "termios", "pty"}
 
 
