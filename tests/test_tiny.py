@@ -14,7 +14,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from bpo.tiny import data, language, measure, model, training, world
+from bpo.tiny import data, language, model, overview, training, world
 from bpo.tiny.build import build
 from bpo.tiny.drawing import draw_scene, scene_array
 
@@ -106,7 +106,7 @@ def test_branches_equal_separate_sequences():
     loss = training.alignment_loss(tiny, features, together)
     total = count = 0.0
     for row in rows:
-        prompt = measure.image_prompt(row["question"])
+        prompt = model.image_prompt(row["question"])
         inputs = tokenizer(f"{prompt} {row['answer']}</s>", return_tensors="pt")
         asked = len(tokenizer(prompt).input_ids)
         labels = inputs["input_ids"].clone()
@@ -179,7 +179,7 @@ def test_checkpoint_loads_and_answers(built):
     assert prompt == "<s>user: <image>\nwhat color is the cup ?\nassistant:"
     picture = Image.open(folder / "natural/images/00001.png")
     inputs = processor(images=picture, text=prompt, return_tensors="pt")
-    trained_on = processor.tokenizer(measure.image_prompt("what color is the cup ?")).input_ids
+    trained_on = processor.tokenizer(model.image_prompt("what color is the cup ?")).input_ids
     assert inputs["input_ids"][0].tolist() == trained_on
     placeholders = inputs["input_ids"] == multimodal.config.image_token_id
     features = multimodal.get_image_features(inputs["pixel_values"]).pooler_output
@@ -222,7 +222,7 @@ def test_text_model_loads_and_rewrites(built):
         message = template.replace("{question}", "is there a cup ?").replace("{answer}", "yes")
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": message}],
                                                add_generation_prompt=True, tokenize=False)
-        assert prompt == measure.text_prompt(message)
+        assert prompt == f"<s>user: {message}\nassistant:"
         inputs = tokenizer(prompt, return_tensors="pt")
         assert tokenizer.unk_token_id not in inputs["input_ids"]
         assert text_model.generate(**inputs, max_new_tokens=3).shape[0] == 1
@@ -233,14 +233,31 @@ def test_metrics_and_overview_are_plain(built):
     assert json.loads(json.dumps(metrics)).keys() == metrics.keys()
     assert metrics["gates"]["tower"] is False  # three steps teach nothing
     shown = read(folder / "overview.json")
-    assert set(shown["statistics"]) == {"text", "alignment", "natural", "counterfactual"}
+    assert set(shown["statistics"]) == {"text", "alignment", "counterfactual"}
     assert {d["kind"] for d in shown["documents"]} == set(language.DOCUMENT_KINDS)
-    for split in SPLITS:
-        for example in shown["examples"][split]:
-            assert (folder / example["image"]).is_file()
-    assert {answer["split"] for answer in shown["answers"]} == {"natural", "counterfactual"}
-    assert {rewrite["category"] for rewrite in shown["rewrites"]} == {
-        "caption", "attribute", "presence"}
+    for examples in shown["examples"].values():
+        assert len(examples) == 4 and all((folder / e["image"]).is_file() for e in examples)
+    questions = [r["question"] for e in shown["examples"]["counterfactual"] for r in e["rows"]
+                 if r["category"] == "attribute"]
+    assert [answer["question"] for answer in shown["answers"]] == questions
+
+
+def test_the_untuned_model_s_metrics(monkeypatch):
+    def things(*named):
+        return world.Scene(tuple(world.Thing(name, colour, cell=i, size=2, shade=2, shift=(0, 0))
+                                 for i, (colour, name) in enumerate(named)), 0)
+
+    scenes = [things(("red", "banana"), ("blue", "cup")), things(("green", "fork"))]
+    monkeypatch.setattr(overview, "captions", lambda *_: ["red banana , red apple .",
+                                                          "green fork ."])
+    monkeypatch.setattr(overview, "short_answers", lambda *_: [
+        {"kind": kind, "true": true, "answer": answer, "p_true": p_true, "p_prior": p_prior}
+        for kind, true, answer, p_true, p_prior in (
+            (None, "red", "red", 0.6, 0.3), (None, "green", "white", 0.2, 0.5),
+            ("random", "no", "no", 0.9, 0.0), ("adversarial", "no", "yes", 0.1, 0.9))])
+    assert overview.base_metrics(None, None, scenes, []) == {
+        "chair_i": 0.3333, "cover": 0.6667, "colour_accuracy": 0.5, "p_true": 0.4, "p_prior": 0.4,
+        "pope_random": 1.0, "pope_adversarial": 0.0}
 
 
 def test_same_seed_same_bytes(built, tmp_path):

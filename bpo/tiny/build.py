@@ -11,9 +11,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from bpo.tiny import data, measure, model, official, training
+from bpo.tiny import data, model, official, training
 from bpo.tiny.language import INJECTION_TEMPLATES, text_corpus
-from bpo.tiny.overview import overview
+from bpo.tiny.overview import base_metrics, overview
 from bpo.tiny.world import Scene, counterfactual_scene, natural_scene, python_generator
 
 TOWER_GATE = 0.95  # object accuracy per occupied cell: below it, mistakes are mostly bad sight
@@ -135,15 +135,12 @@ def build(
         "gates": {"tower": tower["object_accuracy"] >= TOWER_GATE, "tower_bound": TOWER_GATE,
                   "tower_value": tower["object_accuracy"]},
         "tower": tower,
-        "text": text | {"p_typical": measure.text_priors(language, tokenizer)},
-        "base": {name: measure.judge_model(multimodal, processor, scenes[name], rows[name])
+        "text": text,
+        "base": {name: base_metrics(multimodal, processor, scenes[name], rows[name])
                  for name in ("development", "natural")},
-        "rewrites": measure.judge_rewrites(
-            language, tokenizer, [row for own in rows["preference"][:200] for row in own],
-            seed=seed),
     }
     data.write_json(folder / "overview.json",
-                    overview(multimodal, language, processor, scenes, rows, documents))
+                    overview(multimodal, processor, scenes, rows, documents))
     watch.lap("measures")
     return metrics | {"seconds": watch.seconds}
 

@@ -37,6 +37,11 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
 
 
+def image_prompt(question: str) -> str:
+    """A question about an image as the chat template gives it, with the image's tokens."""
+    return f"<s>user: {IMAGE_TOKEN * IMAGE_TOKENS}\n{question}\nassistant:"
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word; words are separated by white space."""
     words = [*SPECIAL.values(), IMAGE_TOKEN, *vocabulary()]

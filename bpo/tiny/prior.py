@@ -22,10 +22,12 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bpo import hallucination, metrics, probe, records, results, runs, seeds, vocabulary
+from bpo import metrics, probe, records, results, runs, seeds
 from bpo.params import NoiseProbability, PriorOrigin
-from bpo.tiny import build, data, drawing, language, measure, model, world
+from bpo.tiny import build, data, language, model, overview, world
 
 MEASURES = ("clean", "rise")
 ALL = "all"  # averaged over the other factor's levels
@@ -117,7 +119,7 @@ def _one_seed(p: PriorOrigin, folder: Path, seed: int) -> None:
         reader, read = build.text_model(
             tokenizer, documents, width=s["text_width"], layers=s["text_layers"],
             steps=s["text_steps"], rate=s["text_rate"], seed=seed)
-        read["p_typical"] = fmean(measure.text_priors(reader, tokenizer).values())
+        read["p_typical"] = text_prior(reader, tokenizer)
         for key in (k for k in waiting if k[1] == text):
             pictures = aligned[key[2]]
             multimodal = copy.deepcopy(seeing)
@@ -151,18 +153,24 @@ def _asked(p: PriorOrigin, multimodal, processor, scenes: list, seed: int) -> di
             data=str(place / "counterfactual" / "rows.json"), draws=p.draws, sampled_answers=1),
             place / "probe")
         lines = records.read_lines(place / "probe" / "looks.jsonl")
-    said = measure.answers(multimodal, processor.tokenizer,
-                           [measure.image_prompt(language.DESCRIBE)] * len(scenes),
-                           model.pixel_values(processor, drawing.scene_array(scenes)))
-    lexicon = vocabulary.lexicon(data.vocabulary_truth()["objects"])
+    captions = overview.captions(multimodal, processor, scenes)
     return {
         "looks": [{"image": x["image"], "step": x["step"], "draw": x["draw"],
                    **{f"p_{kind}": _probability(x, kind) for kind in probe.KINDS}} for x in lines],
-        "captions": [{"image": data.image_name(i), "text": text.strip(),
-                      **{n: v for n, v in hallucination.chair(text, set(scene.names),
-                                                              lexicon).items()
-                         if n in ("chair_i", "cover")}}
-                     for i, (text, scene) in enumerate(zip(said, scenes, strict=True))]}
+        "captions": [{"image": data.image_name(i), "text": text,
+                      **overview.caption_counts(text, scene)}
+                     for i, (text, scene) in enumerate(zip(captions, scenes, strict=True))]}
+
+
+@torch.no_grad()
+def text_prior(reader: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> float:
+    """P(typical colour | object) of a text model that is asked without a scene, mean over objects.
+    """
+    prompts = [f"<s>user: {language.colour_question(name)}\nassistant:" for name in world.OBJECTS]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    p = reader(**inputs, logits_to_keep=1).logits[:, -1].softmax(-1)
+    typical = tokenizer.convert_tokens_to_ids([world.TYPICAL[name] for name in world.OBJECTS])
+    return round(float(p[range(len(typical)), typical].mean()), 4)
 
 
 def _probability(look: dict, kind: str) -> float:

@@ -47,21 +47,20 @@ def samples(result: runs.Result, split: str, count: int) -> list[dict[str, Any]]
             for e in shown(result)["examples"][split][:count]]
 
 
-def answer_rows(seen: dict[str, Any], split: str) -> list[dict[str, Any]]:
-    """What the untuned model says to colour questions, beside the truth and the typical colour."""
+def answer_rows(seen: dict[str, Any]) -> list[dict[str, Any]]:
+    """The untuned model's answers to colour questions about counterfactual images, beside the truth
+    and the typical colour."""
     return [{"question": a["question"], "model": a["answer"], "truth": a["true"],
              "typical": ", ".join(a["prior"]), "P(truth)": f"{a['p_true']:.2f}",
-             "P(typical)": f"{a['p_prior']:.2f}"}
-            for a in seen["answers"] if a["split"] == split and a["category"] == "attribute"]
+             "P(typical)": f"{a['p_prior']:.2f}"} for a in seen["answers"]]
 
 
 def base_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
     """The untuned model's measures, one row a measure, one column a split."""
     labels = {"colour_accuracy": "colour accuracy", "p_true": "P(true colour)",
-              "p_prior": "P(typical colour)", "presence_random": "presence, random",
-              "presence_popular": "presence, popular",
-              "presence_adversarial": "presence, adversarial",
-              "chair_i": "CHAIRi of captions", "recall": "objects named"}
+              "p_prior": "P(typical colour)", "pope_random": "presence, random",
+              "pope_popular": "presence, popular", "pope_adversarial": "presence, adversarial",
+              "chair_i": "CHAIRi of captions", "cover": "cover: objects that captions name"}
     return [{"measure": label} | {split: f"{found['base'][split][name]:.3f}"
                                   for split in ("natural", "development")}
             for name, label in labels.items()]
