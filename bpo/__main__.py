@@ -21,8 +21,8 @@ STAGES = {1: "probe", 2: "pairs", 3: "train", 4: "held_out", 5: "benchmarks"}
 # command -> the module with its `add_arguments` and `run`, imported for that command alone: some
 # bring torch; and what it does
 OWN = {"new": ("start", "write the parameters of a study of your own model and data"),
-       "verify": ("verify", "recheck every hash of a study or of a packed archive"),
-       "pack": ("pack", "make one archive of a study's reports, parameters and adapters"),
+       "verify": ("verify", "name each file of a study or its zip that SHA256SUMS lists otherwise"),
+       "pack": ("pack", "make one zip file of a study's reports, parameters and adapters"),
        "export": ("export", "write a study's pairs in another tool's layout"),
        "merge": ("merge", "write what a method trained as a plain checkpoint"),
        "score": ("score", "score answers to a public benchmark")}

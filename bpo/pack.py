@@ -1,235 +1,90 @@
-"""One archive of a study to hand on: reports, manifests, parameters and adapters, and of what was
-left out the count and the reason.
+"""One zip file of a study to hand on: reports, notebooks, manifests, parameters, results, adapters
+and training histories, with their SHA256SUMS.
 
-In it: the pages in a study's folder and its later rounds' (executed notebooks, HTML, the tables
-beside them, reports.json), each stage's manifest and timings, the adapters of notebook 3 with each
-method's history.json and compute.json, since these are numbers that its page draws, and the
-parameter files. Left out: images, checkpoints, and all other tables (rows, pairs, answers, looks):
-they quote questions and answers of the data, which may not be the packer's to share, and what the
-pages say of them is in the manifests. Pictures that pages show stay in the pages.
-
-No key leaves: a file that holds one is refused. The archive's bytes depend on the files alone, so
-the hash that is printed can be published beside it; see `verify` for what hashes do not prove.
+Left out are images, base weights, merged checkpoints, and tables of rows, pairs and answers, which
+quote data that may not be yours to share. Pictures that pages show stay in the pages.
 """
 
 import argparse
 import hashlib
 import html
-import importlib.metadata
 import json
 import os
 import re
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import yaml
+from bpo import verify
+from bpo.params import Refusal, outputs_root, params_root, short
 
-from bpo import archives, runs, touched, verify
-from bpo.archives import PACKED, Member
-from bpo.params import ROOT, Refusal, outputs_root, short
-from bpo.touched import REPORTS, Study
-
-# what is packed of a stage's folder
-TABLES = (f"[^/]+/{runs.MANIFEST}", f"[^/]+/{runs.TIMINGS}", r"3_dpo_training/[^/]+/adapter/[^/]+",
-          r"3_dpo_training/[^/]+/(history|compute)\.json")
-SET_ASIDE = "results set aside"
-# kind of what is left out -> why
-REASONS = {"images": "they may not be yours to share, and are the data's",
-           "model weights": "they are large, and adapters belong to a checkpoint that others get "
-                            "where you did",
-           "tables of rows": "questions and answers of the data may not be yours to share",
-           SET_ASIDE: "a newer result stands in their place",
-           "other files": "no report rests on them"}
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".npy", ".npz")
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
-ROWS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
-
+PACKED = re.compile(r"[^/]+\.(html|ipynb|json|md|csv)|[^/]+/(manifest\.json|timings\.json"
+                    r"|results\.csv)|3_dpo_training/[^/]+/(adapter/[^/]+|(history|compute)\.json)")
 SHORTEST_KEY = 8  # characters: "EMPTY" and the like are what local servers take for a key
-# Not after a character of base64, where any four letters come up in a picture sooner or later.
-SHAPES = re.compile(
-    rb"(?<![A-Za-z0-9+/])(?:sk-(?=[\w-]*\d)(?=[\w-]*[A-Za-z])[\w-]{20,}|hf_[A-Za-z0-9]{20,}"
-    rb"|(?:AKIA|ASIA)[0-9A-Z]{16}(?![0-9A-Za-z])|gh[oprsu]_[A-Za-z0-9]{30,}"
-    rb"|github_pat_\w{30,}|AIza[\w-]{35}|xox[abprs]-[\w-]{20,})"
-    rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----")
-PICTURE = re.compile(rb"data:image/(?!svg)[a-z+.-]+;base64,([A-Za-z0-9+/=]{16,})"
-                     rb'|"image/(?!svg)[a-z]+": *"([A-Za-z0-9+/=]{16,})')
-HOMES = re.compile(rb"(?:/home|/Users|/root|[A-Za-z]:(?:\\){1,4}Users)[/\\][^/\\\s\"'<>]*")
-BLOCK, OVERLAP = 2**24, 2**12  # bytes that are searched at once, and again with the next ones
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study")
-    parser.add_argument("--to", type=Path, metavar="FILE", help="default: outputs/STUDY.zip")
 
 
 def run(options: argparse.Namespace) -> int:
-    file, held = write(options.study, to=options.to)
-    for line in _told(held):
-        print(line)
-    with archives.opened(file) as archive:
-        print(f"sha256 of {file.name}: {archive.sha256}")
-        print(f"sha256 of {PACKED}: {archive.members[PACKED].sha256()}")
-    print("publish one of them beside the archive: who can rewrite an archive can rewrite the "
-          "hashes in it")
-    print(f"the archive is {short(file)}: {file.stat().st_size / 1e6:,.1f} MB; python -m bpo "
-          f"verify {short(file)} rechecks it anywhere")
+    file = write(options.study)
+    with file.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    print(f"{short(file)}: {file.stat().st_size / 1e6:,.1f} MB, sha256 {sha256}; its pages show "
+          "pictures: look whether you may share them")
     return 0
 
 
-def write(study: str, *, to: Path | None = None) -> tuple[Path, dict[str, Any]]:
-    """Writes the archive of a study and its later rounds; its file, and what PACKED.json holds.
+def write(study: str) -> Path:
+    """Writes outputs/STUDY.zip, whole or not at all; the same files give the same bytes.
 
-    Raises Refusal when there is no such study or no complete stage in it, it is being run, a file
-    holds a key, or the archive's folder is not there.
+    Raises Refusal when there is no list of hashes, or a file differs from it or holds a key.
     """
-    folder = outputs_root() / study
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", study) or not folder.is_dir():
-        known = sorted(f.name for f in outputs_root().glob("*") if f.is_dir())
-        raise Refusal(f"{study}: no such study in {short(outputs_root())}; there is "
-                      f"{', '.join(known) or 'none'}")
-    file = to or outputs_root() / f"{study}.zip"
-    if not file.parent.is_dir():
-        raise Refusal(f"{file}: its folder is not there; make it, or name another file with --to")
-    if file.is_dir():
-        raise Refusal(f"{file} is a folder; name a file with --to")
-    folders = verify.with_rounds(folder)
-    with verify.at_rest(folders):
-        files, left = _chosen(folders)
-        if not any(n.endswith(f"/{runs.MANIFEST}") for n in files):
-            raise Refusal(f"{short(folder)}: no stage of this study is complete; run one first "
-                          f"(python -m bpo run {study})")
-        _refuse_keys(files)
-        _refuse_touched(study, files, folders)
-        held = {"format": archives.FORMAT, "kit": importlib.metadata.version("bpo"),
-                "study": study, "studies": [f.name for f in folders],
-                "files": {n: {"sha256": m.sha256(), "bytes": m.size} for n, m in files.items()},
-                "left_out": left, "pictures": len(set(_pictures(files))),
-                "folders_named": sorted(n for n, m in files.items() if _names_folders(m))}
-        packed = archives.in_memory(archives.text(held).encode())
-        archives.write(file, {**files, PACKED: packed}, below=f"{study}.packed")
-    return file, held
-
-
-def _chosen(folders: Iterable[Path]) -> tuple[dict[str, Member], list[dict[str, Any]]]:
-    """The files of an archive by name, and of each kind that is left out {what, why, files,
-    bytes}."""
-    chosen, left = {}, {kind: [] for kind in REASONS}
-    for folder in folders:
-        files = archives.files_below(folder)
-        study = Study(folder.name, files, folder)
-        for name, member in files.items():
-            own = name in study.pages or name == REPORTS
-            if own or (name.split("/")[0] in study.stages
-                       and any(re.fullmatch(t, name) for t in TABLES)):
-                chosen[f"{folder.name}/{name}"] = member
-            elif not any(part.startswith(".") for part in name.split("/")):
-                left[_kind(name)].append(member.size)
-        parameters = archives.files_below(ROOT / "params" / folder.name)
-        chosen |= {f"params/{folder.name}/{n}": m for n, m in parameters.items()
-                   if "/" not in n and n.endswith(".yaml")}
-    return dict(sorted(chosen.items())), [
-        {"what": kind, "why": REASONS[kind], "files": len(sizes), "bytes": sum(sizes)}
-        for kind, sizes in left.items() if sizes]
-
-
-def _kind(name: str) -> str:
-    if ".old-" in name.split("/")[0]:
-        return SET_ASIDE
-    kinds = {"images": IMAGES, "model weights": WEIGHTS, "tables of rows": ROWS}
-    return next((k for k, ends in kinds.items() if name.lower().endswith(ends)), "other files")
-
-
-def _refuse_keys(files: Mapping[str, Member]) -> None:
-    """Raises Refusal when a file holds a key; the message names the file and never the key."""
-    keys = {form.encode(): variable for variable in _key_variables(files)
-            for form in _forms(os.environ.get(variable, "").strip())}
-    for name, member in files.items():
-        for block in _blocks(member):
-            for form, variable in keys.items():
-                if form in block:
-                    raise Refusal(f"{name} holds the value of the environment variable {variable}, "
-                                  "a key: nothing was packed; take it out there (a new key is "
-                                  "safer), run that notebook again and pack then")
-            if SHAPES.search(block):
-                raise Refusal(f"{name} holds something that is shaped like a key: nothing was "
-                              "packed; take it out there (and get a new key if it was one), run "
-                              "that notebook again and pack then")
-
-
-def _refuse_touched(study: str, files: Mapping[str, Member], folders: Iterable[Path]) -> None:
-    packed = [Study(f.name, touched.inside(files, f.name), None) for f in folders]
-    problems = [p for line in touched.lines(packed) for p in line.problems]
-    if problems:
-        raise Refusal(f"{study} was touched, so nothing was packed (python -m bpo verify {study} "
-                      f"tells all): {problems[0]}")
-
-
-def _key_variables(files: Mapping[str, Member]) -> list[str]:
-    """The environment variables that hold keys: by their names, or since a parameter says so."""
-    named = {v for v in os.environ if v.upper().endswith(("_API_KEY", "_TOKEN"))}
-    for name, member in files.items():
-        if name.endswith(f"/{runs.MANIFEST}"):
-            values = _read(name, member, json.loads).get("parameters")
-        elif name.startswith("params/"):
-            values = _read(name, member, yaml.safe_load)
-        else:
-            continue
-        named |= {v for n, v in (values or {}).items()
-                  if n.endswith("key_variable") and isinstance(v, str)}
-    return sorted(named)
-
-
-def _read(name: str, member: Member, reader: Any) -> dict[str, Any]:
+    folder, file = outputs_root() / study, outputs_root() / f"{study}.zip"
+    if not (folder / verify.SUMS).is_file():
+        raise Refusal(f"{short(folder)}: there is no {verify.SUMS}; run the study, or write the "
+                      f"list with python -m bpo report {study}")
+    listed = verify.read((folder / verify.SUMS).read_text(encoding="utf-8"))
+    chosen = {n: folder / n for n in listed if PACKED.fullmatch(n)}
+    chosen |= {f"params/{f.name}": f for f in (params_root() / study).glob("*.yaml")}
+    keys, packed, temporary = _keys(chosen.values()), {}, file.with_name(f".{file.name}.tmp")
     try:
-        held = reader(member.read())
-        if isinstance(held, dict):
-            return held
-    except (ValueError, RecursionError, yaml.YAMLError):
-        pass
-    raise Refusal(f"{name} cannot be read: python -m bpo verify STUDY says what was touched, pack "
-                  "when that is mended")
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for name, source in sorted(chosen.items()):
+                content = source.read_bytes() if source.is_file() else b""
+                packed[name] = hashlib.sha256(content).hexdigest()
+                if packed[name] != listed.get(name, packed[name]):
+                    raise Refusal(f"{short(source)} is not as {verify.SUMS} lists it, so nothing "
+                                  f"was packed; python -m bpo verify {study} names all such files")
+                for key, variable in keys.items():
+                    if key in content:
+                        raise Refusal(f"{short(source)} holds the value of the environment "
+                                      f"variable {variable}, a key, so nothing was packed; take "
+                                      "it out there (a new key is safer), run that notebook again")
+                _add(archive, f"{study}/{name}", content)
+            _add(archive, f"{study}/{verify.SUMS}", verify.text(packed).encode())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return file
 
 
-def _forms(key: str) -> set[str]:
-    """A key as text, JSON, a page and an address write it; none of what is too short for one."""
-    escaped = json.dumps(key)[1:-1]
-    return {key, escaped, html.escape(key), html.escape(escaped), urllib.parse.quote(key, safe="")
-            } if len(key) >= SHORTEST_KEY else set()
+def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    info = zipfile.ZipInfo(name)  # of 1980-01-01: its bytes depend on no day and no machine
+    info.create_system, info.external_attr = 3, 0o100644 << 16
+    archive.writestr(info, content, zipfile.ZIP_DEFLATED)
 
 
-def _blocks(member: Member) -> Iterator[bytes]:
-    """A file's bytes in blocks that overlap, so that nothing lies between two of them."""
-    with member.open() as stream:
-        tail = b""
-        while block := stream.read(BLOCK):
-            yield tail + block
-            tail = block[-OVERLAP:]
-
-
-def _pictures(files: Mapping[str, Member]) -> Iterator[bytes]:
-    """A hash of each picture that a page or notebook shows, diagrams not counted."""
-    for name, member in files.items():
-        if name.endswith((".html", ".ipynb")):
-            for found in PICTURE.finditer(member.read()):
-                yield hashlib.sha256(found[1] or found[2]).digest()
-
-
-def _names_folders(member: Member) -> bool:
-    """Whether a file names folders of the machine that packs it, or anyone's home folder."""
-    here = {str(p).encode() for p in (ROOT, outputs_root(), Path.home()) if len(p.parts) > 1}
-    return any(HOMES.search(block) or any(h in block for h in here) for block in _blocks(member))
-
-
-def _told(held: Mapping[str, Any]) -> Iterator[str]:
-    size = sum(f["bytes"] for f in held["files"].values())
-    yield f"packed: {len(held['files'])} files, {size / 1e6:,.1f} MB"
-    for kind in held["left_out"]:
-        yield (f"left out: {kind['files']} {kind['what']}, {kind['bytes'] / 1e6:,.1f} MB "
-               f"({kind['why']})")
-    if held["pictures"]:
-        yield f"the reports show {held['pictures']} pictures: look whether you may share them"
-    if named := held["folders_named"]:
-        yield (f"{len(named)} files name folders of a machine, such as {named[0]}: look whether "
-               "you mind; hashed files are not rewritten")
+def _keys(files: Iterable[Path]) -> dict[bytes, str]:
+    """Each form in which a file may write a key -> its environment variable: those that the
+    study's parameters name, in YAML, manifests and notebooks, and all named like a key or token."""
+    named = {v for v in os.environ if v.upper().endswith(("_API_KEY", "_TOKEN"))}
+    for file in files:
+        if file.suffix in (".yaml", ".json", ".ipynb") and file.is_file():
+            found = re.findall(rb"key_variable\W+(\w+)", file.read_bytes())
+            named.update(variable.decode() for variable in found)
+    keys = {v: key for v in named if len(key := os.environ.get(v, "").strip()) >= SHORTEST_KEY}
+    return {form.encode(): v for v, key in keys.items() for text in (key, json.dumps(key)[1:-1])
+            for form in (text, html.escape(text), urllib.parse.quote(text, safe=""))}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 STARTED = "started.json"
 TIMINGS = "timings.json"  # seconds differ from run to run, so they are no part of the result
 LOCK_PATIENCE = 5.0  # seconds
+SAMPLED_ABOVE = 256 * 2**20  # bytes; `file_hash` reads blocks of a file that is larger
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "numpy", "pillow", "bpo")
 
 
@@ -252,18 +253,14 @@ def _digest(lines: Iterator[str]) -> str:
 
 def file_hash(file: Path) -> str:
     """sha256 of a file; above 256 MB of its size and 64 blocks of 1 MB spread evenly over it."""
+    size = file.stat().st_size
     with file.open("rb") as stream:
-        return stream_hash(stream, size=file.stat().st_size)
-
-
-def stream_hash(stream: BinaryIO, *, size: int) -> str:
-    """`file_hash` of an open file of that many bytes, wherever it lies."""
-    if size <= 256 * 2**20:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-    digest = hashlib.sha256(str(size).encode())
-    for block in range(64):
-        stream.seek((size - 2**20) * block // 63)
-        digest.update(stream.read(2**20))
+        if size <= SAMPLED_ABOVE:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256(str(size).encode())
+        for block in range(64):
+            stream.seek((size - 2**20) * block // 63)
+            digest.update(stream.read(2**20))
     return digest.hexdigest()
 
 

@@ -32,7 +32,7 @@ def manifests(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def index(folder: Path) -> Path:
-    """Writes the study's index.html, the hashes of its pages and the list of all studies beside it;
+    """Writes the study's index.html, the hashes of its files and the list of all studies beside it;
     the path of the first."""
     known = manifests(folder)
     parts = []
@@ -49,7 +49,7 @@ def index(folder: Path) -> Path:
     if known:
         parts.append(facts(known))
     written = report.index_page(folder, entries(folder, known), parts)
-    verify.record(folder)
+    verify.write(folder, known)
     all_studies(folder.parent)
     return written
 
@@ -100,7 +100,7 @@ def facts(known: Manifests) -> Shown:
         "inputs": ", ".join(inputs[:INPUTS]) + more if inputs else "none",
         "versions": ", ".join(f"{k} {v}" for k, v in first["versions"].items()),
         "commit": one["commit"],
-        "checked by": f"python -m bpo verify {one['study']}"})
+        "anyone can check": f"sha256sum -c {verify.SUMS}"})
 
 
 def noise_sentence(known: Manifests) -> Shown | None:

@@ -1,182 +1,122 @@
-"""What was touched of a study, or of an archive of one, since it was computed: every hash again.
+"""SHA256SUMS of a study: the hash of each file when the index was written, and what differs now.
 
-In a study's folder a stage's files are compared with its manifest, its inputs with what lies at
-their paths now, stages with one another, and pages and manifests with reports.json, which `record`
-writes with the index. An archive, or the folder it was unpacked to, is compared with its
-PACKED.json and with the manifests and reports.json inside; the study need not be there.
-
-What this does not prove: that nobody meant to. Whoever can write the folder or the archive can
-write its hashes too, so that all fits again. What cannot be rewritten is a hash that was published
-elsewhere: `pack` and `verify` print the sha256 of an archive and of its PACKED.json for that. Nor
-does it prove that results are right, or that they came from the inputs as they are named. Of files
-above 256 MB a stage's manifest covers 64 blocks; PACKED.json covers all of every file.
+Anyone can check without Python: `sha256sum -c SHA256SUMS` in a study's folder, or in the folder
+that its zip file was unpacked to. Hashes find what was changed by accident; whoever rewrites a
+file on purpose can rewrite the list too.
 """
 
 import argparse
-import fcntl
+import hashlib
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from bpo import archives, records, rounds, runs, touched
-from bpo.archives import DAMAGE, PACKED, Member
+from bpo import records, runs
 from bpo.galleries import visible
-from bpo.params import SCHEMAS, Refusal, outputs_root, resolve, short
-from bpo.touched import REPORTS, Line, Study
+from bpo.params import Refusal, outputs_root, short
 
-LOCKS = (".run.lock", ".stage.lock")
-SHOWN = 20  # problems that are told one by one
+SUMS = "SHA256SUMS"
+# What reading a damaged zip file raises.
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError, ValueError,
+          LookupError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="STUDY|ARCHIVE", help="a study's name or folder, an "
-                        "archive that pack wrote, or the folder it was unpacked to")
+    parser.add_argument("target", metavar="STUDY|ZIP", help="a study's name or folder, or its zip")
 
 
 def run(options: argparse.Namespace) -> int:
-    place = find(options.target)
-    packed = place.is_file() or (place / PACKED).is_file()
-    lines, hashes = of_archive(place) if packed else (of_study(place), {})
-    problems = [p for line in lines for p in line.problems]
-    told = [*_table(lines), *(f"sha256 of {n}: {sha256}" for n, sha256 in hashes.items()),
-            *problems[:SHOWN]]
-    if len(problems) > SHOWN:
-        told.append(f"and {len(problems) - SHOWN} more like these")
-    told += [f"note: {note}" for line in lines for note in line.notes]
-    told.append(f"{len(problems)} touched: {short(place)}" if problems
-                else f"nothing was touched: {short(place)}")
-    # An archive comes from elsewhere, and what it names may hold what steers a terminal.
-    print(*map(visible, told), sep="\n")
-    return int(bool(problems))
+    study = outputs_root() / options.target
+    place = study if study.exists() else Path(options.target).absolute()
+    if not place.exists():
+        raise Refusal(f"{options.target}: there is no such study in {short(outputs_root())}, and "
+                      "no such folder or zip file; give its path")
+    found = problems(place)
+    for line in found:
+        print(visible(line))
+    print(f"{short(place)}: " + (
+        f"differences from {SUMS}: {len(found)}; after changes of your own, python -m bpo report "
+        "STUDY writes the list again" if found else f"every file is as {SUMS} lists it"))
+    return int(bool(found))
 
 
-def find(target: str) -> Path:
-    """The file or folder that a user means: a study by its name, or a path."""
-    named = outputs_root() / target
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", target) and named.is_dir():
-        return named
-    paths = [Path(target).expanduser().absolute(), resolve(target, study=""), named]
-    if Path(target).parts[:1] == ("outputs",):
-        paths.reverse()
-    for path in paths:
-        if path.exists():
-            return path
-    known = sorted(f.name for f in outputs_root().glob("*") if f.is_dir())
-    raise Refusal(f"{target}: no such study, folder or archive. There are studies: "
-                  f"{', '.join(known) or 'none'}")
+def write(folder: Path, manifests: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the list of a study's files. manifests: by stage.
 
-
-def record(folder: Path) -> Path:
-    """Writes reports.json, whole: the sha256 of a study's pages and of its manifests as they are
-    now. Whoever calls this says that they are good, so only who has just written the pages does."""
-    files = archives.files_below(folder)
-    study = Study(folder.name, files, folder)
-    covered = study.pages + [f"{s}/{runs.MANIFEST}" for s in study.stages
-                             if f"{s}/{runs.MANIFEST}" in files]
-    held = {"files": {n: runs.file_hash(folder / n) for n in covered}}
-    records.write_whole(folder / REPORTS, records.to_json(held, indent=1) + "\n")
-    return folder / REPORTS
-
-
-@contextmanager
-def at_rest(folders: Sequence[Path]) -> Iterator[None]:
-    """For the block's length nothing computes in these studies; raises Refusal where it does. The
-    locks are only looked at, so that a run may start, and what was found then counts for nothing.
+    What a stage wrote is listed with the hash in its manifest, so that a later edit is found and
+    little is read. Above `runs.SAMPLED_ABOVE` bytes that hash is of samples, so those are read.
     """
-    before = _marks(folders)
-    yield
-    if _marks(folders) != before:
-        raise Refusal(f"{short(folders[0])} was run while it was being read, so what was found "
-                      "says nothing; give the command again")
+    hashes = {f"{stage}/{name}": sha256 for stage, manifest in manifests.items()
+              for name, sha256 in manifest["outputs"].items()}
+    records.write_whole(folder / SUMS, text({
+        name: hashes[name] if name in hashes and file.stat().st_size <= runs.SAMPLED_ABOVE
+        else _sha256(partial(file.open, "rb"))
+        for name, file in files(folder).items() if name != SUMS}))
 
 
-def _marks(folders: Sequence[Path]) -> list[int]:
-    """When each lock was last taken; raises Refusal when one is held."""
-    marks = []
-    for file in (folder / name for folder in folders for name in LOCKS):
-        if not file.is_file():
-            marks.append(0)
-            continue
-        with file.open() as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Refusal(f"{short(file.parent)} is being run now (process "
-                              f"{stream.read().strip() or 'unknown'}), so its files change: wait "
-                              "for it to end, then give the command again") from None
-        marks.append(file.stat().st_mtime_ns)
-    return marks
+def text(listed: Mapping[str, str]) -> str:
+    """The list in the format of sha256sum, from hashes by name."""
+    return "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(listed.items()))
 
 
-def with_rounds(folder: Path) -> list[Path]:
-    """A study's folder and those of its later rounds, which stand beside it."""
-    found = [folder]
-    while (after := folder.with_name(rounds.study_of(folder.name, len(found) + 1))).is_dir():
-        found.append(after)
+def read(lines: str) -> dict[str, str]:
+    """Hashes by name. The file of a line that cannot be read counts as not listed."""
+    return {name: sha256 for sha256, name in re.findall(r"(?m)^([0-9a-f]{64})  (.+)$", lines)}
+
+
+def files(folder: Path) -> dict[str, Path]:
+    """A study's files by name, without results set aside and names that begin with a dot (locks,
+    temporary files). Links are followed, since a stage may lie on another disk."""
+    found = {}
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [f for f in folders if not re.search(r"^\.|\.old-\d+$", f)]
+        found |= {f.relative_to(folder).as_posix(): f for n in names
+                  if not n.startswith(".") and (f := Path(root, n)).is_file()}
     return found
 
 
-def of_study(folder: Path) -> list[Line]:
-    """Raises Refusal when no stage is complete there or the study is being run now."""
-    folder = folder.resolve()
-    if not folder.is_dir() or not any((folder / s / runs.MANIFEST).is_file()
-                                      for s in (*SCHEMAS, rounds.MergedModel.notebook)):
-        raise Refusal(f"{short(folder)}: no stage of a study is complete here; run one first "
-                      f"(python -m bpo run {folder.name})")
-    folders = with_rounds(folder)
-    with at_rest(folders):
-        return touched.lines([Study(f.name, archives.files_below(f), f) for f in folders])
-
-
-def of_archive(place: Path) -> tuple[list[Line], dict[str, str]]:
-    """The lines, and the hashes to compare with published ones, by file name. Raises Refusal when
-    this is no archive of a study."""
-    with archives.opened(place) as archive:
-        if PACKED not in archive.members:
-            return [Line(PACKED, problems=archive.problems)], {}
-        own = archive.members[PACKED]
-        problems, bad = list(archive.problems), {}
+def problems(place: Path) -> list[str]:
+    """A line for each file of a folder or zip file that is not as listed. A zip file is read and
+    never unpacked. Raises Refusal where no list can be read."""
+    with ExitStack() as stack:
         try:
-            held = archives.listed(own)
-            hashes = {PACKED: own.sha256()}
-        except DAMAGE as damage:
-            return [Line(PACKED, problems=(*problems, f"{PACKED} is not whole: {damage}; get the "
-                                                      "archive again"))], {}
-        if archive.sha256:
-            hashes = {place.name: archive.sha256} | hashes
-        files = held["files"]
-        for name, known in files.items():
-            if trouble := _trouble(archive.members.get(name), known):
-                problems.append(f"{name} {trouble}: get the original archive")
-                bad[name] = trouble
-        extra = sorted(archive.members.keys() - files.keys() - {PACKED})
-        problems += [f"{n!r} was added after packing, {PACKED} does not list it: get the original "
-                     "archive" for n in extra]
-        good = {n: archive.members[n] for n in files if n not in bad}
-        studies = [Study(s, touched.inside(good, s), None, frozenset(touched.inside(bad, s)))
-                   for s in held["studies"]]
-        left = sum(kind["files"] for kind in held["left_out"])
-        first = Line(PACKED, files=len(files), problems=tuple(problems), notes=(
-            (f"{left} files were left out when it was packed: "
-             + ", ".join(f"{k['files']} {k['what']}" for k in held["left_out"]),) if left else ()))
-        return [first, *touched.lines(studies)], hashes
+            if place.is_dir():
+                found = [(n, partial(f.open, "rb")) for n, f in files(place).items()]
+            else:
+                archive = stack.enter_context(zipfile.ZipFile(place))
+                found = [(entry.filename, partial(archive.open, entry))
+                         for entry in archive.infolist() if not entry.is_dir()]
+            top = min((n for n, _ in found if n.split("/")[-1] == SUMS), key=len)
+            found = [(n.removeprefix(top.removesuffix(SUMS)), opened) for n, opened in found]
+            held = dict(found)
+            with held.pop(SUMS)() as stream:
+                listed = read(stream.read().decode())
+        except DAMAGE:
+            raise Refusal(f"{short(place)}: there is no {SUMS}, or it cannot be read; get the zip "
+                          "file again, or write the list with python -m bpo report STUDY") from None
+        times = Counter(n for n, _ in found)
+        return [*(f"missing: {n}" for n in sorted(listed.keys() - held.keys())),
+                *(f"extra: {n}" for n in sorted(held.keys() - listed.keys())),
+                *(f"twice: {n}" for n in sorted(times) if times[n] > 1),
+                *(f"touched: {n}" for n in sorted(listed.keys() & held.keys())
+                  if _touched(held[n], listed[n]))]
 
 
-def _trouble(member: Member | None, known: Mapping[str, Any]) -> str:
-    if member is None:
-        return "is gone from the archive"
+def _touched(opened: Callable[[], BinaryIO], sha256: str) -> bool:
     try:
-        same = member.size == known["bytes"] and member.sha256() == known["sha256"]
+        return _sha256(opened) != sha256
     except DAMAGE:
-        return "is damaged"
-    return "" if same else "was changed after packing"
+        return True
 
 
-def _table(lines: Sequence[Line]) -> Iterator[str]:
-    wide = max(len(line.name) for line in lines) + 2
-    yield f"{'':{wide}}{'files':>7}{'inputs':>8}{'not checked':>13}{'touched':>9}"
-    for line in lines:
-        yield (f"{line.name:{wide}}{line.files:7}{line.inputs:8}{line.unchecked:13}"
-               f"{len(line.problems):9}")
+def _sha256(opened: Callable[[], BinaryIO]) -> str:
+    with opened() as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
