@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from bpo import held_out, params, report, studies
+from bpo import held_out, params, report, studies, verify
 
 
 def estimate(value: float, half: float = 0.05, **more: object) -> dict:
@@ -98,6 +98,7 @@ def test_the_index_shows_numbers_with_intervals_and_the_facts(study):
                  "sha256sum -c SHA256SUMS", "it came to <b>pass</b>"):
         assert told in words, told
     assert "../index.html" in page.links
+    assert verify.problems(study) == []
 
 
 def test_better_and_worse_follow_the_metric(study):
