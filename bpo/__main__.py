@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from bpo import params, ranks, report, rounds, runs, studies
+from bpo import params, ranks, report, runs, studies
 from bpo.params import Refusal, short
 
 # The module whose `run` is a notebook's stage. Notebook 6's is of the tiny world, which nothing but
@@ -53,9 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     for command in (run, stage):
         command.add_argument("--as", dest="name", help="the results' name, if not the study's")
     run.add_argument("--only", type=int, metavar="N",
-                     help="run notebook N alone, and no later round")
+                     help="run notebook N alone")
     run.add_argument("--from", type=int, dest="first", metavar="N",
-                     help="start at notebook N; later rounds (parameter rounds) follow whole")
+                     help="start at notebook N")
     compare.add_argument("other", help="the second study")
     replicate.add_argument("--seeds", type=int, default=5, metavar="N", help="how many, from the "
                            "study's own upwards (default: 5)")
@@ -90,7 +90,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _check(study: str, overrides: dict[str, Any]) -> int:
     """Prints every file of a study with what it points at; 1 if something is missing."""
     read = params.read_study(study, overrides)
-    later = rounds.planned(read)
     missing = 0
     for name, p in read.items():
         print(f"params/{study}/{name}.yaml: {len(type(p).model_fields)} parameters are good")
@@ -101,8 +100,6 @@ def _check(study: str, overrides: dict[str, Any]) -> int:
         for line in lacking(p, read):
             missing += 1
             print(f"  {line}")
-    for again in later:
-        print(f"a later round: {short(params.outputs_root() / again['3_dpo_training'].study)}")
     from bpo import sizes  # here, since torch comes with it
 
     for line in sizes.lines(read):
@@ -162,20 +159,20 @@ def _found(path: Path, read: dict[str, params.Parameters]) -> tuple[bool, str]:
     for name, p in read.items():
         if path.is_relative_to(runs.stage_folder(p.study, name)):
             return True, f"written by {name}"
-    return False, "MISSING"
+    command = runs.written_by(path)
+    return False, f"MISSING: {command}" if command else "MISSING"
 
 
 def _run(study: str, overrides: dict[str, Any], *, only: int | None, first: int | None) -> int:
-    """Executes the notebooks in order, each into outputs/<study>/, rendering each as it ends; then
-    those of later rounds, each into a folder of its own."""
+    """Executes the notebooks in order, each into outputs/<study>/, rendering each as it ends."""
     read = params.read_study(study, overrides)
-    later = [] if only is not None else rounds.planned(read)
     chosen = [n for n in read if (only is None or n.startswith(f"{only}_"))
               and (first is None or int(n.split("_")[0]) >= first)]
     if not chosen:
         raise Refusal(f"study {study} has no such notebook; it has {', '.join(read)}")
-    lost = [f"{name}: {field} {path}" for name, p in read.items() if name in chosen
-            for field, path in path_parameters(p) if not _found(path, read)[0]]
+    lost = [f"{name}: {field} {path}  {where}" for name, p in read.items() if name in chosen
+            for field, path in path_parameters(p)
+            for found, where in [_found(path, read)] if not found]
     lost += [f"{name}: {line}" for name in chosen for line in lacking(read[name], read)]
     if lost:
         raise Refusal("missing, so nothing was run:\n  " + "\n  ".join(lost))
@@ -184,26 +181,11 @@ def _run(study: str, overrides: dict[str, Any], *, only: int | None, first: int 
     folder.mkdir(parents=True, exist_ok=True)
     with runs.locked(folder / ".run.lock", f"study {name} is being run by another process; "
                      "wait for it to end, or give this run another name with --as"):
-        if not _notebooks({n: read[n] for n in chosen}, folder):
-            return 1
-        for before, again in zip([read, *later], later, strict=False):
-            its = params.outputs_root() / again["3_dpo_training"].study
-            print(f"— {its.name}", flush=True)
-            rounds.merge(before, again)
-            if not _notebooks(again, its):
-                return 1
-        if later:
-            print(*rounds.write(name, rounds=len(later) + 1), sep="\n\n")
+        done = all(_execute(notebook, read[notebook], folder) for notebook in chosen)
         index = studies.index(folder)
-    print(f"the report is {short(index)}")
-    return 0
-
-
-def _notebooks(read: dict[str, params.Parameters], folder: Path) -> bool:
-    """Notebooks in order and their index, up to the first that fails; False when one did."""
-    done = all(_execute(notebook, p, folder) for notebook, p in read.items())
-    studies.index(folder)
-    return done
+    if done:
+        print(f"the report is {short(index)}")
+    return int(not done)
 
 
 def _execute(notebook: str, p: params.Parameters, folder: Path, *, name: str = "") -> bool:
@@ -320,8 +302,6 @@ def _report(study: str) -> int:
         raise Refusal(f"{folder}: no notebook was executed here yet; python -m bpo run {study}")
     for notebook in notebooks:
         report.html_page(notebook)
-    if held := rounds.written(study):
-        rounds.write(study, rounds=held["rounds"])
     print(f"the report is {short(studies.index(folder))}")
     return 0
 

@@ -30,7 +30,7 @@ def write(study: str, *, method: str, to: Path | None = None) -> Path:
     outputs/<study>/merged/<method>/; its folder.
 
     Model and number format are those that notebook 3's manifest names, so that a study of another
-    name or a later round merges alike. Raises Refusal when nothing was trained, the method is not
+    name or a second round merges alike. Raises Refusal when nothing was trained, the method is not
     among what was, the model or the adapter changed since, or the folder holds other things.
     """
     stage = runs.stage_folder(study, DPOTraining.notebook)
@@ -47,7 +47,7 @@ def write(study: str, *, method: str, to: Path | None = None) -> Path:
     if made_of["model"] != manifest["inputs"]["model"]:
         raise Refusal(f"{base}: the model was changed after {study} was trained on it; put the "
                       "original back, or train again")
-    folder = to or outputs_root() / study / "merged" / method
+    folder = to or outputs_root() / study / runs.MERGED / method
     _own(folder, made_of)
     models.merge(base, adapter, folder, precision=p.precision)
     return folder

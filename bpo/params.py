@@ -365,8 +365,6 @@ class DPOTraining(Checkpoint):
         [], "where TRL sends the training curves: tensorboard, wandb, trackio; empty: nowhere")
     launch: str = shown("", "arguments of accelerate launch that start the stage in several "
                             "processes: --num_processes 8, or --config_file FILE; empty: none")
-    rounds: int = shown(1, "rounds of pairs and training, each from the model that the last one "
-                           "tuned", ge=1)
 
     @model_validator(mode="after")
     def _batches_fit(self) -> "DPOTraining":

@@ -26,6 +26,7 @@ from bpo.records import to_json, write_whole
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 TIMINGS = "timings.json"  # seconds differ from run to run, so they are no part of the result
+MERGED = "merged"  # the folder in a study's for merged checkpoints, one below it for each method
 LOCK_PATIENCE = 5.0  # seconds
 SAMPLED_ABOVE = 256 * 2**20  # bytes; `file_hash` reads blocks of a file that is larger
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "numpy", "pillow", "bpo")
@@ -186,14 +187,15 @@ def fingerprint(path: Path) -> str:
     owner = owning_stage(path)
     if owner is None:
         if not path.exists():
-            raise Refusal(f"{path}: there is no such file or folder")
+            command = written_by(path)
+            raise Refusal(f"{path} is not there yet: {command}" if command
+                          else f"{path}: there is no such file or folder")
         if path.is_file():
             return file_hash(path)
         return _digest(f"{f.relative_to(path)} {file_hash(f)}" for f in _files(path))
     if not (owner / MANIFEST).is_file():
-        number = owner.name.split("_")[0]
         raise Refusal(f"{path} is not there yet: run notebooks/{owner.name}.ipynb first "
-                      f"(python -m bpo run {owner.parent.name} --only {number})")
+                      f"({written_by(path)})")
     manifest = read_manifest(owner)
     mine = below(manifest["outputs"], "" if path == owner else str(path.relative_to(owner)))
     if not mine:
@@ -226,6 +228,18 @@ def owning_stage(path: Path) -> Path | None:
         return None
     parts = path.relative_to(root).parts
     return root / parts[0] / parts[1] if len(parts) > 1 and parts[1] in SCHEMAS else None
+
+
+def written_by(path: Path) -> str:
+    """The command that writes what lies at a path below outputs/<study>/<notebook> or
+    outputs/<study>/merged/<method>; "" for other paths."""
+    if owner := owning_stage(path):
+        return f"python -m bpo run {owner.parent.name} --only {owner.name.split('_')[0]}"
+    root = outputs_root()
+    parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
+    if len(parts) > 2 and parts[1] == MERGED:
+        return f"python -m bpo merge {parts[0]} --method {parts[2]}"
+    return ""
 
 
 def _touched(folder: Path, manifest: Mapping[str, Any]) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bpo import report, rounds, runs, verify
+from bpo import report, runs, verify
 from bpo.galleries import Shown
 from bpo.params import SCHEMAS
 
@@ -69,10 +69,6 @@ def entries(folder: Path, known: Manifests) -> list[dict[str, Any]]:
             "seconds": known[name]["seconds"] if name in known else None,
             "message": failure or "", "html": f"{name}.html", "ipynb": executed.name,
             "manifest": f"{name}/{runs.MANIFEST}" if name in known else None})
-    for title, module in (("Rounds", rounds),):
-        if held := module.written(folder.name):
-            found.append({"name": module.TABLE, "title": title, "status": "complete",
-                          "headline": module.headline(held), "html": module.PAGE})
     for page in sorted(folder.glob(f"{AGAINST}*.html")):
         other = page.stem.removeprefix(AGAINST)
         found.append({"name": page.name, "title": f"Against {other}", "status": "complete",

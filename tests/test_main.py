@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from bpo import __main__, params, rounds, runs
+from bpo import __main__, params, runs
 from bpo.__main__ import main
 
 
@@ -86,6 +86,9 @@ def test_a_real_study_without_its_files_is_refused_before_anything_runs(capsys, 
     (["stage", "tiny", "5"], "0_tiny_world"),
     (["replicate", "tiny-prior"], "study tiny-prior has no 4_qualitative_comparison.yaml"),
     (["score", "chair", "--answers", "x.json", "--truth", "y.json"], "y.json: there is no such"),
+    (["run", "tiny-round-2"], "MISSING: python -m bpo merge tiny --method bpo"),
+    (["run", "tiny-round-2"], "MISSING: python -m bpo run tiny --only 0"),
+    (["stage", "tiny-round-2", "2"], "is not there yet: python -m bpo merge tiny --method bpo"),
     (["run", "tiny", "--as", "../elsewhere"], "study"),
 ])
 def test_refusals_are_sentences(arguments, words, capsys):
@@ -101,62 +104,19 @@ def test_two_runs_of_one_study_at_once_are_refused(capsys, outputs):
     assert "is being run by another process" in capsys.readouterr().err
 
 
-def test_rounds_without_their_method_are_refused_before_anything_runs(capsys, outputs):
-    for command in ("run", "check"):
-        assert main([command, "tiny", "-p", "rounds", "2", "-p", "methods", "[sft]"]) == 1
-        told = capsys.readouterr()
-        assert "add bpo or set rounds to 1" in told.err and not told.out
-    assert not list(outputs.iterdir())
+@pytest.mark.parametrize("arguments, did", [
+    ([], "012345"), (["--from", "4"], "45"), (["--only", "3"], "3")])
+def test_run_takes_the_chosen_notebooks_in_order(arguments, did, monkeypatch):
+    ran = []
+    monkeypatch.setattr(__main__, "_execute", lambda n, *_: ran.append(n[0]) or True)
+    assert main(["run", "tiny", *arguments]) == 0 and "".join(ran) == did
 
 
-@pytest.fixture
-def ran(monkeypatch, outputs):
-    """What `run` does in order, without doing it."""
-    did = []
-
-    def merge(before, after):
-        before, after = (p["3_dpo_training"].study for p in (before, after))
-        (outputs / after).mkdir()
-        did.append(f"merge {before} for {after}")
-
-    monkeypatch.setattr(__main__, "_execute",
-                        lambda notebook, p, folder: did.append(f"{p.study} {notebook[0]}") or True)
-    monkeypatch.setattr(rounds, "merge", merge)
-    monkeypatch.setattr(rounds, "write",
-                        lambda study, *, rounds: did.append(f"table {study} {rounds}") or [])
-    return did
-
-
-LATER = ["merge x for x.round-2", "x.round-2 2", "x.round-2 3", "x.round-2 4",
-         "merge x.round-2 for x.round-3", "x.round-3 2", "x.round-3 3", "x.round-3 4", "table x 3"]
-
-
-def test_later_rounds_follow_the_study_each_from_the_one_before(ran):
-    assert main(["run", "tiny", "--as", "x", "-p", "rounds", "3"]) == 0
-    assert ran == ["x 0", "x 1", "x 2", "x 3", "x 4", "x 5", *LATER]
-
-
-def test_from_starts_the_study_later_and_leaves_the_later_rounds_whole(ran):
-    assert main(["run", "tiny", "--as", "x", "-p", "rounds", "3", "--from", "4"]) == 0
-    assert ran == ["x 4", "x 5", *LATER]
-
-
-def test_only_runs_one_notebook_and_no_later_round(ran):
-    assert main(["run", "tiny", "--as", "x", "-p", "rounds", "3", "--only", "3"]) == 0
-    assert ran == ["x 3"]
-
-
-def test_a_notebook_that_fails_in_a_later_round_ends_the_run(ran, monkeypatch):
-    monkeypatch.setattr(__main__, "_execute", lambda notebook, p, folder: ran.append(p.study)
-                        or "round-2" not in p.study)
-    assert main(["run", "tiny", "--as", "x", "-p", "rounds", "3", "--from", "4"]) == 1
-    assert ran == ["x", "x", "merge x for x.round-2", "x.round-2"]
-
-
-def test_check_names_the_later_rounds(capsys, outputs):
-    assert main(["check", "tiny", "-p", "rounds", "3"]) == 0
-    told = capsys.readouterr().out
-    assert "tiny.round-2" in told and "tiny.round-3" in told and "tiny.round-4" not in told
+def test_a_notebook_that_fails_ends_the_run(monkeypatch, outputs):
+    ran = []
+    monkeypatch.setattr(__main__, "_execute", lambda n, *_: ran.append(n[0]) or n[0] != "1")
+    assert main(["run", "tiny"]) == 1 and ran == ["0", "1"]
+    assert (outputs / "tiny" / "index.html").is_file()
 
 
 def test_score_has_its_own_options(capsys):

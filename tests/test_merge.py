@@ -2,6 +2,7 @@
 it refuses what it cannot stand behind, before anything is written."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from bpo import models, runs
@@ -110,18 +112,13 @@ def test_it_says_what_it_was_made_of_and_an_interrupted_one_is_finished(
     assert (folder / "config.json").is_file() and not (folder / ".merging").exists()
 
 
-def test_a_later_round_is_merged_with_its_own_model_and_number_format(trained, model_folder,
-                                                                      outputs):
-    later = runs.stage_folder("mine.round-2", "3_dpo_training")
-    own = outputs / "mine.round-2" / "model"
-    later.parent.mkdir()
-    (later.parent / "3_dpo_training").symlink_to(trained.parent.parent)
-    own.symlink_to(model_folder)
-    manifest = json.loads((later / runs.MANIFEST).read_text())
-    manifest["parameters"] |= {"model": "outputs/{study}/model", "precision": "bfloat16"}
-    (later / runs.MANIFEST).write_text(json.dumps(manifest))
-    assert main(["merge", "mine.round-2", "--method", "bpo"]) == 0
-    config = json.loads((outputs / "mine.round-2/merged/bpo/config.json").read_text())
+def test_the_number_format_is_that_of_the_training(trained, outputs):
+    file = trained.parents[1] / runs.MANIFEST
+    manifest = json.loads(file.read_text())
+    manifest["parameters"]["precision"] = "bfloat16"
+    file.write_text(json.dumps(manifest))
+    assert main(["merge", "mine", "--method", "bpo"]) == 0
+    config = json.loads((outputs / "mine/merged/bpo/config.json").read_text())
     assert config["dtype"] == "bfloat16"
 
 
@@ -166,3 +163,28 @@ def test_an_edited_adapter_and_a_changed_model_are_refused(trained, model_folder
     assert main(["merge", "mine", "--method", "bpo", "--to", str(tmp_path / "x")]) == 1
     assert "was changed after the stage that wrote it had finished" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_a_second_round_makes_pairs_and_trains_on_the_merged_checkpoint(little_study, outputs,
+                                                                        capsys):
+    for stage in ("0_tiny_world", "3_dpo_training"):
+        shutil.copytree(little_study / stage, outputs / "tiny" / stage)
+    assert main(["merge", "tiny", "--method", "bpo"]) == 0
+    merged = outputs / "tiny/merged/bpo"
+    few = [x for n, v in {"rows": 12, "steps": 2, "methods": "[bpo]", "lora_rank": 4}.items()
+           for x in ("-p", n, str(v))]
+    for number, stage in (("2", "2_pair_generation"), ("3", "3_dpo_training")):
+        assert main(["stage", "tiny-round-2", number, *few]) == 0
+        manifest = runs.read_manifest(outputs / "tiny-round-2" / stage)
+        assert manifest["inputs"]["model"] == runs.fingerprint(merged)
+        assert manifest["paths"]["model"] == "outputs/tiny/merged/bpo"
+    assert manifest["metrics"]["methods"]["bpo"]["steps"] == 2
+    assert (outputs / "tiny-round-2/3_dpo_training/bpo/adapter").is_dir()
+    assert main(["stage", "tiny-round-2", "2", *few]) == 0
+    assert "up to date, read again" in capsys.readouterr().out
+    weights = load_file(merged / "model.safetensors")
+    next(iter(weights.values())).add_(1)
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+    assert main(["stage", "tiny-round-2", "2", *few]) == 0
+    assert "input model changed" in capsys.readouterr().out

@@ -17,8 +17,8 @@ COMMANDS = {
         "test_one_notebook_runs_alone_with_one_parameter_changed",
     "python -m bpo run tiny -p seed 7 --as tiny-seed7":
         "test_every_notebook_leaves_a_complete_stage_and_a_page",
-    "python -m bpo run tiny -p rounds 2":
-        "test_the_second_round_starts_from_the_model_that_the_first_tuned",
+    "python -m bpo run tiny-round-2":
+        "test_a_second_round_makes_pairs_and_trains_on_the_merged_checkpoint",
     "python -m bpo export tiny --to trl": "test_its_pairs_are_exported_for_other_tools",
     "accelerate launch --num_processes 8 -m bpo stage llava-1.5-7b 2":
         "test_several_processes_write_the_bytes_of_one",
@@ -95,7 +95,7 @@ FLOORS = [
     {"pair_tables", "stock", "probe", "held_out", "candidates", "diagnostics", "judged", "answers",
      "merge"},
     {"pairs", "compare", "sizes", "trainers", "judge", "score", "explorer_cards"},
-    {"export", "train", "rounds", "benchmarks", "claims", "explorer", "survey"},
+    {"export", "train", "benchmarks", "claims", "explorer", "survey"},
     {"benchmark_tables", "replication", "verify", "start"},
     {"studies", "pack"},
     {"against"},
