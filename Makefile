@@ -42,7 +42,7 @@ test: $(VENV)/.report
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lab: $(VENV)/.report
-	$(VENV)/bin/python -m jupyterlab --config=bpo/template/lab_config.py --notebook-dir=notebooks
+	$(VENV)/bin/python -m jupyterlab --config=bpo/reports/template/lab_config.py --notebook-dir=notebooks
 
 pdf: $(PAGES:outputs/$(STUDY)/%.html=outputs/$(STUDY)/pdf/%.pdf)
 	@test -n "$(PAGES)" || { echo "outputs/$(STUDY) has no report yet: python -m bpo run $(STUDY)"; exit 1; }

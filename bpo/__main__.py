@@ -1,8 +1,7 @@
-"""The command line: python -m bpo check | run | stage | replicate | report STUDY, and the
+"""The command line: python -m bpo run | stage | replicate | report STUDY, and the
 commands that a module of their own holds (`OWN`)."""
 
 import argparse
-import functools
 import importlib
 import os
 import sys
@@ -10,29 +9,32 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from bpo import params, ranks, report, runs, studies
+from bpo import check, params
 from bpo.params import Refusal, short
+from bpo.reports import index as studies
+from bpo.reports import page as report
+from bpo.study import processes
+from bpo.study import stage as stages
 
 # The module whose `run` is a notebook's stage. Notebook 6's is of the tiny world, which nothing but
 # its notebook may import.
-STAGES = {1: "probe", 2: "pairs", 3: "train", 4: "held_out", 5: "benchmarks"}
+STAGES = {1: "evaluation.probe", 2: "pairs.stage", 3: "training.stage",
+          4: "evaluation.comparison", 5: "evaluation.benchmarks"}
 # command -> the module with its `add_arguments` and `run`, imported for that command alone: some
 # bring torch; and what it does
-OWN = {"new": ("start", "write the parameters of a study of your own model and data"),
-       "verify": ("verify", "name each file of a study or its zip that SHA256SUMS lists otherwise"),
-       "pack": ("pack", "make one zip file of a study's reports, parameters and adapters"),
-       "export": ("export", "write a study's pairs in another tool's layout"),
-       "merge": ("merge", "write what a method trained as a plain checkpoint"),
-       "score": ("score", "score answers to a public benchmark")}
+OWN = {"new": ("new", "write the parameters of a study of your own model and data"),
+       "check": ("check", "read a study's parameters, say what is missing, and the memory"),
+       "verify": ("reports.verify", "name each file of a study or its zip that SHA256SUMS lists otherwise"),
+       "pack": ("reports.pack", "make one zip file of a study's reports, parameters and adapters"),
+       "export": ("pairs.export", "write a study's pairs in another tool's layout"),
+       "merge": ("training.merge", "write what a method trained as a plain checkpoint"),
+       "score": ("evaluation.score", "score answers to a public benchmark")}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. A refusal is one message and exit code 1."""
     parser = argparse.ArgumentParser(prog="python -m bpo", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="read all parameter files of a study, and its paths")
     run = commands.add_parser("run", help="run a study's notebooks and render their reports")
     stage = commands.add_parser("stage", help="compute one notebook's stage without a kernel, also "
                                 "under `accelerate launch -m bpo stage STUDY N`")
@@ -42,14 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
     compare = commands.add_parser("compare", help="write a page of what differs between two "
                                   "studies")
     own = {name: commands.add_parser(name, help=does) for name, (_, does) in OWN.items()}
-    for command in (check, run, stage, pages, replicate, compare):
+    for command in (run, stage, replicate):
+        check.add_arguments(command)
+    for command in (pages, compare):
         command.add_argument("study")
     stage.add_argument("number", type=int, metavar="N", help="the notebook's number")
     stage.add_argument("--parameters", type=Path, metavar="FILE", help="the notebook's parameters, "
                        "in place of the study's")
-    for command in (check, run, stage, replicate):
-        command.add_argument("-p", nargs=2, action="append", default=[], dest="overrides",
-                             metavar=("NAME", "VALUE"), help="override a parameter wherever it is")
     for command in (run, stage):
         command.add_argument("--as", dest="name", help="the results' name, if not the study's")
     run.add_argument("--only", type=int, metavar="N",
@@ -71,9 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _compare(options.study, options.other)
         if options.command == "report":
             return _report(options.study)
-        overrides = {n: yaml.safe_load(v) if v else "" for n, v in options.overrides}
-        if options.command == "check":
-            return _check(options.study, overrides)
+        overrides = check.overrides(options)
         if options.command == "replicate":
             return _replicate(options.study, overrides, seeds=options.seeds)
         if options.name:
@@ -87,82 +86,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _check(study: str, overrides: dict[str, Any]) -> int:
-    """Prints every file of a study with what it points at; 1 if something is missing."""
-    read = params.read_study(study, overrides)
-    missing = 0
-    for name, p in read.items():
-        print(f"params/{study}/{name}.yaml: {len(type(p).model_fields)} parameters are good")
-        for field, path in path_parameters(p):
-            found, size = _found(path, read)
-            missing += not found
-            print(f"  {field:24} {path}  {size}")
-        for line in lacking(p, read):
-            missing += 1
-            print(f"  {line}")
-    from bpo import sizes  # here, since torch comes with it
-
-    for line in sizes.lines(read):
-        print(line)
-    if missing:
-        print(f"{missing} of the paths are missing: get them, or set the parameters to where they "
-              "are", file=sys.stderr)
-    return int(bool(missing))
-
-
-def path_parameters(p: params.Parameters) -> list[tuple[str, Path]]:
-    """The parameters of a notebook that are paths, resolved, except those left empty."""
-    values = p.model_dump()
-    unused = {"text_model"} if values.get("endpoint") else set()
-    named = [(n, values[n]) for n in ("model", "text_model", "data", "image_folder",
-                                      "describe_prompt", "question_prompt", "pairs", "adapters",
-                                      "probe_data")
-             if values.get(n) and n not in unused]
-    # Several data files, each with the folder that its image names start from.
-    several = [d for n, d in named if isinstance(d, dict)]
-    named = [(n, v) for n, v in named if isinstance(v, str)]
-    named += [("data", file) for d in several for file in d]
-    named += [("images", f"{values['image_folder']}/{below}") for d in several
-              for below in d.values() if below]
-    named += [(f"{field}.{n}", v) for field in ("splits", "folders")
-              for n, v in values.get(field, {}).items()]
-    return [(n, p.path(v)) for n, v in named]
-
-
-def lacking(p: params.Parameters, read: dict[str, params.Parameters]) -> list[str]:
-    """What the benchmark folders that are there already lack, by name; those that a notebook of the
-    study writes are left to it."""
-    if not isinstance(p, params.Benchmarks):
-        return []
-    from bpo import judged, official
-
-    known = {**official.BENCHMARKS, **judged.JUDGED}
-    own = [runs.stage_folder(q.study, name) for name, q in read.items()]
-    folders = {n: p.path(v) for n, v in p.folders.items()}
-    return [f"folders.{n} {folder} lacks {', '.join(lost)}: {known[n].fetch}"
-            for n, folder in folders.items()
-            if folder.is_dir() and not any(folder.is_relative_to(f) for f in own)
-            and (lost := official.missing(known[n], folder))]
-
-
-@functools.cache
-def _size(path: Path) -> str:
-    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
-    size = sum(f.stat().st_size for f in files)
-    return f"{size / 1e6:,.1f} MB" if size > 1e5 else f"{size:,} bytes"
-
-
-def _found(path: Path, read: dict[str, params.Parameters]) -> tuple[bool, str]:
-    """Whether a path is there or will be, once an earlier notebook of the study has run."""
-    if path.exists():
-        return True, _size(path)
-    for name, p in read.items():
-        if path.is_relative_to(runs.stage_folder(p.study, name)):
-            return True, f"written by {name}"
-    command = runs.written_by(path)
-    return False, f"MISSING: {command}" if command else "MISSING"
-
-
 def _run(study: str, overrides: dict[str, Any], *, only: int | None, first: int | None) -> int:
     """Executes the notebooks in order, each into outputs/<study>/, rendering each as it ends."""
     read = params.read_study(study, overrides)
@@ -170,16 +93,14 @@ def _run(study: str, overrides: dict[str, Any], *, only: int | None, first: int 
               and (first is None or int(n.split("_")[0]) >= first)]
     if not chosen:
         raise Refusal(f"study {study} has no such notebook; it has {', '.join(read)}")
-    lost = [f"{name}: {field} {path}  {where}" for name, p in read.items() if name in chosen
-            for field, path in path_parameters(p)
-            for found, where in [_found(path, read)] if not found]
-    lost += [f"{name}: {line}" for name in chosen for line in lacking(read[name], read)]
+    lost = [f"{name}: {field} {path}  {note}" for name in chosen
+            for field, path, note, missing in check.findings(read[name], read) if missing]
     if lost:
         raise Refusal("missing, so nothing was run:\n  " + "\n  ".join(lost))
     name = next(iter(read.values())).study
     folder = params.outputs_root() / name
     folder.mkdir(parents=True, exist_ok=True)
-    with runs.locked(folder / ".run.lock", f"study {name} is being run by another process; "
+    with stages.locked(folder / ".run.lock", f"study {name} is being run by another process; "
                      "wait for it to end, or give this run another name with --as"):
         done = all(_execute(notebook, read[notebook], folder) for notebook in chosen)
         index = studies.index(folder)
@@ -235,13 +156,13 @@ def _stage(study: str, overrides: dict[str, Any], *, number: int, given: Path | 
     if name is None or number not in STAGES:
         raise Refusal(f"study {study} has no stage {number} for this command; it has " + (
             ", ".join(n for n in read if int(n[0]) in STAGES) or "none: run its notebooks"))
-    if ranks.world() > 1 and number not in (2, 3):
+    if processes.world() > 1 and number not in (2, 3):
         raise Refusal(f"{name} runs in one process: start it without a launcher, "
                       f"python -m bpo stage {study} {number}")
     result = importlib.import_module(f"bpo.{STAGES[number]}").run(read[name])
-    if ranks.rank() == 0:
-        print(f"{result.done}: {short(result.folder / runs.MANIFEST)}")
-    ranks.leave()
+    if processes.rank() == 0:
+        print(f"{result.done}: {short(result.folder / stages.MANIFEST)}")
+    processes.leave()
     return 0
 
 
@@ -259,7 +180,8 @@ def _replicate(study: str, overrides: dict[str, Any], *, seeds: int) -> int:
         raise Refusal(f"study {study} has no {compared}.yaml, and a replication tells over seeds "
                       "what that notebook compares; write one, or run the study for each seed")
     own = read[compared]
-    from bpo import replication  # here, since transformers comes with it
+    from bpo.evaluation import replication  # here, since transformers comes with it
+    from bpo.reports import summary
 
     named = replication.studies(own.study, seed=own.seed, count=seeds)
     again = "then give the same command again: what is complete is only read"
@@ -273,14 +195,17 @@ def _replicate(study: str, overrides: dict[str, Any], *, seeds: int) -> int:
         if failed:
             raise Refusal(f"seed {seed} (study {name}) failed, so the replication stopped; mend "
                           f"what its report names, {again}")
-    return _read_results(params.Replication(study=own.study, seed=own.seed,
-                                            studies=list(named.values())))
+    p = params.Replication(study=own.study, seed=own.seed, studies=list(named.values()))
+    failed = _read_results(p)
+    if not failed:
+        print(f"the tables over seeds are in {short(summary.write_results(p))}")
+    return failed
 
 
 def _compare(study: str, other: str) -> int:
     """Notebook 7 on one study beside another: what they did differently, and what came out."""
     for name in (study, other):
-        if not list((params.outputs_root() / name).glob(f"*/{runs.MANIFEST}")):
+        if not list((params.outputs_root() / name).glob(f"*/{stages.MANIFEST}")):
             raise Refusal(f"outputs/{name}: nothing has finished there; python -m bpo run {name}")
     return _read_results(params.Replication(study=study, studies=[study], other=other),
                          name=f"{studies.AGAINST}{other}")

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from bpo import probe
-from bpo.galleries import LONGEST_ALT, Shown, as_text, image_uri, shortened, visible
-from bpo.noise import STEPS, signal_to_noise
+from bpo.evaluation import probe
+from bpo.models.noise import STEPS, signal_to_noise
+from bpo.reports.cards import LONGEST_ALT, Shown, image_uri
+from bpo.study.text import as_text, shortened, visible
 
 PICTURE = 256  # pixels; a picture of the tiny world grows to that
 # Of the true and the prior's answer, as in the notebook's curves; readable on light and on dark.

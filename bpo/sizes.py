@@ -9,14 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from bpo.params import (
-    Checkpoint,
-    DPOTraining,
-    PairGeneration,
-    Parameters,
-    Refusal,
-    outputs_root,
-)
+from bpo.params import Checkpoint, DPOTraining, PairGeneration, Parameters, Refusal, outputs_root
 
 # One NVIDIA A100 with 80 GB: dense bfloat16 FLOP a second, and bytes a second from its memory.
 CARD, CARD_FLOPS, CARD_BYTES = "A100 80 GB", 312e12, 2.0e12
@@ -89,10 +82,11 @@ def image_tokens(folder: Path, *, transform: str = "processor") -> int:
     """
     from PIL import Image
 
-    from bpo import encoding, models
+    from bpo.models import checkpoint as checkpoints
+    from bpo.models import encoding
 
     try:
-        processor = models.load_processor(folder)
+        processor = checkpoints.load_processor(folder)
     except (OSError, ValueError) as error:
         raise Refusal(f"{folder}: there is no processor: {str(error).splitlines()[0]}") from None
     image = encoding.transformed(Image.new("RGB", PHOTOGRAPH), transform, processor)
@@ -226,7 +220,7 @@ def lines(read: dict[str, Parameters]) -> list[str]:
 
 
 def _making(p: PairGeneration, of: Shape, image: int) -> str:
-    from bpo import candidates
+    from bpo.pairs import candidates
 
     def seconds(**tokens: int) -> float:
         return answer_seconds(of, p.precision, batch_tokens=p.batch_tokens, **tokens)

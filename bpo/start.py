@@ -21,9 +21,13 @@ from typing import Any
 
 import torch
 
-from bpo import entries, layouts, params, records, sizes, survey
+from bpo import params, sizes, survey
+from bpo.data import files as entries
+from bpo.data import layouts
+from bpo.data import rows as data_rows
 from bpo.params import Refusal, short
-from bpo.seeds import seed_for
+from bpo.study.files import to_json, whole, write_lines, write_whole
+from bpo.study.seeds import seed_for
 from bpo.survey import Data, Model, counted
 
 TRAINING, HELD_OUT, REJECTED = "training.jsonl", "held_out.jsonl", "rejected_rows.jsonl"
@@ -142,8 +146,8 @@ def decide(name: str, folder: Path, model: Model, data: Data, given: Data | None
             "max_bad_share": 1.0 if given and len(data.rejected) > len(data.rows) else 0.5,
             "sources": sources, "weaken_steps": [900], "weaken_samples": 4 if few else 1,
             "weaken_temperature": 1.0 if few else 0.2, "text_model": "",
-            "describe_prompt": "bpo/prompts/describe.txt",
-            "question_prompt": "bpo/prompts/question.txt", "inject_samples": 4 if few else 1,
+            "describe_prompt": "bpo/pairs/prompts/describe.txt",
+            "question_prompt": "bpo/pairs/prompts/question.txt", "inject_samples": 4 if few else 1,
             "max_new_tokens": new_tokens, "batch_tokens": _batch_tokens(model),
             "score_candidates": few},
         "3_dpo_training": train,
@@ -248,11 +252,11 @@ def _write(folder: Path, data: Data, given: Data | None, held: set[int],
         new = Path(temporary) / folder.name
         new.mkdir()
         for notebook, own in values.items():
-            records.write_whole(new / f"{notebook}.yaml", _yaml(notebook, own))
+            write_whole(new / f"{notebook}.yaml", _yaml(notebook, own))
         if not given:
             _write_split(new, data, held)
         if data.rejected:
-            records.write_lines(new / REJECTED, (
+            write_lines(new / REJECTED, (
                 {"id": r.id, "where": r.where, "reason": r.reason} for r in data.rejected))
         try:
             new.rename(folder)
@@ -264,7 +268,7 @@ def _yaml(notebook: str, values: dict[str, Any]) -> str:
     fields = params.SCHEMAS[notebook].model_fields
     lines = [f"# Your own model and data, as bpo new decided — notebooks/{notebook}.ipynb"]
     for name, value in values.items():
-        text = records.to_json(value)
+        text = to_json(value)
         if isinstance(value, float) and "." not in text:
             text = text.replace("e", ".0e")  # YAML 1.1 reads 2e-06 as text
         lines.append(f"{name}: {text}  # {fields[name].description}")
@@ -276,8 +280,8 @@ def _write_split(folder: Path, data: Data, held: set[int]) -> None:
     the truth file, which lies beside them there."""
     pictures = {where: number for where, number, _ in data.rows}
     form = layouts.LAYOUTS[data.layout]
-    with (records.whole(folder / TRAINING) as training,
-          records.whole(folder / HELD_OUT) as held_out):
+    with (whole(folder / TRAINING) as training,
+          whole(folder / HELD_OUT) as held_out):
         for number, (where, entry) in enumerate(entries.read(data.file, data.root)):
             if where in pictures:
                 entry = form.plain(entry)
@@ -286,5 +290,5 @@ def _write_split(folder: Path, data: Data, held: set[int]) -> None:
                 # Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes "?".
                 text = json.dumps(line, ensure_ascii=False, default=str).encode(errors="replace")
                 (held_out if pictures[where] in held else training).write(f"{text.decode()}\n")
-    if truth := records.truth_file(data.file):
+    if truth := data_rows.truth_file(data.file):
         shutil.copyfile(truth, folder / truth.name)

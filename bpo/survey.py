@@ -21,10 +21,14 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from bpo import encoding, images, layouts, models, readers, sizes
+from bpo import sizes
+from bpo.data import images, layouts
+from bpo.data import rows as data_rows
+from bpo.data.rows import Rejected, Row
+from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding
 from bpo.params import Refusal, short
-from bpo.records import Rejected, Row
-from bpo.seeds import seed_for
+from bpo.study.seeds import seed_for
 
 SEED = 0  # of every draw that a new study's rows and pictures go through
 OPENED = 2000  # pictures that are opened, drawn by seed; notebook 2 opens all
@@ -41,7 +45,7 @@ class Model:
     shape: sizes.Shape
     precision: str
     positions: int  # tokens that it can tell the order of
-    reader: models.Checkpoint
+    reader: checkpoints.Checkpoint
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def look_at_model(folder: Path) -> Model:
     _check_weights(folder)
     shape = sizes.shape(folder)
     try:
-        processor = models.load_processor(folder)
+        processor = checkpoints.load_processor(folder)
     except (OSError, ValueError) as error:
         raise Refusal(f"{folder}: the processor cannot be read: {str(error).splitlines()[0]}; get "
                       "the checkpoint's other files too") from None
@@ -99,7 +103,7 @@ def look_at_model(folder: Path) -> Model:
     return Model(folder, ", ".join(config.get("architectures") or [kind]), shape,
                  "bfloat16" if half else "float32",
                  getattr(loaded.get_text_config(), "max_position_embeddings", None) or 2**17,
-                 models.Checkpoint(None, processor, transform))
+                 checkpoints.Checkpoint(None, processor, transform))
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -146,13 +150,13 @@ def look_at_data(file: Path, image_folder: Path | None) -> Data:
 
     Raises Refusal when the data cannot be read or none of its rows can be used.
     """
-    root = readers.image_root(file, image_folder)
-    layout = readers.layout(file)
+    root = data_rows.image_root(file, image_folder)
+    layout = data_rows.layout(file)
     rows, rejected, numbers, names = [], [], {}, []
     firsts: list[Row] = []
     longest = None
     given = False
-    for where, row in tqdm(readers.located(file, root), desc="reading rows", unit=" rows",
+    for where, row in tqdm(data_rows.located(file, root), desc="reading rows", unit=" rows",
                            leave=False, disable=None):
         if isinstance(row, Rejected):
             rejected.append(row)
@@ -213,7 +217,7 @@ def _size(file: Path) -> tuple[int, int]:
 
 def reasons(rejected: Sequence[Rejected]) -> str:
     """How many rows each reason kept out, in words."""
-    return readers.told(Counter(r.reason for r in rejected))
+    return data_rows.told(Counter(r.reason for r in rejected))
 
 
 def answer_tokens(model: Model, data: Data) -> int:

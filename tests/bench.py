@@ -1,7 +1,7 @@
 """Speed as ratios against a named baseline: interleaved rounds in one process, medians of CPU time.
 
-Run by `make bench` on the checkpoint and data of the tiny study; prints the rows of the README's
-table and writes outputs/bench.json. Rows of growing number run as stages of their own, for their
+Run by `make bench` on the checkpoint and data of the tiny study; writes outputs/bench.json and the
+table of outputs/README.md. Rows of growing number run as stages of their own, for their
 time and peak memory.
 """
 
@@ -21,9 +21,15 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from bpo import branches, encoding, generate, models, params, readers, records, scoring, shards
-from bpo.generate import Request, View
-from bpo.records import Row
+from bpo import params
+from bpo.data import rows as data_rows
+from bpo.data.rows import Row
+from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding, generate, logprobs, prefix
+from bpo.models.generate import Request, View
+from bpo.reports import summary
+from bpo.study import shards
+from bpo.study.files import to_json, write_whole
 
 ROUNDS = 7
 COLOURS = ["red", "yellow", "green", "blue", "white", "black"]
@@ -55,38 +61,42 @@ def main() -> int:
     if not (world / "manifest.json").is_file():
         print("run `make report` first: the benchmark uses its checkpoint", file=sys.stderr)
         return 1
-    checkpoint = models.load(world / "model")
-    evaluation, _ = readers.read_rows(world / "counterfactual" / "rows.json")
-    preference, _ = readers.read_rows(world / "preference" / "rows.json", count=DECODED, seed=0,
+    checkpoint = checkpoints.load(world / "model")
+    evaluation, _ = data_rows.read_rows(world / "counterfactual" / "rows.json")
+    preference, _ = data_rows.read_rows(world / "preference" / "rows.json", count=DECODED, seed=0,
                                       purpose="bench")
     found = {"probing": _probe(checkpoint, evaluation)}
     found |= _weakening(checkpoint, preference)
     found |= _scaling(world)
     found |= bench_packed.measure(world)
     file = params.outputs_root() / "bench.json"
-    records.write_whole(file, records.to_json(found, indent=1) + "\n")
+    write_whole(file, to_json(found, indent=1) + "\n")
     print(f"torch {torch.__version__}, 1 thread; median, lowest and highest of n rounds")
     for name, row in found.items():
         print(f"{name:46} {row['ratio']:6} [{row['low']}, {row['high']}]  n {row['n']}  "
               f"{row['compared']}")
-    print(f"written to {file}")
+    table = [{"what / against what": row["compared"], "ratio": row["ratio"],
+              "lowest – highest": f"{row['low']} – {row['high']} of {row['n']}"}
+             for row in found.values()]
+    section = summary.write_section("speed", summary.markdown(table))
+    print(f"written to {file} and {section}")
     return 0
 
 
 @torch.no_grad()
-def _probe(checkpoint: models.Checkpoint, rows: list[Row]) -> dict[str, object]:
+def _probe(checkpoint: checkpoints.Checkpoint, rows: list[Row]) -> dict[str, object]:
     asked = [r for r in rows if r.category == "attribute"][:64]
     batch = generate.encode_batch(checkpoint, _requests(asked))
     singles = [generate.encode_batch(checkpoint, [r]) for r in _requests(asked)]
-    branches.use_attention(checkpoint.base)
+    prefix.use_attention(checkpoint.base)
     ids = [encoding.answer_ids(checkpoint, c + checkpoint.tokenizer.eos_token) for c in COLOURS]
-    return ratio(lambda: [scoring.weigh_unpacked(checkpoint, s, [[i]])
+    return ratio(lambda: [logprobs.weigh_unpacked(checkpoint, s, [[i]])
                           for s in singles for i in ids],
-                 lambda: scoring.weigh(checkpoint, batch, [ids] * len(asked)),
+                 lambda: logprobs.weigh(checkpoint, batch, [ids] * len(asked)),
                  "six candidates on one prefix, 64 images a pass / a pass an image and candidate")
 
 
-def _weakening(checkpoint: models.Checkpoint, rows: list[Row]) -> dict[str, dict[str, object]]:
+def _weakening(checkpoint: checkpoints.Checkpoint, rows: list[Row]) -> dict[str, dict[str, object]]:
     """Weakened answers of preference rows as they come: captions, colours and presence mixed."""
     requests = _requests(rows)
     prompts = np.array([len(encoding.answer_ids(checkpoint, encoding.prompt_text(
@@ -139,7 +149,7 @@ def _weakening(checkpoint: models.Checkpoint, rows: list[Row]) -> dict[str, dict
 
 
 @torch.no_grad()
-def one_at_a_time(checkpoint: models.Checkpoint, request: Request) -> str:
+def one_at_a_time(checkpoint: checkpoints.Checkpoint, request: Request) -> str:
     """An answer as the release decodes it: batch 1, a clean and a noisy forward pass a token, each
     branch with its own cache, sampled from the contrast of both."""
     branches = [generate.encode_view(checkpoint, [request], view, seed=0)

@@ -1,4 +1,4 @@
-"""Part of `make bench`: the packed training step (`bpo.packed`) against TRL's own DPOTrainer.
+"""Part of `make bench`: the packed training step (`bpo.training.packed.trainer`) against TRL's own DPOTrainer.
 
 A step is everything from rows to gradients: collator, reference, policy, backward pass. The update
 of the weights is left out: it is the same for all. Two shapes: a random LLaVA in the proportions of
@@ -26,8 +26,12 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
-from bpo import encoding, models, pairs, params, trainers
-from bpo.packed import PackedDPOTrainer
+from bpo import params
+from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding
+from bpo.pairs import rows as pair_rows
+from bpo.training import trainers
+from bpo.training.packed.trainer import PackedDPOTrainer
 
 ROUNDS = 5
 SIDE, PATCH, ASKED = 336, 14, 27
@@ -50,7 +54,7 @@ Figures = dict[str, dict[str, object]]
 
 def measure(world: Path) -> Figures:
     """All figures of the packed step. world: the folder of the tiny study's notebook 0."""
-    with tempfile.TemporaryDirectory() as folder, models.quietly():
+    with tempfile.TemporaryDirectory() as folder, checkpoints.quietly():
         out = Path(folder)
         return {**_steps(world, out), **_objective(world, out), **_runs(world, out),
                 **_tiny(world, out)}
@@ -173,12 +177,12 @@ def _tiny(world: Path, out: Path) -> Figures:
     """A step of the tiny study's trainer on one of its batches, whose positives have one or two
     rejected answers, opening of the images counted, against TRL's with the same arguments."""
     p = params.read_study("tiny")["3_dpo_training"]
-    lines = pairs.read_pairs(p.path(p.pairs))
-    rows = pairs.to_preferences(lines, p.path(p.image_folder))[:p.device_batch]
+    lines = pair_rows.read_pairs(p.path(p.pairs))
+    rows = pair_rows.to_preferences(lines, p.path(p.image_folder))[:p.device_batch]
     ours = trainers.make(p, "bpo", rows, out / "tiny", steps=1, kept=out / "tiny" / "reference")
-    checkpoint = models.load(p.path(p.model), precision=p.precision, transform=p.image_transform)
+    checkpoint = checkpoints.load(p.path(p.model), precision=p.precision, transform=p.image_transform)
     stock = DPOTrainer(checkpoint.model, args=ours.args, train_dataset=ours.train_dataset,
-                       processing_class=checkpoint.processor, peft_config=models.adapter_config(
+                       processing_class=checkpoint.processor, peft_config=checkpoints.adapter_config(
                            checkpoint.model, rank=p.lora_rank, alpha=p.lora_alpha,
                            dropout=p.lora_dropout))
     ours.counted_steps = 0
@@ -202,7 +206,7 @@ class Sized:
 
     def __init__(self, world: Path, text: Sequence[int], vision: Sequence[int]):
         self.text, self.vision, self.draw = text, vision, random.Random(0)
-        self.processor = models.load_processor(world / "model")
+        self.processor = checkpoints.load_processor(world / "model")
         self.processor.image_processor.size = {"shortest_edge": SIDE}
         self.processor.image_processor.crop_size = {"height": SIDE, "width": SIDE}
         self.processor.patch_size = PATCH
@@ -236,7 +240,7 @@ class Sized:
         def said(words: int) -> str:
             return " ".join(self.draw.choices(self.words, k=words))
 
-        known = models.Checkpoint(None, self.processor)
+        known = checkpoints.Checkpoint(None, self.processor)
         asked = [{"role": "user", "content": said(ASKED)}]
         prompt = encoding.prompt_text(known, asked, image=True)
         picture, *answers = self.picture(), *(
@@ -255,7 +259,7 @@ class Sized:
             per_device_train_batch_size=1), **settings})
         own = {"packing": packing} if packing else {}
         trainer = kind(model, args=args, train_dataset=Dataset.from_list(rows),
-                       processing_class=self.processor, peft_config=models.adapter_config(
+                       processing_class=self.processor, peft_config=checkpoints.adapter_config(
                            model, rank=16, alpha=32, dropout=0.0), **own)
         trainer.remove_callback(PrinterCallback)
         return trainer

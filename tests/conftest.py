@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
 from filelock import FileLock
+from peft import get_peft_model
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -40,8 +40,9 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from bpo import __main__, models, params
-from bpo.seeds import torch_generator
+from bpo import __main__, params
+from bpo.models import checkpoint as checkpoints
+from bpo.study.seeds import torch_generator
 
 SIDE, PATCH = 32, 16
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -200,14 +201,14 @@ def text_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(model_folder) -> models.Checkpoint:
+def checkpoint(model_folder) -> checkpoints.Checkpoint:
     """The random LLaVA, loaded. Tests that change it load their own."""
-    return models.load(model_folder)
+    return checkpoints.load(model_folder)
 
 
 @pytest.fixture(scope="session")
-def text_checkpoint(text_folder) -> models.Checkpoint:
-    return models.load_text_model(text_folder)
+def text_checkpoint(text_folder) -> checkpoints.Checkpoint:
+    return checkpoints.load_text_model(text_folder)
 
 
 @pytest.fixture(scope="session")
@@ -216,8 +217,8 @@ def adapters(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     torch.manual_seed(0)  # PEFT draws the other half of each adapter
     for method, size in (("sft", 0.0), ("bpo", 0.4), ("bpo_weaken", 0.4)):
-        model = models.load(model_folder).model
-        config = models.adapter_config(model, rank=4, alpha=8, dropout=0)
+        model = checkpoints.load(model_folder).model
+        config = checkpoints.adapter_config(model, rank=4, alpha=8, dropout=0)
         tuned = get_peft_model(model, config)
         draw = torch_generator(0, method)
         with torch.no_grad():

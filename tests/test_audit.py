@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bpo import audit
+from bpo.pairs import audit
 
 WORDS = [f"word{n}" for n in range(30)]
 
@@ -259,5 +259,5 @@ def test_the_seed_draws_the_folds_and_the_interval(alike):
 
 
 def test_scikit_learn_is_imported_only_when_the_classifier_is_asked():
-    code = "import sys, bpo.audit; sys.exit('sklearn' in sys.modules)"
+    code = "import sys, bpo.pairs.audit; sys.exit('sklearn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,19 +9,13 @@ import pytest
 import torch
 from test_endpoint import completion, endpoint, server  # noqa: F401 (fixtures)
 
-from bpo import (
-    benchmark_figures,
-    benchmark_tables,
-    benchmarks,
-    encoding,
-    generate,
-    official,
-    params,
-    records,
-    scoring,
-)
-from bpo.generate import Request
+from bpo import params
+from bpo.evaluation import benchmarks, official
+from bpo.models import encoding, generate, logprobs
+from bpo.models.generate import Request
 from bpo.params import Benchmarks, Refusal
+from bpo.reports import benchmark_figures, benchmark_tables
+from bpo.study.files import write_lines
 
 THINGS = ("disc", "box", "cat", "dog")
 METHODS = ["base", "bpo", "bpo_weaken", "sft"]
@@ -46,7 +40,7 @@ def folders(data_file, tmp_path_factory):
         [{"image": f"{k}.png", "text": "describe the picture"} for k in range(4)]))
     for kind in official.POPE_KINDS:
         asked = [(k, (k + shift) % 4) for k in range(4) for shift in (0, 1)]
-        records.write_lines(root / "pope" / f"coco_pope_{kind}.json", (
+        write_lines(root / "pope" / f"coco_pope_{kind}.json", (
             {"question_id": n, "image": f"{k}.png", "text": f"is there a {THINGS[t]} ?",
              "label": "yes" if k == t else "no"} for n, (k, t) in enumerate(asked, start=1)))
     (root / "mm-vet" / "mm-vet.json").write_text(json.dumps({
@@ -93,7 +87,7 @@ def test_p_yes_is_the_share_of_yes_among_the_two_answers(result, checkpoint, fol
                     params.Path(folders["pope"]) / "val2014" / line["image"])
     tokens = [[encoding.answer_tokens(checkpoint, asked.messages, t) for t in ("yes", "no")]]
     with torch.no_grad():
-        yes, no = (math.exp(w.logprobs.sum()) for w in scoring.weigh_unpacked(
+        yes, no = (math.exp(w.logprobs.sum()) for w in logprobs.weigh_unpacked(
             checkpoint, generate.encode_batch(checkpoint, [asked]), tokens)[0])
     assert line["p_yes"]["base"] == pytest.approx(yes / (yes + no), abs=2e-5)
     assert all(not x["p_yes"] for x in benchmarks.answers(result, "chair"))
@@ -242,7 +236,7 @@ def test_reading_names_what_survives_the_correction():
 
 def test_wrong_objects_are_counted_by_their_place(parameters, result, tmp_path):
     said = ["a disc and a cat", "two boxes", "nothing", "a cat , a dog and dogs"]
-    records.write_lines(tmp_path / "answers-chair.jsonl", (
+    write_lines(tmp_path / "answers-chair.jsonl", (
         {"id": str(k), "image": f"{k}.png", "answers": {"bpo": text}}
         for k, text in enumerate(said)))
     mine = replace(result, folder=tmp_path)

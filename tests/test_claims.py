@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from bpo import claims, held_out, results, runs
-from bpo.results import OPEN, Estimate, Result
+from bpo.evaluation import claims, comparison, results
+from bpo.evaluation.results import OPEN, Estimate, Result
+from bpo.study import stage as stages
 
 WORSE, UNSURE, BETTER = (-0.2, -0.1), (-0.1, 0.1), (0.1, 0.2)  # when more is claimed
 
@@ -17,9 +18,9 @@ def gain(bounds, more, p=0.001):
 
 
 def finished(study, notebook, rows, **manifest):
-    folder = runs.stage_folder(study, notebook)
+    folder = stages.stage_folder(study, notebook)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / runs.MANIFEST).write_text(json.dumps(manifest))
+    (folder / stages.MANIFEST).write_text(json.dumps(manifest))
     before = [Result(*(row[c] for c in results.COLUMNS[:5]), results.estimate(row))
               for _, row in results.read(folder).iterrows()
               ] if (folder / results.FILE).is_file() else []
@@ -29,8 +30,8 @@ def finished(study, notebook, rows, **manifest):
 
 def compared(split="counterfactual", study="mine", against="base", **gains):
     """Notebook 4 of a study: BPO's differences to a baseline, by metric."""
-    rows = [Result(split, held_out.METRICS[n][1], "bpo", against, n,
-                   gain(bounds, held_out.METRICS[n][2])) for n, bounds in gains.items()]
+    rows = [Result(split, comparison.METRICS[n][1], "bpo", against, n,
+                   gain(bounds, comparison.METRICS[n][2])) for n, bounds in gains.items()]
     return finished(study, claims.COMPARISON, rows)
 
 
@@ -43,7 +44,7 @@ def benchmarked(name, **gains):
 def probed(true, prior, *, inputs=("truth",), question="", p=0.001):
     rows = [Result("step 999", "noise", "base", "step 0", n, gain(b, True, p))
             for n, b in (("p_true", true), ("p_prior", prior))]
-    file = runs.stage_folder("mine", "1_noise_probability") / results.FILE
+    file = stages.stage_folder("mine", "1_noise_probability") / results.FILE
     file.unlink(missing_ok=True)
     return finished("mine", "1_noise_probability", rows, inputs=dict.fromkeys(inputs, "x"),
                     parameters={"question": question})
@@ -198,7 +199,7 @@ def won(base, bpo, truth=TRUTH):
     lines = [{"id": f"q{i}", "image": f"{i}.png", "p_true": {}, "p_prior": {},
               "answers": {"base": b, "bpo": t}}
              for i, (b, t) in enumerate(zip(base, bpo, strict=True))]
-    return held_out.wins(lines, truth, ["bpo"], seed=0, resamples=400)
+    return comparison.wins(lines, truth, ["bpo"], seed=0, resamples=400)
 
 
 def test_wins_minus_losses_are_counted_a_question():

@@ -12,7 +12,8 @@ from PIL import Image
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
 
-from bpo import collation, models
+from bpo.models import checkpoint as checkpoints
+from bpo.training.packed import collation
 
 TRL_TOKENS = ("input_ids", "attention_mask", "completion_mask")
 
@@ -38,7 +39,7 @@ def rows():
 @pytest.fixture
 def processor(model_folder):
     """One of its own for every test: some change it."""
-    return models.load(model_folder).processor
+    return checkpoints.load(model_folder).processor
 
 
 @pytest.fixture

@@ -6,9 +6,13 @@ import json
 import pytest
 import torch
 
-from bpo import compare, encoding, generate, held_out, models, readers, records
-from bpo.generate import Request
+from bpo.data import rows as data_rows
+from bpo.evaluation import comparison, readings
+from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding, generate
+from bpo.models.generate import Request
 from bpo.params import QualitativeComparison, Refusal
+from bpo.study.files import read_lines
 
 TRUTH = {
     "vocabulary": {"objects": {"dog": ["dog", "dogs"], "cat": ["cat", "cats"],
@@ -36,43 +40,43 @@ def line(row_id, base, tuned, *, image="0.png", p_true=None, p_prior=None):
 # --- counts -------------------------------------------------------------------------------------
 
 def test_a_caption_counts_for_its_objects():
-    counts = held_out.counts(line("caption", "a dog", "a red dog and two cats"), "bpo", TRUTH)
+    counts = comparison.counts(line("caption", "a dog", "a red dog and two cats"), "bpo", TRUTH)
     assert counts == {"answer_words": (6, 1), "changed": (1, 1), "chair_s": (1, 1),
                       "chair_i": (1, 2), "cover": (1, 2), "objects": (2, 1), "words": (6, 1)}
 
 
 def test_a_colour_counts_for_truth_and_prior():
     asked = line("colour", "red", "Blue.", p_true=(0.7, 0.2), p_prior=(0.1, 0.6))
-    assert held_out.counts(asked, "base", TRUTH) == {
+    assert comparison.counts(asked, "base", TRUTH) == {
         "answer_words": (1, 1), "changed": (0, 1), "colour_accuracy": (1, 1), "prior_rate": (0, 1),
         "p_true": (0.7, 1), "p_prior": (0.1, 1)}
-    assert held_out.counts(asked, "bpo", TRUTH) == {
+    assert comparison.counts(asked, "bpo", TRUTH) == {
         "answer_words": (1, 1), "changed": (1, 1), "colour_accuracy": (0, 1), "prior_rate": (1, 1),
         "p_true": (0.2, 1), "p_prior": (0.6, 1)}
 
 
 def test_where_the_prior_is_right_nothing_is_told_of_it():
-    counts = held_out.counts(line("typical", "red", "blue"), "base", TRUTH)
+    counts = comparison.counts(line("typical", "red", "blue"), "base", TRUTH)
     assert counts["colour_accuracy"] == (1, 1)
     assert not {"prior_rate", "p_true", "p_prior"} & set(counts)
 
 
 def test_a_true_answer_that_the_prior_suggests_too_is_no_prior_s_answer():
     asked = line("both", "red", "blue", p_true=(0.7, 0.2), p_prior=(0.1, 0.6))
-    assert held_out.counts(asked, "base", TRUTH)["prior_rate"] == (0, 1)
-    assert held_out.counts(asked, "bpo", TRUTH)["prior_rate"] == (1, 1)
+    assert comparison.counts(asked, "base", TRUTH)["prior_rate"] == (0, 1)
+    assert comparison.counts(asked, "bpo", TRUTH)["prior_rate"] == (1, 1)
 
 
 @pytest.mark.parametrize("text, yes, right", [("No.", 0, 1), ("yes it is", 1, 0), ("a dog", 0, 0)])
 def test_a_presence_question_counts_as_pope_does(text, yes, right):
-    counts = held_out.counts(line("pope", text, "no"), "base", TRUTH)
+    counts = comparison.counts(line("pope", text, "no"), "base", TRUTH)
     assert (counts["yes_rate"], counts["pope_adversarial"]) == ((yes, 1), (right, 1))
-    assert not any(n.startswith("pope") for n in held_out.counts(line("plain", text, "no"),
+    assert not any(n.startswith("pope") for n in comparison.counts(line("plain", text, "no"),
                                                                    "base", TRUTH))
 
 
 def test_without_a_truth_only_length_and_change_are_counted():
-    assert held_out.counts(line("unknown", "a red dog", "A red dog!"), "bpo", TRUTH) == {
+    assert comparison.counts(line("unknown", "a red dog", "A red dog!"), "bpo", TRUTH) == {
         "answer_words": (3, 1), "changed": (0, 1)}
 
 
@@ -86,7 +90,7 @@ LINES = [
 
 @pytest.fixture(scope="module")
 def scored():
-    return held_out.score(LINES, TRUTH, ["base", "bpo"], seed=0, resamples=500)
+    return comparison.score(LINES, TRUTH, ["base", "bpo"], seed=0, resamples=500)
 
 
 @pytest.mark.parametrize("name, base, bpo", [
@@ -112,7 +116,7 @@ def test_a_method_is_compared_with_every_baseline_but_itself(scored):
     assert {a: list(m) for a, m in contrasts.items()} == {"base": ["bpo"]}
     lines = [x | {part: x[part] | ({"sft": x[part]["base"]} if x[part] else {})
                   for part in ("answers", "p_true", "p_prior")} for x in LINES]
-    _, contrasts = held_out.score(lines, TRUTH, ["base", "sft", "bpo"], seed=0, resamples=200)
+    _, contrasts = comparison.score(lines, TRUTH, ["base", "sft", "bpo"], seed=0, resamples=200)
     assert {a: list(m) for a, m in contrasts.items()} == {"base": ["sft", "bpo"],
                                                           "sft": ["base", "bpo"]}
     # The same answers: no difference, and no doubt about it.
@@ -126,21 +130,21 @@ def test_a_method_is_compared_with_every_baseline_but_itself(scored):
     ("caption", "a dog and two cats , a cat", 0.5 - 2), ("caption", "nothing", 0),
     ("unknown", "a dog", None)])
 def test_the_quality_of_an_answer_is_that_by_hand(row_id, text, value):
-    assert held_out.quality(line(row_id, text, ""), "base", TRUTH) == value
+    assert comparison.quality(line(row_id, text, ""), "base", TRUTH) == value
 
 
 @pytest.mark.parametrize("text", ("No.", "no , there is not"))
 def test_a_presence_answer_is_as_good_as_pope_finds_it(text):
     asked = line("pope", text, "")
-    assert held_out.counts(asked, "base", TRUTH)["pope_adversarial"] == (1, 1)
-    assert held_out.quality(asked, "base", TRUTH) == 1
+    assert comparison.counts(asked, "base", TRUTH)["pope_adversarial"] == (1, 1)
+    assert comparison.quality(asked, "base", TRUTH) == 1
 
 
 @pytest.mark.parametrize("row_id, text, words", [
     ("colour", "Red", set()), ("colour", "dark blue", {"dark", "blue"}),
     ("caption", "a dog and cats", {"cats"}), ("unknown", "a dog", set())])
 def test_wrong_words_are_marked(row_id, text, words):
-    assert compare.wrong_words(line(row_id, text, ""), "base", TRUTH) == words
+    assert readings.wrong_words(line(row_id, text, ""), "base", TRUTH) == words
 
 
 # --- what may be said ---------------------------------------------------------------------------
@@ -165,39 +169,39 @@ def found_with(**differences):
     ("cover", (-0.1, 0.2), "cannot be told"), ("chair_i", (0, 0.2), "cannot be told"),
     ("p_prior", (-0.3, -0.2), "better"), ("words", (0.1, 0.2), "")])
 def test_an_interval_is_read_by_whether_more_is_better(name, interval, reading):
-    rows = compare.differences(found_with(**{name: interval}), "natural", "bpo", "base")
+    rows = readings.differences(found_with(**{name: interval}), "natural", "bpo", "base")
     assert [r["reading"] for r in rows] == [reading]
-    assert rows[0]["metric"] == held_out.METRICS[name][0]
+    assert rows[0]["metric"] == comparison.METRICS[name][0]
 
 
 def test_the_reading_is_one_phrase():
     found = found_with(cover=(0.1, 0.2), chair_i=(0.1, 0.2), colour_accuracy=(-0.1, 0.1),
                        chair_s=(-0.2, -0.1))
-    assert compare.reading(found, "natural", "bpo", "base") == (
+    assert readings.reading(found, "natural", "bpo", "base") == (
         "better in cover, CHAIRs, worse in CHAIRi; 1 of 4 metrics cannot be told apart")
-    assert compare.reading(found_with(cover=(-0.2, -0.1)), "natural", "bpo", "base") == (
+    assert readings.reading(found_with(cover=(-0.2, -0.1)), "natural", "bpo", "base") == (
         "better in nothing, worse in cover; 0 of 1 metrics cannot be told apart")
-    assert compare.reading(found_with(words=(0.1, 0.2)), "natural", "bpo", "base") == \
+    assert readings.reading(found_with(words=(0.1, 0.2)), "natural", "bpo", "base") == \
         "not to be judged without a truth file"
 
 
 def test_the_changes_stand_in_a_table_with_a_column_a_baseline():
-    table = compare.change_table(found_with(cover=(0.1, 0.2), words=(0.1, 0.2)), "natural", "bpo")
+    table = readings.change_table(found_with(cover=(0.1, 0.2), words=(0.1, 0.2)), "natural", "bpo")
     assert table == [{"metric": "cover", "minus base": "+0.150 [+0.100, +0.200] better"}]
 
 
 def test_the_page_is_about_bpo_on_counterfactual_images_where_there_are():
     base = {"natural": {"base": {}, "sft": {}}, "differences": {}}
-    assert (compare.main_split(base), compare.main_method(base)) == ("natural", "sft")
+    assert (readings.main_split(base), readings.main_method(base)) == ("natural", "sft")
     both = {"natural": {"base": {}, "bpo": {}, "sft": {}},
             "counterfactual": {"base": {}, "bpo": {}, "sft": {}}, "differences": {}}
-    assert (compare.main_split(both), compare.main_method(both)) == ("counterfactual", "bpo")
-    assert compare.baselines(both, "natural") == ["base", "sft"]
+    assert (readings.main_split(both), readings.main_method(both)) == ("counterfactual", "bpo")
+    assert readings.baselines(both, "natural") == ["base", "sft"]
 
 
 def test_the_sharpest_control_comes_first():
     def control(*methods):
-        return compare.control({"x": dict.fromkeys(methods)}, "x")
+        return readings.control({"x": dict.fromkeys(methods)}, "x")
 
     assert control("base", "sft", "sft_compute", "sft_matched") == "sft_matched"
     assert control("base", "sft_compute", "sft") == "sft"
@@ -207,14 +211,14 @@ def test_the_sharpest_control_comes_first():
 def test_tables_show_values_with_intervals_and_counts(scored):
     values, contrasts = scored
     found = {"natural": values, "differences": {"natural": contrasts}}
-    assert compare.categories(found, "natural") == ["caption", "attribute", "presence", "any"]
-    rows = compare.wide_table(found, "natural", "attribute")
+    assert readings.categories(found, "natural") == ["caption", "attribute", "presence", "any"]
+    rows = readings.wide_table(found, "natural", "attribute")
     assert [r["method"] for r in rows] == ["base", "bpo"]
     assert rows[1]["P(true answer)"] == "0.900 [0.900, 0.900]"
-    assert "yes answers 2" in compare.counts_note(found, "natural", "presence")
-    long = compare.table(found, "natural")
+    assert "yes answers 2" in readings.counts_note(found, "natural", "presence")
+    long = readings.table(found, "natural")
     assert {(r["method"], r["metric"]) for r in long} >= {("base", "CHAIRi"), ("bpo", "cover")}
-    assert "yes_rate" not in compare.shown_metrics(found, "natural")
+    assert "yes_rate" not in readings.shown_metrics(found, "natural")
 
 
 # --- the stage ----------------------------------------------------------------------------------
@@ -230,23 +234,23 @@ def parameters(model_folder, adapters, data_file):
 def result(parameters, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BPO_OUTPUTS", str(tmp_path_factory.mktemp("compare")))
-        found = held_out.run(parameters)
-        assert held_out.run(parameters).metrics == found.metrics, "read again, they differ"
+        found = comparison.run(parameters)
+        assert comparison.run(parameters).metrics == found.metrics, "read again, they differ"
     return found
 
 
 @pytest.fixture(scope="module")
 def lines(result):
-    return records.read_lines(result.folder / "answers-natural.jsonl")
+    return read_lines(result.folder / "answers-natural.jsonl")
 
 
 def test_every_method_answers_every_question(lines, data_file):
-    assert {x["id"] for x in lines} == {r.id for r in readers.read_rows(data_file)[0]}
+    assert {x["id"] for x in lines} == {r.id for r in data_rows.read_rows(data_file)[0]}
     assert all(set(x["answers"]) == {"base", "sft", "bpo", "bpo_weaken"} for x in lines)
 
 
 def requests_of(data_file):
-    return {r.id: Request(r.id, r.prompt, r.image) for r in readers.read_rows(data_file)[0]}
+    return {r.id: Request(r.id, r.prompt, r.image) for r in data_rows.read_rows(data_file)[0]}
 
 
 def test_base_answers_are_those_of_the_plain_model(lines, data_file, checkpoint):
@@ -259,7 +263,7 @@ def test_base_answers_are_those_of_the_plain_model(lines, data_file, checkpoint)
 @pytest.mark.parametrize("method", ("bpo", "bpo_weaken"))
 def test_a_method_s_answers_are_those_of_its_adapter_alone(lines, data_file, model_folder, adapters,
                                                            method):
-    tuned = models.load_adapters(models.load(model_folder), {"x": adapters / method / "adapter"})
+    tuned = checkpoints.load_adapters(checkpoints.load(model_folder), {"x": adapters / method / "adapter"})
     requests = requests_of(data_file)
     alone = generate.decode(tuned, generate.encode_batch(
         tuned, [requests[x["id"]] for x in lines]), max_new_tokens=5)
@@ -292,7 +296,7 @@ def test_the_probability_is_that_of_the_whole_answer_with_its_end(lines, data_fi
 
 def test_the_metrics_are_the_scores_of_the_answers(result, lines, data_file):
     methods = ["base", "bpo", "bpo_weaken", "sft"]
-    values, contrasts = held_out.score(lines, records.read_truth(data_file), methods, seed=0,
+    values, contrasts = comparison.score(lines, data_rows.read_truth(data_file), methods, seed=0,
                                          resamples=200)
     assert list(result.metrics["natural"]) == methods
     assert result.metrics["natural"] == values
@@ -300,7 +304,7 @@ def test_the_metrics_are_the_scores_of_the_answers(result, lines, data_file):
 
 
 def test_a_method_that_changes_nothing_is_told_apart_in_nothing(result):
-    rows = compare.differences(result.metrics, "natural", "sft", "base")
+    rows = readings.differences(result.metrics, "natural", "sft", "base")
     assert rows and all(r["reading"] in ("cannot be told", "") for r in rows)
     assert result.metrics["natural"]["sft"]["changed"]["value"] == 0
     assert result.metrics["natural"]["bpo"]["changed"]["value"] > 0
@@ -308,7 +312,7 @@ def test_a_method_that_changes_nothing_is_told_apart_in_nothing(result):
 
 def test_an_interrupted_comparison_goes_on_to_the_same_bytes(result, parameters, outputs,
                                                              monkeypatch):
-    right, calls = held_out._ask, []
+    right, calls = comparison._ask, []
 
     def killed(*args):
         calls.append(1)
@@ -317,9 +321,9 @@ def test_an_interrupted_comparison_goes_on_to_the_same_bytes(result, parameters,
         return right(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(held_out, "_ask", killed)
-        held_out.run(parameters)
-    again = held_out.run(parameters)
+        patch.setattr(comparison, "_ask", killed)
+        comparison.run(parameters)
+    again = comparison.run(parameters)
     name = "answers-natural.jsonl"
     assert (again.folder / name).read_bytes() == (result.folder / name).read_bytes()
 
@@ -329,14 +333,14 @@ def test_methods_come_in_the_order_in_which_they_were_trained(model_folder, adap
         (tmp_path / method).symlink_to(adapters / method)
     (tmp_path / "manifest.json").write_text(json.dumps(
         {"metrics": {"methods": {"sft": {}, "bpo_weaken": {}, "bpo": {}}}}))
-    _, names = held_out.load_methods(QualitativeComparison(
+    _, names = comparison.load_methods(QualitativeComparison(
             study="s", model=str(model_folder), adapters=str(tmp_path)))
     assert names == ["base", "sft", "bpo_weaken", "bpo"]
 
 
 def test_a_folder_without_adapters_is_refused(model_folder, tmp_path):
     with pytest.raises(Refusal, match="3_dpo_training writes them"):
-        held_out.load_methods(QualitativeComparison(
+        comparison.load_methods(QualitativeComparison(
             study="s", model=str(model_folder), adapters=str(tmp_path)))
 
 
@@ -348,7 +352,7 @@ def test_an_adapter_of_another_model_is_refused(model_folder, adapters, tmp_path
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 2}))
     with pytest.raises(Refusal, match="trained on another model"):
-        held_out.load_methods(QualitativeComparison(
+        comparison.load_methods(QualitativeComparison(
             study="s", model=str(model_folder), adapters=str(tmp_path)))
 
 
@@ -356,17 +360,17 @@ def test_data_without_a_truth_file_is_measured_by_length_and_change(parameters, 
                                                                     data_file, outputs):
     p = parameters.model_copy(update={"splits": {"held_out": str(untold_file)},
                                       "image_folder": str(data_file.parent), "rows": 5})
-    found = held_out.run(p)
+    found = comparison.run(p)
     assert set(found.metrics["held_out"]["base"]) == {"answer_words", "changed"}
     assert found.metrics["held_out"]["base"]["changed"]["n"] == 5
-    assert compare.main_split(found.metrics) == "held_out"
-    assert compare.categories(found.metrics, "held_out") == ["any"]
+    assert readings.main_split(found.metrics) == "held_out"
+    assert readings.categories(found.metrics, "held_out") == ["any"]
 
 
 def test_the_gallery_shows_wins_and_losses_and_counts_them_all(parameters, result, data_file):
-    cards, verdicts = compare.gallery(parameters, result, split="natural", method="bpo",
+    cards, verdicts = readings.gallery(parameters, result, split="natural", method="bpo",
                                       against="base")
-    assert sum(verdicts.values()) == len(readers.read_rows(data_file)[0])
+    assert sum(verdicts.values()) == len(data_rows.read_rows(data_file)[0])
     assert len(cards) == 4
     assert {c["verdict"] for c in cards} == {v for v, n in verdicts.items() if n}
     assert all(set(c["answers"]) == {"base", "sft", "bpo", "bpo_weaken"} for c in cards)

@@ -7,18 +7,21 @@ import pytest
 import torch
 from PIL import Image
 
-from bpo import diagnostics, encoding, generate, metrics, models, readers
+from bpo.data import rows as data_rows
+from bpo.evaluation import diagnostics, metrics
+from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding, generate
 from bpo.params import Refusal
 
 
 @pytest.fixture(scope="module")
 def rows(data_file):
-    return readers.read_rows(data_file)[0]
+    return data_rows.read_rows(data_file)[0]
 
 
 @pytest.fixture(scope="module")
 def weighed(rows, model_folder, adapters):
-    tuned = models.load_adapters(models.load(model_folder), {"bpo": adapters / "bpo" / "adapter"})
+    tuned = checkpoints.load_adapters(checkpoints.load(model_folder), {"bpo": adapters / "bpo" / "adapter"})
     lines = diagnostics.weigh(tuned, ["base", "bpo"], {r.id: r for r in rows},
                               diagnostics.requests(rows, seed=3), step=999, seed=3)
     return {line["id"]: line for line in lines}

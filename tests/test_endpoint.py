@@ -17,10 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from bpo import models, pairs, records
-from bpo.endpoint import Endpoint, NoAnswer
-from bpo.generate import Request, decode, encode_batch
+from bpo.models import checkpoint as checkpoints
+from bpo.models.endpoint import Endpoint, NoAnswer
+from bpo.models.generate import Request, decode, encode_batch
+from bpo.pairs import stage as pairs
 from bpo.params import PairGeneration, Refusal
+from bpo.study.files import read_lines
 
 KEY = "sk-very-secret-0123456789"
 SETTINGS = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 6}
@@ -343,7 +345,7 @@ def served(text_folder, tmp_path_factory):
 def test_a_served_model_says_what_it_says_at_home(served, text_folder):
     questions = ("what is this ?", "describe the big cat", "yes", "no red green", "a big hot dog")
     client = Endpoint(served.url, str(text_folder), "UNSET_KEY", at_once=2, retries=1, timeout=60)
-    checkpoint = models.load_text_model(text_folder)
+    checkpoint = checkpoints.load_text_model(text_folder)
     served.start()
     for text, answer in zip(questions, ask(client, *questions, temperature=0.0), strict=True):
         inputs = encode_batch(checkpoint, [Request("x", prompts(text)[0], None)])
@@ -382,7 +384,7 @@ def test_pairs_go_on_when_the_server_that_injects_errors_dies_and_comes_back(
     served.start()
     result = pairs.run(p)
     assert served.posted() - before == 1 + 4 + 1 + 8
-    made = records.read_lines(result.folder / "candidates.jsonl")
+    made = read_lines(result.folder / "candidates.jsonl")
     assert [c["mode"] for line in made for c in line["candidates"]] == ["endpoint"] * 12
     everything = b"".join(f.read_bytes() for f in outputs.rglob("*") if f.is_file())
     assert b"SOME_KEY" in everything and KEY.encode() not in everything

@@ -11,20 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from bpo import (
-    encoding,
-    explorer,
-    explorer_cards,
-    generate,
-    held_out,
-    images,
-    models,
-    probe,
-    records,
-    seeds,
-)
-from bpo.generate import Request
+from bpo import explorer_cards
+from bpo.data import images
+from bpo.data import rows as data_rows
+from bpo.evaluation import comparison as held_out, probe
+from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding, generate
+from bpo.models.generate import Request
 from bpo.params import NoiseProbability, QualitativeComparison
+from bpo.reports import explorer
+from bpo.study import seeds
+from bpo.study.files import read_lines
 
 STEPS = [0, 500, 999]
 
@@ -57,8 +54,8 @@ def loads(monkeypatch):
     """How often a checkpoint is loaded; none is left from another test."""
     monkeypatch.setattr(explorer, "_held", {})
     seen = []
-    load = models.load
-    monkeypatch.setattr(models, "load", lambda *a, **k: (seen.append(a), load(*a, **k))[1])
+    load = checkpoints.load
+    monkeypatch.setattr(checkpoints, "load", lambda *a, **k: (seen.append(a), load(*a, **k))[1])
     return seen
 
 
@@ -165,7 +162,7 @@ def test_a_trouble_of_a_widget_is_one_sentence_in_it(analysis, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no <memory> left\nand a trace")
 
-    monkeypatch.setattr(models, "load", broken)
+    monkeypatch.setattr(checkpoints, "load", broken)
     before = w.card.value
     w.IntSlider.value = 3
     assert "This did not work: RuntimeError: no &lt;memory&gt; left<" in w.status.value
@@ -213,7 +210,7 @@ def test_a_card_shows_probabilities_of_whole_answers_and_what_is_left():
 def test_stored_answers_are_shown_until_one_asks(comparison, loads):
     p, result = comparison
     w = parts(explorer.ask(p, result))
-    lines = {x["id"]: x for x in records.read_lines(result.folder / "answers-natural.jsonl")}
+    lines = {x["id"]: x for x in read_lines(result.folder / "answers-natural.jsonl")}
     rows = explorer.offered(p, "natural", list(lines.values()))
     for n, row in enumerate(rows):
         w.Dropdown.value = n
@@ -228,15 +225,15 @@ def test_a_question_is_answered_by_the_base_and_by_every_adapter(comparison, mod
                                                                  loads):
     p, result = comparison
     w = parts(explorer.ask(p, result))
-    lines = records.read_lines(result.folder / "answers-natural.jsonl")
+    lines = read_lines(result.folder / "answers-natural.jsonl")
     row = explorer.offered(p, "natural", lines)[0]
     w.Text.value = "  is there a <b>cat</b> ? "
     w.Button.click()
     assert "Answered just now" in text(w.status) and not w.Button.disabled
     assert "is there a &lt;b&gt;cat&lt;/b&gt; ?" in w.card.value and "<b>" not in w.card.value
     asked = [Request("x", ({"role": "user", "content": "is there a <b>cat</b> ?"},), row.image)]
-    plain = models.load(model_folder)
-    tuned = models.load_adapters(models.load(model_folder), {"x": adapters / "bpo" / "adapter"})
+    plain = checkpoints.load(model_folder)
+    tuned = checkpoints.load_adapters(checkpoints.load(model_folder), {"x": adapters / "bpo" / "adapter"})
     said = [generate.decode(m, generate.encode_batch(m, asked), max_new_tokens=5)[0]
             for m in (plain, tuned)]
     shown = terms(w.card)
@@ -259,8 +256,8 @@ def test_no_question_is_no_answer(comparison, loads):
 
 def test_words_are_marked_by_what_is_known_of_the_image(comparison, data_file):
     p, result = comparison
-    lines = records.read_lines(result.folder / "answers-natural.jsonl")
-    truth = records.read_truth(data_file)
+    lines = read_lines(result.folder / "answers-natural.jsonl")
+    truth = data_rows.read_truth(data_file)
     row = next(r for r in explorer.offered(p, "natural", lines) if r.id == "attribute-1")
     answers = {"base": "a green box and a disc", "bpo": "red"}
 

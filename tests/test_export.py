@@ -17,8 +17,12 @@ from conftest import picture
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from trl import DPOConfig, DPOTrainer
 
-from bpo import __main__, export, readers, records, runs
+from bpo import __main__
+from bpo.data import rows as data_rows
+from bpo.pairs import export
 from bpo.params import PairGeneration, Refusal
+from bpo.study import stage as stages
+from bpo.study.files import read_lines, write_lines
 
 HOSTILE = "<script>alert(1)</script> | $x^2$ `a` [b](http://c.d)\n# e \u202egnihton \u05d0\u05d1"
 HISTORY = [{"role": "user", "content": "what is this ?"},
@@ -79,7 +83,7 @@ def write_stage(root, image_bytes, lines, study="study"):
             file.write_bytes(data)
     stage = root / study / "2_pair_generation"
     stage.mkdir(parents=True)
-    records.write_lines(stage / "pairs.jsonl", lines)
+    write_lines(stage / "pairs.jsonl", lines)
     p = PairGeneration(study=study, model="/home/someone/private/llava", endpoint_model="m|<b>",
                        endpoint="http://name:secret@127.0.0.1:1/v1?key=k",
                        image_folder=str(root / "pictures"))
@@ -87,7 +91,7 @@ def write_stage(root, image_bytes, lines, study="study"):
         "stage": p.notebook, "parameters": p.shaping(), "inputs": {"data": "da7a" * 16},
         "metrics": {"pairs": 0, "injected": {"truth_right": None},
                     "weakened": {"truth_right": {"kept": SHARE}}},
-        "outputs": {"pairs.jsonl": runs.file_hash(stage / "pairs.jsonl")},
+        "outputs": {"pairs.jsonl": stages.file_hash(stage / "pairs.jsonl")},
         "versions": {"torch": "2.13.0"}, "device": "CPU", "commit": "0123456789ab",
         "finished": "2031-02-03 04:05 UTC", "seconds": 61.5}))
     return stage
@@ -160,8 +164,8 @@ def test_the_release_s_layout_holds_scored_answers_and_lone_positives(made, imag
 
 @pytest.mark.parametrize("to", ["bpo", "trl", "parquet"])
 def test_the_kit_reads_its_exports_back(made, to):
-    rows = [r for r in readers.stream(made[to] / export.LAYOUTS[to][0], made[to])
-            if isinstance(r, records.Row)]
+    rows = [r for r in data_rows.stream(made[to] / export.LAYOUTS[to][0], made[to])
+            if isinstance(r, data_rows.Row)]
     read = [(r.answer, text) for r in rows for text in r.given]
     assert read == [(n["chosen"], text) for n, text in PAIRS]
 
@@ -185,7 +189,7 @@ def test_llama_factory_s_rules_hold(made, image_bytes):
 
 def test_ms_swift_s_rules_hold(made, image_bytes):
     folder = made["ms-swift"]
-    rows = records.read_lines(folder / "pairs.jsonl")
+    rows = read_lines(folder / "pairs.jsonl")
     for row, (pair, rejected) in zip(rows, ALTERNATING, strict=True):
         first, *rest = pair["prompt"]
         assert row["messages"] == [{"role": "user", "content": "<image>" + first["content"]}, *rest,
@@ -259,7 +263,7 @@ def test_the_card_lists_the_hash_of_the_manifest_for_a_large_file(tmp_path):
                 "device": "CPU"}
     text = export.card("study", manifest, tally, "trl", tmp_path).text
     found = re.search(r"\| `train\.parquet` \| `(\w+)` \|", text)[1]
-    assert found == runs.file_hash(tmp_path / "train.parquet")
+    assert found == stages.file_hash(tmp_path / "train.parquet")
     assert found == hashlib.sha256(str(size).encode() + bytes(64 * 2**20)).hexdigest()
 
 
@@ -325,7 +329,7 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(image_bytes, outputs
     write_stage(outputs, image_bytes, [{**LINES[0], "image": "../secret.png"}], study="outside")
     with pytest.raises(Refusal, match="leaves the image folder"):
         export.export("outside", "bpo")
-    records.write_lines(write_stage(outputs, image_bytes, LINES) / "pairs.jsonl", LINES[:1])
+    write_lines(write_stage(outputs, image_bytes, LINES) / "pairs.jsonl", LINES[:1])
     with pytest.raises(Refusal, match=r"pairs\.jsonl was changed after the stage"):
         export.export("study", "trl")
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from bpo import encoding, generate, images, readers
-from bpo.generate import Request, SeededSampling, View
-from bpo.noise import add_noise
-from bpo.seeds import numpy_generator, torch_generator
+from bpo.data import images
+from bpo.data import rows as data_rows
+from bpo.models import encoding, generate
+from bpo.models.generate import Request, SeededSampling, View
+from bpo.models.noise import add_noise
+from bpo.study.seeds import numpy_generator, torch_generator
 
 # --- sampling -----------------------------------------------------------------------------------
 
@@ -65,7 +67,7 @@ def test_a_row_s_draws_do_not_depend_on_the_other_rows():
 @pytest.fixture(scope="module")
 def requests(data_file):
     return [Request(r.id, r.prompt, r.image, len(r.answer.split()))
-            for r in readers.read_rows(data_file)[0]]
+            for r in data_rows.read_rows(data_file)[0]]
 
 
 def answers(checkpoint, requests, **options):

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from bpo import hallucination, vocabulary
+from bpo.evaluation import hallucination
+from bpo.evaluation import words as vocabulary
 
 LEXICON = vocabulary.lexicon({
     "dog": ["dog", "dogs", "puppy", "puppies"], "hot dog": ["hot dog", "hot dogs"],

@@ -11,7 +11,7 @@ import pytest
 from conftest import picture
 from PIL import Image, ImageFile
 
-from bpo import images
+from bpo.data import images
 from bpo.params import Refusal
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from test_endpoint import completion, endpoint, prompts, question, server  # noqa: F401 (fixtures)
 
-from bpo import judged, metrics, official, runs
-from bpo.endpoint import NoAnswer
-from bpo.judged import JUDGED, LLAVA_BENCH, MM_VET, MMHAL, TYPES
+from bpo.evaluation import judged, metrics, official
+from bpo.evaluation.judged import JUDGED, LLAVA_BENCH, MM_VET, MMHAL, TYPES
+from bpo.models.endpoint import NoAnswer
 from bpo.params import Refusal
+from bpo.study import stage as stages
 
 VET = {
     "v1_0": {"imagename": "v1_0.png", "question": "What is x?", "answer": "-1<AND>-5",
@@ -295,8 +296,8 @@ def test_a_torn_last_line_is_cut_off_and_a_damaged_one_named(
 
 
 def test_two_processes_do_not_pay_for_the_same(endpoint, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(runs, "LOCK_PATIENCE", 0)
-    with (runs.locked(tmp_path / ".replies.lock", ""),
+    monkeypatch.setattr(stages, "LOCK_PATIENCE", 0)
+    with (stages.locked(tmp_path / ".replies.lock", ""),
           pytest.raises(Refusal, match="another process asks a judge")):
         ask(endpoint, tmp_path, "a")
 

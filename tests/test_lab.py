@@ -20,7 +20,7 @@ import pytest
 from conftest import LITTLE, environment
 
 from bpo import params
-from bpo.template.executed import WIDGET
+from bpo.reports.template.executed import WIDGET
 
 pytestmark = pytest.mark.slow
 PATIENCE = 150  # seconds for one notebook

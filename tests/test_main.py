@@ -4,14 +4,15 @@ import re
 
 import pytest
 
-from bpo import __main__, params, runs
+from bpo import __main__, params
 from bpo.__main__ import main
+from bpo.study import stage as stages
 
 
 @pytest.fixture(autouse=True)
 def outputs(tmp_path, monkeypatch):
     monkeypatch.setenv("BPO_OUTPUTS", str(tmp_path))
-    monkeypatch.setattr(runs, "LOCK_PATIENCE", 0.1)
+    monkeypatch.setattr(stages, "LOCK_PATIENCE", 0.1)
     return tmp_path
 
 
@@ -99,7 +100,7 @@ def test_refusals_are_sentences(arguments, words, capsys):
 
 def test_two_runs_of_one_study_at_once_are_refused(capsys, outputs):
     (outputs / "tiny").mkdir()
-    with runs.locked(outputs / "tiny" / ".run.lock", "unused"):
+    with stages.locked(outputs / "tiny" / ".run.lock", "unused"):
         assert main(["run", "tiny", "--only", "0"]) == 1
     assert "is being run by another process" in capsys.readouterr().err
 
@@ -129,7 +130,7 @@ def test_score_has_its_own_options(capsys):
 
 def test_every_stage_has_its_module_and_every_command_of_its_own_another():
     for module, _ in __main__.OWN.values():
-        assert (params.ROOT / "bpo" / f"{module}.py").is_file()
+        assert (params.ROOT / "bpo" / f"{module.replace('.', '/')}.py").is_file()
     for number, module in __main__.STAGES.items():
-        assert (params.ROOT / "bpo" / f"{module}.py").is_file()
+        assert (params.ROOT / "bpo" / f"{module.replace('.', '/')}.py").is_file()
         assert any(n.startswith(f"{number}_") for n in params.SCHEMAS)

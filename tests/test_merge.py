@@ -13,18 +13,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from bpo import models, runs
 from bpo.__main__ import main
+from bpo.models import checkpoint as checkpoints
+from bpo.study import stage as stages
 
 
 @pytest.fixture
 def trained(model_folder, outputs):
     """A study whose notebook 3 left a random adapter with a large change."""
-    stage = runs.stage_folder("mine", "3_dpo_training")
+    stage = stages.stage_folder("mine", "3_dpo_training")
     adapter = stage / "bpo" / "adapter"
-    base = models.load(model_folder).model
+    base = checkpoints.load(model_folder).model
     torch.manual_seed(5)
-    tuned = get_peft_model(base, models.adapter_config(base, rank=4, alpha=8, dropout=0.0))
+    tuned = get_peft_model(base, checkpoints.adapter_config(base, rank=4, alpha=8, dropout=0.0))
     with torch.no_grad():
         for name, weight in tuned.named_parameters():
             if "lora_B" in name:  # starts at zero: an adapter that changes nothing
@@ -35,12 +36,12 @@ def trained(model_folder, outputs):
 
 
 def finished(stage, model):
-    files = [f for f in stage.rglob("*") if f.is_file() and f.name != runs.MANIFEST]
-    (stage / runs.MANIFEST).write_text(json.dumps({
+    files = [f for f in stage.rglob("*") if f.is_file() and f.name != stages.MANIFEST]
+    (stage / stages.MANIFEST).write_text(json.dumps({
         "parameters": {"seed": 0, "model": str(model), "precision": "float32"},
-        "inputs": {"model": runs.fingerprint(model)},
+        "inputs": {"model": stages.fingerprint(model)},
         "metrics": {"methods": {"sft": {}, "bpo": {}}},
-        "outputs": {str(f.relative_to(stage)): runs.file_hash(f) for f in files}}))
+        "outputs": {str(f.relative_to(stage)): stages.file_hash(f) for f in files}}))
 
 
 def asked(processor, data_file):
@@ -101,8 +102,8 @@ def test_it_says_what_it_was_made_of_and_an_interrupted_one_is_finished(
     assert main(["merge", "mine", "--method", "bpo", "--to", str(folder)]) == 0
     made_of = json.loads((folder / "merged.json").read_text())
     assert made_of == {"study": "mine", "method": "bpo", "precision": "float32",
-                       "model": runs.fingerprint(model_folder),
-                       "adapter": runs.fingerprint(trained)}
+                       "model": stages.fingerprint(model_folder),
+                       "adapter": stages.fingerprint(trained)}
     weights = (folder / "model.safetensors").read_bytes()
     for lost in ("config.json", "model.safetensors"):
         (folder / lost).unlink()
@@ -113,7 +114,7 @@ def test_it_says_what_it_was_made_of_and_an_interrupted_one_is_finished(
 
 
 def test_the_number_format_is_that_of_the_training(trained, outputs):
-    file = trained.parents[1] / runs.MANIFEST
+    file = trained.parents[1] / stages.MANIFEST
     manifest = json.loads(file.read_text())
     manifest["parameters"]["precision"] = "bfloat16"
     file.write_text(json.dumps(manifest))
@@ -153,7 +154,7 @@ def test_the_merge_of_another_training_is_not_written_over(trained, tmp_path, ca
 
 
 def test_an_edited_adapter_and_a_changed_model_are_refused(trained, model_folder, tmp_path, capsys):
-    manifest = trained.parents[1] / runs.MANIFEST
+    manifest = trained.parents[1] / stages.MANIFEST
     held = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(held | {"inputs": {"model": "another"}}))
     assert main(["merge", "mine", "--method", "bpo", "--to", str(tmp_path / "x")]) == 1
@@ -176,8 +177,8 @@ def test_a_second_round_makes_pairs_and_trains_on_the_merged_checkpoint(little_s
            for x in ("-p", n, str(v))]
     for number, stage in (("2", "2_pair_generation"), ("3", "3_dpo_training")):
         assert main(["stage", "tiny-round-2", number, *few]) == 0
-        manifest = runs.read_manifest(outputs / "tiny-round-2" / stage)
-        assert manifest["inputs"]["model"] == runs.fingerprint(merged)
+        manifest = stages.read_manifest(outputs / "tiny-round-2" / stage)
+        assert manifest["inputs"]["model"] == stages.fingerprint(merged)
         assert manifest["paths"]["model"] == "outputs/tiny/merged/bpo"
     assert manifest["metrics"]["methods"]["bpo"]["steps"] == 2
     assert (outputs / "tiny-round-2/3_dpo_training/bpo/adapter").is_dir()

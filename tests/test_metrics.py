@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bpo import metrics
+from bpo.evaluation import metrics
 
 VOCABULARY = {"dog": ["dog", "dogs", "puppy"], "hot dog": ["hot dog", "hot dogs"],
               "cat": ["cat", "cats"], "dining table": ["dining table", "table"],

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from bpo import noise, seeds
+from bpo.models import noise
+from bpo.study import seeds
 
 # sqrt(abar_t), the share of the picture's amplitude that is left, to three decimals.
 AMPLITUDES = {300: 0.981, 500: 0.863, 600: 0.734, 700: 0.593, 800: 0.467, 900: 0.365, 999: 0.285}

@@ -9,8 +9,9 @@ from conftest import picture
 from datasets import Dataset
 from trl import DPOConfig
 
-from bpo import models, objectives
-from bpo.packed import PackedDPOTrainer
+from bpo.models import checkpoint as checkpoints
+from bpo.training import objectives
+from bpo.training.packed.trainer import PackedDPOTrainer
 
 # Two pairs. In the second the chosen answer has become less likely than under the reference.
 CHOSEN, REJECTED, DAMAGED = [0.5, -0.02], [-1.0, 0.4], [0.2, -1.5]
@@ -71,12 +72,12 @@ def rows():
 def trainer(model_folder, rows, tmp_path):
     """Makes trainers whose adapters have already moved, all the same way."""
     def make(packing="always", dataset=rows, **settings):
-        checkpoint = models.load(model_folder)
+        checkpoint = checkpoints.load(model_folder)
         torch.manual_seed(0)
         made = PackedDPOTrainer(
             checkpoint.model, train_dataset=dataset, processing_class=checkpoint.processor,
             packing=packing,
-            peft_config=models.adapter_config(checkpoint.model, rank=4, alpha=8, dropout=0.0),
+            peft_config=checkpoints.adapter_config(checkpoint.model, rank=4, alpha=8, dropout=0.0),
             args=DPOConfig(**{
                 "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none",
                 "max_length": None, "per_device_train_batch_size": 5, "logging_steps": 1,

@@ -7,8 +7,9 @@ import json
 import pytest
 from PIL import Image
 
-from bpo import coco, official, vocabulary
-from bpo.official import BENCHMARKS
+from bpo.evaluation import coco, official
+from bpo.evaluation import words as vocabulary
+from bpo.evaluation.official import BENCHMARKS
 from bpo.params import Refusal
 
 CATEGORIES = [{"id": 1, "name": "person", "supercategory": "person"}, {"id": 18, "name": "dog"},

@@ -14,8 +14,11 @@ from datasets import Dataset
 from PIL import Image
 from trl import DPOConfig, DPOTrainer
 
-from bpo import branches, models, packed_check, reference
-from bpo.packed import PackedDPOTrainer
+from bpo.models import checkpoint as checkpoints
+from bpo.models import prefix
+from bpo.training.packed import check as packed_check
+from bpo.training.packed import reference
+from bpo.training.packed.trainer import PackedDPOTrainer
 
 QUESTION = "what colour is the disc ? describe the picture and answer the question".split()
 LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
@@ -41,14 +44,14 @@ def made_rows(rejected=(2, 2, 1, 2), *, pictures=1):
 
 def made_trainer(kind, folder, rows, out, *, text=False, own=None, **settings):
     """A trainer on a fresh copy of a checkpoint whose adapters do not start at zero."""
-    checkpoint = models.load_text_model(folder) if text else models.load(folder)
+    checkpoint = checkpoints.load_text_model(folder) if text else checkpoints.load(folder)
     common = dict(use_cpu=True, bf16=False, report_to="none", max_length=None, save_strategy="no",
                   per_device_train_batch_size=4, logging_steps=1, disable_tqdm=True,
                   learning_rate=1e-3, gradient_checkpointing=False, num_train_epochs=2,
                   train_sampling_strategy="sequential")
     trainer = kind(checkpoint.model, args=DPOConfig(str(out), **{**common, **settings}),
                    train_dataset=Dataset.from_list(rows), processing_class=checkpoint.processor,
-                   peft_config=models.adapter_config(checkpoint.model, rank=4, alpha=8,
+                   peft_config=checkpoints.adapter_config(checkpoint.model, rank=4, alpha=8,
                                                      dropout=0.0), **(own or {}))
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -103,7 +106,7 @@ def test_loss_and_gradients_are_those_of_trl(model_folder, tmp_path, name):
     trainer = made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path,
                            own={"packing": "always"}, **settings)
     assert packed_check.apart(stock, gradients(trainer)) < 1e-5
-    branches.use_mask(trainer.base)
+    prefix.use_mask(trainer.base)
     trainer.data_collator.dense = True
     trainer.model.zero_grad()
     assert packed_check.apart(stock, gradients(trainer)) < 1e-5
@@ -183,8 +186,8 @@ def test_a_broken_packing_shows_in_the_gradients_and_the_self_check_notices(
     """Branches that see each other, and positions that do not start again."""
     rows = made_rows(rejected=(2, 2))
     stock = gradients(made_trainer(DPOTrainer, model_folder, rows, tmp_path / "a"))
-    right = branches.layout
-    monkeypatch.setattr(branches, "layout", lambda *a, **k: broken(right(*a, **k)))
+    right = prefix.layout
+    monkeypatch.setattr(prefix, "layout", lambda *a, **k: broken(right(*a, **k)))
     forced = made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path / "b",
                           own={"packing": "always"})
     assert packed_check.apart(stock, gradients(forced)) > 3e-3
@@ -236,7 +239,7 @@ def test_reference_log_probs_are_computed_once_and_kept(model_folder, tmp_path, 
     counted = Forwards(other)
     other.train()
     assert counted.count == 0
-    changed = models.load(model_folder)
+    changed = checkpoints.load(model_folder)
     with torch.no_grad():
         changed.model.get_output_embeddings().weight.mul_(1.01)
     changed.model.save_pretrained(tmp_path / "model")
@@ -255,7 +258,7 @@ def test_kept_references_are_those_of_the_model_without_adapters(model_folder, t
                            precompute_ref_log_probs=True)
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
     mine = trainer.reference_tokens(batch, batch["keys"])
-    checkpoint = models.load(model_folder)
+    checkpoint = checkpoints.load(model_folder)
     plain = {n: batch[n] for n in ("input_ids", "attention_mask")}
     logits = checkpoint.model(**plain, pixel_values=batch["pixel_values"].repeat(2, 1, 1, 1)).logits
     chains = logits[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]

@@ -42,8 +42,9 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from trl import DPOConfig, DPOTrainer
 
-from bpo import branches, models
-from bpo.packed import PackedDPOTrainer
+from bpo.models import checkpoint as checkpoints
+from bpo.models import prefix
+from bpo.training.packed.trainer import PackedDPOTrainer
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 CELLS = [f"<row_{r + 1}_col_{c + 1}>" for r in range(6) for c in range(6)]
@@ -213,13 +214,13 @@ def pairs() -> Dataset:
 
 
 def trainer(cls, folder, rows: Dataset, out, **settings):
-    checkpoint = models.load(folder)
+    checkpoint = checkpoints.load(folder)
     args = DPOConfig(output_dir=str(out), use_cpu=True, bf16=False, report_to="none",
                      max_length=None, per_device_train_batch_size=4, disable_tqdm=True,
                      gradient_checkpointing=False, save_strategy="no")
     made = cls(checkpoint.model, args=args, train_dataset=rows,
                processing_class=checkpoint.processor, **settings,
-               peft_config=models.adapter_config(checkpoint.base, rank=4, alpha=8, dropout=0.0))
+               peft_config=checkpoints.adapter_config(checkpoint.base, rank=4, alpha=8, dropout=0.0))
     draw = torch.Generator().manual_seed(5)
     for name, weight in made.model.named_parameters():
         if "lora_B" in name:
@@ -247,9 +248,9 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_trl(family, dense, folders
     stock = step(trainer(DPOTrainer, folders(family), pairs, tmp_path))
     packing = trainer(PackedDPOTrainer, folders(family), pairs, tmp_path, packing="always")
     if dense:
-        branches.use_mask(packing.base)
+        prefix.use_mask(packing.base)
     packing.data_collator.dense = dense
-    assert branches.in_use(packing.base) != dense
+    assert prefix.in_use(packing.base) != dense
     packed = step(packing)
     assert len(packed[2]["packed"]["first"]) == 2  # the rows of a positive share one prompt
     assert packed[2]["packed"]["source"].numel() < stock[2]["input_ids"].numel() / 2
@@ -262,7 +263,7 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_trl(family, dense, folders
 def test_a_family_that_packs_right_is_packed_by_itself(family, folders, pairs, tmp_path, capsys):
     made = trainer(PackedDPOTrainer, folders(family), pairs, tmp_path)
     made.get_train_dataloader()
-    assert made.data_collator.packing and branches.in_use(made.base)
+    assert made.data_collator.packing and prefix.in_use(made.base)
     assert "packed" not in capsys.readouterr().out
 
 

@@ -9,20 +9,18 @@ import sys
 import pytest
 from conftest import killed_until
 
-from bpo import (
-    candidates,
-    encoding,
-    generate,
-    metrics,
-    pair_tables,
-    pairs,
-    params,
-    readers,
-    records,
-    stock,
-)
+from bpo import params
+from bpo.data import check
+from bpo.data import rows as data_rows
+from bpo.data.rows import Row
+from bpo.evaluation import metrics
+from bpo.models import encoding, generate
+from bpo.pairs import candidates
+from bpo.pairs import rows as pair_rows
+from bpo.pairs import stage as pairs
 from bpo.params import PairGeneration, Refusal
-from bpo.records import Row
+from bpo.reports import pair_tables
+from bpo.study.files import LineFile, read_lines, write_lines
 
 
 def row(row_id, answer, *, image="0.png", category="attribute", question="what colour ?"):
@@ -64,7 +62,7 @@ LINES = [
 
 
 def test_pairs_become_one_preference_row_a_rejected_answer(tmp_path):
-    rows = pairs.to_preferences(LINES, tmp_path)
+    rows = pair_rows.to_preferences(LINES, tmp_path)
     assert rows[0] == {"id": "a", "images": [str(tmp_path / "0.png")],
                        "prompt": [{"role": "user", "content": "q ?"}],
                        "chosen": [{"role": "assistant", "content": "red"}],
@@ -82,39 +80,39 @@ def test_each_method_learns_from_its_own_rejected_answers(method, texts, tmp_pat
         {"source": "weakened", "mode": "crop", "text": "grey"},
         {"source": "injected", "mode": "endpoint", "text": "green"}],
         "unselected": [{"source": "weakened", "mode": "noisy", "text": "black"}]}, LINES[1]]
-    rows = pairs.to_preferences(lines, tmp_path, method=method)
+    rows = pair_rows.to_preferences(lines, tmp_path, method=method)
     assert [r["rejected"][0]["content"] for r in rows] == texts
 
 
 def test_preference_rows_become_completions_in_order_and_as_often(tmp_path):
-    rows = pairs.to_completions(pairs.to_preferences(LINES, tmp_path))
+    rows = pair_rows.to_completions(pair_rows.to_preferences(LINES, tmp_path))
     assert [r["completion"][0]["content"] for r in rows] == ["red", "red", "dog"]
     assert set(rows[0]) == {"id", "images", "prompt", "completion"}
     assert rows[2]["images"] == [str(tmp_path / "1.png")]
 
 
 def test_pairs_are_read_as_they_were_written(tmp_path):
-    records.write_lines(tmp_path / "pairs.jsonl", LINES)
-    assert pairs.read_pairs(tmp_path / "pairs.jsonl") == LINES
+    write_lines(tmp_path / "pairs.jsonl", LINES)
+    assert pair_rows.read_pairs(tmp_path / "pairs.jsonl") == LINES
 
 
 def test_a_missing_file_of_pairs_names_its_notebook(tmp_path):
     with pytest.raises(Refusal, match=r"2_pair_generation\.ipynb"):
-        pairs.read_pairs(tmp_path / "pairs.jsonl")
+        pair_rows.read_pairs(tmp_path / "pairs.jsonl")
 
 
 @pytest.mark.parametrize("text", ("", '{"id": "a"}\n', "5\n", "[]\n"))
 def test_a_file_that_holds_no_pairs_is_refused(tmp_path, text):
     (tmp_path / "pairs.jsonl").write_text(text)
     with pytest.raises(Refusal, match="must hold lines with id, image, prompt, chosen"):
-        pairs.read_pairs(tmp_path / "pairs.jsonl")
+        pair_rows.read_pairs(tmp_path / "pairs.jsonl")
 
 
 def test_a_broken_line_is_named(tmp_path):
     good = json.dumps(LINES[0])
     (tmp_path / "pairs.jsonl").write_text(f"{good}\n{good}\n{good[:50]}\n")
     with pytest.raises(Refusal, match="line 3 is not JSON"):
-        pairs.read_pairs(tmp_path / "pairs.jsonl")
+        pair_rows.read_pairs(tmp_path / "pairs.jsonl")
 
 
 # --- the stage ----------------------------------------------------------------------------------
@@ -147,18 +145,18 @@ def changed(parameters, **changes):
 
 
 def test_the_stage_writes_a_line_a_positive_and_its_audit(uninterrupted, data_file):
-    rows, _ = readers.read_rows(data_file)
-    lines = pairs.read_pairs(uninterrupted.folder / "pairs.jsonl")
+    rows, _ = data_rows.read_rows(data_file)
+    lines = pair_rows.read_pairs(uninterrupted.folder / "pairs.jsonl")
     assert [k["id"] for k in lines] == [r.id for r in rows]
     assert [k["chosen"] for k in lines] == [r.answer for r in rows]
-    dropped = records.read_lines(uninterrupted.folder / "dropped.jsonl")
+    dropped = read_lines(uninterrupted.folder / "dropped.jsonl")
     kept = sum(len(k["rejected"]) for k in lines)
     assert kept + len(dropped) == 2 * len(rows)
     assert kept > 0
     found = uninterrupted.metrics
     assert (found["rows"], found["pairs"], found["rows_skipped"]) == (len(rows), kept, {})
     assert found["audited"] == len(rows)
-    for line in records.read_lines(uninterrupted.folder / "candidates.jsonl"):
+    for line in read_lines(uninterrupted.folder / "candidates.jsonl"):
         for c in line["candidates"]:
             same = metrics.normalised(c["text"]) == metrics.normalised(line["chosen"])
             assert ("scores" in c) != (same or not metrics.normalised(c["text"]))
@@ -169,26 +167,26 @@ def test_the_stage_writes_a_line_a_positive_and_its_audit(uninterrupted, data_fi
 
 
 def test_rejected_answers_are_what_the_models_said(uninterrupted):
-    said = {s: {x["id"]: x["texts"] for x in records.read_lines(uninterrupted.folder / f)}
+    said = {s: {x["id"]: x["texts"] for x in read_lines(uninterrupted.folder / f)}
             for s, f in (("weakened", FILES[2]), ("injected", FILES[3]))}
-    for line in pairs.read_pairs(uninterrupted.folder / "pairs.jsonl"):
+    for line in pair_rows.read_pairs(uninterrupted.folder / "pairs.jsonl"):
         for rejected in line["rejected"]:
             assert [rejected["text"]] == said[rejected["source"]][line["id"]]
             assert metrics.normalised(rejected["text"]) != metrics.normalised(line["chosen"])
 
 
 def test_scores_are_the_model_s_log_probs_under_both_images(uninterrupted, parameters, checkpoint):
-    from bpo import scoring
-    rows = records.LineFile(uninterrupted.folder / "rows.jsonl")
+    from bpo.models import logprobs
+    rows = LineFile(uninterrupted.folder / "rows.jsonl")
     view = candidates.views(parameters)[0]
-    number, line = next((i, x) for i, x in enumerate(records.read_lines(
+    number, line = next((i, x) for i, x in enumerate(read_lines(
         uninterrupted.folder / "candidates.jsonl")) if "scores" in x["candidates"][0])
     request = candidates.request(parameters, rows, pairs.image_root(parameters), number, view)
     text = encoding.answer_text(checkpoint, request.messages, line["candidates"][0]["text"],
                               image=True)
     for name, seen in (("logp_clean", None), ("logp_noisy", view)):
         inputs = generate.encode_view(checkpoint, [request], seen, seed=parameters.seed)
-        [[alone]] = scoring.weigh_unpacked(checkpoint, inputs,
+        [[alone]] = logprobs.weigh_unpacked(checkpoint, inputs,
                                           [[encoding.answer_ids(checkpoint, text)]])
         assert line["candidates"][0]["scores"][name] == pytest.approx(
             alone.logprobs.mean().item(), abs=1e-4)
@@ -212,8 +210,8 @@ def test_an_interrupted_stage_goes_on_to_the_same_bytes(uninterrupted, parameter
             raise KeyboardInterrupt
         return decode(*args, **options)
 
-    whole, counted, take_stock = [], [], stock.take_stock
-    monkeypatch.setattr(stock, "take_stock", lambda *args, **options: (
+    whole, counted, take_stock = [], [], check.take_stock
+    monkeypatch.setattr(check, "take_stock", lambda *args, **options: (
         counted.append(1), take_stock(*args, **options)))
     monkeypatch.setattr(generate, "decode",
                         lambda *args, **options: whole.append(1) or decode(*args, **options))
@@ -315,12 +313,12 @@ def test_several_samples_and_draws_give_several_candidates_and_one_is_kept(param
         parameters, sources=["weakened"], weaken_modes=["noisy", "crop", "blank", "swapped"],
         weaken_steps=[500, 900], weaken_draws=2, weaken_samples=2, rows=4,
         select={"image": 1.0, "length": 0.5}))
-    made = records.read_lines(result.folder / "candidates.jsonl")
+    made = read_lines(result.folder / "candidates.jsonl")
     for line in made:
         groups = [(c["mode"], c.get("step"), c["draw"]) for c in line["candidates"]]
         assert len(groups) == 2 * (2 * 2 + 2 + 1 + 2)
         assert len(set(groups)) == len(groups) // 2
-    lines = pairs.read_pairs(result.folder / "pairs.jsonl")
+    lines = pair_rows.read_pairs(result.folder / "pairs.jsonl")
     for line in lines:
         modes = [r["mode"] for r in line["rejected"]]
         assert len(set(modes)) == len(modes)
@@ -332,7 +330,7 @@ def test_several_samples_and_draws_give_several_candidates_and_one_is_kept(param
     gain = {side: [c["scores"]["logp_noisy"] - c["scores"]["logp_clean"] for x in lines
                    for c in x[side] if "scores" in c]
             for lines, side in ((made, "candidates"),
-                                (pairs.read_pairs(result.folder / "pairs.jsonl"), "rejected"))}
+                                (pair_rows.read_pairs(result.folder / "pairs.jsonl"), "rejected"))}
     assert (sum(gain["rejected"]) / len(gain["rejected"])
             > sum(gain["candidates"]) / len(gain["candidates"]))
 
@@ -352,7 +350,7 @@ def test_rejected_answers_that_the_data_brings_are_taken(parameters, data_file, 
          "image": image.name}]))
     result = pairs.run(changed(parameters, data=str(tmp_path / "rows.json"), sources=["given"],
                                image_folder=str(image.parent)))
-    [line] = pairs.read_pairs(result.folder / "pairs.jsonl")
+    [line] = pair_rows.read_pairs(result.folder / "pairs.jsonl")
     assert [(r["source"], r["text"]) for r in line["rejected"]] == [("given", "blue")]
     assert result.metrics["given"]["kept"] == 1
 
@@ -365,7 +363,7 @@ def test_several_data_files_become_one_set(parameters, data_file, outputs, tmp_p
     result = pairs.run(changed(
         parameters, data={str(tmp_path / "a.json"): "", str(tmp_path / "b.json"): "images"},
         image_folder=str(data_file.parent), score_candidates=False))
-    lines = pairs.read_pairs(result.folder / "pairs.jsonl")
+    lines = pair_rows.read_pairs(result.folder / "pairs.jsonl")
     assert [k["id"] for k in lines] == ["a/caption-0", "a/attribute-0", "a/presence-0",
                                         "b/caption-0", "b/attribute-0"]
     assert len({k["image"] for k in lines}) == 1
@@ -382,7 +380,7 @@ def test_swapping_needs_two_images(parameters, data_file, outputs, tmp_path):
 def test_the_checkpoint_itself_injects_errors_where_no_text_model_is_named(parameters, outputs):
     result = pairs.run(changed(parameters, text_model="", rows=3))
     assert result.metrics["rows"] == 3
-    assert len(records.read_lines(result.folder / "injected.jsonl")) == 3
+    assert len(read_lines(result.folder / "injected.jsonl")) == 3
     assert "text_model" not in result.manifest["inputs"]
 
 
@@ -401,10 +399,10 @@ def test_descriptions_and_other_answers_have_a_prompt_each(parameters, outputs, 
 
 def test_long_answers_are_left_out_listed_and_counted(parameters, outputs):
     result = pairs.run(changed(parameters, max_words=3, score_candidates=False))
-    assert {k["category"] for k in pairs.read_pairs(result.folder / "pairs.jsonl")} == {
+    assert {k["category"] for k in pair_rows.read_pairs(result.folder / "pairs.jsonl")} == {
         "attribute", "presence"}
     assert result.metrics["rows_skipped"] == {"answer longer than 3 words": 4}
-    listed = records.read_lines(result.folder / "rejected_rows.jsonl")
+    listed = read_lines(result.folder / "rejected_rows.jsonl")
     assert [x["id"] for x in listed] == [f"caption-{n}" for n in range(4)]
 
 

@@ -9,7 +9,9 @@ import sys
 import nbformat
 import pytest
 
-from bpo import figures, params, report
+from bpo import params
+from bpo.reports import figures
+from bpo.reports import page as report
 from bpo.tiny import build, language, prior, prior_tables, world
 
 LITTLE = {"text_documents": 700, "alignment_images": 16, "tower_steps": 2, "text_steps": 4,

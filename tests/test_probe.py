@@ -5,7 +5,9 @@ import math
 
 import pytest
 
-from bpo import generate, probe, readers, records, scoring
+from bpo.data import rows as data_rows
+from bpo.evaluation import probe
+from bpo.models import generate, logprobs
 from bpo.params import NoiseProbability, Refusal
 
 STEPS = [0, 500, 999]
@@ -46,7 +48,7 @@ def test_every_image_is_looked_at_at_every_step_and_once_without_noise(result):
 
 def test_candidates_are_those_of_the_truth_file(result, data_file):
     _, candidates = probe.load(result)
-    truth = records.read_truth(data_file)["rows"]
+    truth = data_rows.read_truth(data_file)["rows"]
     assert candidates == {i: {k: truth[i][k] for k in probe.KINDS}
                           for i in truth if i.startswith("attribute")}
 
@@ -103,7 +105,7 @@ def test_answers_are_sampled_for_the_chosen_images_and_first_draws_alone(result)
 def test_the_prompt_s_pass_is_shared_here_and_the_numbers_are_the_same_without(
         result, parameters, outputs, monkeypatch):
     assert result.metrics["prefix_shared"] is True
-    monkeypatch.setattr(scoring, "choose", lambda *args: scoring.weigh_unpacked)
+    monkeypatch.setattr(logprobs, "choose", lambda *args: logprobs.weigh_unpacked)
     alone = probe.run(parameters)
     assert alone.metrics["prefix_shared"] is False
     assert alone.metrics["p_true"] == pytest.approx(result.metrics["p_true"], abs=1e-4)
@@ -156,7 +158,7 @@ def test_without_a_truth_file_the_prior_s_answer_is_what_the_model_says_blindly(
                 noise_steps=[0, 999], draws=1)
     found = probe.run(p)
     _, candidates = probe.load(found)
-    rows = {r.id: r for r in readers.read_rows(untold_file, data_file.parent)[0]}
+    rows = {r.id: r for r in data_rows.read_rows(untold_file, data_file.parent)[0]}
     assert "truth" not in found.manifest["inputs"]
     assert len(candidates) + sum(found.metrics["rows_skipped"].values()) == len(rows)
     assert len(candidates) > 6

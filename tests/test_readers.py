@@ -11,9 +11,10 @@ import pyarrow.parquet
 import pytest
 from conftest import conversation, picture
 
-from bpo import images, layouts, readers, records
+from bpo.data import images, layouts
+from bpo.data import rows as data_rows
+from bpo.data.rows import Rejected, Row
 from bpo.params import Refusal
-from bpo.records import Rejected, Row
 
 ASKED = ({"role": "user", "content": "what colour ?"},)
 DESCRIBED = ({"role": "user", "content": layouts.DESCRIBE},)
@@ -75,19 +76,19 @@ GIVEN = {"BPO": ("blue", "green"), "RLHF-V": ("blue",), "TRL": ("blue",)}
 @pytest.mark.parametrize("file", ("rows.json", "rows.jsonl"))
 def test_each_layout_is_told_by_its_content_and_read(folder, name, number, file):
     data = written(folder, [ENTRIES[name][number]], file)
-    assert readers.layout(data) == name
+    assert data_rows.layout(data) == name
     first = "7" if name == "MiniGPT-4" else "r"
     image = "7.jpg" if name == "MiniGPT-4" else "a.png"
     prompt = DESCRIBED if name == "MiniGPT-4" else ASKED
-    assert list(readers.stream(data)) == [
+    assert list(data_rows.stream(data)) == [
         Row(first, folder / image, image, prompt, "red", "question", GIVEN.get(name, ()))]
 
 
 def test_captions_under_annotations_are_read(folder):
     data = written(folder, {"info": {"annotations": []}, "annotations": [
         {"image_id": 7, "caption": "red"}, {"image_id": 8, "caption": "red"}]})
-    assert readers.layout(data) == "MiniGPT-4"
-    row, missing = readers.stream(data)
+    assert data_rows.layout(data) == "MiniGPT-4"
+    row, missing = data_rows.stream(data)
     assert (row.id, row.image_name, row.prompt) == ("7", "7.jpg", DESCRIBED)
     assert missing == Rejected("8", "rows.json, row 2", "image file is missing")
 
@@ -96,7 +97,7 @@ def test_every_assistant_turn_is_a_row_with_its_history(folder):
     entry = {"id": "t", "image": "a.png", "conversations": [
         {"from": "human", "value": "first ?\n<image>"}, {"from": "gpt", "value": "one"},
         {"from": "human", "value": "second ?"}, {"from": "gpt", "value": "two"}]}
-    first, second = readers.stream(written(folder, [entry]))
+    first, second = data_rows.stream(written(folder, [entry]))
     assert (first.id, second.id) == ("t#0", "t#1")
     assert (first.answer, second.answer) == ("one", "two")
     assert first.prompt == ({"role": "user", "content": "first ?"},)
@@ -107,13 +108,13 @@ def test_every_assistant_turn_is_a_row_with_its_history(folder):
 
 def test_rows_without_an_id_are_known_by_their_place(folder):
     entries = [conversation("x", "a.png", "q", "a"), conversation(None, "a.png", "q ?", "red")]
-    assert [r.id for r in readers.stream(written(folder, entries))] == ["x", "1"]
+    assert [r.id for r in data_rows.stream(written(folder, entries))] == ["x", "1"]
 
 
 def test_half_a_surrogate_pair_does_not_stop_a_run(folder):
     data = folder / "rows.jsonl"
     data.write_text(r'{"id": "\ud83d", "image": "a.png", "question": "q", "answer": "a\ud83d"}')
-    row, = readers.stream(data)
+    row, = data_rows.stream(data)
     assert (row.id, row.answer) == ("?", "a?")
 
 
@@ -126,8 +127,8 @@ def test_a_folder_of_images_with_a_csv_is_read(folder, delimiter):
             [["Image", "Caption"], ["a.png", 'a "red", round;\nthing'], ["none.png", "x"],
              ["a.png"]])
     for data in (folder, folder / "rows.csv"):
-        assert readers.layout(data) == "answers"
-        row, missing, short = readers.stream(data)
+        assert data_rows.layout(data) == "answers"
+        row, missing, short = data_rows.stream(data)
         assert (row.id, row.prompt, row.answer) == ("0", DESCRIBED, 'a "red", round;\nthing')
         assert row.image == folder / "a.png"
         assert missing == Rejected("1", "rows.csv, row 2", "image file is missing")
@@ -136,7 +137,7 @@ def test_a_folder_of_images_with_a_csv_is_read(folder, delimiter):
 
 def test_a_csv_with_questions_and_ids_is_read(folder):
     (folder / "rows.csv").write_text("id,image,question,answer\nr,a.png,what colour ?,red\n")
-    assert list(readers.stream(folder)) == [
+    assert list(data_rows.stream(folder)) == [
         Row("r", folder / "a.png", "a.png", ASKED, "red", "question")]
 
 
@@ -157,17 +158,17 @@ def hub_folder(folder):
 
 def test_a_data_set_folder_of_the_hub_is_read_with_its_images(tmp_path):
     data = hub_folder(tmp_path / "set")
-    assert readers.layout(data) == "RLHF-V"
-    rows = list(readers.stream(data))
+    assert data_rows.layout(data) == "RLHF-V"
+    rows = list(data_rows.stream(data))
     first, second = (f"data/train-0000{n}-of-00002.parquet" for n in range(2))
     assert [r.image_name for r in rows] == [f"{first}#0", f"{first}#1", f"{second}#0"]
     assert [(r.id, r.answer, r.given) for r in rows] == [
         ("0", "red", ("pink",)), ("1", "green", ("pink",)), ("2", "blue", ("pink",))]
     for row in rows:
         assert images.load(row.image).tobytes() == picture("disc", row.answer, 0).tobytes()
-    alone = list(readers.stream(data / first))
+    alone = list(data_rows.stream(data / first))
     assert [r.image for r in alone] == [r.image for r in rows[:2]]
-    within = list(readers.stream(data, tmp_path))
+    within = list(data_rows.stream(data, tmp_path))
     assert within[2].image_name == f"set/{second}#0" and within[2].image == rows[2].image
 
 
@@ -175,7 +176,7 @@ def test_links_to_parquet_files_are_followed_as_the_hubs_cache_has_them(tmp_path
     real = hub_folder(tmp_path / "blobs")
     (tmp_path / "set").mkdir()
     (tmp_path / "set/train.parquet").symlink_to(real / "data/train-00001-of-00002.parquet")
-    row, = readers.stream(tmp_path / "set")
+    row, = data_rows.stream(tmp_path / "set")
     assert images.problem(row.image) is None
 
 
@@ -183,7 +184,7 @@ def test_images_inside_parquet_must_lie_in_the_image_folder(tmp_path):
     data = hub_folder(tmp_path / "set")
     (tmp_path / "other").mkdir()
     with pytest.raises(Refusal, match="leave image_folder empty"):
-        list(readers.stream(data, tmp_path / "other"))
+        list(data_rows.stream(data, tmp_path / "other"))
 
 
 def test_conversations_and_several_images_inside_parquet_are_read(tmp_path):
@@ -195,7 +196,7 @@ def test_conversations_and_several_images_inside_parquet_are_read(tmp_path):
         "prompt": [message("user", TYPED) for _ in rows],
         "chosen": [message("assistant", n) for n, _ in rows],
         "rejected": [message("assistant", "x") for _ in rows]}), tmp_path / "t.parquet")
-    row, *bad = readers.stream(tmp_path / "t.parquet")
+    row, *bad = data_rows.stream(tmp_path / "t.parquet")
     assert (row.prompt, row.answer, row.given) == (ASKED, "one", ("x",))
     assert [b.reason for b in bad] == ["more than one image", "no image", "no image"]
     assert bad[0].where == "t.parquet, row 2"
@@ -204,8 +205,8 @@ def test_conversations_and_several_images_inside_parquet_are_read(tmp_path):
 def test_image_names_in_parquet_are_found_in_the_folder(folder):
     entry = ENTRIES["LLaVA"][0]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([entry]), folder / "t.parquet")
-    assert list(readers.stream(folder / "t.parquet")) == list(
-        readers.stream(written(folder, [entry])))
+    assert list(data_rows.stream(folder / "t.parquet")) == list(
+        data_rows.stream(written(folder, [entry])))
 
 
 def test_image_bytes_are_not_read_while_streaming(tmp_path, monkeypatch):
@@ -217,7 +218,7 @@ def test_image_bytes_are_not_read_while_streaming(tmp_path, monkeypatch):
         return whole(self, *args, columns=columns, **kwargs)
 
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", watched)
-    assert len(list(readers.stream(data))) == 3
+    assert len(list(data_rows.stream(data))) == 3
     assert "image.path" in asked and "image.bytes" not in asked
 
 
@@ -231,28 +232,28 @@ def test_image_bytes_are_not_read_while_streaming(tmp_path, monkeypatch):
 def test_what_is_of_no_known_layout_is_refused_with_what_was_seen(tmp_path, text, told):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(Refusal, match=told):
-        readers.read_rows(tmp_path / "rows.json")
+        data_rows.read_rows(tmp_path / "rows.json")
 
 
 def test_a_missing_file_is_refused(folder):
     with pytest.raises(Refusal, match="no such data file"):
-        readers.read_rows(folder / "none.json")
+        data_rows.read_rows(folder / "none.json")
     with pytest.raises(Refusal, match="no such folder of images"):
-        readers.read_rows(written(folder, ENTRIES["LLaVA"]), folder / "none")
+        data_rows.read_rows(written(folder, ENTRIES["LLaVA"]), folder / "none")
 
 
 def test_json_that_breaks_off_is_refused_with_its_place(folder):
     data = written(folder, [conversation(str(n), "a.png", "q", "a") for n in range(300)])
     (folder / "cut.json").write_text(data.read_text()[:-40])
     with pytest.raises(Refusal, match="cut.json: the JSON breaks off .*after row 299, before byte"):
-        readers.read_rows(folder / "cut.json")
+        data_rows.read_rows(folder / "cut.json")
 
 
 def test_a_broken_line_of_json_lines_is_one_bad_row(folder):
     data = written(folder, ENTRIES["LLaVA"], "rows.jsonl")
     with data.open("ab") as stream:
         stream.write(b'\n{"id": "s", "image":\n\xff\n[1]\n')
-    row, *bad = readers.stream(data)
+    row, *bad = data_rows.stream(data)
     assert bad == [Rejected(str(n), f"rows.jsonl, row {w}", "not a row")
                    for n, w in ((1, 3), (2, 4), (3, 5))]
 
@@ -261,26 +262,26 @@ def test_damaged_parquet_is_refused(tmp_path):
     data = hub_folder(tmp_path / "set") / "data/train-00001-of-00002.parquet"
     data.write_bytes(data.read_bytes()[:-30])
     with pytest.raises(Refusal, match="parquet file is cut off or damaged"):
-        list(readers.stream(tmp_path / "set"))
+        list(data_rows.stream(tmp_path / "set"))
 
 
 def test_a_folder_saved_to_disk_is_refused_with_the_way_to_convert(tmp_path):
     datasets.Dataset.from_dict({"question": ["q"]}).save_to_disk(tmp_path / "set")
     for data in (tmp_path / "set", next((tmp_path / "set").glob("*.arrow"))):
         with pytest.raises(Refusal, match="to_parquet"):
-            readers.layout(data)
+            data_rows.layout(data)
 
 
 def test_parts_of_a_data_set_are_not_mixed(tmp_path):
     data = hub_folder(tmp_path / "set") / "data"
     (data / "train-00001-of-00002.parquet").rename(data / "test-00000-of-00001.parquet")
     with pytest.raises(Refusal, match=r"several parts \(data/test, data/train\)"):
-        readers.layout(tmp_path / "set")
+        data_rows.layout(tmp_path / "set")
 
 
 def test_a_folder_with_nothing_to_read_is_refused(folder):
     with pytest.raises(Refusal, match="exactly one CSV file, there are 0"):
-        readers.layout(folder)
+        data_rows.layout(folder)
 
 
 # --- rows that cannot be used -------------------------------------------------------------------
@@ -314,7 +315,7 @@ REASONS = {"not a row": 3, "no image": 3, "more than one image": 1, "image file 
 @pytest.mark.parametrize("reason, number", [(r, i) for r, n in REASONS.items() for i in range(n)])
 def test_a_row_that_cannot_be_used_is_skipped_and_counted(folder, reason, number):
     bad = bad_entries(folder)[reason][number]
-    rows, skipped = readers.read_rows(
+    rows, skipped = data_rows.read_rows(
         written(folder, [bad, conversation("good", "a.png", "q ?", "red")]))
     assert [r.id for r in rows] == ["good"]
     assert skipped == {reason: 1}
@@ -334,19 +335,19 @@ def test_a_row_that_cannot_be_used_is_skipped_and_counted(folder, reason, number
 def test_bad_rows_of_other_layouts_are_rejected(folder, name, change, reason):
     good = ENTRIES[name][0]
     bad = {**good, "id": "bad", **change}
-    assert [getattr(r, "reason", "") for r in readers.stream(written(folder, [good, bad]))] == [
+    assert [getattr(r, "reason", "") for r in data_rows.stream(written(folder, [good, bad]))] == [
         "", reason]
 
 
 def test_a_repeated_row_is_skipped_and_a_repeated_id_gets_a_number(folder):
     same_id = [conversation("r", "a.png", "q ?", a) for a in ("first", "second", "first", "third")]
-    rows, skipped = readers.read_rows(written(folder, same_id))
+    rows, skipped = data_rows.read_rows(written(folder, same_id))
     assert [(r.id, r.answer) for r in rows] == [("r", "first"), ("r~2", "second"), ("r~3", "third")]
     assert skipped == {"duplicate id": 1}
 
 
 def test_a_set_of_digests_knows_what_it_was_given():
-    seen = readers.Digests()
+    seen = data_rows.Digests()
     assert all(seen.add("id", n) for n in range(5000))
     assert not any(seen.add("id", n) for n in range(5000))
     assert seen.add("row", 1) and seen.add("id", 5000) and not seen.add("id", 5000)
@@ -355,7 +356,7 @@ def test_a_set_of_digests_knows_what_it_was_given():
 def test_a_file_of_unusable_rows_alone_is_refused_with_the_counts(folder):
     data = written(folder, [conversation("r", "none.png", "q", "a")] * 2)
     with pytest.raises(Refusal, match="none of its 2 rows can be used: 2 image file is missing"):
-        readers.read_rows(data)
+        data_rows.read_rows(data)
 
 
 # --- lists for held-out sets --------------------------------------------------------------------
@@ -363,13 +364,13 @@ def test_a_file_of_unusable_rows_alone_is_refused_with_the_counts(folder):
 def test_images_are_found_from_another_folder(folder, tmp_path_factory):
     data = written(tmp_path_factory.mktemp("elsewhere"), [conversation("r", "a.png", "q", "a")])
     with pytest.raises(Refusal, match="image file is missing"):
-        readers.read_rows(data)
-    rows, _ = readers.read_rows(data, folder)
+        data_rows.read_rows(data)
+    rows, _ = data_rows.read_rows(data, folder)
     assert rows[0].image == folder / "a.png"
 
 
 def test_the_truth_file_gives_the_category(data_file):
-    rows, _ = readers.read_rows(data_file)
+    rows, _ = data_rows.read_rows(data_file)
     assert {r.id.split("-")[0]: r.category for r in rows} == {
         "caption": "caption", "attribute": "attribute", "presence": "presence"}
 
@@ -378,11 +379,11 @@ def test_only_images_of_drawn_rows_are_opened(folder, monkeypatch):
     for n in range(20):
         (folder / f"{n}.png").write_bytes(png() if n % 2 else b"")
     data = written(folder, [conversation(f"r{n}", f"{n}.png", "q", "a") for n in range(20)])
-    listed = readers.list_rows(data)[0]
-    drawn = records.draw_rows(listed, 6, 3, purpose="x")
+    listed = data_rows.list_rows(data)[0]
+    drawn = data_rows.draw_rows(listed, 6, 3, purpose="x")
     opened, look = [], images.problem
     monkeypatch.setattr(images, "problem", lambda file: opened.append(file) or look(file))
-    rows, skipped = readers.read_rows(data, count=6, seed=3, purpose="x")
+    rows, skipped = data_rows.read_rows(data, count=6, seed=3, purpose="x")
     assert sorted(opened) == sorted(r.image for r in drawn)
     assert rows == [r for r in drawn if r.image.stat().st_size]
     assert skipped == {"image file is empty": 6 - len(rows)}
@@ -394,7 +395,7 @@ def test_streaming_does_not_hold_the_rows(folder):
         data = written(folder, [conversation(str(n), "a.png", "q ?", "word " * 400)
                                 for n in range(count)], f"{count}.json")
         tracemalloc.start()
-        assert sum(isinstance(r, Row) for r in readers.stream(data)) == count
+        assert sum(isinstance(r, Row) for r in data_rows.stream(data)) == count
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert (folder / "8000.json").stat().st_size > 16_000_000

@@ -67,7 +67,7 @@ def test_make_says_what_the_readme_says():
 
     assert "-m bpo run tiny\n" in recipe("report")
     assert "-m pytest" in recipe("test")
-    assert "-m jupyterlab --config=bpo/template/lab_config.py" in recipe("lab")
+    assert "-m jupyterlab --config=bpo/reports/template/lab_config.py" in recipe("lab")
     assert "make pdf" in recipe("help")
     assert "-m bpo replicate tiny --seeds 5" in recipe("replicate")
     assert "tests/bench.py" in recipe("bench")

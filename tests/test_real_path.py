@@ -30,8 +30,11 @@ from transformers import (
 )
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from bpo import encoding, generate, models, noise, params, scoring, trainers
-from bpo.generate import Request, View
+from bpo import params
+from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding, generate, logprobs, noise
+from bpo.models.generate import Request, View
+from bpo.training import trainers
 
 # The turns of the public LLaVA-1.5 layout: no end token behind an answer, a space instead.
 LLAVA_CHAT = ("{% for m in messages %}{{ m['role'].upper() + ': ' }}"
@@ -337,7 +340,7 @@ def test_a_study_of_a_real_model_has_the_settings_of_the_paper(study):
 
 @pytest.fixture(scope="module")
 def qwen(project):
-    return models.load(project / "data" / "Qwen2.5-VL-7B-Instruct")
+    return checkpoints.load(project / "data" / "Qwen2.5-VL-7B-Instruct")
 
 
 @pytest.fixture(scope="module")
@@ -389,7 +392,7 @@ def test_positions_in_three_dimensions_are_packed_with_the_log_probs_of_trl_s_co
     ids = [[encoding.answer_tokens(qwen, r.messages, a)
             for a in answers] for r in asked]
     batch = generate.encode_view(qwen, asked, None, seed=0)
-    assert scoring.choose(qwen, batch, ids) is scoring.weigh
+    assert logprobs.choose(qwen, batch, ids) is logprobs.weigh
     assert capsys.readouterr().out == ""
     # TRL's collator, with its own padding, comes to the same log-probs.
     rows = [{"images": [str(r.image)], "prompt": list(r.messages),
@@ -400,7 +403,7 @@ def test_positions_in_three_dimensions_are_packed_with_the_log_probs_of_trl_s_co
     answered = collated.pop("completion_mask")[:, 1:]
     chains = qwen.model(**collated).logits[:, :-1].log_softmax(-1).gather(
         -1, collated["input_ids"][:, 1:, None])[..., 0]
-    for weigh in (scoring.weigh, scoring.weigh_unpacked):
+    for weigh in (logprobs.weigh, logprobs.weigh_unpacked):
         weighed = weigh(qwen, batch, ids)
         mine = [row[k].logprobs.sum() for k in range(2) for row in weighed]
         torch.testing.assert_close((chains * answered).sum(1), torch.stack(mine), atol=1e-4,
@@ -408,6 +411,6 @@ def test_positions_in_three_dimensions_are_packed_with_the_log_probs_of_trl_s_co
 
 
 def test_adapters_of_a_model_with_a_tower_of_linear_layers_stay_in_its_language_model(qwen):
-    adapted = models.adapter_config(qwen.base, rank=2, alpha=4, dropout=0.0).target_modules
+    adapted = checkpoints.adapter_config(qwen.base, rank=2, alpha=4, dropout=0.0).target_modules
     hit = {n for n, _ in qwen.base.named_modules() if re.fullmatch(adapted, n)}
     assert len(hit) == 2 * 7 and not any("visual" in n for n in hit)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bpo import models, reference
+from bpo.models import checkpoint as checkpoints
+from bpo.training.packed import reference
 
 ANSWERS = {"one": torch.tensor([-0.5, -1.25, -3.0]), "two": torch.tensor([-2.0])}
 
@@ -93,10 +94,10 @@ def test_half_a_file_is_not_read(tmp_path):
 
 @pytest.fixture
 def adapted(model_folder):
-    model = models.load(model_folder).model
+    model = checkpoints.load(model_folder).model
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    return peft.get_peft_model(model, models.adapter_config(model, rank=2, alpha=4, dropout=0.0))
+    return peft.get_peft_model(model, checkpoints.adapter_config(model, rank=2, alpha=4, dropout=0.0))
 
 
 def test_a_model_is_known_by_its_weights_and_not_by_an_adapter_that_trains(adapted):
@@ -135,9 +136,9 @@ def test_names_types_and_shapes_of_weights_are_told_apart_and_their_order_is_not
 
 
 def test_a_model_without_adapters_is_known_by_all_its_weights(model_folder):
-    model = models.load(model_folder).model.requires_grad_(True)
+    model = checkpoints.load(model_folder).model.requires_grad_(True)
     key = reference.model_key(model)
-    assert reference.model_key(models.load(model_folder).model) == key
+    assert reference.model_key(checkpoints.load(model_folder).model) == key
     with torch.no_grad():
         next(model.parameters()).flatten()[0] += 1
     assert reference.model_key(model) != key

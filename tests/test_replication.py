@@ -14,10 +14,13 @@ import pandas
 import pytest
 from conftest import LITTLE
 
-from bpo import __main__, claims, held_out, params, replication, results, runs
+from bpo import __main__, params
 from bpo.__main__ import main
+from bpo.evaluation import claims, comparison, replication, results
+from bpo.evaluation.results import Estimate, Result
 from bpo.params import Refusal, Replication
-from bpo.results import Estimate, Result
+from bpo.reports import summary
+from bpo.study import stage as stages
 
 
 def level(value, half=0.02, **rest):
@@ -27,27 +30,27 @@ def level(value, half=0.02, **rest):
 def seeded(study, gain, *, seed=0, metrics=("chair_i", "cover", "p_true")):
     """A study whose bpo gains `gain` in every metric against base and sft_matched."""
     for notebook in ("1_noise_probability", claims.COMPARISON):
-        folder = runs.stage_folder(study, notebook)
+        folder = stages.stage_folder(study, notebook)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / runs.MANIFEST).write_text(json.dumps({
+        (folder / stages.MANIFEST).write_text(json.dumps({
             "study": study, "stage": notebook, "device": "CPU", "commit": "abc", "seconds": 1.0,
             "finished": "2026-01-01", "inputs": {"truth": f"{seed}" * 64}, "outputs": {},
-            "modules": {"bpo.noise": f"{gain}"}, "versions": {"torch": "2"}, "metrics": {},
+            "modules": {"bpo.models.noise": f"{gain}"}, "versions": {"torch": "2"}, "metrics": {},
             "parameters": {"seed": seed, "question": ""}}))
-    results.write(runs.stage_folder(study, "1_noise_probability"), [
+    results.write(stages.stage_folder(study, "1_noise_probability"), [
         Result("step 999", "noise", "base", "step 0", f"p_{n}", level(v, p=0.001,
                                                                       more_is_better=v < 0))
         for n, v in (("true", -0.2), ("prior", 0.2))])
     rows = []
     for metric in metrics:
-        _, category, more = held_out.METRICS[metric]
+        _, category, more = comparison.METRICS[metric]
         change = gain if more else -gain
         for against in ("", "base", "sft_matched"):
             estimate = level(0.5 + change) if not against else level(change, p=0.001)
             rows.append(Result("counterfactual", category, "bpo", against, metric, Estimate(
                 *(getattr(estimate, n) for n in ("value", "low", "high", "n", "p")),
                 more_is_better=more)))
-    results.write(runs.stage_folder(study, claims.COMPARISON), rows)
+    results.write(stages.stage_folder(study, claims.COMPARISON), rows)
 
 
 @pytest.fixture
@@ -115,7 +118,7 @@ def test_claims_are_counted_over_seeds(three):
 def test_what_two_studies_did_differently_is_listed(three):
     rows = replication.settings_that_differ("mine", "mine-seed1")
     named = {(r.what, r.name) for r in rows.itertuples()}
-    assert named == {("parameters", "seed"), ("inputs", "truth"), ("modules", "bpo.noise")}
+    assert named == {("parameters", "seed"), ("inputs", "truth"), ("modules", "bpo.models.noise")}
     shared, apart = replication.side_by_side("mine", "mine-seed2", baselines=["base"])
     assert set(shared["method"]) == {"bpo", "bpo − base"} and apart == len(shared) == 6
     assert only(shared, metric="CHAIRi", method="bpo − base")["mine"] == "-0.100 [-0.120, -0.080]"
@@ -129,13 +132,48 @@ def test_a_seed_without_a_comparison_and_a_seed_twice_are_refused(three, outputs
         replication.by_seed(Replication(study="mine"))
 
 
+def test_a_section_is_replaced_where_it_stands_and_the_rest_is_left(outputs):
+    outputs.mkdir()
+    file = summary.write_section("speed", "first")
+    assert file == outputs / "README.md"
+    assert file.read_text() == "# Results\n\n<!-- speed -->\nfirst\n<!-- /speed -->\n"
+    file.write_text(f"# Mine\n\nbefore\n{file.read_text()[11:]}\nafter\n", encoding="utf-8")
+    summary.write_section("speed", r"| \* | − |")
+    assert file.read_text(encoding="utf-8") == (
+        "# Mine\n\nbefore\n<!-- speed -->\n| \\* | − |\n<!-- /speed -->\n\nafter\n")
+    summary.write_section("results other", "second")
+    assert file.read_text().endswith("after\n\n<!-- results other -->\nsecond\n"
+                                     "<!-- /results other -->\n")
+
+
+def test_the_tables_of_a_replication_hold_means_intervals_and_each_seed(outputs):
+    for seed, gain in enumerate((0.1, 0.01, -0.06)):
+        name = "mine" if not seed else f"mine-seed{seed}"
+        seeded(name, gain, seed=seed)
+        folder = stages.stage_folder(name, claims.BENCHMARK)
+        folder.mkdir()
+        (folder / stages.MANIFEST).write_text("{}")
+        results.write(folder, [
+            Result("pope", "all", "bpo", against, "accuracy", level(0.6, more_is_better=True))
+            for against in ("", "base")])
+    text = summary.write_results(Replication(study="mine")).read_text(encoding="utf-8")
+    assert "### `bpo replicate mine`: seeds 0, 1, 2" in text
+    # The first seed's intervals exclude zero on the good side, the second's nothing, the third's
+    # on the bad side; the mean over seeds is (.1 + .01 - .06) / 3.
+    assert "+0.100\\* / +0.010 / -0.060\\*" in text
+    assert "| counterfactual: cover | – | 0.517 [0.317, 0.716] | +0.017 [-0.183, +0.216] |" in text
+    assert "POPE: accuracy | – | 0.600 [0.600, 0.600] |" in text
+    assert "| BPO hallucinates less than the untuned model and loses nowhere | base | 1 | 1 | 1 |" \
+        in text
+
+
 # --- the commands -------------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_compare_writes_a_page_of_two_studies(three, outputs, capsys):
     assert main(["compare", "mine", "mine-seed1"]) == 0
     text = (outputs / "mine" / "against-mine-seed1.html").read_text(encoding="utf-8")
-    assert "What mine and mine-seed1 did differently" in text and "bpo.noise" in text
+    assert "What mine and mine-seed1 did differently" in text and "bpo.models.noise" in text
     assert "against-mine-seed1.html" in (outputs / "mine" / "index.html").read_text()
     assert main(["compare", "mine", "nothing"]) == 1
     assert "outputs/nothing: nothing has finished there" in capsys.readouterr().err
@@ -196,7 +234,7 @@ def test_a_replication_that_is_killed_goes_on(tmp_path, little_study):
     environment = {**os.environ, "BPO_OUTPUTS": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
-    pairs = tmp_path / study / "2_pair_generation" / runs.MANIFEST
+    pairs = tmp_path / study / "2_pair_generation" / stages.MANIFEST
     try:
         while not pairs.is_file():
             assert process.poll() is None, "the replication ended before it could be killed"
@@ -208,17 +246,17 @@ def test_a_replication_that_is_killed_goes_on(tmp_path, little_study):
         for pid in map(int, children.stdout.split()):
             os.kill(pid, signal.SIGKILL)
         process.wait()
-    stages = [tmp_path / s / n / runs.MANIFEST
+    finished = [tmp_path / s / n / stages.MANIFEST
               for s, n in ((study, "0_tiny_world"), (study, "2_pair_generation"))]
-    before = {f: f.stat().st_mtime_ns for f in stages}
+    before = {f: f.stat().st_mtime_ns for f in finished}
     done = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert before == {f: f.stat().st_mtime_ns for f in stages}  # those were only read
+    assert before == {f: f.stat().st_mtime_ns for f in finished}  # those were only read
     assert not list(tmp_path.glob("*/*.old-*"))
     table = pandas.read_csv(tmp_path / study / replication.TABLE, keep_default_na=False)
     cover = table.query("split_or_benchmark == 'counterfactual' and method == 'bpo' and "
                         "against == '' and metric == 'cover'").iloc[0]
-    values = [json.loads((tmp_path / s / claims.COMPARISON / runs.MANIFEST).read_text())
+    values = [json.loads((tmp_path / s / claims.COMPARISON / stages.MANIFEST).read_text())
               ["metrics"]["counterfactual"]["bpo"]["cover"]["value"]
               for s in (study, f"{study}-seed1")]
     assert cover["value"] == pytest.approx(sum(values) / 2, abs=1e-6) and cover["seeds"] == 2

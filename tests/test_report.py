@@ -14,7 +14,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 from test_pages import alone
 
-from bpo import benchmark_figures, figures, galleries, report
+from bpo.reports import benchmark_figures, cards, figures
+from bpo.reports import page as report
+from bpo.study import text as texts
 
 HOSTILE = ("<script>alert(1)</script> **bold** $x^2$ `code` <img src='http://192.0.2.1/x.png'> "
            "\x00\x1b[31m \u202egnp \u05e9\u05dc {value} & \"q\"")
@@ -43,20 +45,20 @@ def all_figures() -> dict[str, object]:
     }
 
 
-def shown_objects() -> list[galleries.Shown]:
+def shown_objects() -> list[cards.Shown]:
     return [
         *(report.figure(fig, alt=f"{name} {HOSTILE}", caption=HOSTILE)
           for name, fig in all_figures().items()),
         report.table(pandas.DataFrame({"text": [HOSTILE], "n": [3]}), HOSTILE, note=HOSTILE),
         report.say("The answer is **{answer}** (p < 0.05)", answer=HOSTILE),
         report.facts({HOSTILE: HOSTILE, "seed": 0}),
-        galleries.pair_gallery([{
+        cards.pair_gallery([{
             "image": picture(), "noised": picture(300), "question": HOSTILE, "chosen": "a red box",
             "category": HOSTILE, "rejected": [{"source": HOSTILE, "text": HOSTILE}]}]),
-        galleries.comparison_gallery([{
+        cards.comparison_gallery([{
             "image": picture(), "question": HOSTILE, "truth": HOSTILE, "verdict": "win",
             "answers": {"base": HOSTILE, HOSTILE: (HOSTILE, {"code"})}}]),
-        galleries.sample_gallery([{"image": picture(), "lines": [HOSTILE]}]),
+        cards.sample_gallery([{"image": picture(), "lines": [HOSTILE]}]),
     ]
 
 
@@ -296,7 +298,7 @@ def test_figures_show_what_was_measured():
 
 
 def test_importing_is_cheap():
-    script = ("import sys, bpo.report, bpo.figures, bpo.galleries\n"
+    script = ("import sys, bpo.reports.page, bpo.reports.figures, bpo.reports.cards\n"
               "heavy = {'torch', 'transformers', 'seaborn', 'nbconvert', 'pandas'}\n"
               "print(sorted(heavy & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -304,17 +306,17 @@ def test_importing_is_cheap():
 
 
 def test_marked_words():
-    assert galleries.mark_differences("a green <box>, big", "a red <box>, big") == (
+    assert cards.mark_differences("a green <box>, big", "a red <box>, big") == (
         "a <mark>green</mark> &lt;box&gt;, big")
-    assert galleries.mark_differences("two old cats sit", "one cat sits sit") == (
+    assert cards.mark_differences("two old cats sit", "one cat sits sit") == (
         "<mark>two old cats</mark> sit")
-    assert galleries.mark_differences("same", "same") == "same"
-    assert galleries.mark_differences("", "gone") == ""
+    assert cards.mark_differences("same", "same") == "same"
+    assert cards.mark_differences("", "gone") == ""
     text = "A Dining table, tables & dogs"
-    assert galleries.mark_words(text, {"dining table", "table", "&"}) == (
+    assert cards.mark_words(text, {"dining table", "table", "&"}) == (
         'A <mark class="wrong">Dining table</mark>, tables <mark class="wrong">&amp;</mark> dogs')
-    assert galleries.mark_words("<b>", set()) == "&lt;b&gt;"
-    assert galleries.mark_words("\x07 no", {"\x07 no"}) == '<mark class="wrong">\\x07 no</mark>'
+    assert cards.mark_words("<b>", set()) == "&lt;b&gt;"
+    assert cards.mark_words("\x07 no", {"\x07 no"}) == '<mark class="wrong">\\x07 no</mark>'
 
 
 def test_image_sizes_and_kinds():
@@ -324,23 +326,23 @@ def test_image_sizes_and_kinds():
     def decoded(uri: str) -> Image.Image:
         return Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
 
-    small = decoded(galleries.image_uri(picture(64), 200))
+    small = decoded(cards.image_uri(picture(64), 200))
     assert small.size == (192, 192) and small.format == "PNG"
     assert sorted(small.getcolors()) == sorted([(22 * 22 * 9, (255, 0, 0)),
                                                 (192 * 192 - 22 * 22 * 9, (255, 255, 255))])
-    assert decoded(galleries.image_uri(picture(640))).size == (160, 160)
+    assert decoded(cards.image_uri(picture(640))).size == (160, 160)
     noise = Image.effect_noise((600, 300), 80).convert("RGB")
-    assert galleries.image_uri(noise).startswith("data:image/jpeg")
-    assert galleries.image_uri(noise.crop((0, 0, 150, 150))).startswith("data:image/png")
-    assert decoded(galleries.image_uri(noise)).size == (160, 80)
+    assert cards.image_uri(noise).startswith("data:image/jpeg")
+    assert cards.image_uri(noise.crop((0, 0, 150, 150))).startswith("data:image/png")
+    assert decoded(cards.image_uri(noise)).size == (160, 80)
 
 
 def test_tables_sentences_and_estimates():
     text = report.table(pandas.DataFrame(
-        {"score": [report.estimate(0.3451, 0.3119, 0.381), "–"], "x": [5e-6, float("nan")],
+        {"score": [texts.estimate(0.3451, 0.3119, 0.381), "–"], "x": [5e-6, float("nan")],
          "name": ["a", None]}, index=["base", "BPO"]), "t").html
-    assert report.estimate(0.3451, 0.3119, 0.381) == "0.345 [0.312, 0.381]"
-    assert report.estimate(0.1, -0.2, 0.4, sign="+") == "+0.100 [-0.200, +0.400]"
+    assert texts.estimate(0.3451, 0.3119, 0.381) == "0.345 [0.312, 0.381]"
+    assert texts.estimate(0.1, -0.2, 0.4, sign="+") == "+0.100 [-0.200, +0.400]"
     assert text.count('class="number"') == 2 * 3
     assert "<bdi>5e-06</bdi>" in text and "<bdi>BPO</bdi>" in text
     said = report.say("**{n:,}** of {share:.0%}", n=1284, share=0.5)

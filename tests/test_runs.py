@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from bpo import runs, sources
 from bpo.params import ROOT, DPOTraining, PairGeneration, Refusal
+from bpo.study import sources
+from bpo.study import stage as stages
 
 
 class Work:
@@ -18,7 +19,7 @@ class Work:
 
     def __call__(self, folder):
         self.calls += 1
-        self.found = sorted(f.name for f in folder.iterdir() if f.name != runs.STARTED)
+        self.found = sorted(f.name for f in folder.iterdir() if f.name != stages.STARTED)
         (folder / "sub").mkdir(exist_ok=True)
         (folder / "pairs.jsonl").write_text(self.text)
         (folder / "sub" / "more.txt").write_text("more")
@@ -40,7 +41,7 @@ def data(tmp_path):
 def run(outputs, data):
     """Runs the stage of notebook 3 with `work`; parameters by keyword."""
     def stage(work, inputs=None, **values):
-        return runs.stage(DPOTraining(study="s", **values), work,
+        return stages.stage(DPOTraining(study="s", **values), work,
                           inputs={"data": data} if inputs is None else inputs)
     return stage
 
@@ -63,11 +64,11 @@ def test_a_fresh_stage_is_computed_and_accounted_for(run, folder, data, capsys):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest == result.manifest
     assert manifest["parameters"]["beta"] == 0.2
-    assert manifest["inputs"] == {"data": runs.file_hash(data)}
+    assert manifest["inputs"] == {"data": stages.file_hash(data)}
     assert manifest["modules"] == {}  # this file is none of the kit's
     assert set(manifest["outputs"]) == {"pairs.jsonl", "sub/more.txt"}
     assert manifest["versions"].keys() >= {"torch", "transformers", "trl", "peft"}
-    assert not (folder / runs.STARTED).exists()
+    assert not (folder / stages.STARTED).exists()
 
 
 def test_the_facts_say_what_differs_from_the_defaults(run):
@@ -141,11 +142,11 @@ def test_an_edited_or_deleted_result_makes_a_stage_stale(run, folder, name):
 
 def test_the_study_s_name_and_the_gallery_do_not_make_a_stage_stale(outputs, data):
     work = Work()
-    runs.stage(PairGeneration(study="s"), work, inputs={"data": data})
-    runs.stage(PairGeneration(study="s", gallery=9), work, inputs={"data": data})
+    stages.stage(PairGeneration(study="s"), work, inputs={"data": data})
+    stages.stage(PairGeneration(study="s", gallery=9), work, inputs={"data": data})
     assert work.calls == 1
     (outputs / "s").rename(outputs / "t")
-    runs.stage(PairGeneration(study="t"), work, inputs={"data": data})
+    stages.stage(PairGeneration(study="t"), work, inputs={"data": data})
     assert work.calls == 1
 
 
@@ -191,9 +192,9 @@ def test_what_a_kill_left_under_a_temporary_name_is_no_part_of_the_result(run, f
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(type(folder), "unlink", lambda self, missing_ok=False: None)
         patch.setattr(type(folder), "replace", lambda self, target: killed(self, target)
-                      if target.name == runs.MANIFEST else type(folder).rename(self, target))
+                      if target.name == stages.MANIFEST else type(folder).rename(self, target))
         run(Work())
-    left = folder / f".{runs.MANIFEST}.tmp"
+    left = folder / f".{stages.MANIFEST}.tmp"
     assert left.is_file()
     assert left.name not in run(Work()).manifest["outputs"]
     assert run(Work()).done == "up to date, read again"
@@ -220,13 +221,13 @@ def test_a_rerun_that_is_interrupted_does_not_read_as_the_old_result(run, folder
 
 def test_timings_are_no_part_of_the_result(run, folder):
     def work(folder):
-        (folder / runs.TIMINGS).write_text('{"bpo": 3.5}')
+        (folder / stages.TIMINGS).write_text('{"bpo": 3.5}')
         return {}
 
     result = run(work)
     assert result.manifest["outputs"] == {}
     assert result.timings == {"bpo": 3.5}
-    (folder / runs.TIMINGS).write_text('{"bpo": 4}')
+    (folder / stages.TIMINGS).write_text('{"bpo": 4}')
     assert run(work).done == "up to date, read again"
 
 
@@ -238,11 +239,11 @@ def test_a_manifest_says_where_its_inputs_lay_and_that_makes_nothing_stale(run, 
 
 
 def test_a_noted_path_starts_from_the_outputs_or_the_project(outputs, tmp_path):
-    assert runs.noted_path(outputs / "s" / "model") == "outputs/s/model"
-    assert runs.noted_path(ROOT / "params" / "x.json") == "params/x.json"
+    assert stages.noted_path(outputs / "s" / "model") == "outputs/s/model"
+    assert stages.noted_path(ROOT / "params" / "x.json") == "params/x.json"
     # One below the project's outputs/ is not below these outputs.
-    assert runs.noted_path(ROOT / "outputs" / "s") == str(ROOT / "outputs" / "s")
-    assert runs.noted_path(tmp_path / "rows.json") == str(tmp_path / "rows.json")
+    assert stages.noted_path(ROOT / "outputs" / "s") == str(ROOT / "outputs" / "s")
+    assert stages.noted_path(tmp_path / "rows.json") == str(tmp_path / "rows.json")
 
 
 # --- inputs that other stages wrote -------------------------------------------------------------
@@ -250,7 +251,7 @@ def test_a_noted_path_starts_from_the_outputs_or_the_project(outputs, tmp_path):
 @pytest.fixture
 def earlier(outputs, data):
     """The folder of a finished notebook 2."""
-    return runs.stage(PairGeneration(study="s"), Work(), inputs={"data": data}).folder
+    return stages.stage(PairGeneration(study="s"), Work(), inputs={"data": data}).folder
 
 
 def test_a_stage_depends_on_what_an_earlier_one_wrote(run, earlier, data):
@@ -258,7 +259,7 @@ def test_a_stage_depends_on_what_an_earlier_one_wrote(run, earlier, data):
     run(work, inputs={"pairs": earlier / "pairs.jsonl"})
     run(work, inputs={"pairs": earlier / "pairs.jsonl"})
     assert work.calls == 1
-    runs.stage(PairGeneration(study="s", seed=5), Work("other"), inputs={"data": data})
+    stages.stage(PairGeneration(study="s", seed=5), Work("other"), inputs={"data": data})
     assert "input pairs changed" in run(work, inputs={"pairs": earlier / "pairs.jsonl"}).done
 
 
@@ -279,7 +280,7 @@ def test_a_missing_earlier_stage_names_its_notebook(run, outputs):
 
 def test_an_unfinished_earlier_stage_is_no_input(run, outputs, data):
     with pytest.raises(Killed):
-        runs.stage(PairGeneration(study="s"), interrupted, inputs={"data": data})
+        stages.stage(PairGeneration(study="s"), interrupted, inputs={"data": data})
     with pytest.raises(Refusal, match="is not there yet"):
         run(Work(), inputs={"pairs": outputs / "s" / "2_pair_generation" / "half.txt"})
 
@@ -299,22 +300,22 @@ def test_a_folder_s_fingerprint_changes_with_names_and_contents(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "a").write_text("1")
-    prints = [runs.fingerprint(folder)]
+    prints = [stages.fingerprint(folder)]
     (folder / "a").write_text("2")
-    prints.append(runs.fingerprint(folder))
+    prints.append(stages.fingerprint(folder))
     (folder / "a").rename(folder / "b")
-    prints.append(runs.fingerprint(folder))
+    prints.append(stages.fingerprint(folder))
     (folder / "c").write_text("")
-    prints.append(runs.fingerprint(folder))
+    prints.append(stages.fingerprint(folder))
     assert len(set(prints)) == 4
-    assert runs.fingerprint(folder) == prints[-1]
+    assert stages.fingerprint(folder) == prints[-1]
 
 
 # --- hashes -------------------------------------------------------------------------------------
 
 def test_a_file_s_hash_is_its_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
-    assert runs.file_hash(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")
+    assert stages.file_hash(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
 def test_a_large_file_is_hashed_by_size_and_blocks(tmp_path):
@@ -322,16 +323,16 @@ def test_a_large_file_is_hashed_by_size_and_blocks(tmp_path):
     size = 300 * 2**20
     with file.open("wb") as stream:
         stream.truncate(size)  # a sparse file: it takes no room
-    empty = runs.file_hash(file)
+    empty = stages.file_hash(file)
     with file.open("r+b") as stream:
         stream.seek(size - 1)
         stream.write(b"x")
-    assert runs.file_hash(file) != empty
+    assert stages.file_hash(file) != empty
     with file.open("r+b") as stream:
         stream.seek(size - 1)
         stream.write(b"\0")
         stream.truncate(size + 1)
-    assert runs.file_hash(file) != empty
+    assert stages.file_hash(file) != empty
 
 
 # --- two at once --------------------------------------------------------------------------------
@@ -339,7 +340,7 @@ def test_a_large_file_is_hashed_by_size_and_blocks(tmp_path):
 @pytest.fixture
 def impatient(monkeypatch):
     """Locks that are refused at once: the tests need not wait for what will not come."""
-    monkeypatch.setattr(runs, "LOCK_PATIENCE", 0)
+    monkeypatch.setattr(stages, "LOCK_PATIENCE", 0)
 
 
 def test_a_second_run_of_a_study_is_refused(run, impatient):
@@ -367,12 +368,12 @@ def test_another_process_s_lock_is_respected_and_ends_with_it(tmp_path, impatien
                               stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(Refusal, match="busy"), runs.locked(file, "busy"):
+        with pytest.raises(Refusal, match="busy"), stages.locked(file, "busy"):
             pytest.fail("the lock was given twice")
     finally:
         holder.kill()
         holder.communicate()
-    with runs.locked(file, "busy"):
+    with stages.locked(file, "busy"):
         pass
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from bpo import score
+from bpo.evaluation import score
 from bpo.params import Refusal
 
 OBJECTS = {"42": ["person", "dog"], "COCO_val2014_000000000007.jpg": ["person"], "8": ["chair"]}

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from bpo import branches, encoding, generate, readers, scoring
-from bpo.generate import Request
+from bpo.data import rows as data_rows
+from bpo.models import encoding, generate, logprobs, prefix
+from bpo.models.generate import Request
 
 ANSWERS = [["red", "this shows a green cat on the mat", "blue"],
            ["this shows a big big yellow dog"],
@@ -15,7 +16,7 @@ ANSWERS = [["red", "this shows a green cat on the mat", "blue"],
 @pytest.fixture(scope="module")
 def asked(data_file, checkpoint):
     """Prompts of unequal length with different images, and unequal numbers of answers."""
-    rows = readers.read_rows(data_file)[0]
+    rows = data_rows.read_rows(data_file)[0]
     rows = [rows[i] for i in (0, 4, 8, 10)]
     requests = [Request(r.id, r.prompt, r.image) for r in rows]
     batch = generate.encode_batch(checkpoint, requests)
@@ -52,14 +53,14 @@ def by_hand(checkpoint, request, answer):
 @torch.no_grad()
 def test_packed_log_probs_are_the_unpacked_ones(asked, checkpoint):
     _, batch, answers = asked
-    first = scoring.weigh(checkpoint, batch, answers)
-    second = scoring.weigh_unpacked(checkpoint, batch, answers)
+    first = logprobs.weigh(checkpoint, batch, answers)
+    second = logprobs.weigh_unpacked(checkpoint, batch, answers)
     assert [len(row) for row in first] == [3, 1, 4, 2]
     assert largest_gap(first, second) < 1e-4
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("score", (scoring.weigh, scoring.weigh_unpacked))
+@pytest.mark.parametrize("score", (logprobs.weigh, logprobs.weigh_unpacked))
 def test_both_agree_with_a_plain_forward_pass_of_each_answer(asked, checkpoint, score):
     requests, batch, answers = asked
     plain = [[by_hand(checkpoint, r, a) for a in mine]
@@ -68,7 +69,7 @@ def test_both_agree_with_a_plain_forward_pass_of_each_answer(asked, checkpoint, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("score", (scoring.weigh, scoring.weigh_unpacked))
+@pytest.mark.parametrize("score", (logprobs.weigh, logprobs.weigh_unpacked))
 def test_an_answer_s_log_probs_do_not_depend_on_its_company(asked, checkpoint, score):
     _, batch, answers = asked
     whole = score(checkpoint, batch, answers)
@@ -82,8 +83,8 @@ def test_an_answer_s_log_probs_do_not_depend_on_its_company(asked, checkpoint, s
 def test_the_image_counts(asked, checkpoint):
     _, batch, answers = asked
     other = batch | {"pixel_values": batch["pixel_values"].flip(0)}
-    assert largest_gap(scoring.weigh(checkpoint, batch, answers),
-                       scoring.weigh(checkpoint, other, answers)) > 0.01
+    assert largest_gap(logprobs.weigh(checkpoint, batch, answers),
+                       logprobs.weigh(checkpoint, other, answers)) > 0.01
 
 
 @torch.no_grad()
@@ -92,19 +93,19 @@ def test_a_text_model_is_packed_too(text_checkpoint):
     batch = generate.encode_batch(text_checkpoint, [Request(str(i), p, None)
                                                     for i, p in enumerate(prompts)])
     answers = [[[5, 6, 7], [8]], [[9, 10]]]
-    assert largest_gap(scoring.weigh(text_checkpoint, batch, answers),
-                       scoring.weigh_unpacked(text_checkpoint, batch, answers)) < 1e-4
+    assert largest_gap(logprobs.weigh(text_checkpoint, batch, answers),
+                       logprobs.weigh_unpacked(text_checkpoint, batch, answers)) < 1e-4
 
 
 @torch.no_grad()
 def test_the_packed_way_is_chosen_where_it_is_exact(asked, checkpoint, capsys):
     _, batch, answers = asked
-    assert scoring.choose(checkpoint, batch, answers) is scoring.weigh
+    assert logprobs.choose(checkpoint, batch, answers) is logprobs.weigh
     assert capsys.readouterr().out == ""
 
 
 def branches_see_each_other(monkeypatch):
-    right = branches.layout
+    right = prefix.layout
 
     def leaking(*args, **kwargs):
         placed = right(*args, **kwargs)
@@ -112,24 +113,24 @@ def branches_see_each_other(monkeypatch):
         return {**placed, "table": [(r, begin, start, start, end)
                                     for r, begin, _, start, end in placed["table"]]}
 
-    monkeypatch.setattr(branches, "layout", leaking)
+    monkeypatch.setattr(prefix, "layout", leaking)
 
 
 def positions_run_on(monkeypatch):
-    right = branches.layout
+    right = prefix.layout
 
     def running(*args, **kwargs):
         placed = right(*args, **kwargs)
         return {**placed, "step": (placed["step"] > 0).long().cumsum(1)}
 
-    monkeypatch.setattr(branches, "layout", running)
+    monkeypatch.setattr(prefix, "layout", running)
 
 
 def the_mask_is_refused(monkeypatch):
     def inputs(*args):
         raise ValueError("this model takes no such mask\nat all")
 
-    monkeypatch.setattr(branches, "inputs", inputs)
+    monkeypatch.setattr(prefix, "inputs", inputs)
 
 
 @torch.no_grad()
@@ -140,7 +141,7 @@ def test_where_packing_is_not_exact_each_answer_gets_its_own_pass(asked, checkpo
                                                                   capsys, broken, why):
     _, batch, answers = asked
     broken(monkeypatch)
-    assert scoring.choose(checkpoint, batch, answers) is scoring.weigh_unpacked
+    assert logprobs.choose(checkpoint, batch, answers) is logprobs.weigh_unpacked
     said = capsys.readouterr().out
     assert why in said and said.count("\n") == 1
 
@@ -149,32 +150,32 @@ def test_where_packing_is_not_exact_each_answer_gets_its_own_pass(asked, checkpo
 def gap_between_attentions(asked, checkpoint, weigh):
     """How far log-probs with branch attention are from those without; it is off afterwards."""
     _, batch, answers = asked
-    branches.use_mask(checkpoint.base)
+    prefix.use_mask(checkpoint.base)
     masked = weigh(checkpoint, batch, answers)
-    branches.use_attention(checkpoint.base)
-    assert branches.in_use(checkpoint.base)
+    prefix.use_attention(checkpoint.base)
+    assert prefix.in_use(checkpoint.base)
     gap = largest_gap(weigh(checkpoint, batch, answers), masked)
-    branches.use_mask(checkpoint.base)
-    assert not branches.in_use(checkpoint.base)
+    prefix.use_mask(checkpoint.base)
+    assert not prefix.in_use(checkpoint.base)
     return gap
 
 
 def test_branch_attention_and_the_dense_mask_weigh_alike(asked, checkpoint):
-    assert gap_between_attentions(asked, checkpoint, scoring.weigh) < 1e-4
+    assert gap_between_attentions(asked, checkpoint, logprobs.weigh) < 1e-4
 
 
 def test_what_has_no_table_is_attended_as_before(asked, checkpoint):
-    assert gap_between_attentions(asked, checkpoint, scoring.weigh_unpacked) == 0
+    assert gap_between_attentions(asked, checkpoint, logprobs.weigh_unpacked) == 0
 
 
 def test_a_position_sees_the_prefix_and_its_own_branch_before_it():
     """Two sequences: prompt of 3, answers of 2 and 1; columns 0 to 4."""
-    placed = branches.layout([(0, 3, 5), (0, 3, 4)], [(0, "a"), (0, "b")], width=5)
+    placed = prefix.layout([(0, 3, 5), (0, 3, 4)], [(0, "a"), (0, "b")], width=5)
     assert placed["source"].tolist() == [[0, 1, 2, 3, 7]]  # the last prompt token comes twice
     assert placed["table"] == [(0, 0, 2, 2, 4), (0, 0, 2, 4, 5)]
     assert placed["targets"].tolist() == [3, 4, 8]
     assert placed["slots"].tolist() == [[3, 3, 0, 1], [3, 3, 2, 3]]
-    assert branches.dense(placed)[0, 0].int().tolist() == [
+    assert prefix.dense(placed)[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],
@@ -184,18 +185,18 @@ def test_a_position_sees_the_prefix_and_its_own_branch_before_it():
 
 def test_equal_answers_of_a_prompt_are_one_branch():
     spans = [(0, 2, 4), (0, 2, 4), (0, 2, 3)]
-    placed = branches.layout(spans, [(0, "a"), (0, "a"), (0, "b")], width=4)
+    placed = prefix.layout(spans, [(0, "a"), (0, "a"), (0, "b")], width=4)
     assert len(placed["table"]) == 2 and placed["source"].shape == (1, 4)
     assert placed["slots"][0].tolist() == placed["slots"][1].tolist()
 
 
 def test_groups_share_a_row_without_padding_or_have_one_each_with_it():
     spans, owners = [(0, 2, 4), (1, 3, 5)], [(0, "a"), (1, "b")]
-    together = branches.layout(spans, owners, width=5)
+    together = prefix.layout(spans, owners, width=5)
     assert together["source"].shape == (1, 6) and together["alive"].all()
-    apart = branches.layout(spans, owners, width=5, rows=True)
+    apart = prefix.layout(spans, owners, width=5, rows=True)
     assert apart["source"].shape == (2, 3)
-    seen = branches.dense(together)[0, 0]
+    seen = prefix.dense(together)[0, 0]
     assert not seen[3:, :3].any() and not seen[:3, 3:].any()
 
 
@@ -203,4 +204,4 @@ def test_a_sliding_window_that_would_cut_a_branch_off_is_refused():
     states = torch.zeros(1, 1, 6, 4)
     table = torch.tensor([[0, 0, 3, 3, 6]])[None, None]
     with pytest.raises(ValueError, match="sliding window of 4"):
-        branches.attend(torch.nn.Module(), states, states, states, table, sliding_window=4)
+        prefix.attend(torch.nn.Module(), states, states, states, table, sliding_window=4)

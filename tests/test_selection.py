@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from bpo import params, selection
+from bpo import params
+from bpo.pairs import selection
 
 CHOSEN = "a red dog on a mat"
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from conftest import killed_until
 
-from bpo import ranks, records, shards
-from bpo.seeds import torch_generator
+from bpo.study import processes, shards
+from bpo.study.files import read_lines
+from bpo.study.seeds import torch_generator
 
 
 @dataclass
@@ -71,7 +72,7 @@ def test_records_come_in_the_order_of_the_rows(tmp_path):
     work = Work()
     run(tmp_path / "x.jsonl", work)
     assert work.asked == [[5, 2, 0], [1, 6, 3], [4]]
-    found = records.read_lines(tmp_path / "x.jsonl")
+    found = read_lines(tmp_path / "x.jsonl")
     assert [r["id"] for r in found] == [f"row {n}" for n in range(7)]
     assert found[3]["text"] == "ä 3\u2028\r\n\t"
     assert [f.name for f in tmp_path.iterdir()] == ["x.jsonl"], "shards are left behind"
@@ -124,10 +125,10 @@ def test_files_whose_names_begin_alike_keep_their_shards_apart(tmp_path):
 
 def as_one_of(monkeypatch, rank, world):
     """This process as one of several that do not run at the same time."""
-    monkeypatch.setattr(ranks, "rank", lambda: rank)
-    monkeypatch.setattr(ranks, "world", lambda: world)
-    monkeypatch.setattr(ranks, "wait", lambda: None)
-    monkeypatch.setattr(ranks, "first", lambda work: work() if rank == 0 else None)
+    monkeypatch.setattr(processes, "rank", lambda: rank)
+    monkeypatch.setattr(processes, "world", lambda: world)
+    monkeypatch.setattr(processes, "wait", lambda: None)
+    monkeypatch.setattr(processes, "first", lambda work: work() if rank == 0 else None)
 
 
 def test_another_number_of_processes_goes_on_from_the_shards_of_the_first(tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from bpo import models, params, sizes
+from bpo import params, sizes
+from bpo.models import checkpoint as checkpoints
 from bpo.params import Refusal
 from bpo.sizes import Shape
 
@@ -51,7 +52,7 @@ def test_weights_are_counted_as_the_model_itself_counts_them(model_folder):
     model = AutoModelForImageTextToText.from_pretrained(model_folder)
     found = sizes.shape(model_folder)
     assert found.parameters == sum(w.numel() for w in model.parameters())
-    adapted = get_peft_model(model, models.adapter_config(model, rank=3, alpha=6, dropout=0.0))
+    adapted = get_peft_model(model, checkpoints.adapter_config(model, rank=3, alpha=6, dropout=0.0))
     trained = sum(w.numel() for w in adapted.parameters() if w.requires_grad)
     assert sizes.adapter_weights(found, 3) == trained
 
@@ -102,7 +103,7 @@ def test_flops_of_a_training_step_are_those_that_are_counted(tmp_path):
         image_token_id=1, vision_feature_layer=-1))
     model.save_pretrained(tmp_path)
     found, image = sizes.shape(tmp_path), 16
-    adapted = get_peft_model(model, models.adapter_config(model, rank=2, alpha=4, dropout=0.0))
+    adapted = get_peft_model(model, checkpoints.adapter_config(model, rank=2, alpha=4, dropout=0.0))
     adapted.gradient_checkpointing_enable()
     adapted.enable_input_require_grads()
     length = image + sizes.QUESTION + sizes.ANSWER

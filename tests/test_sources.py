@@ -4,7 +4,8 @@ import importlib
 
 import pytest
 
-from bpo import __main__, sources
+from bpo import __main__
+from bpo.study import sources
 
 SOURCE = '''"""A module."""
 
@@ -69,4 +70,4 @@ def test_stages_depend_on_what_shapes_them_and_on_no_page(number, shaping):
     module = importlib.import_module(f"bpo.{__main__.STAGES[number]}")
     code = sources.code(module.__name__)
     assert {f"bpo.{name}" for name in shaping.split()} <= code.keys()
-    assert not {"bpo.params", "bpo.runs", "bpo.report", "bpo.figures"} & code.keys()
+    assert not {"bpo.params", "bpo.study.stage", "bpo.reports.page", "bpo.reports.figures"} & code.keys()

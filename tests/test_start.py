@@ -15,8 +15,9 @@ import yaml
 from conftest import COLOURS, THINGS, conversation, picture
 from test_real_path import write_qwen
 
-from bpo import params, readers, start, survey
+from bpo import params, start, survey
 from bpo.__main__ import main
+from bpo.data import rows as data_rows
 from bpo.params import Refusal
 
 NOTEBOOKS = ["1_noise_probability", "2_pair_generation", "3_dpo_training",
@@ -60,7 +61,7 @@ def rows_of(study):
     read = params.read_study(study)
     made, compared = read["2_pair_generation"], read["4_qualitative_comparison"]
     (split,) = compared.splits.values()
-    return [readers.list_rows(p.path(data), p.optional_path(p.image_folder))[0]
+    return [data_rows.list_rows(p.path(data), p.optional_path(p.image_folder))[0]
             for p, data in ((made, made.data), (compared, split))]
 
 
@@ -168,7 +169,7 @@ def test_a_picture_is_trained_on_or_held_out_with_all_its_rows(data_file, model_
     start.make("mine", model_folder, data_file)
     trained, held = rows_of("mine")
     assert {r.image_name for r in trained}.isdisjoint(r.image_name for r in held)
-    every, _ = readers.list_rows(data_file)
+    every, _ = data_rows.list_rows(data_file)
     assert plain(trained + held) == plain(every)
     assert (len(trained), len(held)) == (6, 6)
     assert (studies / "mine" / "truth.json").read_bytes() == (
@@ -236,7 +237,7 @@ def test_no_row_of_any_layout_is_changed_by_the_split(tmp_path, model_folder, la
         data.write_text("".join(f"{json.dumps(e)}\n" for e in found))
     start.make("mine", model_folder, data)
     trained, held = rows_of("mine")
-    every, _ = readers.list_rows(data)
+    every, _ = data_rows.list_rows(data)
     assert plain(trained + held) == plain(every) and len(held) == 2 and len(every) == 6
     given = ["given"] if layout in ("BPO", "RLHF-V", "TRL") else []
     assert params.read_study("mine")["2_pair_generation"].sources == ["weakened", "injected",

@@ -10,23 +10,25 @@ from conftest import conversation, picture
 from PIL import Image
 from test_images import png_header
 
-from bpo import images, records, stock
+from bpo.data import check, images
+from bpo.data import rows as data_rows
 from bpo.params import Refusal
+from bpo.study.files import LineFile, read_lines
 
 
 def taken(sources, folder, *, root=None, keep=lambda row: None, count=0, seed=0, share=1.0):
     folder.mkdir(exist_ok=True)
     sources = sources if isinstance(sources, dict) else {sources: ""}
-    return stock.take_stock(sources, root, folder, keep=keep, count=count, seed=seed,
+    return check.take_stock(sources, root, folder, keep=keep, count=count, seed=seed,
                             purpose="rows", max_bad_share=share)
 
 
 def rows_in(folder, root):
-    return [records.Row.from_line(x, root) for x in records.LineFile(folder / stock.ROWS)]
+    return [data_rows.Row.from_line(x, root) for x in LineFile(folder / check.ROWS)]
 
 
 def rejected_in(folder):
-    return records.read_lines(folder / stock.REJECTED)
+    return read_lines(folder / check.REJECTED)
 
 
 def written(folder, entries, name="rows.json"):
@@ -94,7 +96,7 @@ def test_one_folder_with_all_that_goes_wrong_gives_its_usable_rows(tmp_path):
     assert Counter(x["reason"] for x in listed) == reasons
     assert listed[0] == {"id": "cut.jpg", "where": "rows.json, row 8",
                          "reason": "image is cut off or damaged"}
-    assert sorted(f.name for f in out.iterdir()) == [stock.REJECTED, stock.ROWS]
+    assert sorted(f.name for f in out.iterdir()) == [check.REJECTED, check.ROWS]
 
 
 def test_the_same_data_gives_the_same_bytes(tmp_path):
@@ -102,7 +104,7 @@ def test_the_same_data_gives_the_same_bytes(tmp_path):
     data = written(tmp_path / "set", sorrows(tmp_path / "set")[0])
     for out in ("one", "two"):
         taken(data, tmp_path / out, count=5)
-    for file in (stock.ROWS, stock.REJECTED):
+    for file in (check.ROWS, check.REJECTED):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
@@ -116,7 +118,7 @@ def test_the_draw_is_that_of_draw_rows_and_does_not_depend_on_the_order(tmp_path
     assert len(one) == 7 and one == two[::-1]
     taken(tmp_path / "one.json", tmp_path / "all")
     everything = rows_in(tmp_path / "all", tmp_path)
-    assert one == records.draw_rows(everything, 7, 3, purpose="rows")
+    assert one == data_rows.draw_rows(everything, 7, 3, purpose="rows")
     assert len(everything) == 60
 
 
@@ -155,7 +157,7 @@ def test_too_many_bad_rows_are_refused_with_their_reasons(tmp_path):
                                       r"are = 0.1\): 3 image file is missing; .*rejected_rows"):
         taken(data, out, share=0.1)
     assert [x["id"] for x in rejected_in(out)] == ["r3", "r5", "r7"]
-    assert [f.name for f in out.iterdir()] == [stock.REJECTED]
+    assert [f.name for f in out.iterdir()] == [check.REJECTED]
     assert taken(data, out, share=0.15) == {"image file is missing": 3}
 
 

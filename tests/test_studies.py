@@ -8,7 +8,11 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from bpo import held_out, params, report, studies, verify
+from bpo import params
+from bpo.evaluation import comparison
+from bpo.reports import index as studies
+from bpo.reports import page as report
+from bpo.reports import verify
 
 
 def estimate(value: float, half: float = 0.05, **more: object) -> dict:
@@ -36,7 +40,7 @@ def write_stage(folder, notebook: str, metrics: dict, **parameters: object) -> N
     (folder / notebook / "manifest.json").write_text(json.dumps({
         "stage": notebook, "study": folder.name, "metrics": metrics, "outputs": {},
         "parameters": {"seed": 3, **parameters}, "inputs": {"model": "ab" * 32},
-        "modules": {"bpo.probe": "cd" * 32}, "versions": {"torch": "2.13.0"}, "python": "3.11",
+        "modules": {"bpo.evaluation.probe": "cd" * 32}, "versions": {"torch": "2.13.0"}, "python": "3.11",
         "device": "CPU", "processes": 1, "commit": "abc", "seconds": 61.0,
         "finished": "2026-01-31 10:00 UTC"}))
     said = report.say("it came to {x}", x="<b>pass</b>")
@@ -102,7 +106,7 @@ def test_the_index_shows_numbers_with_intervals_and_the_facts(study):
 
 
 def test_better_and_worse_follow_the_metric(study):
-    more = {n: held_out.METRICS[n][2] for n in studies.COMPARED}
+    more = {n: comparison.METRICS[n][2] for n in studies.COMPARED}
     assert more == {"chair_i": False, "cover": True, "p_true": True, "p_prior": False,
                     "pope_adversarial": True}
 

@@ -18,20 +18,16 @@ from safetensors.torch import load_file
 from transformers import PrinterCallback, TrainerState
 from trl import DPOTrainer
 
-from bpo import (
-    encoding,
-    generate,
-    models,
-    objectives,
-    pairs,
-    readers,
-    records,
-    report,
-    train,
-    trainers,
-)
-from bpo.generate import Request
+from bpo.data import rows as data_rows
+from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding, generate
+from bpo.models.generate import Request
+from bpo.pairs import rows as pair_rows
 from bpo.params import LOSSES, ROOT, DPOTraining, Refusal
+from bpo.reports import page as report
+from bpo.study.files import write_lines
+from bpo.training import objectives, trainers
+from bpo.training import stage as train
 
 WRONG = {"weakened": "a big green box", "injected": "there is a dog on this"}
 
@@ -45,7 +41,7 @@ def lines(data_file):
     """Pairs of the data set's rows; one has a single rejected answer, one has none."""
     made = [{"id": r.id, "image": r.image_name, "category": r.category, "prompt": list(r.prompt),
              "chosen": r.answer, "rejected": [{"source": s, "text": t} for s, t in WRONG.items()]}
-            for r in readers.read_rows(data_file)[0]]
+            for r in data_rows.read_rows(data_file)[0]]
     made[2]["rejected"] = made[2]["rejected"][:1]
     made[5]["rejected"] = []
     return made
@@ -135,7 +131,7 @@ def test_nothing_is_dropped_where_all_fits(checkpoint, lines, images):
 
 def test_counting_tokens_needs_no_weights_and_decodes_no_image(model_folder, lines, images,
                                                                 monkeypatch):
-    without = models.load_without_weights(model_folder)
+    without = checkpoints.load_without_weights(model_folder)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
     assert without.model is None
     assert train.usable(without, lines, images, max_tokens=2048) == (lines, {})
@@ -180,7 +176,7 @@ def test_preferences_are_collated_as_prompt_answer_and_end(parameters, checkpoin
 
 def test_completions_are_trained_on_from_the_answer_to_its_end(parameters, checkpoint, rows,
                                                                     tmp_path):
-    matched = pairs.to_completions(rows[:3])
+    matched = pair_rows.to_completions(rows[:3])
     batch = collated(parameters, matched, tmp_path, "sft_matched")
     end = checkpoint.tokenizer.eos_token_id
     for labels, row in zip(batch["labels"], matched, strict=True):
@@ -190,7 +186,7 @@ def test_completions_are_trained_on_from_the_answer_to_its_end(parameters, check
 
 
 def test_answers_end_where_the_chat_template_leaves_the_end_out(parameters, model_folder, rows):
-    own = models.load(model_folder)
+    own = checkpoints.load(model_folder)
     ending = "{{ '</s>' if message['role'] == 'assistant' else '\n' }}"
     assert ending in own.processor.chat_template
     own.processor.chat_template = own.processor.chat_template.replace(ending, "{{ '\n' }}")
@@ -247,7 +243,7 @@ def test_the_damaged_image_is_drawn_for_the_row_and_its_settings(parameters, che
         checkpoint.processor, request, generate.View("noisy", step=p.damage_step),
         transform="pad", seed=p.seed, crop_share=p.crop_share)
     assert damaged(**noisy) == shown.tobytes()
-    completion = pairs.to_completions(rows[:1])[0]
+    completion = pair_rows.to_completions(rows[:1])[0]
     assert "damaged_images" not in trainers.Rendering(checkpoint, p).row(completion)
     assert trainers.Rendering(checkpoint, p).checkpoint.model is None
 
@@ -310,7 +306,7 @@ def test_all_methods_start_from_the_same_adapter(parameters, rows, tmp_path):
                                 kept=tmp_path / "reference")
         return {n: w for n, w in trainer.model.named_parameters() if "lora_" in n}
 
-    first, second = start("bpo", rows), start("sft_matched", pairs.to_completions(rows))
+    first, second = start("bpo", rows), start("sft_matched", pair_rows.to_completions(rows))
     assert first.keys() == second.keys()
     assert all(torch.equal(w, second[n]) for n, w in first.items())
 
@@ -320,7 +316,7 @@ def test_settings_reach_the_trainer(parameters, rows, tmp_path):
                 gradient_checkpointing=True, lora_alpha=12, lora_dropout=0.25, packing="always",
                 precision="bfloat16", image_transform="pad")
     bpo, sft = (trainers.make(p, method, given, tmp_path, steps=8, kept=tmp_path / "reference")
-                for method, given in (("bpo", rows), ("sft_matched", pairs.to_completions(rows))))
+                for method, given in (("bpo", rows), ("sft_matched", pair_rows.to_completions(rows))))
     wanted = dict(
         max_steps=8, seed=5, data_seed=5, per_device_train_batch_size=2, weight_decay=0.0,
         gradient_accumulation_steps=3, learning_rate=1e-2, lr_scheduler_type="cosine",
@@ -338,14 +334,14 @@ def test_settings_reach_the_trainer(parameters, rows, tmp_path):
 
 def test_a_weight_outside_the_adapters_that_would_be_trained_is_refused(parameters, rows, tmp_path,
                                                                         monkeypatch):
-    right = models.adapter_config
+    right = checkpoints.adapter_config
 
     def wider(*args, **options):
         config = right(*args, **options)
         config.modules_to_save = ["lm_head"]
         return config
 
-    monkeypatch.setattr(models, "adapter_config", wider)
+    monkeypatch.setattr(checkpoints, "adapter_config", wider)
     with pytest.raises(RuntimeError, match="lm_head.* would be trained"):
         trainers.make(parameters, "bpo", rows, tmp_path, steps=1, kept=tmp_path / "reference")
 
@@ -374,7 +370,7 @@ def test_the_nll_term_is_added_to_dpo(parameters, rows, tmp_path):
 
 @pytest.mark.parametrize("method", ("bpo", "sft_matched"))
 def test_the_loss_falls_on_rows_that_are_seen_again(parameters, rows, tmp_path, method):
-    few = rows[:2] if method == "bpo" else pairs.to_completions(rows[:2])
+    few = rows[:2] if method == "bpo" else pair_rows.to_completions(rows[:2])
     p = changed(parameters, batch_pairs=2, save_every=50)
     losses = [h["loss"] for h in history_of(p, method, few, tmp_path, steps=15)]
     assert len(losses) == 15
@@ -386,7 +382,7 @@ def test_the_loss_falls_on_rows_that_are_seen_again(parameters, rows, tmp_path, 
     ("sft_matched", "the loss is not a number from step 1 on; lower learning_rate")))
 def test_a_loss_that_is_no_number_is_refused(parameters, rows, tmp_path, monkeypatch, method,
                                              message):
-    right = models.load
+    right = checkpoints.load
 
     def broken(*args, **options):
         checkpoint = right(*args, **options)
@@ -394,8 +390,8 @@ def test_a_loss_that_is_no_number_is_refused(parameters, rows, tmp_path, monkeyp
             checkpoint.model.get_output_embeddings().weight.fill_(math.nan)
         return checkpoint
 
-    monkeypatch.setattr(models, "load", broken)
-    given = rows if method == "bpo" else pairs.to_completions(rows)
+    monkeypatch.setattr(checkpoints, "load", broken)
+    given = rows if method == "bpo" else pair_rows.to_completions(rows)
     with pytest.raises(Refusal, match=message):
         history_of(changed(parameters, packing="always"), method, given, tmp_path, steps=2)
     assert not (tmp_path / method / "history.json").exists()
@@ -409,7 +405,7 @@ def test_memory_that_runs_out_says_which_settings_to_lower(parameters, rows, tmp
 
     for trainer in (trainers.CountedDPOTrainer, trainers.CountedSFTTrainer):
         monkeypatch.setattr(trainer, "compute_loss", full)
-    given = rows if method == "bpo" else pairs.to_completions(rows)
+    given = rows if method == "bpo" else pair_rows.to_completions(rows)
     with pytest.raises(Refusal, match=r"lower device_batch \(it is 2\) or max_tokens"):
         history_of(parameters, method, given, tmp_path, steps=2)
 
@@ -432,7 +428,7 @@ def test_packed_and_unpacked_training_have_one_loss_curve(parameters, rows, tmp_
 
 def test_the_control_sees_its_rows_in_the_order_of_bpo(parameters, rows, tmp_path):
     seen = {}
-    for method, given in (("bpo", rows), ("sft_matched", pairs.to_completions(rows))):
+    for method, given in (("bpo", rows), ("sft_matched", pair_rows.to_completions(rows))):
         trainer = trainers.make(parameters, method, given, tmp_path / method, steps=4,
                                 kept=tmp_path / "reference")
         seen[method] = [given[n]["id"] for n in trainer._get_train_sampler(trainer.train_dataset)]
@@ -451,7 +447,7 @@ def test_mdpo_trains_through_the_stage_s_trainer(parameters, rows, tmp_path):
 def test_rows_of_one_rejected_answer_are_in_the_same_order_too(parameters, lines, images, tmp_path):
     given = train.method_rows("bpo_weaken", lines, images)
     orders = []
-    for method, r in (("bpo_weaken", given), ("sft_matched", pairs.to_completions(given))):
+    for method, r in (("bpo_weaken", given), ("sft_matched", pair_rows.to_completions(given))):
         trainer = trainers.make(changed(parameters, seed=3), method, r, tmp_path / method, steps=4,
                                 kept=tmp_path / "reference")
         torch.manual_seed(0)  # the stock sampler draws from torch's own generator
@@ -556,7 +552,7 @@ def killed_at(step, monkeypatch):
 def test_interrupted_training_goes_on_to_the_same_weights(parameters, rows, tmp_path, monkeypatch,
                                                           method):
     p = changed(parameters, loss=["sigmoid", "sft"], loss_weights=[1.0, 1.0], lora_dropout=0.1)
-    rows = rows if method == "bpo" else pairs.to_completions(rows)
+    rows = rows if method == "bpo" else pair_rows.to_completions(rows)
     whole = history_of(p, method, rows, tmp_path / "whole", steps=5)
     folder = tmp_path / "cut"
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -601,7 +597,7 @@ def test_a_finished_method_is_only_read(parameters, rows, tmp_path, monkeypatch)
 @pytest.fixture(scope="module")
 def stage(parameters, lines, tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
-    records.write_lines(folder / "pairs.jsonl", lines)
+    write_lines(folder / "pairs.jsonl", lines)
     p = changed(parameters, pairs=str(folder / "pairs.jsonl"), steps=2,
                 methods=["sft_compute", "bpo", "sft_matched"])
     with pytest.MonkeyPatch.context() as patch:
@@ -651,7 +647,7 @@ def test_the_control_s_first_steps_are_those_of_the_longer_run(stage):
 
 def test_a_sweep_finds_the_reference_and_has_the_bytes_of_a_run_that_does_not(
         parameters, lines, tmp_path, outputs):
-    records.write_lines(tmp_path / "pairs.jsonl", lines)
+    write_lines(tmp_path / "pairs.jsonl", lines)
     p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), methods=["bpo", "bpo_weaken"])
     train.run(p)
     swept, fresh = (train.run(changed(p, beta=0.3, lora_rank=2, study=s)) for s in ("s", "fresh"))
@@ -667,9 +663,9 @@ def test_curves_go_to_tensorboard_and_one_model_is_loaded_a_method(
         parameters, lines, tmp_path, outputs, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    loads, right = [], models.load
-    monkeypatch.setattr(models, "load", lambda *a, **k: loads.append(a) or right(*a, **k))
-    records.write_lines(tmp_path / "pairs.jsonl", lines[:4])
+    loads, right = [], checkpoints.load
+    monkeypatch.setattr(checkpoints, "load", lambda *a, **k: loads.append(a) or right(*a, **k))
+    write_lines(tmp_path / "pairs.jsonl", lines[:4])
     p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), steps=2, trackers=["tensorboard"],
                 methods=["sft", "bpo"])
     result = train.run(p)
@@ -683,14 +679,14 @@ def test_curves_go_to_tensorboard_and_one_model_is_loaded_a_method(
 
 
 def test_a_tracker_that_is_not_installed_is_refused(parameters, lines, tmp_path, outputs):
-    records.write_lines(tmp_path / "pairs.jsonl", lines[:4])
+    write_lines(tmp_path / "pairs.jsonl", lines[:4])
     p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), trackers=["wandb"])
     with pytest.raises(Refusal, match="trackers: wandb is not installed; pip install wandb"):
         train.run(p)
 
 
 def test_epochs_give_the_steps_where_none_are_set(parameters, lines, tmp_path, outputs):
-    records.write_lines(tmp_path / "pairs.jsonl", lines[:4])  # seven rows of bpo
+    write_lines(tmp_path / "pairs.jsonl", lines[:4])  # seven rows of bpo
     p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), steps=0, epochs=0.5,
                 methods=["sft"])
     assert train.run(p).metrics["methods"]["sft"]["steps"] == math.ceil(0.5 * 7 / 4)
@@ -698,7 +694,7 @@ def test_epochs_give_the_steps_where_none_are_set(parameters, lines, tmp_path, o
 
 def test_a_method_without_rows_is_refused(parameters, lines, tmp_path, outputs):
     none = [{**k, "rejected": k["rejected"][:1]} for k in lines[:3]]
-    records.write_lines(tmp_path / "pairs.jsonl", none)
+    write_lines(tmp_path / "pairs.jsonl", none)
     p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), methods=["bpo_inject"])
     with pytest.raises(Refusal, match="there is no row to train bpo_inject on"):
         train.run(p)
@@ -727,7 +723,7 @@ TWO = ("--multi_gpu --num_machines 1 --num_processes 2 --mixed_precision no --dy
 def test_two_launched_processes_give_the_curves_of_one(parameters, lines, tmp_path, outputs):
     """In one process two batches are added up, in two each has one. Within an epoch: at its end
     accelerate fills the last batches up, so that all processes have as many."""
-    records.write_lines(tmp_path / "pairs.jsonl", lines)
+    write_lines(tmp_path / "pairs.jsonl", lines)
     p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), methods=["bpo", "sft_matched"],
                 loss=["sigmoid", "sft"], loss_weights=[1.0, 1.0], steps=5)
     alone = train.run(p)
@@ -746,7 +742,7 @@ def test_two_launched_processes_give_the_curves_of_one(parameters, lines, tmp_pa
 
 @pytest.mark.slow
 def test_launched_processes_that_fail_say_why(parameters, lines, tmp_path, outputs):
-    records.write_lines(tmp_path / "pairs.jsonl", lines)
+    write_lines(tmp_path / "pairs.jsonl", lines)
     p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), methods=["bpo"], device_batch=4,
                 launch=TWO)
     with pytest.raises(Refusal, match=r"exit code 1(.|\n)*must be a multiple of device_batch \(4\) "

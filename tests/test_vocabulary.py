@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from bpo import vocabulary
+from bpo.evaluation import words as vocabulary
 from bpo.params import Refusal
 
 COCO = vocabulary.lexicon(vocabulary.read(vocabulary.COCO))

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from bpo.seeds import seed_for
+from bpo.study.seeds import seed_for
 from bpo.tiny.drawing import SIDE
 from bpo.tiny.language import vocabulary
 

@@ -10,7 +10,7 @@ import io
 import random
 from pathlib import Path
 
-from bpo import records
+from bpo.study.files import write_lines, write_whole
 from bpo.tiny.data import KINDS, absent_of_kind, draw_scenes, write_json
 from bpo.tiny.drawing import draw_scene
 from bpo.tiny.language import DESCRIBE, caption, presence_question, scene_facts
@@ -39,7 +39,7 @@ def write_chair(folder: Path, scenes: list[Scene]) -> None:
 
 def write_object_halbench(folder: Path, scenes: list[Scene]) -> None:
     _coco_annotations(folder, scenes)
-    records.write_lines(folder / "obj_halbench_300_with_image.jsonl", (
+    write_lines(folder / "obj_halbench_300_with_image.jsonl", (
         {"image_id": number, "question": DESCRIBE,
          "image": base64.b64encode(_png(scene)).decode()}
         for number, scene in enumerate(scenes, start=1)))
@@ -54,7 +54,7 @@ def write_pope(folder: Path, scenes: list[Scene], rng: random.Random) -> None:
     for kind in KINDS:
         asked = [(number, name, label) for number, scene in enumerate(scenes, start=1)
                  for name, label in _presences(scene, kind, rng)]
-        records.write_lines(folder / f"coco_pope_{kind}.json", (
+        write_lines(folder / f"coco_pope_{kind}.json", (
             {"question_id": k, "image": COCO_NAME.format(number), "text": presence_question(name),
              "label": label} for k, (number, name, label) in enumerate(asked, start=1)))
 
@@ -82,7 +82,7 @@ def write_amber(folder: Path, scenes: list[Scene], rng: random.Random) -> None:
     write_json(folder / "query" / "query_discriminative.json", discriminative)
     write_json(folder / "annotations.json", annotations)
     write_json(folder / "relation.json", {name: [PLURALS[name]] for name in OBJECTS})
-    records.write_whole(folder / "safe_words.txt", "")
+    write_whole(folder / "safe_words.txt", "")
 
 
 def _presences(scene: Scene, kind: str, rng: random.Random) -> list[tuple[str, str]]:
@@ -112,7 +112,7 @@ def _coco_annotations(folder: Path, scenes: list[Scene]) -> None:
         "images": images,
         "annotations": [{"id": k, "image_id": k, "caption": caption(scene_facts(scene))}
                         for k, scene in enumerate(scenes, start=1)]})
-    records.write_whole(folder / "synonyms.txt", "".join(
+    write_whole(folder / "synonyms.txt", "".join(
         f"{name}, {PLURALS[name]}\n" for name in OBJECTS))
 
 

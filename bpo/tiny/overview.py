@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from bpo import hallucination
+from bpo.evaluation import hallucination
+from bpo.evaluation.words import lexicon
 from bpo.tiny.data import image_name, vocabulary_truth
 from bpo.tiny.drawing import scene_array
 from bpo.tiny.language import DESCRIBE, parse_caption, scene_facts
 from bpo.tiny.model import image_prompt, pixel_values
 from bpo.tiny.world import Scene, statistics
-from bpo.vocabulary import lexicon
 
 BATCH = 100
 EXAMPLES = 4  # pictures shown of each split

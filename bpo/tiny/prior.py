@@ -25,8 +25,11 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bpo import metrics, probe, records, results, runs, seeds
+from bpo.evaluation import metrics, probe, results
 from bpo.params import NoiseProbability, PriorOrigin
+from bpo.study import seeds
+from bpo.study import stage as stages
+from bpo.study.files import read_lines, to_json, write_whole
 from bpo.tiny import build, data, language, model, overview, world
 
 MEASURES = ("clean", "rise")
@@ -34,9 +37,9 @@ ALL = "all"  # averaged over the other factor's levels
 CHANCE = 1 / len(world.COLOURS)
 
 
-def run(p: PriorOrigin) -> runs.Result:
+def run(p: PriorOrigin) -> stages.Result:
     """The stage of notebook 6: worlds/SEED-TEXT-IMAGES.json."""
-    return runs.stage(p, lambda folder: _work(p, folder), inputs={})
+    return stages.stage(p, lambda folder: _work(p, folder), inputs={})
 
 
 def _work(p: PriorOrigin, folder: Path) -> dict[str, Any]:
@@ -133,7 +136,7 @@ def _one_seed(p: PriorOrigin, folder: Path, seed: int) -> None:
                 mixed_rate=s["mixed_rate"], seed=seed)
             found = {"seed": seed, "text": text, "images": key[2], "tower": tower,
                      "text_model": read, **_asked(p, multimodal, processor, scenes, seed)}
-            records.write_whole(_file(folder, *key), records.to_json(found) + "\n")
+            write_whole(_file(folder, *key), to_json(found) + "\n")
 
 
 def _asked(p: PriorOrigin, multimodal, processor, scenes: list, seed: int) -> dict[str, list]:
@@ -152,7 +155,7 @@ def _asked(p: PriorOrigin, multimodal, processor, scenes: list, seed: int) -> di
             seed=seed, model=str(place / "model"), rows=0, noise_steps=p.noise_steps,
             data=str(place / "counterfactual" / "rows.json"), draws=p.draws, sampled_answers=1),
             place / "probe")
-        lines = records.read_lines(place / "probe" / "looks.jsonl")
+        lines = read_lines(place / "probe" / "looks.jsonl")
     captions = overview.captions(multimodal, processor, scenes)
     return {
         "looks": [{"image": x["image"], "step": x["step"], "draw": x["draw"],

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from bpo import report
 from bpo.params import PriorOrigin
+from bpo.study import text as texts
 from bpo.tiny import prior
 
 FACTORS = {"text": "text", "images": "alignment images"}
@@ -46,7 +46,7 @@ def told(change: dict[str, Any]) -> str:
     seed its value with its interval."""
     if len(change["seeds"]) == 1:
         only = change["seeds"][0]
-        return report.estimate(only["value"], only["low"], only["high"], sign="+")
+        return texts.estimate(only["value"], only["low"], only["high"], sign="+")
     each = ", ".join(f"{s['value']:+.3f}" for s in change["seeds"])
     return f"{change['mean']:+.3f} ({each})"
 
@@ -59,7 +59,7 @@ def effect_rows(found: dict[str, Any], p: PriorOrigin, factor: str) -> list[dict
         for at in (*prior.ordered(beside), prior.ALL):
             change = effect(found, factor, name, at)
             rows.append({"of": label, other: at, "mean": f"{change['mean']:+.3f}"} | {
-                f"seed {s['seed']}": report.estimate(s["value"], s["low"], s["high"], 2, "+")
+                f"seed {s['seed']}": texts.estimate(s["value"], s["low"], s["high"], 2, "+")
                 for s in change["seeds"]} | {f"biased {factor}": verdict(change)})
     return rows
 

@@ -4,29 +4,31 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bpo import records, results, runs
+from bpo.evaluation import results
 from bpo.params import TinyWorld
+from bpo.study import stage as stages
+from bpo.study.files import to_json, write_whole
 from bpo.tiny import build
 
 SHARES = {"text": "text", "alignment": "alignment images",
           "counterfactual": "counterfactual images"}
 
 
-def run(p: TinyWorld) -> runs.Result:
+def run(p: TinyWorld) -> stages.Result:
     """The stage of notebook 0: model/, language_model/, prompts/ and a folder for each data set."""
-    return runs.stage(p, lambda folder: _work(p, folder), inputs={})
+    return stages.stage(p, lambda folder: _work(p, folder), inputs={})
 
 
 def _work(p: TinyWorld, folder: Path) -> dict[str, Any]:
     metrics = build.build(folder, **p.shaping())
-    records.write_whole(folder / runs.TIMINGS, records.to_json(metrics.pop("seconds")))
+    write_whole(folder / stages.TIMINGS, to_json(metrics.pop("seconds")))
     results.write(folder, [
         results.Result(split, "base model", "base", "", metric, results.Estimate(value))
         for split, measured in metrics["base"].items() for metric, value in measured.items()])
     return metrics
 
 
-def shown(result: runs.Result) -> dict[str, Any]:
+def shown(result: stages.Result) -> dict[str, Any]:
     """What the notebook shows of the world, as `build` wrote it."""
     return json.loads((result.folder / "overview.json").read_text(encoding="utf-8"))
 
@@ -40,7 +42,7 @@ def share_rows(seen: dict[str, Any], share: str) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def samples(result: runs.Result, split: str, count: int) -> list[dict[str, Any]]:
+def samples(result: stages.Result, split: str, count: int) -> list[dict[str, Any]]:
     """The first images of a split with their questions and annotated answers, as cards."""
     return [{"image": result.folder / e["image"],
              "lines": [f"{r['question']} → {r['answer']}" for r in e["rows"]]}

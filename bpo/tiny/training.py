@@ -11,7 +11,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
-from bpo.seeds import seed_for, torch_generator
+from bpo.study.seeds import seed_for, torch_generator
 from bpo.tiny.drawing import scene_array
 from bpo.tiny.model import IMAGE_TOKEN, IMAGE_TOKENS, pixel_values
 from bpo.tiny.world import CELLS, COLOURS, OBJECTS, python_generator, uniform_scene

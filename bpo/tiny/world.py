@@ -7,7 +7,7 @@ its typical colour, and how often an object's partner is in the scene as well.
 import random
 from dataclasses import dataclass
 
-from bpo.seeds import seed_for
+from bpo.study.seeds import seed_for
 
 TYPICAL = {
     "cup": "blue",

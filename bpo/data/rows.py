@@ -1,0 +1,251 @@
+"""Readers of the data that users hold: annotated rows, or why a row cannot be used.
+
+Rows are streamed from any layout and file that `layouts` and `entries` know; one bad row never
+stops a run, it is counted by its reason. Lists are for held-out sets; data of any size: `stock`.
+"""
+
+import itertools
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bpo.data import files as entries
+from bpo.data import images, layouts
+from bpo.params import Refusal
+from bpo.study.seeds import seed_for
+
+_PEEK = 100  # entries in which a layout must show itself: the first ones may be bad rows
+_NAMED = 12  # fields of an unknown layout that a message names
+
+
+@dataclass(frozen=True)
+class Row:
+    """One annotated answer.
+
+    prompt: messages {"role", "content": text} that end with the user's question.
+    image: the image's file.  image_name: its path as the data set wrote it.
+    category: what the truth file says, else "presence" for yes/no answers, "caption" for answers of
+    20 words or more, "question" for the rest.
+    given: rejected answers that the data set itself brings.
+    """
+
+    id: str
+    image: Path
+    image_name: str
+    prompt: tuple[dict[str, str], ...]
+    answer: str
+    category: str
+    given: tuple[str, ...] = ()
+
+    @property
+    def question(self) -> str:
+        return self.prompt[-1]["content"]
+
+    def line(self) -> dict[str, Any]:
+        """The row as a line of rows.jsonl; its image by name."""
+        out = {"id": self.id, "image": self.image_name, "category": self.category,
+               "prompt": list(self.prompt), "answer": self.answer}
+        return out | {"given": list(self.given)} if self.given else out
+
+    @classmethod
+    def from_line(cls, line: dict[str, Any], root: Path) -> "Row":
+        """The row of a line of rows.jsonl; root: the folder that image names start from."""
+        return cls(line["id"], root / line["image"], line["image"], tuple(line["prompt"]),
+                   line["answer"], line["category"], tuple(line.get("given", ())))
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that cannot be used: where it stands ("rows.json, row 17", counted from 1) and why."""
+
+    id: str
+    where: str
+    reason: str
+
+
+def guess_category(answer: str) -> str:
+    """The category of a row that no truth file describes, from its annotated answer."""
+    words = answer.lower().split()
+    if words and words[0].strip(".,!") in ("yes", "no"):
+        return "presence"
+    return "caption" if len(words) >= 20 else "question"
+
+
+def truth_file(data: Path) -> Path | None:
+    """truth.json beside a data file or in a data folder, if it is there."""
+    file = (data if data.is_dir() else data.parent) / "truth.json"
+    return file if file.is_file() else None
+
+
+def read_truth(data: Path) -> dict[str, Any]:
+    """What truth.json says: {vocabulary, images, rows}; empty where there is none."""
+    file = truth_file(data)
+    truth = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    return {part: truth.get(part, {}) for part in ("vocabulary", "images", "rows")}
+
+
+def draw_rows(rows: Sequence[Row], count: int, seed: int, *, purpose: str) -> list[Row]:
+    """`count` of the rows in their own order, chosen by a hash of seed and id; 0 means all.
+
+    The choice does not depend on which other rows are there or in which order.
+    """
+    if not count or count >= len(rows):
+        return list(rows)
+    chosen = sorted(rows, key=lambda r: seed_for(seed, purpose, r.id))[:count]
+    keep = {r.id for r in chosen}
+    return [r for r in rows if r.id in keep]
+
+
+class Digests:
+    """A set of texts that holds 8 bytes of each, in a table of 16 to 32 bytes a text.
+
+    Of a million texts, two different ones are taken for the same with a chance of about 5
+    in 10^8.
+    """
+
+    def __init__(self) -> None:
+        self._table, self._count = array("Q", bytes(8 * 1024)), 0
+
+    def add(self, *text: object) -> bool:
+        """Adds a text; False if it was there."""
+        if 2 * self._count >= len(self._table):
+            old, self._table = self._table, array("Q", bytes(16 * len(self._table)))
+            for digest in filter(None, old):
+                self._table[self._place(digest)] = digest
+        digest = seed_for(0, *text) or 1  # 0 marks an empty place
+        place = self._place(digest)
+        if self._table[place]:
+            return False
+        self._table[place] = digest
+        self._count += 1
+        return True
+
+    def _place(self, digest: int) -> int:
+        """Where a digest stands, or the empty place where it would."""
+        last = len(self._table) - 1  # sizes are powers of two
+        place = digest & last
+        while self._table[place] and self._table[place] != digest:
+            place = place + 1 & last
+        return place
+
+
+def layout(data: Path) -> str:
+    """The name of the data's layout, told from its first entries; raises Refusal with what was
+    seen."""
+    first = [e for _, e in itertools.islice(entries.read(data, entries.home(data)), _PEEK)]
+    found = next(filter(None, map(layouts.detect, first)), None)
+    if found:
+        return found
+    names = entries.columns(data) or next((list(e) for e in first if isinstance(e, Mapping)), [])
+    if len(names) > _NAMED:
+        names = [*names[:_NAMED], "..."]
+    seen = f"its entries have the fields {', '.join(names)}" if names else (
+        "its entries have no named fields" if first else "it holds no entry")
+    raise Refusal(f"{data}: {seen}; what can be read is " + "; ".join(
+        f"{n} {{{x.shape}}}" for n, x in layouts.LAYOUTS.items()))
+
+
+def image_root(data: Path, image_folder: Path | None) -> Path:
+    """The folder that image names start from: `image_folder`, else the data's own, resolved."""
+    if not data.exists():
+        raise Refusal(f"{data}: there is no such data file")
+    root = image_folder.resolve() if image_folder else entries.home(data)
+    if not root.is_dir():
+        raise Refusal(f"{root}: there is no such folder of images")
+    return root
+
+
+def stream(data: Path, image_folder: Path | None = None) -> Iterator[Row | Rejected]:
+    """The rows of a data file or folder in their order, and those that cannot be used.
+
+    Images are looked up, not opened. A repeated row is rejected; an id that other rows have already
+    gets ~2, ~3, ... behind it. Memory: some 50 bytes a row, to know the ids and rows seen.
+    Raises Refusal when the data is missing, of no known layout, or breaks off.
+    """
+    return (row for _, row in located(data, image_root(data, image_folder)))
+
+
+def located(data: Path, root: Path) -> Iterator[tuple[str, Row | Rejected]]:
+    """`stream` with where each row stands; root: as `image_root` gives it."""
+    form = layouts.LAYOUTS[layout(data)]
+    truth = read_truth(data)["rows"]
+    seen = Digests()
+    for number, (where, entry) in enumerate(entries.read(data, root)):
+        entry = form.plain(entry) if isinstance(entry, Mapping) else entry
+        base = layouts.entry_id(entry, number)
+        try:
+            if not isinstance(entry, Mapping):
+                raise layouts.Unusable("not a row")
+            name = layouts.image_name(entry)
+            answered, file = form.read(entry, base), images.place(root, name)
+            if file is None:
+                raise layouts.Unusable("image path leaves the image folder")
+            if not images.exists(file):
+                raise layouts.Unusable("image file is missing")
+        except layouts.Unusable as reason:
+            yield where, Rejected(base, where, str(reason))
+            continue
+        for one in answered:
+            if not one.answer:
+                yield where, Rejected(one.id, where, "empty answer")
+            elif not seen.add("row", one.id, name, one.prompt, one.answer):
+                yield where, Rejected(one.id, where, "duplicate id")
+            else:
+                category = (truth.get(one.id, {}).get("category")
+                            or guess_category(one.answer))
+                yield where, Row(_unused(one.id, seen), file, name, one.prompt, one.answer,
+                                 category, one.given)
+
+
+def _unused(row_id: str, seen: Digests) -> str:
+    """The id, or with ~2, ~3, ... behind it: published sets give several questions about an image
+    its one id, and none of them is to be lost."""
+    if seen.add("id", row_id):
+        return row_id
+    return next(one for n in itertools.count(2) if seen.add("id", one := f"{row_id}~{n}"))
+
+
+def list_rows(data: Path, image_folder: Path | None = None) -> tuple[list[Row], Counter]:
+    """The rows of a data set that fits in memory, images not opened yet, and why others were
+    skipped; raises Refusal when none can be used."""
+    rows, skipped = [], Counter()
+    for row in stream(data, image_folder):
+        if isinstance(row, Row):
+            rows.append(row)
+        else:
+            skipped[row.reason] += 1
+    return _some(data, rows, skipped)
+
+
+def open_images(rows: Sequence[Row]) -> tuple[list[Row], Counter]:
+    """The rows whose image can be used, and why others cannot."""
+    found = list(zip(rows, images.problems(row.image for row in rows), strict=True))
+    return ([row for row, problem in found if not problem],
+            Counter(problem for _, problem in found if problem))
+
+
+def read_rows(data: Path, image_folder: Path | None = None, *, count: int = 0, seed: int = 0,
+              purpose: str = "") -> tuple[list[Row], Counter]:
+    """`count` rows drawn as `records.draw_rows` does (0: all), and why others were skipped.
+
+    Only the images of drawn rows are opened; a bad one makes the rows fewer. Raises Refusal when
+    no row can be used.
+    """
+    rows, skipped = list_rows(data, image_folder)
+    rows, bad = open_images(draw_rows(rows, count, seed, purpose=purpose))
+    return _some(data, rows, skipped + bad)
+
+
+def _some(data: Path, rows: list[Row], skipped: Counter) -> tuple[list[Row], Counter]:
+    if not rows:
+        raise Refusal(f"{data}: none of its {skipped.total()} rows can be used: {told(skipped)}")
+    return rows, skipped
+
+
+def told(reasons: Counter) -> str:
+    """How many for which reason, in words."""
+    return ", ".join(f"{n} {r}" for r, n in reasons.most_common())

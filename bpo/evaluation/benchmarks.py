@@ -1,0 +1,230 @@
+"""Notebook 5's work: the field's benchmarks from their official files, put to the model before and
+after each method and scored by their rules or by a judge; and what an answer owes to its image.
+
+What each benchmark is, is in `official` (scored by rules) and `judged` (scored by a judge). A
+judge's replies are kept beside the studies, so that no reply is paid for twice.
+"""
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bpo import params
+from bpo.data import rows as data_rows
+from bpo.evaluation import comparison, diagnostics, judged, metrics, official, results
+from bpo.evaluation.judged import Judged, JudgedQuestion
+from bpo.evaluation.official import Benchmark, Question
+from bpo.evaluation.results import Result
+from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding, generate, logprobs
+from bpo.models.checkpoint import Checkpoint
+from bpo.models.endpoint import Endpoint
+from bpo.models.generate import Request
+from bpo.params import Benchmarks
+from bpo.study import seeds, shards
+from bpo.study import stage as stages
+from bpo.study.files import read_lines
+
+PROBED = "probed.jsonl"
+REPLIES = "judge_replies"  # the folder of them, beside the studies
+
+# metric of P(yes) -> (category, whether more is better)
+CALIBRATION = {"brier": ("calibration", False), "ece": ("calibration", False),
+               "mean_p_yes": ("calibration", None)}
+
+
+def run(p: Benchmarks) -> stages.Result:
+    """The stage of notebook 5: answers-<benchmark>.jsonl, a line a question with all answers, and
+    probed.jsonl, the annotated answers weighed with other images."""
+    inputs = {"model": p.path(p.model), "adapters": p.path(p.adapters)}
+    for name, benchmark in chosen(p).items():
+        folder = p.path(p.folders[name])
+        if stages.owning_stage(folder) is None:  # else the stage tells better what is missing
+            official.require(benchmark, folder)
+        files = {**benchmark.files, **{o: o for o in official.OPTIONAL if (folder / o).is_file()}}
+        inputs |= {f"{name} {role}": folder / file for role, file in files.items()}
+        if p.judge and isinstance(benchmark, Judged):
+            inputs[f"{name} judge's prompt"] = benchmark.template
+    if p.probe_data:
+        inputs["probe data"] = p.path(p.probe_data)
+    return stages.stage(p, lambda folder: _work(p, folder), inputs=inputs)
+
+
+def chosen(p: Benchmarks) -> dict[str, Benchmark | Judged]:
+    """The benchmarks of a study by name, those that rules score first."""
+    known = {**official.BENCHMARKS, **judged.JUDGED}
+    return {n: known[n] for n in params.BENCHMARKS if n in p.folders}
+
+
+def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
+    checkpoint, methods = comparison.load_methods(p)
+    found: dict[str, Any] = {"methods": methods, "benchmarks": {}, "differences": {},
+                             "settings": {}}
+    lines: dict[str, list[dict]] = {}
+    for name, benchmark in chosen(p).items():
+        loaded = benchmark.load(p.path(p.folders[name]))
+        questions = _drawn(p, name, loaded if isinstance(benchmark, Judged) else loaded.questions)
+        lines[name] = _answers(p, folder, checkpoint, methods, benchmark, questions)
+        found["settings"][name] = {
+            "questions": len(questions), "images": len({q.image for q in questions}),
+            "max_new_tokens": p.max_new_tokens, "temperature": p.temperature, "top_p": p.top_p}
+        if not isinstance(benchmark, Judged):
+            counted = {m: [(q.image, loaded.counts(q, line["answers"][m]))
+                           for q, line in zip(questions, lines[name], strict=True)]
+                       for m in methods}
+        elif p.judge:
+            counted, found["settings"][name]["judge"] = _judged(
+                p, benchmark, questions, lines[name], methods)
+        else:
+            continue
+        found["benchmarks"][name], found["differences"][name] = comparison.scored(
+            counted, benchmark.metrics, seed=p.seed, resamples=p.resamples, made=benchmark.made)
+    found |= _calibrated(p, lines, methods) | _probed(p, folder, checkpoint, methods)
+    results.write(folder, tidy(found))
+    return found
+
+
+def tidy(found: Mapping[str, Any]) -> list[Result]:
+    """Everything measured as results; a metric of questions of one kind alone, such as
+    accuracy_random, has the category "kind"."""
+    known = {**official.BENCHMARKS, **judged.JUDGED}
+    out = []
+    for name, values in found["benchmarks"].items():
+        whole = known[name].metrics
+        directions = {n: ("kind" if n.rpartition("_")[0] in whole else "all", m.more)
+                      for n, m in known[name].all_metrics.items()}
+        out += results.compared(name, values, found["differences"][name], directions)
+    for name, both in found["calibration"].items():
+        out += results.compared(name, both["values"], both["differences"], CALIBRATION)
+    for category, both in found["image"].items():
+        gains = {n: (category, more) for n, (_, more) in diagnostics.GAINS.items()}
+        out += results.compared("image", both["values"], both["differences"], gains)
+    return out
+
+
+def _drawn(p: Benchmarks, name: str, questions: Sequence[Question]) -> list[Question]:
+    """`questions` of them, chosen by a hash of seed and id, in their own order; 0: all."""
+    return data_rows.draw_rows(questions, p.questions, p.seed, purpose=f"{name} questions")
+
+
+def _answers(p: Benchmarks, folder: Path, checkpoint: Checkpoint, methods: Sequence[str],
+             benchmark: Benchmark | Judged, questions: Sequence[Question]) -> list[dict]:
+    """answers-<benchmark>.jsonl: a line a question, {id, image, kind, label, question, answers,
+    p_yes}, the last two by method; p_yes is P(yes) among yes and no, for yes/no questions."""
+    images = p.path(p.folders[benchmark.name]) / benchmark.images
+    asked = {q.id: q for q in questions}
+    requests = [Request(q.id, ({"role": "user", "content": q.text},), images / q.image)
+                for q in questions]
+    return shards.run_on(folder / f"answers-{benchmark.name}.jsonl", requests, p.batch_size,
+                         functools.partial(_ask, p, checkpoint, methods, asked),
+                         label=f"{benchmark.title} questions")
+
+
+@torch.no_grad()
+def _ask(p: Benchmarks, checkpoint: Checkpoint, methods: Sequence[str],
+         asked: Mapping[str, Question], batch: Sequence[Request]) -> list[dict]:
+    """One line a question; the images are prepared once for all methods."""
+    questions = [asked[r.id] for r in batch]
+    inputs = generate.encode_batch(checkpoint, batch)
+    weighed = [k for k, q in enumerate(questions)
+               if q.label in ("yes", "no") and not isinstance(q, JudgedQuestion)]
+    chances = inputs if len(weighed) == len(batch) else generate.encode_batch(
+        checkpoint, [batch[k] for k in weighed]) if weighed else {}
+    tokens = [[encoding.answer_tokens(checkpoint, batch[k].messages, text) for text in p.yes_no]
+              for k in weighed]
+    lines = [{"id": q.id, "image": q.image, "kind": q.kind, "label": q.label, "question": q.text,
+              "answers": {}, "p_yes": {}} for q in questions]
+    for method in methods:
+        with checkpoints.using(checkpoint, method):
+            texts = generate.sample_answers(
+                checkpoint, batch, inputs, None, seed=p.seed, purpose="benchmark answers",
+                temperature=p.temperature, top_p=p.top_p, samples=1,
+                max_new_tokens=p.max_new_tokens)
+            # Two answers of a token or two: a pass each costs little and is right for all models.
+            rows = logprobs.weigh_unpacked(checkpoint, chances, tokens) if weighed else []
+        for line, [text] in zip(lines, texts, strict=True):
+            line["answers"][method] = text
+        for k, row in zip(weighed, rows, strict=True):
+            share = diagnostics.yes_share([w.logprobs.sum().item() for w in row])
+            lines[k]["p_yes"][method] = round(share, 6)
+    return lines
+
+
+def _judged(p: Benchmarks, benchmark: Judged, questions: Sequence[Question],
+            lines: Sequence[Mapping[str, Any]], methods: Sequence[str]
+            ) -> tuple[dict[str, list], dict[str, Any]]:
+    """What each answer counts by the judge's scores, as `held_out.scored` takes it, and what
+    stands beside the numbers."""
+    endpoint = Endpoint(p.judge, p.judge_model, p.judge_key_variable, p.judge_requests,
+                        p.judge_retries, p.judge_timeout)
+    settings = {"temperature": p.judge_temperature, "repeats": p.judge_repeats,
+                "attempts": p.judge_attempts}
+    prompts = [benchmark.prompt(q, line["answers"][m]) for m in methods
+               for q, line in zip(questions, lines, strict=True)]
+    scores = iter(judged.ask(endpoint, params.outputs_root() / REPLIES, benchmark, prompts,
+                             **settings))
+    counted = {m: [(q.image, benchmark.counts(q, next(scores))) for q in questions]
+               for m in methods}
+    return counted, {
+        "judge": endpoint.model, "prompt": benchmark.template.name,
+        "prompt_sha256": hashlib.sha256(benchmark.template.read_bytes()).hexdigest(), **settings,
+        "max_new_tokens": benchmark.reply_tokens, "top_p": judged.TOP_P}
+
+
+def _calibrated(p: Benchmarks, lines: Mapping[str, Sequence[dict]], methods: Sequence[str]
+                ) -> dict[str, Any]:
+    """Of every benchmark with yes/no questions: Brier score and mean P(yes), their differences, and
+    expected calibration error with its bins."""
+    out: dict[str, Any] = {}
+    for name, mine in lines.items():
+        asked = [line for line in mine if line["p_yes"]]
+        if not asked:
+            continue
+        values, differences = comparison.scored(
+            {m: [(x["image"], diagnostics.yes_no_counts(x["p_yes"][m], x["label"] == "yes"))
+                 for x in asked] for m in methods},
+            ("brier", "mean_p_yes"), seed=p.seed, resamples=p.resamples)
+        images = len({x["image"] for x in asked})
+        weights = metrics.bootstrap_weights(images, p.resamples, seeds.numpy_generator(
+            p.seed, "comparison interval"))
+        for m in methods:
+            values[m] |= diagnostics.calibration(
+                [(x["image"], x["p_yes"][m], x["label"] == "yes") for x in asked], weights)
+        out[name] = {"values": values, "differences": differences}
+    return {"calibration": out}
+
+
+def _probed(p: Benchmarks, folder: Path, checkpoint: Checkpoint, methods: Sequence[str]
+            ) -> dict[str, Any]:
+    """How much the annotated answers owe to their image, by category of question."""
+    if not p.probe_data:
+        return {"image": {}}
+    rows, _ = data_rows.read_rows(p.path(p.probe_data), p.optional_path(p.probe_image_folder),
+                                count=p.probe_rows, seed=p.seed, purpose="probed rows")
+    work = functools.partial(diagnostics.weigh, checkpoint, methods, {r.id: r for r in rows},
+                             step=p.probe_step, seed=p.seed)
+    lines = shards.run_on(folder / PROBED, diagnostics.requests(rows, seed=p.seed), p.batch_size,
+                          work, label="answers weighed")
+    out = {}
+    for category in dict.fromkeys(line["category"] for line in lines):
+        mine = [line for line in lines if line["category"] == category]
+        values, differences = comparison.scored(
+            {m: [(x["image"], diagnostics.gains(x, m)) for x in mine] for m in methods},
+            diagnostics.GAINS, seed=p.seed, resamples=p.resamples)
+        out[category] = {"values": values, "differences": differences}
+    return {"image": out}
+
+
+def answers(result: stages.Result, name: str) -> list[dict[str, Any]]:
+    """The lines of a benchmark's answers of a finished stage."""
+    return read_lines(result.folder / f"answers-{name}.jsonl")
+
+
+def probed(result: stages.Result) -> list[dict[str, Any]]:
+    """The lines of the weighed answers of a finished stage; none without probe_data."""
+    file = result.folder / PROBED
+    return read_lines(file) if file.is_file() else []

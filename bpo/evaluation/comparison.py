@@ -1,0 +1,264 @@
+"""Notebook 4's work: the same held-out questions put to the model before and after each method.
+
+Answers are greedy. Where a truth file lies beside the data, captions are scored for hallucinated
+objects, colour questions for the true and the prior's answer, presence questions as POPE does.
+Without one, only what needs no truth is measured: length, and how many answers changed.
+"""
+
+import functools
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from bpo.data import rows as data_rows
+from bpo.data.rows import Row
+from bpo.evaluation import hallucination, metrics, results
+from bpo.evaluation import words as vocabulary
+from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding, generate, logprobs
+from bpo.models.checkpoint import Checkpoint
+from bpo.models.generate import Request
+from bpo.params import QualitativeComparison, Refusal
+from bpo.study import seeds, shards
+from bpo.study import stage as stages
+
+# name: (label, category of question, whether more is better; None: neither)
+METRICS = {
+    "chair_s": ("CHAIRs", "caption", False), "chair_i": ("CHAIRi", "caption", False),
+    "cover": ("cover", "caption", True), "objects": ("objects a caption", "caption", None),
+    "words": ("words a caption", "caption", None),
+    "colour_accuracy": ("colour accuracy", "attribute", True),
+    "p_true": ("P(true answer)", "attribute", True),
+    "p_prior": ("P(prior's answer)", "attribute", False),
+    "prior_rate": ("prior's answers given", "attribute", False),
+    "pope_random": ("POPE random", "presence", True),
+    "pope_popular": ("POPE popular", "presence", True),
+    "pope_adversarial": ("POPE adversarial", "presence", True),
+    "yes_rate": ("yes answers", "presence", None),
+    "answer_words": ("words an answer", "any", None),
+    "changed": ("answers that differ from base", "any", None),
+}
+# What a method is compared with, where it was trained.
+BASELINES = ("base", "sft", "sft_matched", "sft_compute", "bpo_unselected", "bpo_noisy")
+
+
+def run(p: QualitativeComparison) -> stages.Result:
+    """The stage of notebook 4: answers-<split>.jsonl, a line a question with all answers."""
+    inputs = {"model": p.path(p.model), "adapters": p.path(p.adapters)}
+    for split, data in p.splits.items():
+        inputs[split] = p.path(data)
+        if truth := data_rows.truth_file(inputs[split]):
+            inputs[f"{split} truth"] = truth
+    return stages.stage(p, lambda folder: _work(p, folder), inputs=inputs)
+
+
+def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
+    checkpoint, methods = load_methods(p)
+    out: dict[str, Any] = {}
+    contrasts: dict[str, Any] = {}
+    gained: dict[str, Any] = {}
+    for split in p.splits:
+        rows, truth = read_split(p, split)
+        asked = {r.id: r for r in rows}
+        requests = [Request(r.id, r.prompt, r.image, len(r.answer.split())) for r in rows]
+        score_answers = _scorer(checkpoint, requests, truth)
+        lines = shards.run_on(
+            folder / f"answers-{split}.jsonl", requests, p.batch_size,
+            functools.partial(_ask, p, checkpoint, methods, asked, truth, score_answers),
+            label=f"{split} questions")
+        out[split], contrasts[split] = score(lines, truth, methods, seed=p.seed,
+                                             resamples=p.resamples)
+        gained[split] = wins(lines, truth, methods[1:], seed=p.seed, resamples=p.resamples)
+    directions = {name: (category, more) for name, (_, category, more) in METRICS.items()}
+    table = [r for split in out for r in results.compared(split, out[split], contrasts[split],
+                                                          directions)]
+    results.write(folder, table + [
+        results.Result(split, "any", m, "base", "wins", results.Estimate(**e, more_is_better=True))
+        for split, of_split in gained.items() for m, e in of_split.items()])
+    return {**out, "differences": contrasts}
+
+
+def read_split(p: QualitativeComparison, split: str) -> tuple[list[Row], dict[str, Any]]:
+    data = p.path(p.splits[split])
+    rows, _ = data_rows.read_rows(data, p.optional_path(p.image_folder), count=p.rows, seed=p.seed,
+                                purpose=f"{split} rows")
+    return rows, data_rows.read_truth(data)
+
+
+def load_methods(p: QualitativeComparison) -> tuple[Checkpoint, list[str]]:
+    """The base model with one named adapter a method, and the names, "base" first.
+
+    Methods come in the order in which notebook 3 trained them; raises Refusal if there is none.
+    """
+    adapters = p.path(p.adapters)
+    names = [f.parent.parent.name for f in sorted(adapters.glob("*/adapter/adapter_config.json"))]
+    if not names:
+        raise Refusal(f"{adapters}: there are no adapters (METHOD/adapter/adapter_config.json); "
+                      "notebook 3_dpo_training writes them")
+    manifest = adapters / stages.MANIFEST
+    if manifest.is_file():
+        order = list(json.loads(manifest.read_text())["metrics"]["methods"])
+        names.sort(key=lambda n: order.index(n) if n in order else len(order))
+    base = checkpoints.load(p.path(p.model), precision=p.precision, transform=p.image_transform)
+    tuned = checkpoints.load_adapters(base, {n: adapters / n / "adapter" for n in names})
+    return tuned, ["base", *names]
+
+
+def _chances(checkpoint: Checkpoint, batch: Sequence[Request], truth: dict[str, Any]
+             ) -> tuple[list[int], dict[str, torch.Tensor], list[list[list[int]]]]:
+    """Which requests of a batch have a true answer and a rival to weigh, their prompts, and the
+    token ids of the true answers and then the rivals of each."""
+    known = truth["rows"]
+    probed = [i for i, r in enumerate(batch) if _rivals(known.get(r.id))]
+    inputs = generate.encode_batch(checkpoint, [batch[i] for i in probed]) if probed else {}
+    tokens = [[encoding.answer_tokens(checkpoint, batch[i].messages, text)
+               for text in [*known[batch[i].id]["true"], *_rivals(known[batch[i].id])]]
+              for i in probed]
+    return probed, inputs, tokens
+
+
+@torch.no_grad()
+def _scorer(checkpoint: Checkpoint, requests: Sequence[Request], truth: dict[str, Any]
+            ) -> logprobs.Scorer:
+    sample = [r for r in requests if _rivals(truth["rows"].get(r.id))][:4]
+    if not sample:
+        return logprobs.weigh
+    _, inputs, tokens = _chances(checkpoint, sample, truth)
+    return logprobs.choose(checkpoint, inputs, tokens)
+
+
+@torch.no_grad()
+def _ask(p: QualitativeComparison, checkpoint: Checkpoint, methods: Sequence[str],
+         rows: dict[str, Row], truth: dict[str, Any], score_answers: logprobs.Scorer,
+         batch: Sequence[Request]) -> list[dict]:
+    """One line a question with each method's answer, and where truth and prior differ their
+    probabilities. The images are prepared once for all methods."""
+    inputs = generate.encode_batch(checkpoint, batch)
+    probed, chances, tokens = _chances(checkpoint, batch, truth)
+    lines = [{"id": r.id, "image": rows[r.id].image_name, "category": rows[r.id].category,
+              "question": rows[r.id].question, "annotated": rows[r.id].answer,
+              "answers": {}, "p_true": {}, "p_prior": {}} for r in batch]
+    for method in methods:
+        with checkpoints.using(checkpoint, method):
+            texts = generate.decode(checkpoint, inputs, max_new_tokens=p.max_new_tokens)
+            weighed = score_answers(checkpoint, chances, tokens) if probed else []
+        for line, text in zip(lines, texts, strict=True):
+            line["answers"][method] = text
+        for i, row in zip(probed, weighed, strict=True):
+            true = len(truth["rows"][batch[i].id]["true"])
+            values = [w.logprobs.sum().exp().item() for w in row]
+            lines[i]["p_true"][method] = round(sum(values[:true]), 6)
+            lines[i]["p_prior"][method] = round(sum(values[true:]), 6)
+    return lines
+
+
+def _rivals(known: dict[str, Any] | None) -> list[str]:
+    """The prior's answers to a colour question that are not also true."""
+    if known is None or known["category"] != "attribute":
+        return []
+    return [a for a in known["prior"] if a not in known["true"]]
+
+
+def counts(line: dict, method: str, truth: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """What one answer adds to each metric, as (counted, out of)."""
+    text = line["answers"][method]
+    known = truth["rows"].get(line["id"])
+    out: dict[str, tuple[float, float]] = {
+        "answer_words": (len(metrics.words(text)), 1),
+        "changed": (float(metrics.normalised(text)
+                          != metrics.normalised(line["answers"]["base"])), 1)}
+    if known is None:
+        return out
+    if known["category"] == "caption":
+        present = {o["name"] for o in truth["images"][line["image"]]["objects"]}
+        lexicon = vocabulary.lexicon(truth["vocabulary"]["objects"])
+        return out | hallucination.chair(text, present, lexicon)
+    right = metrics.normalised(text) in map(metrics.normalised, known["true"])
+    if known["category"] == "attribute":
+        out["colour_accuracy"] = (float(right), 1)
+        if method in line["p_true"]:
+            priors = map(metrics.normalised, _rivals(known))
+            out["prior_rate"] = (float(metrics.normalised(text) in priors), 1)
+            out["p_true"] = (line["p_true"][method], 1)
+            out["p_prior"] = (line["p_prior"][method], 1)
+    if known["category"] == "presence":
+        said = hallucination.yes_or_no(text)
+        out["yes_rate"] = (float(said == "yes"), 1)
+        if known["kind"]:
+            out[f"pope_{known['kind']}"] = (float(said == known["true"][0]), 1)
+    return out
+
+
+def quality(line: dict, method: str, truth: dict[str, Any]) -> float | None:
+    """How good one answer is, for finding wins and losses; None where nothing is known.
+
+    A right answer is 1, a wrong one 0; a caption loses 1 for each wrong object word and gains the
+    share of the image's objects that it names.
+    """
+    known = truth["rows"].get(line["id"])
+    if known is None:
+        return None
+    added = counts(line, method, truth)
+    if known["category"] == "caption":
+        return added["cover"][0] / max(added["cover"][1], 1) - added["chair_i"][0]
+    if known["category"] == "presence":
+        said = hallucination.yes_or_no(line["answers"][method])
+        return float(said == known["true"][0])
+    return added["colour_accuracy"][0]
+
+
+def wins(lines: Sequence[dict], truth: dict[str, Any], methods: Sequence[str], *, seed: int,
+         resamples: int) -> dict[str, dict[str, Any]]:
+    """method -> {value, low, high, n, p}: the share of questions that it answers better than the
+    base, as `quality` weighs them, less the share that it answers worse; bootstrap over images.
+    Empty where nothing can be judged."""
+    out = {}
+    for method in methods:
+        won, lost = [], []
+        for line in lines:
+            tuned, base = (quality(line, m, truth) for m in (method, "base"))
+            if tuned is not None and base is not None:
+                won.append((line["image"], (float(tuned > base), 1)))
+                lost.append((line["image"], (float(tuned < base), 1)))
+        if won:
+            ratios = [metrics.by_image(counted) for counted in (won, lost)]
+            weights = metrics.bootstrap_weights(
+                len(ratios[0]), resamples, seeds.numpy_generator(seed, "claims interval"))
+            out[method] = metrics.difference(*ratios, weights)
+    return out
+
+
+def score(lines: Sequence[dict], truth: dict[str, Any], methods: Sequence[str], *, seed: int,
+          resamples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """[method][metric] -> estimate, and [against][method][metric] -> paired difference.
+
+    Bootstrap over images, the same resamples for all methods.
+    """
+    return scored({m: [(line["image"], counts(line, m, truth)) for line in lines] for m in methods},
+                  METRICS, seed=seed, resamples=resamples)
+
+
+def scored(counted: Mapping[str, Sequence[tuple[str, Mapping[str, tuple[float, float]]]]],
+           names: Collection[str], *, seed: int, resamples: int,
+           made: metrics.Made = MappingProxyType({})
+           ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Estimates and paired differences, as `score` gives them, of what each answer adds.
+
+    counted: method -> an (image, {metric: (counted, out of)}) an answer, of the same images for
+    every method. names: the metrics to keep, in their order, where any answer has them.
+    made: further numbers, each made of some of these.
+    """
+    images = sorted({image for image, _ in next(iter(counted.values()))})
+    weights = metrics.bootstrap_weights(len(images), resamples,
+                                        seeds.numpy_generator(seed, "comparison interval"))
+    ratios = {m: metrics.tabled(answers, names) for m, answers in counted.items()}
+    values = {m: metrics.estimates(mine, weights, made) for m, mine in ratios.items()}
+    contrasts = {
+        against: {m: metrics.differences(mine, ratios[against], weights, made)
+                  for m, mine in ratios.items() if m != against}
+        for against in BASELINES if against in ratios}
+    return values, contrasts

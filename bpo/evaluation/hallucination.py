@@ -1,0 +1,209 @@
+"""Hallucination as the judge-free benchmarks count it: what one answer adds to each metric.
+
+Every metric is (counted, out of), so that sums over answers give the published ratio. Words alone
+decide here; where the official script asks a language model or word vectors, the rule that stands
+for it is said at the function.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+from bpo.evaluation.words import Lexicon, words
+
+Counts = dict[str, tuple[float, float]]
+
+SHORT = 3  # words: an answer up to this long counts as one without an object (Object HalBench)
+NEGATORS = frozenset(("no", "without", "nor", "neither"))
+ARTICLES = frozenset(("a", "an", "any"))  # after a "not": "not a dog", "there aren't any dogs"
+_DENIALS = frozenset(("not", "isn't", "aren't", "doesn't", "don't"))
+_UNSURE = re.compile(r"\b(not|isn't|don't) (sure|certain|clear|know|possible)\b")
+_STOPS = frozenset(".,;:!?\n")
+_TURNS = frozenset(("but", "while", "although", "though", "however", "except", "instead", "only"))
+_STARTS = frozenset(("a", "an", "the", "some", "there"))  # after an "and": "no dog and a cat"
+
+IRREGULAR = {"men": "man", "women": "woman", "children": "child", "mice": "mouse",
+             "geese": "goose", "knives": "knife", "shelves": "shelf", "leaves": "leaf",
+             "calves": "calf", "scarves": "scarf", "oxen": "ox", "firemen": "fireman",
+             "policemen": "policeman", "gentlemen": "gentleman", "fishermen": "fisherman",
+             "businessmen": "businessman", "cameramen": "cameraman", "horsemen": "horseman"}
+# Words of AMBER's list that are often no noun: they count behind a word of BEFORE_A_NOUN alone.
+ALSO_VERBS = frozenset(("can", "hot", "leave", "note", "sound", "support", "switch", "watch",
+                        "drink", "drain", "lock", "pack", "spray", "tap", "warp", "sailing"))
+BEFORE_A_NOUN = frozenset(("a", "an", "the", "this", "that", "these", "those", "its", "his", "her",
+                           "their", "one", "two", "three", "four", "five", "some", "several",
+                           "many", "another", "each", "black", "white", "red", "blue", "green",
+                           "large", "small"))
+
+
+def chair(text: str, present: Collection[str], lexicon: Lexicon) -> Counts:
+    """CHAIR (arXiv 1809.02156) of one caption.
+
+    chair_s: captions with a wrong object / ALL captions, also those that name nothing. chair_i:
+    wrong object words / all object words, repeats counted. cover: objects of the image that are
+    named / objects of the image. objects, words: object words and words a caption.
+
+    An object word is a phrase of the lexicon, from left to right, the longest one winning: a "hot
+    dog" is no "dog", a "bow tie" a "tie", a "toilet seat" no "chair", a "baby zebra" no "person", a
+    "passenger train" a "train", a "train track" nothing. A word match knows no negation: "no dog"
+    names a dog, as in the original.
+    """
+    named = lexicon.objects(text)
+    wrong = sum(name not in present for name in named)
+    return {"chair_s": (float(wrong > 0), 1), "chair_i": (wrong, len(named)),
+            "cover": (len(set(present) & set(named)), len(set(present))),
+            "objects": (len(named), 1), "words": (len(words(text)), 1)}
+
+
+def object_halbench(text: str, present: Collection[str], lexicon: Lexicon) -> Counts:
+    """Object HalBench (arXiv 2312.00849) of one answer.
+
+    response: answers with a wrong object / answers WITH AN OBJECT. mention: wrong / mentioned
+    objects, each word counted once an answer, singular and plural together ("a dog, two dogs" is
+    one; "a man, a woman" are two of one class). cover: classes of the image that are named /
+    classes of the image. objects: mentioned objects an answer, words: words an answer.
+
+    The official script has GPT-3.5 list the objects that an answer says are visible and matches the
+    list; here the lexicon's phrases are matched in the answer itself, as `chair` does, except those
+    that the answer denies (`denied`), which such a list leaves out. Answers of up to 3 words (split
+    at spaces) count as without an object, as there.
+    """
+    text = text.replace("’", "'")
+    tokens = words(text)
+    mentions = [] if len(text.split()) <= SHORT else lexicon.mentions(tokens)
+    refused = denied(text)
+    named = {singular(tokens[a:b], lexicon): name for name, a, b in mentions if not refused[a]}
+    wrong = sum(name not in present for name in named.values())
+    return {"response": (float(wrong > 0), float(bool(named))), "mention": (wrong, len(named)),
+            "cover": (len(set(present) & set(named.values())), len(set(present))),
+            "objects": (len(named), 1), "words": (len(tokens), 1)}
+
+
+def singular(phrase: Sequence[str], lexicon: Lexicon) -> tuple[str, ...]:
+    """The phrase of the lexicon that has its last word in the singular, or the phrase itself."""
+    name = lexicon.phrases[tuple(phrase)]
+    for base in _bases(phrase[-1]):
+        shorter = (*phrase[:-1], base)
+        if lexicon.phrases.get(shorter) == name:
+            return shorter
+    return tuple(phrase)
+
+
+def _bases(word: str) -> list[str]:
+    """What a word may be the plural of, the likeliest first; at the end the word itself."""
+    found = [IRREGULAR[word]] if word in IRREGULAR else []
+    if word.endswith("ies"):
+        found.append(word[:-3] + "y")
+    if word.endswith("es"):
+        found.append(word[:-2])
+    if word.endswith("s"):
+        found.append(word[:-1])
+    return [*found, word]
+
+
+def denied(text: str) -> list[bool]:
+    """Of each of `words(text)`, whether it stands in the scope of a negation.
+
+    A scope begins behind no, without, nor, neither, or behind not or a word in n't before a, an or
+    any ("not a dog", "there aren't any dogs"). It ends with its clause: at a punctuation mark, at a
+    word like but or while, and at an "and" that begins something new ("no dogs and a cat").
+    """
+    parts = re.findall(r"[a-z0-9']+|[.,;:!?\n]", text.lower())
+    out, inside = [], False
+    for part, after in zip(parts, [*parts[1:], ""], strict=True):
+        if part in _STOPS:
+            inside = False
+            continue
+        if part in _TURNS or part == "and" and after in _STARTS:
+            inside = False
+        out.append(inside)
+        if part in NEGATORS or (part == "not" or part.endswith("n't")) and after in ARTICLES:
+            inside = True
+    return out
+
+
+def amber(text: str, truth: Sequence[str], hallu: Sequence[str],
+          association: Mapping[str, Sequence[str]], safe_words: Collection[str]) -> Counts:
+    """AMBER's generative task (arXiv 2311.07397) of one answer; all four are pooled over answers.
+
+    chair: wrong nouns / nouns, repeats counted, nouns being words of the association list. cover:
+    annotated objects that are named / annotated objects, doubles counted. hal: answers with a wrong
+    noun / all answers. cog: objects of `hallu`, those that people tend to imagine, that are named /
+    all of them. A noun stands for the first object whose associations have it, else for the object
+    that it is; safe words are never wrong.
+
+    The official script finds nouns by a tagger and also takes a noun for an object if their word
+    vectors are alike (cosine above 0.8). Here a noun is a listed word, singular or plural, those
+    that are often verbs only behind an article, number or the like; alike is what the association
+    list says alone, so that chair and hal are stricter than the published ones.
+    """
+    nouns = _listed_nouns(text, {*association, *(w for ws in association.values() for w in ws)})
+    right, imagined = _stands_for(truth, association), _stands_for(hallu, association)
+    covered, dreamt, wrong = set(), set(), 0
+    for noun in nouns:
+        if noun in safe_words:
+            continue
+        if noun in right:
+            covered.add(right[noun])
+            continue
+        wrong += 1
+        if noun in imagined:
+            dreamt.add(imagined[noun])
+    return {"chair": (wrong, len(nouns)), "cover": (len(covered), len(truth)),
+            "hal": (float(wrong > 0), 1), "cog": (len(dreamt), len(hallu)),
+            "words": (len(words(text)), 1)}
+
+
+def _stands_for(objects: Sequence[str], association: Mapping[str, Sequence[str]]
+                ) -> dict[str, int]:
+    """word -> the place of the annotated object that naming it covers."""
+    found: dict[str, int] = {}
+    for place, name in enumerate(objects):
+        for word in association.get(name, ()):
+            found.setdefault(word.lower(), place)
+    for place, name in enumerate(objects):
+        found.setdefault(name.lower(), place)
+    return found
+
+
+def _listed_nouns(text: str, listed: Collection[str]) -> list[str]:
+    known = {word.lower() for word in listed}
+    tokens = re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text.lower())
+    found = []
+    for before, token in zip(["", *tokens], tokens):
+        noun = next((base for base in _bases(token) if base in known), None)
+        if noun is not None and (token not in ALSO_VERBS or before in BEFORE_A_NOUN):
+            found.append(noun)
+    return found
+
+
+def yes_or_no(text: str) -> str | None:
+    """What an answer says: "yes", "no", or None where it says neither.
+
+    The first yes or no decides. Where there is none, a not (or isn't, aren't, doesn't, don't) in
+    the first sentence means no ("There is not a dog"), unless it is about knowing ("I am not
+    sure"). The script of POPE (arXiv 2305.10355) differs: it reads the first sentence alone, where
+    any no or not means no and everything else yes; that of AMBER takes "Yes" and "No" alone.
+    """
+    plain = text.replace("’", "'")
+    first = next((w for w in words(plain) if w in ("yes", "no")), None)
+    if first is not None:
+        return first
+    sentence = re.split(r"[.!?\n]", plain.strip().lower())[0]
+    denies = _DENIALS & set(words(sentence)) and not _UNSURE.search(sentence)
+    return "no" if denies else None
+
+
+def yes_no(text: str, truth: str, *, positive: str) -> Counts:
+    """What one answer to a yes/no question adds to each metric.
+
+    truth: "yes" or "no".  positive: the answer that precision and recall are about, "yes" in POPE,
+    "no" in AMBER, which asks about what is not there. precision: right / given positives. recall:
+    right / true positives. f1: 2 TP / (2 TP + FP + FN), a ratio of sums too. yes_ratio: answers
+    that say yes / ANSWERS. unanswered: answers that say neither; they are wrong and no positive.
+    """
+    answer = yes_or_no(text)
+    given, true = float(answer == positive), float(truth == positive)
+    hit = given * true
+    return {"accuracy": (float(answer == truth), 1), "precision": (hit, given),
+            "recall": (hit, true), "f1": (2 * hit, given + true),
+            "yes_ratio": (float(answer == "yes"), 1), "unanswered": (float(answer is None), 1)}

@@ -1,0 +1,326 @@
+"""The benchmarks whose answers a judge scores, from their official files: MM-Vet, LLaVA-Bench (in
+the Wild) and MMHal-Bench; and asking a judge, a model behind an endpoint, whose replies stay on
+disk.
+
+A judged number belongs to its judge, prompt and temperature: it compares methods under that judge
+alone, and no published number, for which GPT-4 was the judge with other prompts. A question without
+a readable score counts as unscored and in no mean: the official evaluations count 0 or -1 for it.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tqdm import tqdm
+
+from bpo.data import files as entries
+from bpo.evaluation.official import Benchmark, Counts, Metric, Question
+from bpo.models.endpoint import Endpoint
+from bpo.params import Refusal
+from bpo.study import stage as stages
+from bpo.study.files import to_json
+from bpo.study.seeds import seed_for
+
+Score = tuple[float, ...]  # of a reply: one number, or the reference's and the answer's
+Messages = Sequence[Mapping[str, str]]
+
+REPLIES = "replies.jsonl"
+TOP_P = 1.0
+PROMPTS = Path(__file__).parent / "prompts"
+ABILITIES = {"rec": "recognition", "ocr": "OCR", "know": "knowledge",
+             "gen": "language generation", "spat": "spatial awareness", "math": "math"}
+CATEGORIES = {"conv": "conversation", "detail": "description", "complex": "reasoning"}
+TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment",
+         "holistic", "other")
+HALLUCINATED_BELOW = 3  # of MMHal-Bench's ratings 0 .. 6
+
+
+@dataclass(frozen=True)
+class JudgedQuestion(Question):
+    """A question with its reference answer as label; context: the image in words."""
+
+    context: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged(Benchmark):
+    """A benchmark whose answers are scored by a judge.
+
+    load: folder -> its questions; raises Refusal where a file is not as the official one.
+    template: the judge's prompt, with {question}, {reference}, {answer} and {context}.
+    reply_tokens: enough for a judge's reply in the form asked for.
+    parse: a judge's reply -> its score, None if there is no single one in it.
+    marks: a question and its scores, one a readable repeat -> (counted, out of) of each metric.
+    """
+
+    load: Callable[[Path], tuple[JudgedQuestion, ...]]
+    template: Path
+    reply_tokens: int
+    parse: Callable[[str], Score | None]
+    marks: Callable[[Question, Sequence[Score]], Counts]
+
+    def prompt(self, question: JudgedQuestion, answer: str) -> Messages:
+        """The messages that ask for a judgement; other braces of the template stay as they are."""
+        parts = {"question": question.text, "reference": question.label, "answer": answer,
+                 "context": question.context}
+        text = re.sub(r"\{(question|reference|answer|context)\}", lambda place: parts[place[1]],
+                      self.template.read_text(encoding="utf-8"))
+        return ({"role": "user", "content": text.strip()},)
+
+    def counts(self, question: Question, scores: Sequence[Score]) -> Counts:
+        """What an answer adds to each metric; without a score it adds to `unscored` alone."""
+        return {"unscored": (0, 1), **self.marks(question, scores)} if scores else {
+            "unscored": (1, 1)}
+
+
+# --- asking a judge ------------------------------------------------------------------------------
+
+def ask(endpoint: Endpoint, folder: Path, benchmark: Judged, prompts: Sequence[Messages], *,
+        temperature: float, repeats: int, attempts: int) -> list[list[Score]]:
+    """The scores of each prompt's readable repeats; only replies that `folder` lacks are asked for.
+
+    attempts: how often one reply is asked for until it can be read, each with a seed of its own.
+    Each reply is on disk before the next question, so that a killed server or run costs nothing
+    twice, and with all replies there no server and no key is needed. Raises Refusal as `endpoint`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file, scores = folder / REPLIES, {}
+    with stages.locked(folder / ".replies.lock", f"{folder}: another process asks a judge and keeps "
+                     "the replies here; wait until it has ended"):
+        replies = _read_replies(file)
+        left = [(n, r) for n in range(len(prompts)) for r in range(repeats)]
+        for attempt in range(attempts):
+            # sha256 of all that a reply depends on; not the url, where the same judge may move
+            keys = {(n, r): hashlib.sha256(json.dumps({
+                "model": endpoint.model, "messages": [dict(m) for m in prompts[n]],
+                "temperature": float(temperature), "top_p": TOP_P,
+                "max_new_tokens": benchmark.reply_tokens, "repeat": r, "attempt": attempt},
+                sort_keys=True).encode()).hexdigest() for n, r in left}
+            # By key: a prompt that comes twice is asked once.
+            new = {key: prompts[n] for (n, _), key in keys.items() if key not in replies}
+            if new:
+                _ask_new(endpoint, file, replies, new, temperature=temperature,
+                         max_new_tokens=benchmark.reply_tokens)
+            scores |= {place: benchmark.parse(replies[key]) for place, key in keys.items()}
+            left = [place for place in left if scores[place] is None]
+    return [[s for r in range(repeats) if (s := scores[n, r]) is not None]
+            for n in range(len(prompts))]
+
+
+def _ask_new(endpoint: Endpoint, file: Path, replies: dict[str, str], new: Mapping[str, Messages],
+             **settings: float) -> None:
+    """Adds the replies to `new` (key -> prompt) to the file and to `replies` as they come."""
+    keys = list(new)
+    with tqdm(total=len(new), desc="judge's replies", unit="reply", leave=False) as bar:
+        def keep(place: int, text: str) -> None:
+            line = {"key": keys[place], "model": endpoint.model, "reply": text}
+            with file.open("ab") as stream:  # opened for each, so that an interrupt closes none
+                stream.write(f"{to_json(line)}\n".encode())
+                stream.flush()
+                os.fsync(stream.fileno())
+            replies[keys[place]] = text
+            bar.update()
+
+        endpoint.answers(list(new.values()), top_p=TOP_P, keep=keep, **settings,
+                         seeds=[seed_for(0, "judge", k) % 2**31 for k in keys])
+
+
+def _read_replies(file: Path) -> dict[str, str]:
+    """key -> reply of a file; what a kill left of its last line is cut off."""
+    *lines, torn = file.read_bytes().split(b"\n") if file.is_file() else [b""]
+    replies = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            replies[record["key"]] = record["reply"]
+        except (ValueError, TypeError, KeyError):
+            raise Refusal(f"{file}, line {number}: is no reply of a judge; remove the line, and "
+                          "its question is asked again") from None
+    if torn:
+        os.truncate(file, file.stat().st_size - len(torn))
+    return replies
+
+
+# --- replies -------------------------------------------------------------------------------------
+
+NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+)(?:\.0)?)?"  # and what it is out of, as in 4/6
+ENDS = r"(?!\w|[.,]\d|\s*[-–/]\s*\d)"  # behind it: no longer number, no range, no other fraction
+
+
+def _verdict(reply: str) -> str:
+    """A reply without emphasis and without the thoughts that some models write before it; nothing
+    where it ends amid them."""
+    if "</think>" not in reply and "<think>" in reply:
+        return ""
+    return re.sub(r"[*`]", "", reply.rpartition("</think>")[2]).strip()
+
+
+def _number(value: str, out_of: str | None, *, low: float, high: float) -> float | None:
+    inside = low <= float(value) <= high and out_of in (None, "", f"{high:g}")
+    return float(value) if inside else None
+
+
+def one_score(reply: str, *, label: str, low: float, high: float, step: float = 0) -> Score | None:
+    """The number behind "<label>:", or that the first line consists of; None where there is none,
+    where there are several, or where it is out of bounds or no multiple of `step`."""
+    text = _verdict(reply)
+    found = (re.findall(rf"(?i)\b{label}\s*[:=]\s*{NUMBER}{ENDS}", text)
+             or re.findall(rf"\A{NUMBER}\.?\s*(?:\n|\Z)", text))
+    scores = {_number(*number, low=low, high=high) for number in found}
+    score = scores.pop() if len(scores) == 1 else None
+    return None if score is None or step and score % step else (score,)
+
+
+def two_scores(reply: str, *, low: float, high: float) -> Score | None:
+    """The two numbers that the first line consists of: the reference's and the answer's."""
+    first = _verdict(reply).partition("\n")[0].strip()
+    found = re.fullmatch(rf"(?i)(?:scores?\s*[:=]\s*)?{NUMBER}[\s,;]+{NUMBER}\.?", first)
+    if found is None:
+        return None
+    scores = tuple(_number(found[n], found[n + 1], low=low, high=high) for n in (1, 3))
+    return None if None in scores else scores
+
+
+# --- official files ------------------------------------------------------------------------------
+
+def _fields(record: Any, where: str, **kinds: Any) -> list[Any]:
+    """The named fields of a record, each of its type or one of the values listed for it."""
+    for name, kind in kinds.items():
+        value = record.get(name) if isinstance(record, dict) else None
+        if not (isinstance(value, kind) if isinstance(kind, type) else value in tuple(kind)):
+            raise Refusal(f"{where}: {name} is {str(value)[:40]!r}, not as in the official file; "
+                          "fetch the file again")
+    return [record[name] for name in kinds]
+
+
+def _rows(file: Path, **kinds: Any) -> Iterator[tuple[Any, ...]]:
+    """Where each record of a JSON list or of JSON lines stands, and its fields."""
+    for where, record in entries.read(file, file.parent):
+        yield f"{file.parent / where}", *_fields(record, f"{file.parent / where}", **kinds)
+
+
+def _unique(questions: Sequence[JudgedQuestion], file: Path) -> tuple[JudgedQuestion, ...]:
+    if not questions or len({q.id for q in questions}) < len(questions):
+        raise Refusal(f"{file}: has no question, or one twice; fetch the official file again")
+    return tuple(questions)
+
+
+def _mm_vet_questions(folder: Path) -> tuple[JudgedQuestion, ...]:
+    file, questions = folder / MM_VET.files["questions"], []
+    try:
+        records = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise Refusal(f"{file}: is not the JSON of the official file; fetch it again") from None
+    for name, record in records.items():
+        where = f"{file}, {name}"
+        image, text, answer, abilities = _fields(
+            record, where, imagename=str, question=str, answer=str, capability=list)
+        for ability in abilities:
+            _fields({"capability": ability}, where, capability=ABILITIES)
+        questions.append(JudgedQuestion(
+            name, image, text, kind=" ".join(a for a in ABILITIES if a in abilities),
+            label=re.sub(r"\s*<(AND|OR)>\s*", r" <\1> ", answer)))
+    return _unique(questions, file)
+
+
+def _llava_bench_questions(folder: Path) -> tuple[JudgedQuestion, ...]:
+    files = {role: folder / path for role, path in LLAVA_BENCH.files.items()}
+    # Official readers go by line; by number, a file in another order is no danger.
+    references = {n: text for _, n, text in _rows(files["references"], question_id=int, text=str)}
+    contexts = {i: text for _, i, text in _rows(files["contexts"], image=str, caption=str)}
+    questions = []
+    for where, number, image, text, kind in _rows(
+            files["questions"], question_id=int, image=str, text=str, category=CATEGORIES):
+        if number not in references or image not in contexts:
+            raise Refusal(f"{where}: {files['references']} has nothing for {number}, or "
+                          f"{files['contexts']} for {image}; fetch both files again")
+        questions.append(JudgedQuestion(str(number), image, text, kind, references[number],
+                                        contexts[image]))
+    return _unique(questions, files["questions"])
+
+
+def _mmhal_questions(folder: Path) -> tuple[JudgedQuestion, ...]:
+    file = folder / MMHAL.files["questions"]
+    return _unique([
+        JudgedQuestion(name, url.rpartition("/")[2], text, kind, answer, ", ".join(map(str, seen)))
+        for _, name, url, text, kind, answer, seen in _rows(
+            file, image_id=str, image_src=str, question=str, question_type=TYPES, gt_answer=str,
+            image_content=list)], file)
+
+
+# --- what scores count as ------------------------------------------------------------------------
+
+def _mm_vet_marks(question: Question, scores: Sequence[Score]) -> Counts:
+    """Mean mark, over all questions and over those that need an ability."""
+    mark = fmean(s for s, in scores)
+    return {name: (mark, 1) for name in ("total", *question.kind.split())}
+
+
+def _llava_bench_marks(question: Question, scores: Sequence[Score]) -> Counts:
+    """Sum of the answers' scores over the sum of the references', and the mean of each."""
+    reference, answer = map(fmean, zip(*scores, strict=True))
+    return {"total": (answer, reference), question.kind: (answer, reference),
+            "answer_score": (answer, 1), "reference_score": (reference, 1)}
+
+
+def _mmhal_marks(question: Question, scores: Sequence[Score]) -> Counts:
+    """Mean rating, in all and of a type of question, and the share of ratings below 3."""
+    rating = fmean(s for s, in scores)
+    below = fmean(s < HALLUCINATED_BELOW for s, in scores)
+    return {"rating": (rating, 1), question.kind: (rating, 1), "hallucination": (below, 1)}
+
+
+UNSCORED = {"unscored": Metric("questions without a score", False)}
+
+MM_VET = Judged(
+    name="mm-vet", title="MM-Vet",
+    about="218 questions that need up to six abilities at once; a judge marks each answer from 0 "
+          "to 1 (arXiv 2308.02490).",
+    files={"questions": "mm-vet.json"}, images="images",
+    fetch="get mm-vet.zip of the MM-Vet project, which holds mm-vet.json and images/",
+    licence="CC BY-NC 4.0", max_new_tokens=1024, reply_tokens=64,
+    template=PROMPTS / "judge_mm_vet.txt",
+    metrics={"total": Metric("MM-Vet", True),
+             **{n: Metric(label, True) for n, label in ABILITIES.items()}, **UNSCORED},
+    load=_mm_vet_questions, parse=partial(one_score, label="score", low=0, high=1),
+    marks=_mm_vet_marks)
+
+LLAVA_BENCH = Judged(
+    name="llava-bench", title="LLaVA-Bench (in the Wild)",
+    about="60 questions about 24 images; a judge rates GPT-4's answer, which was written from a "
+          "description of the image, and the model's from 1 to 10 (arXiv 2304.08485).",
+    files={"questions": "questions.jsonl", "references": "answers_gpt4.jsonl",
+           "contexts": "context.jsonl"}, images="images",
+    fetch="get the data set llava-bench-in-the-wild of the LLaVA project, all of it",
+    licence="not stated in its files: see the data set's page",
+    max_new_tokens=1024, reply_tokens=1024, template=PROMPTS / "judge_llava_bench.txt",
+    metrics={"total": Metric("LLaVA-Bench", True),
+             **{n: Metric(label, True) for n, label in CATEGORIES.items()},
+             "answer_score": Metric("score of the answers, 1 to 10", True),
+             "reference_score": Metric("score of GPT-4's answers, 1 to 10", None), **UNSCORED},
+    load=_llava_bench_questions, parse=partial(two_scores, low=1, high=10),
+    marks=_llava_bench_marks)
+
+MMHAL = Judged(
+    name="mmhal", title="MMHal-Bench",
+    about="96 questions of eight types that invite hallucination; a judge rates each answer from 0 "
+          "to 6, below 3 if it hallucinates (arXiv 2309.14525).",
+    files={"questions": "response_template.json"}, images="images",
+    fetch="get response_template.json and images/ of the data set MMHal-Bench (rename the file "
+          "where it is called mmhal-bench_answer_template.json)",
+    licence="Apache-2.0, without the images", max_new_tokens=1024, reply_tokens=1024,
+    template=PROMPTS / "judge_mmhal.txt",
+    metrics={"rating": Metric("rating, 0 to 6", True),
+             "hallucination": Metric("answers that hallucinate", False),
+             **{n: Metric(f"rating, {n}", True) for n in TYPES}, **UNSCORED},
+    load=_mmhal_questions,
+    parse=partial(one_score, label="rating", low=0, high=6, step=1), marks=_mmhal_marks)
+
+JUDGED = {b.name: b for b in (MM_VET, LLAVA_BENCH, MMHAL)}

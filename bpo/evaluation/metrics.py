@@ -1,0 +1,183 @@
+"""What is measured: pure functions over answers and truth, and bootstrap intervals over images.
+
+Every number is a ratio of sums over images (a mean is a ratio with ones below), so that one
+bootstrap serves all of them, and a difference between two methods is resampled in pairs.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bpo.evaluation.words import Lexicon, Vocabulary, lexicon, words
+
+Ratios = Mapping[str, tuple[float, float]]  # image -> (what is counted, out of how many)
+
+
+def normalised(text: str) -> str:
+    """An answer as its words alone, lower-cased: two answers are the same if this is."""
+    return " ".join(words(text))
+
+
+def wrong_object_words(text: str, vocabulary: Vocabulary | Lexicon, present: set[str]) -> set[str]:
+    """The words of a text that name objects which are not in the image."""
+    tokens = words(text)
+    found = lexicon(vocabulary).mentions(tokens)
+    wrong = {t for name, a, b in found if name not in present for t in tokens[a:b]}
+    return wrong - {t for name, a, b in found if name in present for t in tokens[a:b]}
+
+
+def caption_is_right(text: str, vocabulary: Vocabulary, colours: Sequence[str],
+                     objects: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a caption names objects of the image only, each colour word in front of one with that
+    colour. objects: {"name", "colour"} of everything in the image. A caption of nothing is wrong.
+    """
+    present = {o["name"] for o in objects}
+    coloured = {(o["name"], o["colour"]) for o in objects}
+    tokens = words(text)
+    found = lexicon(vocabulary).mentions(tokens)
+    told = {(name, tokens[a - 1]) for name, a, _ in found if a and tokens[a - 1] in colours}
+    return bool(found) and {name for name, _, _ in found} <= present and told <= coloured
+
+
+def by_image(counts: Sequence[tuple[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """(image, (counted, out of)) of many questions summed for each image."""
+    sums: dict[str, tuple[float, float]] = {}
+    for image, (top, bottom) in counts:
+        old = sums.get(image, (0.0, 0.0))
+        sums[image] = (old[0] + top, old[1] + bottom)
+    return sums
+
+
+def bootstrap_weights(images: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """(resamples, images) how often each image is drawn when as many are drawn with replacement."""
+    return rng.multinomial(images, np.full(images, 1 / images), size=resamples)
+
+
+def itself(ratio: Any) -> Any:
+    """The rule of a number that is one ratio and nothing else."""
+    return ratio
+
+
+def estimate(ratios: Ratios, weights: np.ndarray) -> dict[str, Any]:
+    """A ratio of sums with its 95 % percentile bootstrap interval over images.
+
+    weights: (resamples, images) from `bootstrap_weights`, columns in the sorted order of images.
+    Returns {value, low, high, n}: n is what the ratio is out of. None where that is nothing.
+    """
+    return combined_estimate(itself, [ratios], weights)
+
+
+def combined_estimate(rule: Callable[..., Any], parts: Sequence[Ratios], weights: np.ndarray
+                      ) -> dict[str, Any]:
+    """`estimate` of a number made of several ratios of the same images, such as AMBER's score.
+
+    rule: the ratios, as numbers or arrays, -> the number. n is the least of theirs.
+    """
+    return _interval(*_resampled(rule, parts, weights))
+
+
+def difference(ratios: Ratios, other: Ratios, weights: np.ndarray) -> dict[str, Any]:
+    """`ratios` minus `other` on the same images, each resample taking the same images of both.
+
+    Returns {value, low, high, n, p}; p is two-sided, from how many resamples lie on the other side
+    of zero or on it, (1 + 2 min(those <= 0, those >= 0)) / (1 + all), at most 1.
+    """
+    return combined_difference(itself, [ratios], [other], weights)
+
+
+def combined_difference(rule: Callable[..., Any], parts: Sequence[Ratios],
+                        others: Sequence[Ratios], weights: np.ndarray) -> dict[str, Any]:
+    """`difference` of a number made of several ratios, as `combined_estimate` makes it."""
+    if any(p.keys() != parts[0].keys() for p in (*parts, *others)):
+        raise ValueError("a paired difference needs the same images on both sides")
+    value, drawn, count = _resampled(rule, parts, weights)
+    value2, drawn2, count2 = _resampled(rule, others, weights)
+    found = _interval(value - value2, drawn - drawn2, min(count, count2))
+    return found | {"p": None if found["value"] is None else _two_sided(drawn - drawn2)}
+
+
+# a number's name -> the ratios that it is made of, and how (`combined_estimate`)
+Made = Mapping[str, tuple[Sequence[str], Callable[..., Any]]]
+
+
+def tabled(answers: Sequence[tuple[str, Mapping[str, tuple[float, float]]]], names: Iterable[str]
+           ) -> dict[str, Ratios]:
+    """metric -> ratios, of the named metrics that any answer counts for, each with every image.
+
+    answers: the image of each answer, and what it adds to each metric as (counted, out of).
+    """
+    found: dict[str, list] = {}
+    for image, counts in answers:
+        for name, count in counts.items():
+            found.setdefault(name, []).append((image, count))
+    blank = [(image, (0.0, 0.0)) for image in {image for image, _ in answers}]
+    return {n: by_image([*blank, *found[n]]) for n in names if n in found}
+
+
+def estimates(ratios: Mapping[str, Ratios], weights: np.ndarray, made: Made
+              ) -> dict[str, dict[str, Any]]:
+    """The `estimate` of every metric, then of those numbers in `made` whose parts are all there."""
+    return {n: combined_estimate(rule, [ratios[p] for p in parts], weights)
+            for n, (parts, rule) in _rules(ratios, made).items()}
+
+
+def differences(ratios: Mapping[str, Ratios], others: Mapping[str, Ratios], weights: np.ndarray,
+                made: Made) -> dict[str, dict[str, Any]]:
+    """The `difference` of everything that `estimates` gives on both sides."""
+    ratios = {n: r for n, r in ratios.items() if n in others}
+    return {n: combined_difference(rule, [ratios[p] for p in parts], [others[p] for p in parts],
+                                   weights)
+            for n, (parts, rule) in _rules(ratios, made).items()}
+
+
+def _rules(ratios: Mapping[str, Ratios], made: Made) -> dict[str, tuple[Sequence[str], Callable]]:
+    whole = {n: rule for n, rule in made.items() if ratios.keys() >= set(rule[0])}
+    return {n: ((n,), itself) for n in ratios} | whole
+
+
+def _resampled(rule: Callable[..., Any], parts: Sequence[Ratios], weights: np.ndarray
+               ) -> tuple[Any, np.ndarray, float]:
+    """The number itself, the number in every resample, and what its smallest part is out of."""
+    columns = [_columns(r, sorted(r)) for r in parts]
+    value = rule(*(_ratio(top.sum(), bottom.sum()) for top, bottom in columns))
+    drawn = rule(*(_ratio(weights @ top, weights @ bottom) for top, bottom in columns))
+    return value, drawn, min(bottom.sum() for _, bottom in columns)
+
+
+def _two_sided(drawn: np.ndarray) -> float:
+    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    return round(min((1 + 2 * int(beyond)) / (1 + int(np.isfinite(drawn).sum())), 1.0), 6)
+
+
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """The p values adjusted for being looked at together (Holm 1979), in their own order.
+
+    The k-th smallest of m is multiplied by m - k + 1, is no smaller than the one before it, and at
+    most 1. None stays None and is not among the m.
+    """
+    order = sorted((i for i, p in enumerate(ps) if p is not None), key=lambda i: ps[i])
+    adjusted: list[float | None] = [None] * len(ps)
+    least = 0.0
+    for before, i in enumerate(order):
+        least = max(least, min(ps[i] * (len(order) - before), 1.0))
+        adjusted[i] = least
+    return adjusted
+
+
+def _columns(ratios: Ratios, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    table = np.array([ratios[n] for n in names], dtype=float)
+    return table[:, 0], table[:, 1]
+
+
+def _ratio(top: Any, bottom: Any) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(np.asarray(bottom) > 0, np.divide(top, bottom), np.nan)
+
+
+def _interval(value: Any, drawn: np.ndarray, count: float) -> dict[str, Any]:
+    if np.isnan(value):
+        return {"value": None, "low": None, "high": None, "n": 0}
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return {"value": round(float(value), 6), "low": round(float(low), 6),
+            "high": round(float(high), 6), "n": int(count)}

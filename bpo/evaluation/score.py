@@ -1,0 +1,234 @@
+"""Answers that were made elsewhere, scored as the judge-free benchmarks do: `python -m bpo score`.
+
+A file of answers and the benchmark's truth give each metric with its interval over images, and
+against a second file the paired difference. An answer belongs to the image or question that it
+names; answers without truth are counted, not scored. No model and no image is read.
+"""
+
+import argparse
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bpo.data import files as entries
+from bpo.evaluation import coco, hallucination, metrics, official
+from bpo.evaluation import words as vocabulary
+from bpo.evaluation.official import BENCHMARKS, Benchmark, Counts, Loaded, Question
+from bpo.params import Refusal
+from bpo.study import seeds
+from bpo.study.files import to_json
+
+# Of several fields the first that an answer has: its image or question, and its text.
+NAMES = ("image_id", "image", "question_id", "id")
+TEXTS = ("caption", "answer", "response", "text")
+# Benchmarks whose questions have numbers, and one answer each.
+NUMBERS = {"pope": ("question_id", "id"), "amber": ("id", "question_id")}
+COCO_FILE = rb'\s*\{\s*"(info|images|licenses|annotations|categories|type)"'
+MEANS = ("objects", "words")  # the other metrics are shares, shown in per cent
+HEADER = "{:28}    value   95 % interval     {:>8}"
+RESAMPLES = 2000
+
+# (question, how it was asked, number among its answers) -> (image, counts)
+Counted = dict[tuple[str, str, int], tuple[str, Counts]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("benchmark", choices=sorted(BENCHMARKS))
+    parser.add_argument("--answers", type=Path, required=True, metavar="FILE",
+                        help=f"JSON lines or a JSON list with {'|'.join(NAMES)} and "
+                        f"{'|'.join(TEXTS)}")
+    parser.add_argument("--truth", type=Path, required=True, nargs="+", metavar="FILE",
+                        help="image -> classes or COCO's instances file; POPE's question files; "
+                        "AMBER's annotations.json")
+    parser.add_argument("--synonyms", type=Path, metavar="FILE",
+                        help="a class a line with its words (default: COCO's 80 classes)")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="answers to compare with")
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints what the answers score; raises Refusal for files that do not fit together."""
+    benchmark = BENCHMARKS[options.benchmark]
+    truth, note = read_truth(benchmark, options.truth, options.synonyms)
+    counts, summary = match(options.answers, benchmark, truth)
+    result = {"benchmark": benchmark.name, "answers": summary | {"note": note},
+              "metrics": estimates(benchmark, counts)}
+    if options.against:
+        other, summary = match(options.against, benchmark, truth)
+        shared = counts.keys() & other.keys()
+        if not shared:
+            raise Refusal(f"{options.against}: answers none of the questions that "
+                          f"{options.answers} answers; give answers to the same questions")
+        result["against"] = summary | {
+            "note": note, "matched": len(shared), "without_partner": len(counts) - len(shared),
+            "without_partner_against": len(other) - len(shared)}
+        result["differences"] = estimates(benchmark, *({k: side[k] for k in shared}
+                                                       for side in (counts, other)))
+    print(to_json(result, indent=2) if options.json else table(benchmark, result))
+    return 0
+
+
+def estimates(benchmark: Benchmark, *sides: Counted) -> dict[str, dict[str, Any]]:
+    """metric -> {label, value, low, high, n}; of two sides the paired difference, with p."""
+    ratios = [metrics.tabled(list(side.values()), benchmark.metrics) for side in sides]
+    weights = metrics.bootstrap_weights(len(next(iter(ratios[0].values()))), RESAMPLES,
+                                        seeds.numpy_generator(0, "score"))
+    estimate = metrics.estimates if len(sides) == 1 else metrics.differences
+    return {n: {"label": benchmark.all_metrics[n].label, **e}
+            for n, e in estimate(*ratios, weights, benchmark.made).items()}
+
+
+def read_truth(benchmark: Benchmark, files: Sequence[Path], synonyms: Path | None
+               ) -> tuple[Loaded, str]:
+    """The benchmark's questions and counts, and what the user must know of them."""
+    for file in files:
+        if not file.exists():
+            raise Refusal(f"{file}: there is no such truth file; {benchmark.fetch}")
+    if synonyms and benchmark.name in NUMBERS:
+        raise Refusal(f"--synonyms: {benchmark.title} has no use for a synonym file; leave it out")
+    if benchmark.name == "pope":
+        return _pope(files), ""
+    if len(files) > 1:
+        raise Refusal(f"--truth: {benchmark.title} has one truth file, {len(files)} are given")
+    if benchmark.name == "amber":
+        return _amber(files[0] if files[0].is_dir() else files[0].parent)
+    return _scenes(benchmark, files[0], synonyms or vocabulary.COCO)
+
+
+def _scenes(benchmark: Benchmark, file: Path, synonyms: Path) -> tuple[Loaded, str]:
+    lexicon, note = vocabulary.lexicon(vocabulary.read(synonyms)), ""
+    with file.open("rb") as stream:
+        of_coco = re.match(COCO_FILE, stream.read(200))
+    if of_coco:
+        captions = file.with_name(file.name.replace("instances", "captions"))
+        beside = [captions] if captions != file and captions.is_file() else []
+        if not beside:
+            note = ("no captions file beside the instances: objects that reference captions name "
+                    "count as absent")
+        present = {k: s.present for k, s in coco.read([file], beside, lexicon).items()}
+    else:
+        try:
+            listed = json.loads(file.read_text(encoding="utf-8"))
+            present = {coco.image_key(i): coco.known_classes(c, lexicon, where=file)
+                       for i, c in listed.items()}
+        except (ValueError, AttributeError, TypeError):
+            raise Refusal(f"{file}: must be a JSON object of image -> list of classes, or COCO's "
+                          "instances file") from None
+    count = hallucination.chair if benchmark.name == "chair" else hallucination.object_halbench
+    return Loaded(tuple(Question(k, k, "") for k in present),
+                  lambda q, text: count(text, present[q.image], lexicon)), note
+
+
+def _pope(files: Sequence[Path]) -> Loaded:
+    if len(files) == 1 and files[0].is_dir():
+        files = sorted(files[0].glob("coco_pope_*.json")) or files
+    kinds = {next((k for k in official.POPE_KINDS if k in f.name), ""): f for f in files}
+    if len(kinds) < len(files):
+        raise Refusal("--truth: several question files are of one kind; give one with random, one "
+                      "with popular and one with adversarial in its name")
+    return Loaded(tuple(official.pope_questions(kinds)),
+                  lambda q, text: official.yes_no_counts(q, text, positive="yes"))
+
+
+def _amber(folder: Path) -> tuple[Loaded, str]:
+    truth = official.read_amber(folder)
+    queries = [folder / BENCHMARKS["amber"].files[r] for r in ("generative", "discriminative")]
+    images = {str(q["id"]): q["image"] for file in queries if file.is_file()
+              for q in official.rows(file, ("id", "image"))}
+    note = "" if images else ("no query/ beside the annotations: which questions share an image is "
+                              "not known, and the intervals are over questions")
+    return Loaded(tuple(Question(n, images.get(n, n), "",
+                                 *truth.labels.get(n, (official.GENERATIVE, "")))
+                        for n in (*truth.labels, *truth.scenes)), truth.counts), note
+
+
+def match(file: Path, benchmark: Benchmark, truth: Loaded) -> tuple[Counted, dict[str, int]]:
+    """The counts of every answer that has a truth, and how many there are with and without.
+
+    Several answers to an image are told apart by their question, those to the same by their order.
+    Raises Refusal where no answer has a truth, or a numbered question two answers.
+    """
+    if not file.is_file():
+        raise Refusal(f"{file}: there is no such file of answers")
+    index: dict[Any, list[Question]] = defaultdict(list)
+    for q in truth.questions:
+        index[q.id].append(q)
+        if benchmark.name == "pope":  # its files number their questions alike
+            index[q.id.rpartition("-")[2]].append(q)
+            index[coco.image_key(q.image), metrics.normalised(q.text)].append(q)
+    found: list[tuple[Question, str, Counts]] = []
+    texts: dict[str, str] = {}
+    read = without = 0
+    for read, (row, entry) in enumerate(entries.read(file, file.parent), start=1):
+        where = f"{file.parent / row}"
+        field = _field(entry, TEXTS, where)
+        text = entry[field]
+        if not isinstance(text, str):
+            raise Refusal(f"{where}: the answer must be a text, is {str(text)[:40]}")
+        asked = next((str(entry[n]) for n in ("question", "prompt", "text")
+                      if n != field and entry.get(n) is not None), "")
+        if benchmark.name == "pope" and asked and "image" in entry:
+            questions = index.get((coco.image_key(entry["image"]), metrics.normalised(asked)), [])
+        else:
+            name = _field(entry, NUMBERS.get(benchmark.name, NAMES), where)
+            questions = index.get(coco.image_key(entry[name]), [])
+            if len(questions) > 1:
+                raise Refusal(f"{where}: its question number is in {len(questions)} question "
+                              "files; score against one file at a time, or give image and question")
+        without += not questions
+        for q in questions:
+            if benchmark.name in NUMBERS and q.id in texts:
+                if texts[q.id] != text:
+                    raise Refusal(f"{where}: question {q.id} has another answer already; leave one")
+                continue  # POPE asks the same of an image in several of its files
+            texts[q.id] = text
+            found.append((q, asked, truth.counts(q, text)))
+    if not found:
+        raise Refusal(f"{file}: none of its {read} answers is to an image or question of the "
+                      f"truth; they must share {' or '.join(NAMES)}")
+    times, order, counts = Counter(q.id for q, _, _ in found), Counter(), {}
+    for q, asked, count in found:
+        name = (q.id, asked if times[q.id] > 1 else "")
+        counts[*name, order[name]] = (q.image, count)
+        order[name] += 1
+    return counts, {"read": read, "scored": read - without, "without_truth": without,
+                    "truth": len(truth.questions),
+                    "truth_without_answer": len(truth.questions) - len(times)}
+
+
+def _field(entry: Any, names: Sequence[str], where: str) -> str:
+    """The first of the names that an answer has; raises Refusal for none."""
+    for name in names:
+        if isinstance(entry, dict) and entry.get(name) is not None:
+            return name
+    raise Refusal(f"{where}: the answer needs one of {', '.join(names)}, in a JSON object")
+
+
+def table(benchmark: Benchmark, result: Mapping[str, Any]) -> str:
+    """The lines for the terminal; rates in per cent."""
+    n = result["answers"]
+    lines = [(f"{benchmark.title}: {n['scored']} of {n['read']} answers scored, "
+              f"{n['without_truth']} without truth; {n['truth_without_answer']} of {n['truth']} in "
+              "the truth have no answer"), *filter(None, [n["note"]]), "",
+             HEADER.format("metric", "out of")]
+    lines += [_row(n, e) + f"{e['n']:>8}" for n, e in result["metrics"].items()]
+    if "differences" in result:
+        n = result["against"]
+        lines += ["", (f"minus the other file: {n['matched']} answers matched, "
+                       f"{n['without_partner']} here and {n['without_partner_against']} there lack "
+                       f"a partner; {n['without_truth']} there without truth"),
+                  HEADER.format("difference", "p")]
+        lines += [_row(n, e, sign="+") + ("" if e["p"] is None else f"{e['p']:>8.4f}")
+                  for n, e in result["differences"].items()]
+    return "\n".join(lines)
+
+
+def _row(name: str, e: Mapping[str, Any], *, sign: str = "") -> str:
+    if e["value"] is None:
+        return f"{e['label']:28}{'none':>9}   {'':18}"
+    times, unit = (1, "") if name in MEANS else (100, " %")
+    value, low, high = (f"{times * e[k]:{sign}.1f}" for k in ("value", "low", "high"))
+    return f"{e['label']:28}{value + unit:>9}   {f'[{low}, {high}]':18}"

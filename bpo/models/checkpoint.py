@@ -1,0 +1,227 @@
+"""Any vision-language checkpoint in Hugging Face layout: loading it, its adapters, merging them.
+
+Nothing here knows a model family: the language model comes from transformers' own `get_decoder`.
+What a checkpoint is given to read is `encoding`'s.
+"""
+
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import (
+    PROCESSOR_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from bpo.params import Refusal
+from bpo.study import processes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model with its processor (a plain tokenizer for a text model)."""
+
+    model: PreTrainedModel | PeftModel | None
+    processor: Any
+    transform: str = "processor"  # what is done to an image before the processor
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, with adapters in place if there are any."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without what the libraries write of their own accord and would leave in a saved notebook:
+    transformers' bars for loading weights, and its notice that TRL and PEFT still use the old name
+    of an option."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`.*gradient_checkpointing` is deprecated",
+                                    FutureWarning)
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def using(checkpoint: Checkpoint, name: str) -> Iterator[None]:
+    """The checkpoint with one of its adapters; "base" is the model with all of them off."""
+    if name == "base":
+        with checkpoint.model.disable_adapter():
+            yield
+    else:
+        checkpoint.model.set_adapter(name)
+        yield
+
+
+@quietly()
+def load(folder: Path, *, precision: str = "float32", transform: str = "processor") -> Checkpoint:
+    """The vision-language checkpoint of a folder, in evaluation mode, on a GPU if there is one.
+
+    transform: see `encoding.transformed`.
+    Raises Refusal when the folder is not such a checkpoint. No remote code, safetensors only.
+    """
+    model = _load(AutoModelForImageTextToText, folder, precision)
+    return replace(load_without_weights(folder, transform=transform), model=model.eval())
+
+
+def load_without_weights(folder: Path, *, transform: str = "processor") -> Checkpoint:
+    """The checkpoint with None for its model: enough to render prompts and to count tokens.
+
+    Raises Refusal as `load` does.
+    """
+    _require_config(folder)
+    checkpoint = Checkpoint(None, load_processor(folder), transform)
+    _ready(checkpoint, folder)
+    return checkpoint
+
+
+@quietly()
+def load_text_model(folder: Path, *, precision: str = "float32") -> Checkpoint:
+    """The causal language model of a folder with its tokenizer; raises Refusal as `load` does."""
+    model = _load(AutoModelForCausalLM, folder, precision)
+    checkpoint = Checkpoint(model.eval(), AutoTokenizer.from_pretrained(folder))
+    _ready(checkpoint, folder)
+    return checkpoint
+
+
+def _load(auto: Any, folder: Path, precision: str, *, device: str = "") -> PreTrainedModel:
+    _require_config(folder)
+    try:
+        model = auto.from_pretrained(folder, dtype=getattr(torch, precision), use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model.to(device or processes.device())
+
+
+@quietly()
+def load_adapters(checkpoint: Checkpoint, folders: Mapping[str, Path]) -> Checkpoint:
+    """The checkpoint with PEFT adapters laid over it, by name; the first is the active one.
+
+    Raises Refusal when a folder holds no adapter, or one for another model.
+    """
+    model = checkpoint.model
+    for name, folder in folders.items():
+        if not (folder / "adapter_config.json").is_file():
+            raise Refusal(f"{folder}: there is no adapter (adapter_config.json is missing)")
+        try:
+            if isinstance(model, PeftModel):
+                model.load_adapter(folder, name)
+            else:
+                model = PeftModel.from_pretrained(model, folder, name)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise Refusal(f"{folder}: the adapter was trained on another model; "
+                          "name that one as model, or train again") from None
+    return replace(checkpoint, model=model.eval())
+
+
+def _require_config(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise Refusal(f"{folder}: there is no checkpoint (config.json is missing)")
+
+
+def _ready(checkpoint: Checkpoint, folder: Path) -> None:
+    tokenizer = checkpoint.tokenizer
+    if getattr(checkpoint.processor, "chat_template", None) is None:
+        raise Refusal(f"{folder}: the checkpoint has no chat template, so its prompts are unknown")
+    if tokenizer.eos_token_id is None:
+        raise Refusal(f"{folder}: the tokenizer has no end token, so answers would not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def load_processor(folder: Path) -> Any:
+    """The checkpoint's processor alone; Refusal when a package that it needs is not there.
+
+    Where only its video side needs one (Qwen2.5-VL's wants torchvision, which still images do
+    without), that side is left out: prompts and pixels are the same, a video cannot be passed.
+    """
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except ImportError as error:
+        processor = _without_video(folder)
+        if processor is not None:
+            return processor
+        raise Refusal(f"{folder}: the processor needs a package that is not installed "
+                      f"({str(error).strip().splitlines()[0]}); install the extra for other "
+                      "families: pip install -e '.[families]'") from None
+
+
+def _without_video(folder: Path) -> Any | None:
+    """The processor for still images; None for a class that cannot do without its video side."""
+    whole = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder)), None)
+    parts = whole.get_attributes() if whole else []
+    # transformers builds a processor from its parts in this order: only the last can be left out.
+    if parts[-1:] != ["video_processor"]:
+        return None
+    still = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda _: parts[:-1])})
+    try:
+        return still.from_pretrained(folder)
+    except (ImportError, TypeError):  # some constructors (SmolVLM's) want the video side
+        return None
+
+
+def adapter_targets(model: PreTrainedModel) -> str:
+    """A regular expression for the linear layers of the language model: no tower, projector, head.
+
+    PEFT's own "all-linear" and lists of names also match the vision tower.
+    """
+    decoder = model.get_decoder()
+    prefix = next(n for n, m in model.named_modules() if m is decoder)
+    names = {n.rsplit(".", 1)[-1] for n, m in decoder.named_modules()
+             if isinstance(m, torch.nn.Linear)}
+    return rf"{re.escape(prefix)}\..*\.({'|'.join(sorted(names))})"
+
+
+def adapter_config(model: PreTrainedModel, *, rank: int, alpha: int, dropout: float) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM",
+                      target_modules=adapter_targets(model))
+
+
+@quietly()
+def merge(folder: Path, adapter: Path, out: Path, *, precision: str = "float32") -> None:
+    """Writes into `out` the checkpoint of a folder with an adapter's change added to its weights: a
+    plain checkpoint with its processor, which loads as any other and needs no PEFT.
+
+    The sum is taken in float32 on the CPU, whatever `precision` it is saved in: small changes would
+    be lost in a shorter format one by one. Raises Refusal as `load` and `load_adapters` do.
+    """
+    whole = Checkpoint(_load(AutoModelForImageTextToText, folder, "float32", device="cpu"),
+                       load_processor(folder))
+    tuned = load_adapters(whole, {"merged": adapter}).model.merge_and_unload()
+    temporary = out / ".merging"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was interrupted
+    tuned.to(getattr(torch, precision)).save_pretrained(temporary)
+    whole.processor.save_pretrained(temporary)
+    # config.json is last: a folder without it is no checkpoint, so half of one is never loaded.
+    for file in sorted(temporary.iterdir(), key=lambda f: (f.name == "config.json", f.name)):
+        file.replace(out / file.name)
+    temporary.rmdir()

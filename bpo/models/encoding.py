@@ -1,0 +1,195 @@
+"""What a model is given: prompts and answers as its chat template writes them, images as its
+processor prepares them, noised or not, and batches of both.
+
+Nothing here knows a model family, runs a model or reads a file.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from bpo.models.checkpoint import Checkpoint
+from bpo.models.noise import add_noise
+from bpo.params import Refusal
+
+Messages = Sequence[Mapping[str, str]]
+
+
+def with_image(messages: Messages) -> list[dict[str, Any]]:
+    """Messages of plain text as the chat templates of vision-language models want them: the image
+    stands in front of the first user turn's text."""
+    first = next(i for i, m in enumerate(messages) if m["role"] == "user")
+    return [{"role": m["role"],
+             "content": [*([{"type": "image"}] if i == first else []),
+                         {"type": "text", "text": m["content"]}]}
+            for i, m in enumerate(messages)]
+
+
+def prompt_text(checkpoint: Checkpoint, messages: Messages, *, image: bool) -> str:
+    """The prompt in front of an answer, as the chat template writes it."""
+    turns = with_image(messages) if image else _plain(checkpoint, messages)
+    return checkpoint.processor.apply_chat_template(turns, add_generation_prompt=True,
+                                                    tokenize=False)
+
+
+def answer_text(checkpoint: Checkpoint, messages: Messages, answer: str, *, image: bool) -> str:
+    """What follows the prompt when the answer is given: the template's words plus the end token.
+
+    Some templates (LLaVA-1.5's in its public layout) leave the end token out; a model trained
+    without it would not learn where to stop, so it is always there.
+    """
+    both = [*messages, {"role": "assistant", "content": answer}]
+    turns = with_image(both) if image else _plain(checkpoint, both)
+    whole = checkpoint.processor.apply_chat_template(turns, tokenize=False)
+    prompt = prompt_text(checkpoint, messages, image=image)
+    if not whole.startswith(prompt):
+        raise Refusal("the chat template writes another prompt once an answer follows it: "
+                      "answers cannot be told from prompts with this checkpoint")
+    end = checkpoint.tokenizer.eos_token
+    rest = whole[len(prompt):].rstrip()
+    return rest if rest.endswith(end) else rest + end
+
+
+def _plain(checkpoint: Checkpoint, messages: Messages) -> list[dict[str, Any]]:
+    # A processor's template wants typed parts, a tokenizer's wants strings.
+    if checkpoint.processor is checkpoint.tokenizer:
+        return [dict(m) for m in messages]
+    return [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]}
+            for m in messages]
+
+
+def encode(checkpoint: Checkpoint, text: str, image: Image.Image | None) -> dict[str, torch.Tensor]:
+    """One prompt through the processor: input_ids (1, S), attention_mask (1, S), pixel values, ...
+
+    The template wrote the special tokens already, so none are added.
+    """
+    return _processed(checkpoint, [text], [image])
+
+
+def encode_all(checkpoint: Checkpoint, texts: Sequence[str],
+               images: Sequence[Image.Image | None]) -> list[dict[str, torch.Tensor]]:
+    """`encode` of each prompt, to the byte; in one call where images are fixed in size, which
+    spares most of the processor's time."""
+    rows = [encode(checkpoint, t, i) for t, i in zip(texts[:1], images[:1], strict=True)]
+    texts, images = texts[1:], images[1:]
+    if not texts or not _stacks(rows[0]) or len({i is None for i in images}) > 1:
+        return rows + [encode(checkpoint, t, i) for t, i in zip(texts, images, strict=True)]
+    batch = _processed(checkpoint, texts, images)
+    mask = batch["attention_mask"].bool()
+    for n, seen in enumerate(mask):
+        rows.append({name: values[n:n + 1] if name == "pixel_values" else values[n:n + 1, seen]
+                     for name, values in batch.items()})
+    return rows
+
+
+def reader(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a processor of its own, to encode in a thread while others use the first:
+    a tokenizer cannot be set to padding while it decodes."""
+    return replace(checkpoint, processor=copy.deepcopy(checkpoint.processor))
+
+
+def _stacks(row: Mapping[str, torch.Tensor]) -> bool:
+    """Whether rows like this one can be processed together: an image is one array of its own, and
+    all else has a value a token. Tiles, patches and sizes (other families) tell otherwise."""
+    pixels = row.get("pixel_values")
+    return ((pixels is None or pixels.ndim == 4 and len(pixels) == 1)
+            and all(v.shape == row["input_ids"].shape for n, v in row.items()
+                    if n != "pixel_values"))
+
+
+def _processed(checkpoint: Checkpoint, texts: Sequence[str],
+               images: Sequence[Image.Image | None]) -> dict[str, torch.Tensor]:
+    kwargs = {}
+    if images[0] is not None:
+        kwargs["images"] = [transformed(i, checkpoint.transform, checkpoint.processor)
+                            for i in images]
+    return dict(checkpoint.processor(text=list(texts), add_special_tokens=False, padding=True,
+                                     padding_side="left", return_tensors="pt", **kwargs))
+
+
+def transformed(image: Image.Image, transform: str, processor: Any) -> Image.Image:
+    """An RGB image as it is handed to the processor.
+
+    transform: "processor" leaves it to the processor; "pad" makes it square with bars of the
+    processor's mean colour, as LLaVA-1.5 was trained; "crop" cuts out the middle square.
+    """
+    width, height = image.size
+    if transform == "processor" or width == height:
+        return image
+    if transform == "crop":
+        return ImageOps.fit(image, (min(image.size),) * 2)
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), mean_colour(processor))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def mean_colour(processor: Any) -> tuple[int, int, int]:
+    """The colour that the processor normalises to zero."""
+    return tuple(round(255 * m) for m in processor.image_processor.image_mean)
+
+
+def noised(processor: Any, pixels: torch.Tensor, step: int,
+           generator: torch.Generator) -> torch.Tensor:
+    """The processor's pixels of one image at a noise step.
+
+    Where a still image fills several frames (Qwen2-VL's kin lay each patch down
+    `temporal_patch_size` times, and the model adds them up), all frames get the same noise:
+    independent draws would average out and weaken it.
+    """
+    copies = getattr(processor.image_processor, "temporal_patch_size", 1)
+    if copies == 1 or pixels.ndim != 2:
+        return add_noise(pixels, step, generator)
+    frames = pixels.unflatten(1, (3, copies, -1))  # (patches, colours, frames, pixels)
+    return add_noise(frames[:, :, :1], step, generator).expand_as(frames).flatten(1)
+
+
+def noised_picture(processor: Any, image: Image.Image, step: int,
+                   generator: torch.Generator) -> Image.Image:
+    """What the model is shown at a noise step, as a picture: the processor's pixels, noised and put
+    back into colours. A processor that cuts the image up (tiles, patches) has no single picture;
+    then the noise is drawn on the image itself at the same strength.
+    """
+    how = processor.image_processor
+    mean, std = (torch.tensor(getattr(how, f"image_{n}"))[:, None, None] for n in ("mean", "std"))
+    pixels = how(images=image, return_tensors="pt")["pixel_values"]
+    if pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
+        flat = torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
+        pixels = ((flat - mean) / std)[None]
+    colours = add_noise(pixels, step, generator)[0] * std + mean
+    levels = (colours.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())
+
+
+def answer_tokens(checkpoint: Checkpoint, messages: Messages, answer: str) -> list[int]:
+    """The token ids of an answer to a question about an image, with its end."""
+    return answer_ids(checkpoint, answer_text(checkpoint, messages, answer, image=True))
+
+
+def answer_ids(checkpoint: Checkpoint, text: str) -> list[int]:
+    return checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def collate(checkpoint: Checkpoint, rows: Sequence[Mapping[str, torch.Tensor]]
+            ) -> dict[str, torch.Tensor]:
+    """Encoded prompts as one batch on the model's device, padded on the left to one length.
+
+    Everything that has the prompt's length is padded; the rest (pixels, grids) is put end to end.
+    """
+    width = max(r["input_ids"].shape[1] for r in rows)
+    batch = {}
+    for key in rows[0]:
+        parts = [r[key] for r in rows]
+        if parts[0].shape == rows[0]["input_ids"].shape:
+            fill = checkpoint.tokenizer.pad_token_id if key == "input_ids" else 0
+            parts = [torch.nn.functional.pad(x, (width - x.shape[1], 0), value=fill) for x in parts]
+        batch[key] = torch.cat(parts).to(checkpoint.device)
+    pixels = batch.get("pixel_values")
+    if pixels is not None:
+        batch["pixel_values"] = pixels.to(checkpoint.base.dtype)
+    return batch

@@ -1,0 +1,256 @@
+"""Decoding of many answers: clean, from weakened images, or two branches against each other.
+
+Draws are seeded by row, so they do not depend on the batch that a row sits in. Logits may differ in
+their last bits between batches of another make-up, so bytes are promised for one plan of batches,
+however it is interrupted or dealt out to processes (`shards`).
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
+
+from bpo.data.images import load
+from bpo.models import encoding
+from bpo.models.checkpoint import Checkpoint
+from bpo.params import STEPPED_MODES
+from bpo.study.seeds import numpy_generator, torch_generator
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to be answered: for a row's id, messages that end with it, and an image.
+
+    length: words of the annotated answer, a guess at how long the decoded one gets.
+    other: another row's image, for the view that swaps them.
+    """
+
+    id: str
+    messages: tuple[dict[str, str], ...]
+    image: Path | None
+    length: int = 0
+    other: Path | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """One way of weakening an image: the mode, for noise its step, and the number of the draw.
+
+    noisy: the answer to the noised image, as the paper describes it.
+    contrast: (1 + a) clean - a noisy, tokens below a share of the likeliest one masked (visual
+    contrastive decoding, arXiv 2311.16922, which lessens hallucination: for comparison).
+    reverse_contrast: (1 + a) noisy - a clean. crop: a random piece of the image. blank: the
+    processor's mean colour. swapped: another row's image.
+    """
+
+    mode: str
+    step: int = 0
+    draw: int = 0
+
+    @property
+    def name(self) -> str:
+        parts = [self.mode, *([str(self.step)] if self.mode in STEPPED_MODES else []),
+                 *([str(self.draw)] if self.mode != "blank" else [])]
+        return "-".join(parts)
+
+    @property
+    def two_branches(self) -> bool:
+        return self.mode in ("contrast", "reverse_contrast")
+
+
+def encode_batch(checkpoint: Checkpoint, requests: Sequence[Request], *, noise_step: int = 0,
+                 seed: int = 0) -> dict[str, torch.Tensor]:
+    """The requests' prompts as one left-padded batch, each image noised by its row's own draw."""
+    view = View("noisy", noise_step) if noise_step else None
+    return encode_view(checkpoint, requests, view, seed=seed)
+
+
+def encode_view(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None, *,
+                seed: int, crop_share: float = 1.0) -> dict[str, torch.Tensor]:
+    """The requests' prompts as one left-padded batch with their images weakened, or clean (None).
+
+    A view of two branches gives its weakened one. crop_share: of each side, for crop.
+    """
+    return encode_views(checkpoint, requests, [view], seed=seed, crop_share=crop_share)[0]
+
+
+def encode_views(checkpoint: Checkpoint, requests: Sequence[Request],
+                 views: Sequence[View | None], *, seed: int, crop_share: float = 1.0
+                 ) -> list[dict[str, torch.Tensor]]:
+    """A batch a view, as `encode_view` gives it; views that differ in the processor's pixels alone
+    share its work."""
+    encoded = functools.partial(_encoded, checkpoint, requests, seed=seed, crop_share=crop_share)
+    clean = functools.cache(lambda: encoded(None))
+    batches = []
+    for view in views:
+        if view is not None and view.mode in ("crop", "swapped"):
+            rows = encoded(view)
+        else:
+            rows = [_weakened(checkpoint, row, request, view, seed=seed)
+                    for row, request in zip(clean(), requests, strict=True)]
+        batches.append(encoding.collate(checkpoint, rows))
+    return batches
+
+
+def _encoded(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None, *,
+             seed: int, crop_share: float) -> list[dict[str, torch.Tensor]]:
+    pictures = [viewed(r, view, seed=seed, crop_share=crop_share) for r in requests]
+    texts = [encoding.prompt_text(checkpoint, r.messages, image=i is not None)
+             for r, i in zip(requests, pictures, strict=True)]
+    return encoding.encode_all(checkpoint, texts, pictures)
+
+
+def _weakened(checkpoint: Checkpoint, row: dict[str, torch.Tensor], request: Request,
+              view: View | None, *, seed: int) -> dict[str, torch.Tensor]:
+    """An encoded request with its pixels noised by the row's own draw, or blank, or as it is."""
+    if view is None:
+        return row
+    if view.mode == "blank":
+        return row | {"pixel_values": torch.zeros_like(row["pixel_values"])}
+    draw = torch_generator(seed, "noise", request.id, view.step, view.draw)
+    return row | {"pixel_values": encoding.noised(checkpoint.processor, row["pixel_values"],
+                                                view.step, draw)}
+
+
+def viewed(request: Request, view: View | None, *, seed: int, crop_share: float
+           ) -> Image.Image | None:
+    """The image of a request, cropped or swapped where the view says so."""
+    if request.image is None:
+        return None
+    if view is not None and view.mode == "swapped":
+        # In the own image's size: the prompt keeps its number of image tokens.
+        with load(request.image) as own:
+            return load(request.other).resize(own.size)
+    image = load(request.image)
+    if view is not None and view.mode == "crop":
+        rng = numpy_generator(seed, "crop", request.id, view.draw)
+        return crop(image, crop_share, rng)
+    return image
+
+
+def view_picture(processor: Any, request: Request, view: View, *, transform: str, seed: int,
+                 crop_share: float) -> Image.Image:
+    """What the model is shown of a request's image through a view, as a picture."""
+    picture = encoding.transformed(viewed(request, view, seed=seed, crop_share=crop_share),
+                                 transform, processor)
+    if view.mode == "blank":
+        return Image.new("RGB", picture.size, encoding.mean_colour(processor))
+    draw = torch_generator(seed, "noise", request.id, view.step, view.draw)
+    step = view.step if view.mode in STEPPED_MODES else 0
+    return encoding.noised_picture(processor, picture, step, draw)
+
+
+def crop(image: Image.Image, share: float, rng: np.random.Generator) -> Image.Image:
+    """A piece of the image at a random place, `share` of each side long, in the image's size."""
+    width, height = (max(1, round(side * share)) for side in image.size)
+    left = int(rng.integers(0, image.width - width + 1))
+    top = int(rng.integers(0, image.height - height + 1))
+    piece = image.crop((left, top, left + width, top + height))
+    return piece.resize(image.size, Image.Resampling.BICUBIC)
+
+
+class SeededSampling(LogitsProcessor):
+    """Exact sampling from softmax(logits / temperature) within the nucleus, a generator a row.
+
+    Adding Gumbel noise and taking the largest is a draw from the softmax (Gumbel 1954). That token
+    alone is left, so that transformers' own draw behind it takes it whatever its seed.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator], *, temperature: float, top_p: float):
+        self.generators, self.temperature = list(generators), temperature
+        self.nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.float() / self.temperature
+        if self.nucleus is not None:
+            scores = self.nucleus(input_ids, scores)
+        uniform = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self.generators])
+        drawn = scores - torch.log(-torch.log(uniform.clamp_min(1e-30))).to(scores.device)
+        token = drawn.argmax(dim=1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+class Contrast(LogitsProcessor):
+    """The two branches of a contrast: rows come as all clean ones and then all weakened ones.
+
+    Both halves of the result are the same, so both branches take the same token and each goes on
+    with its own cache. contrast: (1 + a) clean - a weakened, tokens below `cutoff` times the
+    clean image's likeliest one masked (arXiv 2311.16922, eq. 3 and 5). reverse_contrast:
+    (1 + a) weakened - a clean, without a mask.
+    """
+
+    def __init__(self, mode: str, *, strength: float, cutoff: float):
+        self.mode, self.strength, self.cutoff = mode, strength, cutoff
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        clean, weakened = torch.log_softmax(scores.float(), dim=-1).chunk(2)
+        if self.mode == "contrast":
+            mixed = (1 + self.strength) * clean - self.strength * weakened
+            if self.cutoff:
+                floor = clean.amax(dim=1, keepdim=True) + float(np.log(self.cutoff))
+                mixed = mixed.masked_fill(clean < floor, -torch.inf)
+        else:
+            mixed = (1 + self.strength) * weakened - self.strength * clean
+        return mixed.repeat(2, 1)
+
+
+@torch.no_grad()
+def decode(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], *, max_new_tokens: int,
+           sampling: SeededSampling | None = None, samples: int = 1,
+           contrast: Contrast | None = None) -> list[str]:
+    """The answers to a batch of prompts as text, greedy unless `sampling` is given.
+
+    samples: answers a prompt, side by side in the result (needs `sampling` with a generator each);
+    the image is encoded once for all of them.
+    contrast: the batch holds clean prompts and then as many weakened ones; the answers come once.
+    """
+    ends = checkpoint.base.generation_config.eos_token_id or checkpoint.tokenizer.eos_token_id
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=sampling is not None,
+                              num_return_sequences=samples, eos_token_id=ends, top_k=0,
+                              pad_token_id=checkpoint.tokenizer.pad_token_id)
+    steps = LogitsProcessorList([s for s in (contrast, sampling) if s is not None])
+    tokens = checkpoint.model.generate(**batch, generation_config=config, logits_processor=steps)
+    if contrast is not None:
+        tokens = tokens[:len(tokens) // 2]
+    answers = tokens[:, batch["input_ids"].shape[1]:]
+    return [t.strip() for t in
+            checkpoint.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def encode_branches(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None, *,
+                    seed: int, crop_share: float = 1.0) -> dict[str, torch.Tensor]:
+    """What `sample_answers` decodes: the weakened prompts, behind the clean ones where the view has
+    two branches."""
+    both = view is not None and view.two_branches
+    branches = encode_views(checkpoint, requests, [None, view] if both else [view], seed=seed,
+                            crop_share=crop_share)
+    return {n: torch.cat([b[n] for b in branches]) for n in branches[0]}
+
+
+def sample_answers(checkpoint: Checkpoint, requests: Sequence[Request],
+                   inputs: dict[str, torch.Tensor], view: View | None, *, seed: int, purpose: str,
+                   temperature: float, top_p: float, samples: int, max_new_tokens: int,
+                   contrast_strength: float = 1.0, contrast_cutoff: float = 0.1
+                   ) -> list[list[str]]:
+    """For each request `samples` answers, drawn from its weakened image (None: as it is).
+
+    inputs: `encode_branches` of the requests and the view.
+    Draws are seeded by (seed, purpose, row id, number of the sample). temperature 0: the likeliest
+    tokens, one answer a request.
+    """
+    draws = [torch_generator(seed, purpose, r.id, k) for r in requests for k in range(samples)]
+    contrast = None
+    if view is not None and view.two_branches:
+        contrast = Contrast(view.mode, strength=contrast_strength, cutoff=contrast_cutoff)
+        # The branches take the same draws: the same token comes out for both.
+        draws += [torch_generator(seed, purpose, r.id, k) for r in requests for k in range(samples)]
+    sampling = SeededSampling(draws, temperature=temperature, top_p=top_p) if temperature else None
+    texts = decode(checkpoint, inputs, max_new_tokens=max_new_tokens, samples=samples,
+                   sampling=sampling, contrast=contrast)
+    return [texts[i:i + samples] for i in range(0, len(texts), samples)]

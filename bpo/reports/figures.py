@@ -1,0 +1,393 @@
+"""Every figure of the notebooks, in one look: palette, markers and line styles tell things apart,
+so that they stay apart in grey and for colour-blind readers. Each function returns a Figure.
+
+Method names and model answers are drawn as plain text: `$` starts no formula.
+"""
+
+import itertools
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from bpo.study.text import visible
+
+if TYPE_CHECKING:
+    import pandas
+    from PIL import Image
+
+# Okabe and Ito's colours, dark and light by turns
+COLOURS = ["#0b5596", "#d98200", "#008463", "#b8508f", "#303030", "#4aa3dc", "#a34a00"]
+MARKERS = ["o", "s", "D", "^", "v", "P", "X", "<", "h"]
+LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2))]
+QUIET = "#6b7178"
+WIDTH = 9.0  # inches; the page shows it as 864 pixels
+NARROW = 4.4  # inches; a phone shows it as about 350 pixels, its letters at 8 of their 10 points
+
+
+def theme() -> None:
+    """Set the look of every figure drawn from here on."""
+    import seaborn  # takes seconds to import, so it is not done where this module is
+
+    seaborn.set_theme(style="ticks", palette=COLOURS, rc={
+        "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10,
+        "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+        "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9,
+        "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.edgecolor": QUIET, "axes.linewidth": 0.8, "xtick.color": "#3c4147",
+        "ytick.color": "#3c4147", "xtick.major.width": 0.8, "ytick.major.width": 0.8,
+        "xtick.major.size": 3.5, "ytick.major.size": 3.5, "axes.grid": True,
+        "grid.color": "#e6e7e8", "grid.linewidth": 0.8, "axes.axisbelow": True,
+        "lines.linewidth": 1.8, "lines.markersize": 5, "hatch.linewidth": 0.8,
+        "text.parse_math": False, "figure.facecolor": "white",
+    })
+
+
+def noise_strip(images: list["Image.Image"], steps: list[int],
+                answers: list[str] | None) -> Figure:
+    """The same picture at each noise step, the model's answer under each."""
+    rows = math.ceil(len(images) / 6)
+    columns = math.ceil(len(images) / rows)
+    width = WIDTH * min(1, columns / 5)
+    told = [_wrapped(answer, columns=20) for answer in answers or []]
+    lines = max((text.count("\n") + 1 for text in told), default=0)
+    tall = max(min(2, image.height / image.width) for image in images)  # of its width
+    fig, panels = _grid(rows, columns, width=width,
+                        height=rows * (width / columns * 0.92 * tall + 0.45 + 0.16 * lines))
+    for panel, image, step, answer in itertools.zip_longest(panels, images, steps, told):
+        panel.set(xticks=[], yticks=[])
+        panel.spines[:].set(visible=image is not None, color="#d5d8da")
+        if image is not None:
+            # a large picture would make the file megabytes; noise does not compress
+            if image.width > 180:
+                image = image.resize((180, max(1, round(180 * image.height / image.width))))
+            panel.imshow(image.convert("RGB"), interpolation="nearest")
+            panel.set_title(f"step {step}", loc="center")
+        if answer is not None:
+            panel.set_xlabel(answer, fontsize=8.5, color="#202428")
+    return fig
+
+
+def _wrapped(text: str, *, columns: int) -> str:
+    lines = textwrap.wrap(visible(" ".join(text.split())), columns, max_lines=4, placeholder=" …")
+    return "\n".join(lines)
+
+
+def noise_curves(curves: dict[str, dict[str, list[float]]], steps: list[int], ylabel: str,
+                 chance: float | None = None) -> Figure:
+    """A line with its interval as a band for each name, against the noise step.
+
+    curves: name -> {"mean", "low", "high"}, each as long as `steps`.
+    """
+    theme()
+    fig = Figure(figsize=(WIDTH * 0.85, 4.0), layout="constrained")
+    axes = fig.subplots()
+    for (name, curve), style in zip(curves.items(), line_styles(), strict=False):
+        axes.plot(steps, curve["mean"], label=visible(name), **style)
+        axes.fill_between(steps, curve["low"], curve["high"], color=style["color"], alpha=0.16,
+                          linewidth=0)
+    if chance is not None:
+        axes.plot(steps, [chance] * len(steps), color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
+        axes.annotate("chance", (1, chance), xycoords=axes.get_yaxis_transform(), ha="right",
+                      va="top", color=QUIET, fontsize=9, xytext=(0, -2),
+                      textcoords="offset points")
+    axes.set(xlabel="noise step (0 is the clean image)", ylabel=ylabel, xmargin=0.02)
+    legend_above(fig, axes)
+    return fig
+
+
+def training_curves(histories: dict[str, list[dict[str, float]]]) -> Figure:
+    """Loss, reward margin, reward accuracy and the change of chosen and rejected log-probabilities.
+
+    histories: method -> records {"step", "loss", "rewards/margins", "rewards/accuracies", "chosen",
+    "rejected"}, the last two as log-ratios to the reference; a method may lack any but "step".
+    """
+    fig, panels = _grid(2, 2, width=WIDTH, height=6.0)
+    titles = {"loss": ("Loss", "nats"), "rewards/margins": ("Reward margin", "nats"),
+              "rewards/accuracies": ("Reward accuracy", "share of pairs")}
+    for (key, (title, unit)), panel in zip(titles.items(), panels, strict=False):
+        panel.set(title=title, ylabel=unit)
+        for (method, history), style in zip(histories.items(), line_styles(), strict=False):
+            _curve(panel, history, key, **style, label=visible(method))
+    panels[2].axhline(0.5, color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
+    panels[3].set(title="Log-probability of answers", ylabel="nats, change")
+    for history, style in zip(histories.values(), line_styles(), strict=False):
+        _curve(panels[3], history, "chosen", **{**style, "linestyle": "-"})
+        _curve(panels[3], history, "rejected", **{**style, "linestyle": ":"},
+               markerfacecolor="white")
+    for panel in panels:
+        panel.set_xlabel("training step")
+        if not panel.lines or panel is panels[2] and len(panel.lines) == 1:
+            panel.annotate("not logged by these methods", (0.5, 0.5), ha="center", color=QUIET,
+                           xycoords="axes fraction")
+    if panels[3].lines:
+        panels[3].legend(handles=[
+            Line2D([], [], color="#303030", marker="o", linestyle="-", label="chosen"),
+            Line2D([], [], color="#303030", marker="o", linestyle=":", label="rejected",
+                   markerfacecolor="white")])
+    legend_above(fig, panels[0])
+    return fig
+
+
+def _curve(axes: Axes, history: list[dict[str, float]], key: str, **style: Any) -> None:
+    """Every step thin, and over it the mean of the steps around, which is what can be read."""
+    points = [(record["step"], record[key]) for record in history if key in record]
+    if points:
+        steps, values = zip(*points, strict=True)
+        half = len(values) // 20
+        near = [values[max(0, k - half):k + half + 1] for k in range(len(values))]
+        axes.plot(steps, [sum(n) / len(n) for n in near],
+                  **style | {"markevery": max(1, len(points) // 8)})
+        if half:
+            axes.plot(steps, values, color=style["color"], linewidth=0.7, alpha=0.35, zorder=1)
+
+
+def metric_bars(table: list[dict[str, Any]], metrics: list[str]) -> Figure:
+    """A panel a metric: a dot with its interval for each method.
+
+    table: rows {"method", "metric", "value", "low", "high"}.
+    """
+    fig, panels, methods = _method_panels(table, metrics)
+    for panel, metric in zip(panels, metrics, strict=False):
+        for row in table:
+            if row["metric"] == metric:
+                place = methods.index(row["method"])
+                style = list(itertools.islice(line_styles(), place + 1))[-1]
+                _interval(panel, row, place, style, number=f"{row['value']:.3f}")
+    return fig
+
+
+def differences(table: list[dict[str, Any]]) -> Figure:
+    """Paired differences with intervals around a zero line: a row a metric where one method is held
+    against one other, else a panel a metric.
+
+    table: rows {"method", "against", "metric", "value", "low", "high", perhaps "reading"}. The
+    marker is filled where the interval leaves zero out; then `reading` stands at the right.
+    """
+    metrics = list(dict.fromkeys(row["metric"] for row in table))
+    named = [{**row, "method": f"{row['method']} − {row['against']}"} for row in table]
+    pairs = list(dict.fromkeys(row["method"] for row in named))
+    if len(pairs) == 1:
+        fig, panels = _grid(1, 1, width=WIDTH * 0.85, height=1.1 + 0.38 * len(metrics))
+        _rows_of(panels[0], [_wrapped(metric, columns=34) for metric in metrics])
+        panels[0].set(title=_wrapped(pairs[0], columns=60), xlabel="difference")
+        places = {(pairs[0], m): (panels[0], n) for n, m in enumerate(metrics)}
+        for row in named:
+            if _sure(row) and row.get("reading"):
+                panels[0].annotate(row["reading"], (1, metrics.index(row["metric"])), ha="right",
+                                   xycoords=panels[0].get_yaxis_transform(), va="center",
+                                   fontsize=9, fontweight="bold", color="#3c4147",
+                                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+        panels[0].margins(x=0.18)
+    else:
+        fig, panels, _ = _method_panels(named, metrics)
+        places = {(pair, m): (panels[k], n) for k, m in enumerate(metrics)
+                  for n, pair in enumerate(pairs)}
+    for panel in panels[:len(metrics)]:
+        panel.axvline(0, color="#303030", linewidth=1)
+    for row in named:
+        panel, place = places[row["method"], row["metric"]]
+        style = {"color": COLOURS[0], "marker": "o", "fill": COLOURS[0] if _sure(row) else "white"}
+        _interval(panel, row, place, style, number=_signed(row["value"]))
+    return fig
+
+
+def forest(panels: dict[str, "pandas.DataFrame"]) -> Figure:
+    """A panel a metric around a zero line: a row a seed and, as a diamond, the mean over seeds.
+
+    panels: title -> frame {label, value, low, high}, the last row is the mean; its interval may be
+    missing (NaN). A marker is filled where the interval leaves zero out.
+    """
+    seeds = max(map(len, panels.values()))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    fig, axes = _grid(rows, columns, width=min(WIDTH, 2.6 + 2.4 * columns),
+                      height=rows * (0.95 + 0.32 * seeds))
+    for panel, (title, frame) in itertools.zip_longest(axes, panels.items(), fillvalue=("", None)):
+        if frame is None:
+            panel.set_axis_off()
+            continue
+        panel.set_title(_wrapped(title, columns=32))
+        _rows_of(panel, list(frame["label"]))
+        panel.axvline(0, color="#303030", linewidth=1)
+        panel.margins(x=0.12)
+        panel.locator_params(axis="x", nbins=4)
+        for place, row in enumerate(frame.to_dict("records")):
+            mean = place == len(frame) - 1
+            colour = COLOURS[1] if mean else COLOURS[0]
+            style = {"color": colour, "marker": "D" if mean else "o",
+                     "fill": colour if _sure(row) else "white"}
+            _interval(panel, row, place, style, number=_signed(row["value"]))
+    return fig
+
+
+def _signed(value: float) -> str:
+    """A difference with its sign; one that rounds to nothing has none."""
+    return f"{round(value, 3) or 0.0:+.3f}".replace("+0.000", "0.000")
+
+
+def _sure(row: dict[str, Any]) -> bool:
+    return row["low"] > 0 or row["high"] < 0
+
+
+def _rows_of(panel: Axes, labels: list[str]) -> None:
+    panel.set_yticks(range(len(labels)), labels)
+    panel.set_ylim(len(labels) - 0.4, -0.7)
+    panel.tick_params(axis="y", length=0)
+    panel.grid(visible=False, axis="y")
+    panel.spines["left"].set_visible(False)
+
+
+def _method_panels(table: list[dict[str, Any]],
+                   metrics: Sequence[str]) -> tuple[Figure, list[Axes], list[str]]:
+    methods = list(dict.fromkeys(row["method"] for row in table))
+    rows = math.ceil(len(metrics) / 3)
+    columns = math.ceil(len(metrics) / rows)
+    fig, panels = _grid(rows, columns, width=min(WIDTH, 2.6 + 2.4 * columns),
+                        height=rows * (0.95 + 0.36 * len(methods)))
+    for place, panel in enumerate(panels):
+        labels = [_wrapped(method, columns=26) for method in methods]
+        _rows_of(panel, labels)
+        panel.tick_params(axis="y", labelleft=place % columns == 0)
+        panel.locator_params(axis="x", nbins=4)
+        panel.margins(x=0.12)
+        if place < len(metrics):
+            panel.set_title(_wrapped(metrics[place], columns=32))
+        else:
+            panel.set_axis_off()
+    return fig, panels, methods
+
+
+def _interval(axes: Axes, row: dict[str, Any], place: int, style: dict[str, Any], *,
+              number: str) -> None:
+    axes.plot([row["low"], row["high"]], [place, place], color=style["color"], linewidth=1.8)
+    axes.plot(row["value"], place, style["marker"], color=style["color"], markersize=6.5,
+              markerfacecolor=style.get("fill", style["color"]), markeredgewidth=1.5)
+    axes.annotate(number, (row["value"], place), xytext=(0, 6), ha="center",
+                  textcoords="offset points", fontsize=8, color="#3c4147")
+
+
+def statistics_bars(table: "pandas.DataFrame") -> Figure:
+    """For each object (the index, or column "object") its share in each other column's source."""
+    import seaborn
+
+    theme()
+    shares = table.set_index("object") if "object" in table.columns else table
+    shares = shares.select_dtypes("number")
+    long = shares.rename_axis("object").reset_index().melt("object", var_name="source")
+    fig = Figure(figsize=(WIDTH * 0.85, 0.9 + 0.24 * len(long)), layout="constrained")
+    axes = fig.subplots()
+    seaborn.barplot(long, x="value", y="object", hue="source", ax=axes, saturation=1,
+                    palette=COLOURS[:shares.shape[1]])
+    for bars, hatch in zip(axes.containers, ["", "///", "...", "xxx"], strict=False):
+        for bar in bars:
+            bar.set(hatch=hatch, edgecolor="white")
+    axes.set(xlabel="share with the typical colour", ylabel="", xlim=(0, 1))
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.get_legend().remove()
+    fig.legend(axes.containers, list(shares.columns), loc="outside upper left", ncols=4)
+    return fig
+
+
+def _grid(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    theme()
+    fig = Figure(figsize=(width, height), layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.09, h_pad=0.09)
+    return fig, list(fig.subplots(rows, columns, squeeze=False).flat)
+
+
+def narrowed(fig: Figure) -> Figure | None:
+    """The same figure for a phone, its panels below each other, pictures three in a row.
+
+    `fig` itself is changed. None where its panels are not one grid.
+    """
+    grids = {panel.get_gridspec() for panel in fig.axes if panel.get_gridspec()}
+    if fig.subfigs or len(grids) != 1:
+        return None
+    grid = grids.pop()
+    panels = [panel for panel in fig.axes if panel.axison]
+    for panel in set(fig.axes) - set(panels):
+        panel.remove()
+    columns = min(len(panels), 3) if any(panel.images for panel in panels) else 1
+    rows = math.ceil(len(panels) / columns)
+    width, height = fig.get_size_inches()
+    high = height / grid.nrows
+    if columns > 1:
+        high *= NARROW / columns / (width / grid.ncols)
+        high = max(high, 1.9)  # the title and the answer keep their size
+    heights = grid.get_height_ratios() if grid.ncols == 1 else None
+    fig.set_size_inches(NARROW, high * rows)
+    stacked = fig.add_gridspec(rows, columns, height_ratios=heights)
+    for place, panel in zip(stacked, panels, strict=False):
+        panel.set_subplotspec(place)
+        panel.tick_params(labelleft=True)
+    for legend in list(fig.legends):  # its number of columns is settled when it is made
+        legend.remove()
+        fig.legend(legend.legend_handles, [text.get_text() for text in legend.get_texts()],
+                   loc="outside upper left", ncols=2)
+    return fig
+
+
+def line_styles() -> Any:
+    """Endless line styles: the first seven differ in colour, marker and dash at once, 63 in all."""
+    for colour, marker, line in zip(*map(itertools.cycle, (COLOURS, MARKERS, LINES)), strict=False):
+        yield {"color": colour, "marker": marker, "linestyle": line}
+
+
+def legend_above(fig: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        fig.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)))
+
+
+def prior_worlds(cells: list[dict[str, Any]], steps: list[int], chance: float) -> Figure:
+    """Above, a panel a text level: P(prior) against the noise step, a line an image level. Below,
+    its value on clean images and its rise to the last step. Every seed is thin or small.
+
+    cells: rows {"text", "images", "seed", "curve", "clean", "rise"}, the curve as long as `steps`.
+    """
+    theme()
+    texts, pictures = (list(dict.fromkeys(c[k] for c in cells)) for k in ("text", "images"))
+    fig = Figure(figsize=(WIDTH, 6.6), layout="constrained")
+    fig.get_layout_engine().set(h_pad=0.09)
+    # one grid for both rows, which a phone's column needs
+    grid = fig.add_gridspec(2, 2 * len(texts))
+    panels: list[Axes] = []
+    for number in range(len(texts)):
+        panels.append(fig.add_subplot(grid[0, 2 * number:2 * number + 2],
+                                      sharey=panels[0] if panels else None))
+        panels[-1].tick_params(labelleft=number == 0)
+    below = [fig.add_subplot(grid[1, :len(texts)]), fig.add_subplot(grid[1, len(texts):])]
+    for text, panel in zip(texts, panels, strict=True):
+        panel.set(title=visible(f"text: {text}"), xlabel="noise step (0 is the clean image)",
+                  xmargin=0.02)
+        for level, style in zip(pictures, line_styles(), strict=False):
+            mine = [c["curve"] for c in cells if (c["text"], c["images"]) == (text, level)]
+            for curve in mine:
+                panel.plot(steps, curve, color=style["color"], linewidth=0.8, alpha=0.55)
+            panel.plot(steps, [sum(values) / len(values) for values in zip(*mine, strict=True)],
+                       label=visible(f"alignment images: {level}"), **{**style, "linewidth": 2.2})
+        panel.axhline(chance, color=QUIET, linewidth=1, linestyle=(0, (2, 2)), label="chance")
+    panels[0].set_ylabel("P(prior's answer)")
+    titles = {"clean": "P(prior) on clean images", "rise": "Rise to the last step"}
+    for (key, title), panel in zip(titles.items(), below, strict=True):
+        for place, text in enumerate(texts):
+            for number, (level, style) in enumerate(zip(pictures, line_styles(), strict=False)):
+                at = place + (number - (len(pictures) - 1) / 2) * 0.22
+                values = [c[key] for c in cells if (c["text"], c["images"]) == (text, level)]
+                panel.plot([at] * len(values), values, style["marker"], color=style["color"],
+                           markersize=4.5, markerfacecolor="white")
+                mean = sum(values) / len(values)
+                panel.plot([at - 0.08, at + 0.08], [mean, mean], color=style["color"],
+                           linewidth=2.2, solid_capstyle="butt")
+        panel.axhline(0, color="#303030", linewidth=0.8)
+        panel.set_xticks(range(len(texts)), [visible(f"text: {text}") for text in texts])
+        panel.set(title=title, xlim=(-0.5, len(texts) - 0.5))
+        panel.grid(visible=False, axis="x")
+    legend_above(fig, panels[0])
+    return fig

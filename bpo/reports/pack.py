@@ -1,0 +1,90 @@
+"""One zip file of a study to hand on: reports, notebooks, manifests, parameters, results, adapters
+and training histories, with their SHA256SUMS.
+
+Left out are images, base weights, merged checkpoints, and tables of rows, pairs and answers, which
+quote data that may not be yours to share. Pictures that pages show stay in the pages.
+"""
+
+import argparse
+import hashlib
+import html
+import json
+import os
+import re
+import urllib.parse
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from bpo.params import Refusal, outputs_root, params_root, short
+from bpo.reports import verify
+
+PACKED = re.compile(r"[^/]+\.(html|ipynb|json|md|csv)|[^/]+/(manifest\.json|timings\.json"
+                    r"|results\.csv)|3_dpo_training/[^/]+/(adapter/[^/]+|(history|compute)\.json)")
+SHORTEST_KEY = 8  # characters: "EMPTY" and the like are what local servers take for a key
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study")
+
+
+def run(options: argparse.Namespace) -> int:
+    file = write(options.study)
+    with file.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    print(f"{short(file)}: {file.stat().st_size / 1e6:,.1f} MB, sha256 {sha256}; its pages show "
+          "pictures: look whether you may share them")
+    return 0
+
+
+def write(study: str) -> Path:
+    """Writes outputs/STUDY.zip, whole or not at all; the same files give the same bytes.
+
+    Raises Refusal when there is no list of hashes, or a file differs from it or holds a key.
+    """
+    folder, file = outputs_root() / study, outputs_root() / f"{study}.zip"
+    if not (folder / verify.SUMS).is_file():
+        raise Refusal(f"{short(folder)}: there is no {verify.SUMS}; run the study, or write the "
+                      f"list with python -m bpo report {study}")
+    listed = verify.read((folder / verify.SUMS).read_text(encoding="utf-8"))
+    chosen = {n: folder / n for n in listed if PACKED.fullmatch(n)}
+    chosen |= {f"params/{f.name}": f for f in (params_root() / study).glob("*.yaml")}
+    keys, packed, temporary = _keys(chosen.values()), {}, file.with_name(f".{file.name}.tmp")
+    try:
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for name, source in sorted(chosen.items()):
+                content = source.read_bytes() if source.is_file() else b""
+                packed[name] = hashlib.sha256(content).hexdigest()
+                if packed[name] != listed.get(name, packed[name]):
+                    raise Refusal(f"{short(source)} is not as {verify.SUMS} lists it, so nothing "
+                                  f"was packed; python -m bpo verify {study} names all such files")
+                for key, variable in keys.items():
+                    if key in content:
+                        raise Refusal(f"{short(source)} holds the value of the environment "
+                                      f"variable {variable}, a key, so nothing was packed; take "
+                                      "it out there (a new key is safer), run that notebook again")
+                _add(archive, f"{study}/{name}", content)
+            _add(archive, f"{study}/{verify.SUMS}", verify.text(packed).encode())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return file
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    info = zipfile.ZipInfo(name)  # of 1980-01-01: its bytes depend on no day and no machine
+    info.create_system, info.external_attr = 3, 0o100644 << 16
+    archive.writestr(info, content, zipfile.ZIP_DEFLATED)
+
+
+def _keys(files: Iterable[Path]) -> dict[bytes, str]:
+    """Each form in which a file may write a key -> its environment variable: those that the
+    study's parameters name, in YAML, manifests and notebooks, and all named like a key or token."""
+    named = {v for v in os.environ if v.upper().endswith(("_API_KEY", "_TOKEN"))}
+    for file in files:
+        if file.suffix in (".yaml", ".json", ".ipynb") and file.is_file():
+            found = re.findall(rb"key_variable\W+(\w+)", file.read_bytes())
+            named.update(variable.decode() for variable in found)
+    keys = {v: key for v in named if len(key := os.environ.get(v, "").strip()) >= SHORTEST_KEY}
+    return {form.encode(): v for v, key in keys.items() for text in (key, json.dumps(key)[1:-1])
+            for form in (text, html.escape(text), urllib.parse.quote(text, safe=""))}

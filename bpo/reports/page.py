@@ -1,0 +1,291 @@
+"""Turn executed notebooks into pages, and results into what a notebook shows.
+
+A page is one HTML file that opens offline: no request, no script, formulas as MathML, code folded.
+Pictures are drawn in figures.py, cards are in galleries.py; nothing here computes a result.
+"""
+
+import html
+import io
+import math
+import os
+import re
+import string
+from collections.abc import Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from bpo.reports.cards import OUTPUT_STYLE, Shown, data_uri
+from bpo.reports.template import executed, filters
+from bpo.study.text import as_text, shortened, visible
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+    import nbformat
+    import pandas
+
+TEMPLATE = Path(__file__).parent / "template"
+NUMBER = re.compile(r"[-+−]?\d[\d.,e+-]* ?%?( \[.*\])?( better| worse)?|–|nan.*")
+ESTIMATE = re.compile(r"([-+−]?[\d.,]+%?) (\[[-+−\d., %]+\])(.*)")
+# What may be wider than a page is reached and moved by the keyboard. No landmark: a page has many.
+SCROLLS = 'tabindex="0" role="group" aria-label'
+SIGNS = {"complete": "✓", "failed": "✗", "not run": "○"}
+
+
+def figure(fig: "matplotlib.figure.Figure", alt: str, caption: str) -> Shown:
+    """The figure as SVG on a white card; `alt` says what it shows, `caption` names n and interval.
+
+    Where its panels are one grid, a phone shows them below each other. The same figure gives the
+    same bytes. `fig` is used up: changed, and closed, so that it is not drawn a second time.
+    """
+    # matplotlib takes a while to import
+    import matplotlib.pyplot as plt
+
+    from bpo.reports import figures
+
+    wide = _svg(fig)
+    narrow = figures.narrowed(fig)
+    plt.close(fig)
+    phone = "" if narrow is None else (
+        f'<source media="(max-width: 40rem)" {_svg(narrow, "srcset")}>')
+    return Shown(
+        f'<figure><div class="plot{" fits" * bool(phone)}" {SCROLLS}="figure"><picture>{phone}'
+        f'<img alt="{_line(alt)}" {wide}></picture></div>'
+        f"<figcaption>{_line(caption)}</figcaption></figure>",
+        plain=f"Figure: {caption}",
+    )
+
+
+def _svg(fig: "matplotlib.figure.Figure", attribute: str = "src") -> str:
+    """The figure as it is now, and its size in pixels, as attributes of an element."""
+    import matplotlib.pyplot as plt
+
+    svg = io.BytesIO()
+    with plt.rc_context({"svg.hashsalt": "bpo"}):
+        fig.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    width, height = (round(96 * inches) for inches in fig.get_size_inches())
+    uri = data_uri(svg.getvalue(), "image/svg+xml")
+    return f'width="{width}" height="{height}" {attribute}="{uri}"'
+
+
+def table(frame: "pandas.DataFrame", caption: str, note: str = "") -> Shown:
+    """The frame as a table; columns of numbers and of `estimate`s are set right.
+
+    An index that is not just 0, 1, 2 ... becomes the first column. `note` goes under the table.
+    """
+    if list(frame.index) != list(range(len(frame))):
+        frame = frame.reset_index()
+    cells = {name: [_cell(value) for value in frame[name]] for name in frame.columns}
+    kinds = {name: ' class="number"' if all(map(NUMBER.fullmatch, column)) else ""
+             for name, column in cells.items()}
+    head = "".join(f'<th scope="col"{kinds[name]}>{as_text(name)}</th>' for name in cells)
+    rows = "".join(
+        "<tr>" + "".join(f"<td{kinds[name]}>{_shown_cell(cells[name][row])}</td>" for name in cells)
+        + "</tr>" for row in range(len(frame))
+    )
+    title = _line(caption)
+    wide = sum(any("[" in text for text in cells[n]) for n in cells if kinds[n]) > 3
+    below = f'<p class="note">{_line(note)}</p>' if note else ""
+    return Shown(
+        f'<div class="scroll" {SCROLLS}="{title}">'
+        f'<table class="{"tall" if wide else "flat"}">'
+        f"<caption><span>{title}</span></caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>{below}",
+        plain=f"Table: {caption}\n{frame.to_string(index=False)}",
+    )
+
+
+def _line(text: str) -> str:
+    return html.escape(visible(shortened(text)))
+
+
+def _shown_cell(text: str) -> str:
+    """The cell as HTML; the interval of an estimate is an element, so that it can go below."""
+    found = ESTIMATE.fullmatch(text)
+    if not found:
+        return as_text(text)
+    value, interval, rest = map(as_text, found.groups())
+    return f'{value} <span class="interval">{interval}</span>{rest if found[3] else ""}'
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, Integral) or not isinstance(value, Real):  # numpy's numbers count too
+        return str(value)
+    if math.isnan(value):
+        return "–"
+    return f"{value:.3g}" if 0 < abs(value) < 0.001 else f"{value:,.3f}"
+
+
+class _Escaping(string.Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return as_text(super().format_field(value, format_spec))
+
+
+def say(template: str, **values: object) -> Shown:
+    """A sentence: the template is ours and may hold **bold**, the values are only ever text.
+
+    say("**{n}** of {total} pairs kept ({share:.1%}).", n=90, total=120, share=0.75)
+    """
+    bold = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(template, quote=False))
+    return Shown(f"<p>{_Escaping().format(bold, **values)}</p>", kind="say",
+                 plain=template.replace("**", "").format(**values))
+
+
+def facts(mapping: dict[str, object]) -> Shown:
+    """A compact box of names and values: study, seed, versions, inputs."""
+    rows = "".join(f"<dt>{as_text(k)}</dt><dd>{as_text(v)}</dd>" for k, v in mapping.items())
+    return Shown(f'<dl class="facts">{rows}</dl>',
+                 plain="\n".join(f"{name}: {value}" for name, value in mapping.items()))
+
+
+
+
+def clean_notebook(path: Path) -> None:
+    """Take progress bars out of an executed notebook, in place: text bars, widgets, their state."""
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    executed.drop_progress(notebook)
+    _write(path, nbformat.writes(notebook) + "\n")
+
+
+def plain(text: str) -> str:
+    """`text` without terminal colours."""
+    return filters.strip_ansi(text)
+
+
+def failure_message(notebook: Path) -> str | None:
+    """What stopped an executed notebook; None where all of its cells ran."""
+    import nbformat
+
+    failure = executed.failure(nbformat.read(notebook, as_version=4))
+    return failure["message"] if failure else None
+
+
+def headline(notebook: Path) -> str:
+    """The last sentence that an executed notebook said with `say`; "" if it said none."""
+    import nbformat
+
+    return executed.last_sentence(nbformat.read(notebook, as_version=4))
+
+
+def html_page(notebook: Path, out: Path | None = None) -> Path:
+    """Render an executed notebook to one offline HTML file, by default beside it.
+
+    A cell's error is also named at the top, so that a failed run is a report.
+    """
+    # nbconvert takes seconds to import; only those who render pay for it
+    import nbformat
+    from nbconvert.exporters import TemplateExporter
+
+    content = nbformat.read(notebook, as_version=4)
+    executed.drop_progress(content)
+    # papermill announces an error in cells of its own; the page has its own way
+    content.cells = [cell for cell in content.cells
+                     if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
+    failure = executed.failure(content)
+    exporter = TemplateExporter(
+        template_name="template", template_file="page.html.j2", template_extension=".html.j2",
+        extra_template_basedirs=[str(TEMPLATE.parent)],
+        exclude_input_prompt=True, exclude_output_prompt=True,
+    )
+    exporter.register_filter("markdown_page", filters.markdown_page(notebook.parent))
+    exporter.register_filter("highlight_python", filters.highlight_python)
+    exporter.register_filter("strip_ansi", filters.strip_ansi)
+    page, _ = exporter.from_notebook_node(content, resources={
+        "title": executed.title(content) or notebook.stem,
+        "study": notebook.resolve().parent.name,
+        "styles": _styles(),
+        "failure": failure,
+        # A reader in a hurry meets the question, what came out and the facts before the rest.
+        "opening": content.cells[0].get("id") if content.cells else None,
+        "short": "" if failure else shortened(executed.last_sentence(content)),
+        "facts": _take_facts(content),
+        "notebook": notebook.name,
+        "executed": executed.when(content),
+    })
+    out = out or notebook.with_suffix(".html")
+    _write(out, page.replace(OUTPUT_STYLE, ""))
+    return out
+
+
+def _take_facts(notebook: "nbformat.NotebookNode") -> str:
+    """The first box of facts, out of the cell that shows it, as HTML; "" if none does."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            shown = output.get("data", {}).get("text/html", "")
+            if '<dl class="facts">' in shown:
+                cell.outputs.remove(output)
+                return shown
+    return ""
+
+
+def index_page(study_folder: Path, notebooks: list[dict[str, Any]],
+               parts: Sequence[Shown] = ()) -> Path:
+    """Write the study's `index.html`: its facts and numbers, then status, headline, time and links
+    of each of its notebooks.
+
+    notebooks: {"name", "title", "status": "complete", "failed" or "not run", "headline",
+    "seconds", "html", "ipynb", "manifest", "message"}; what is None or missing is left out.
+    Files are given as absolute paths or relative to the study's folder.
+    """
+    rows = [_index_row(study_folder, notebook) for notebook in notebooks]
+    return _page("study.html.j2", study_folder / "index.html", rows=rows, parts=parts,
+                 study=visible(study_folder.resolve().name), summary=_counted(rows))
+
+
+def studies_page(root: Path, studies: list[dict[str, Any]]) -> Path:
+    """Write the list of all studies, as `index_page` lists notebooks, into their folder."""
+    rows = [_index_row(root, study) for study in studies]
+    return _page("studies.html.j2", root / "index.html", rows=rows, summary=_counted(rows))
+
+
+def results_page(out: Path, title: str, parts: Sequence[Shown]) -> Path:
+    """Write tables and sentences that no notebook holds as one offline page beside the index."""
+    return _page("results.html.j2", out, title=visible(title), parts=parts,
+                 study=visible(out.resolve().parent.name))
+
+
+def _page(template: str, out: Path, *, parts: Sequence[Shown] = (), **values: Any) -> Path:
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True)
+    _write(out, environment.get_template(template).render(
+        **values, parts=[part.html for part in parts], styles=_styles()))
+    return out
+
+
+def _counted(rows: list[dict[str, Any]]) -> str:
+    counts = {status: [row["status"] for row in rows].count(status) for status in SIGNS}
+    return ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+
+
+def _index_row(folder: Path, notebook: dict[str, Any]) -> dict[str, Any]:
+    def link(kind: str) -> str | None:
+        target = notebook.get(kind)
+        return target and quote(os.path.relpath(folder / target, folder))
+
+    status, seconds = notebook["status"], notebook.get("seconds")
+    links = {"report": link("html"), "notebook": link("ipynb"), "manifest": link("manifest")}
+    return {
+        **{key: visible(shortened(notebook.get(key) or ""))
+           for key in ("name", "title", "headline")},
+        "message": filters.strip_ansi(notebook.get("message") or ""),
+        "status": status, "sign": SIGNS[status], "css": f"is-{status.replace(' ', '-')}",
+        "seconds": executed.duration(seconds) if seconds is not None else "",
+        "html": links["report"], "links": [pair for pair in links.items() if pair[1]]}
+
+
+def _styles() -> str:
+    return "".join((TEMPLATE / name).read_text(encoding="utf-8")
+                   for name in ("page.css", "outputs.css"))
+
+
+def _write(path: Path, text: str) -> None:
+    # by rename, so that a reader never meets half a file
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

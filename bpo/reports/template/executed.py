@@ -1,0 +1,74 @@
+"""What a page and the index read from an executed notebook, and what they leave out of it."""
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from bpo.reports.template.filters import strip_ansi
+
+if TYPE_CHECKING:
+    import nbformat
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def drop_progress(notebook: "nbformat.NotebookNode") -> None:
+    """Take text bars, widgets and their state out of the notebook. Where a widget brings a still
+    figure, that stays."""
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+            for output in cell.outputs:
+                output.get("data", {}).pop(WIDGET, None)
+
+
+def _is_progress(output: "nbformat.NotebookNode") -> bool:
+    if output.output_type == "stream":
+        return re.search(r"\r(?!\n)", output.text) is not None
+    data = output.get("data", {})
+    # transformers' trainer shows its bar as an HTML element
+    return (WIDGET in data and "text/html" not in data) or "<progress" in data.get("text/html", "")
+
+
+def failure(notebook: "nbformat.NotebookNode") -> dict[str, Any] | None:
+    """The first error: {"cell": its execution count, "message"}; None where all cells ran."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for place, cell in enumerate(code, start=1):
+        for output in cell.outputs:
+            if output.output_type == "error":
+                return {"cell": cell.execution_count or place,
+                        "message": strip_ansi(output.evalue or output.ename)}
+    return None
+
+
+def last_sentence(notebook: "nbformat.NotebookNode") -> str:
+    """The plain text of the last thing said with `report.say`; "" if nothing was."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    said = [output.data["text/plain"] for output in outputs
+            if 'class="bpo mathjax_ignore say"' in output.get("data", {}).get("text/html", "")]
+    return said[-1] if said else ""
+
+
+def title(notebook: "nbformat.NotebookNode") -> str:
+    """The first heading as plain text; "" if there is none."""
+    for cell in notebook.cells:
+        heading = cell.cell_type == "markdown" and re.search(r"^#+ +(.+)$", cell.source, re.M)
+        if heading:
+            return re.sub(r"[*`$]", "", heading[1]).strip()
+    return ""
+
+
+def when(notebook: "nbformat.NotebookNode") -> str:
+    """"executed 2026-01-31 10:22 UTC in 34 s", from what papermill noted; "" if it did not."""
+    run = notebook.metadata.get("papermill", {})
+    if not (run.get("start_time") and run.get("duration")):
+        return ""
+    return f"executed {run['start_time'][:16].replace('T', ' ')} UTC in {duration(run['duration'])}"
+
+
+def duration(seconds: float) -> str:
+    """"34 s", "2 min 5 s", "1 h 4 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,83 @@
+"""What the page template does to text: Markdown, formulas, code, terminal escapes.
+
+Functions import what they need: nbconvert takes seconds, and only those who render should pay.
+"""
+
+import html
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from bpo.study.text import visible
+
+ANSI = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_])")
+
+
+def strip_ansi(text: str) -> str:
+    """`text` without terminal colours, what else a page would swallow made visible."""
+    return visible(ANSI.sub("", text))
+
+
+def highlight_python(code: str) -> str:
+    """Python as HTML with the token classes that page.css colours."""
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+
+    coloured = highlight(visible(code), PythonLexer(), HtmlFormatter())
+    return coloured.replace("<pre>", '<pre tabindex="0">', 1)  # what scrolls, keys must reach
+
+
+def markdown_page(folder: Path) -> Callable[[str], str]:
+    """A function from Markdown to HTML: formulas as MathML, pictures from `folder` inlined.
+
+    A picture that is elsewhere gives its description: a page loads nothing.
+    """
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+    class Renderer(IPythonRenderer):
+        def inline_math(self, body: str) -> str:
+            return formula(body, display="inline")
+
+        def block_math(self, body: str) -> str:
+            return formula(body, display="block")
+
+        def latex_environment(self, name: str, body: str) -> str:
+            return formula(rf"\begin{{{name}}}{body}\end{{{name}}}", display="block")
+
+        def image(self, text: str, url: str, title: str | None = None) -> str:
+            picture = super().image(text, url, title)
+            return picture if 'src="data:' in picture else f"[{text}]"
+
+        def table(self, text: str) -> str:
+            # a table is as wide as its words: it scrolls in a box that keys reach
+            return ('<div class="wide" tabindex="0" role="group" aria-label="table">\n'
+                    f"<table>\n{text}</table>\n</div>\n")
+
+    renderer = Renderer(escape=False, embed_images=True, exclude_anchor_links=True,
+                        path=str(folder))
+    return lambda source: MarkdownWithMath(renderer).render(source)
+
+
+def formula(tex: str, *, display: str) -> str:
+    """MathML, or the TeX itself as code where the converter fails or leaves TeX behind.
+
+    display: "inline" or "block".
+    """
+    from latex2mathml.converter import convert
+
+    known = tex.strip().replace("~", r"\ ")
+    # `aligned` is unknown to the converter, letters without braces stay plain in the browser
+    known = re.sub(r"(begin|end)\{aligned\}", r"\1{align*}", known)
+    known = re.sub(r"\\(mathcal|mathbb|mathbf) ?([A-Za-z])", r"\\\1{\2}", known)
+    # TeX sets a thin space on either side of an operator's name
+    known = re.sub(r"([\w}])\s*\\(log|exp|ln)(?![A-Za-z])", r"\1\\,\\\2", known)
+    known = re.sub(r"\\(log|exp|ln)(?![A-Za-z_^(]|\s*\\left)", r"\\\1\\,", known)
+    try:
+        # it reads \sim as a letter, which gets no space around it
+        mathml = convert(known, display=display).replace("<mi>&#x0007E;</mi>", "<mo>∼</mo>")
+    except Exception:  # it raises of many kinds, and a formula must not cost the page
+        mathml = "\\"
+    if "\\" in mathml or "<mi>&</mi>" in mathml or tex.count("{") != tex.count("}"):
+        return f"<code>{html.escape(tex)}</code>"
+    return mathml

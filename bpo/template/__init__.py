@@ -1,1 +1,0 @@
-"""The page template of executed notebooks and the filters that it calls."""

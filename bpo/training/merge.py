@@ -1,0 +1,70 @@
+"""What a method of notebook 3 learnt, as a plain checkpoint that loads as any other: the model with
+its adapter merged in.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from bpo.models import checkpoint as checkpoints
+from bpo.params import DPOTraining, Refusal, outputs_root, short
+from bpo.study import stage as stages
+from bpo.study.files import to_json, write_whole
+
+MERGED = "merged.json"  # beside the checkpoint: what it is made of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study")
+    parser.add_argument("--method", required=True, help="a method that notebook 3 trained")
+    parser.add_argument("--to", type=Path, metavar="FOLDER",
+                        help="default: outputs/STUDY/merged/METHOD")
+
+
+def run(options: argparse.Namespace) -> int:
+    folder = write(options.study, method=options.method, to=options.to)
+    print(f"the merged checkpoint is {short(folder)}")
+    return 0
+
+
+def write(study: str, *, method: str, to: Path | None = None) -> Path:
+    """Writes the merged checkpoint of a finished training, by default into
+    outputs/<study>/merged/<method>/; its folder.
+
+    Model and number format are those that notebook 3's manifest names, so that a study of another
+    name or a second round merges alike. Raises Refusal when nothing was trained, the method is not
+    among what was, the model or the adapter changed since, or the folder holds other things.
+    """
+    stage = stages.stage_folder(study, DPOTraining.notebook)
+    if not (stage / stages.MANIFEST).is_file():
+        raise Refusal(f"{stage}: no training has finished here; python -m bpo run {study}")
+    manifest = json.loads((stage / stages.MANIFEST).read_text(encoding="utf-8"))
+    if method not in manifest["metrics"]["methods"]:
+        raise Refusal(f"{stage}: no method {method} was trained here; there is "
+                      + ", ".join(manifest["metrics"]["methods"]))
+    p = DPOTraining(study=study, **manifest["parameters"])
+    base, adapter = p.path(p.model), stage / method / "adapter"
+    made_of = {"study": study, "method": method, "precision": p.precision,
+               "model": stages.fingerprint(base), "adapter": stages.fingerprint(adapter)}
+    if made_of["model"] != manifest["inputs"]["model"]:
+        raise Refusal(f"{base}: the model was changed after {study} was trained on it; put the "
+                      "original back, or train again")
+    folder = to or outputs_root() / study / stages.MERGED / method
+    _own(folder, made_of)
+    checkpoints.merge(base, adapter, folder, precision=p.precision)
+    return folder
+
+
+def _own(folder: Path, made_of: dict[str, str]) -> None:
+    """Makes the folder; what an interrupted merge of the same left may be in it. Raises Refusal
+    where anything else is."""
+    file = folder / MERGED
+    if folder.exists() and not folder.is_dir():
+        raise Refusal(f"{folder} is a file; name a folder with --to")
+    held = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
+    if held and not (file.is_file() and json.loads(file.read_text()) == made_of):
+        raise Refusal(f"{folder} holds other things ({', '.join(held[:3])}"
+                      f"{', ...' if len(held) > 3 else ''}): empty it, or name another folder "
+                      "with --to")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(file, to_json(made_of, indent=1) + "\n")

@@ -1,0 +1,3 @@
+from bpo.training.packed.trainer import PackedDPOTrainer
+
+__all__ = ["PackedDPOTrainer"]

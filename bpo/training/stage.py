@@ -1,0 +1,233 @@
+"""Notebook 3's work: DPO on the pairs and its SFT baselines, one adapter a method.
+
+All methods start from the same adapter, with the same optimizer, batch and steps; what differs is
+the objective and the rows. Reference log-probs are kept for all methods, later runs of the stage
+and sweeps.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from bpo.data import images
+from bpo.evaluation import metrics, results
+from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding
+from bpo.models.checkpoint import Checkpoint
+from bpo.pairs import rows as pair_rows
+from bpo.params import DPOTraining, Refusal
+from bpo.study import launch, processes
+from bpo.study import stage as stages
+from bpo.study.files import to_json, write_whole
+from bpo.training import trainers
+from bpo.training.packed import trainer as packed
+from bpo.training.trainers import learns_pairs
+
+LOGGED = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected",
+          "rewards/damaged", "logps/chosen", "logps/rejected", "grad_norm", "learning_rate")
+
+
+def run(p: DPOTraining) -> stages.Result:
+    """The stage of notebook 3: for every method adapter/, history.json and compute.json."""
+    launch.start(p)
+    inputs = {"model": p.path(p.model), "pairs": p.path(p.pairs)}
+    return stages.stage(p, lambda folder: _work(p, folder), inputs=inputs)
+
+
+def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
+    if p.batch_pairs % (p.device_batch * processes.world()):
+        raise Refusal(f"batch_pairs ({p.batch_pairs}) must be a multiple of device_batch "
+                      f"({p.device_batch}) times the {processes.world()} processes")
+    trainers.require_trackers(p.trackers)
+    # The processor is enough to count tokens: no weights lie in memory while others train.
+    checkpoint = checkpoints.load_without_weights(p.path(p.model), transform=p.image_transform)
+    image_folder = p.path(p.image_folder)
+    lines, skipped = processes.first(lambda: usable(
+        checkpoint, pair_rows.read_pairs(p.path(p.pairs)), image_folder, max_tokens=p.max_tokens))
+    rows = {m: method_rows(m, lines, image_folder) for m in p.methods}
+    steps = p.steps or math.ceil(
+        p.epochs * len(method_rows("bpo", lines, image_folder)) / p.batch_pairs)
+    kept = Path("reference", trainers.batches_key(p, list(rows.values())))
+    others = sorted(folder.parent.glob(f"{folder.name}.old-*/{kept}"))
+    out = {}
+    # sft_compute comes last: it is sft_matched for as many steps as spend what bpo spent.
+    last = [m for m in p.methods if m == "sft_compute"]
+    for method in [m for m in p.methods if m not in last] + last:
+        if not rows[method]:
+            raise Refusal(f"{p.path(p.pairs)}: there is no row to train {method} on")
+        if method == "sft_compute":
+            wanted = round(out["bpo"]["flops"] / out["sft_matched"]["flops_per_step"])
+        else:
+            wanted = steps
+        history = train_method(p, method, rows[method], folder / method, steps=max(wanted, 1),
+                               kept=folder / kept, others=others)
+        out[method] = _facts(p, rows[method], folder / method, history, steps=max(wanted, 1))
+    if processes.rank() == 0:
+        results.write(folder, [
+            results.Result("training", "", m, "", metric, results.Estimate(value))
+            for m in p.methods for metric, value in out[m].items() if metric != "packed"])
+    return {"methods": {m: out[m] for m in p.methods}, "rows_dropped": skipped}
+
+
+def method_rows(method: str, lines: Sequence[dict], image_folder: Path) -> list[dict]:
+    """The rows that a method trains on, in TRL's layout.
+
+    sft: every positive once. sft_matched and sft_compute: the positives of bpo's pairs, in bpo's
+    order and as often, so that what bpo adds to them is the contrast alone.
+    """
+    if method == "sft":
+        return pair_rows.to_completions([
+            {"id": k["id"], "images": [str(image_folder / k["image"])], "prompt": k["prompt"],
+             "chosen": [{"role": "assistant", "content": k["chosen"]}]} for k in lines])
+    if learns_pairs(method):
+        return pair_rows.to_preferences(lines, image_folder, method=method)
+    return pair_rows.to_completions(pair_rows.to_preferences(lines, image_folder))
+
+
+def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
+           max_tokens: int) -> tuple[list[dict], dict[str, int]]:
+    """Lines whose prompt and longest answer fit, and how many were dropped by reason.
+
+    Cutting is worse than dropping: a cut answer trains on nothing, a cut image fails.
+    """
+    kept, dropped, placeholders = [], {}, {}
+    for line in lines:
+        file = image_folder / line["image"]
+        if not images.exists(file):
+            raise Refusal(f"{file}: the image of pair {line['id']} is missing; set image_folder to "
+                          "the folder that the pairs' image names start from")
+        texts = [line["chosen"], *(r["text"] for r in (*line["rejected"],
+                                                       *line.get("unselected", ())))]
+        if any(metrics.normalised(t) == metrics.normalised(line["chosen"]) for t in texts[1:]):
+            raise Refusal(f"pair {line['id']}: a rejected answer equals the chosen one, "
+                          "which would train on nothing")
+        size = images.size(file)
+        prompt = encoding.prompt_text(checkpoint, line["prompt"], image=True)
+        text_tokens = len(encoding.answer_ids(checkpoint, prompt))
+        if size not in placeholders:  # an image's tokens depend on its size alone
+            blank = Image.new("RGB", size)
+            tokens = encoding.encode(checkpoint, prompt, blank)["input_ids"].shape[1]
+            placeholders[size] = tokens - text_tokens
+        answer = max(len(encoding.answer_tokens(checkpoint, line["prompt"], t)) for t in texts)
+        if placeholders[size] + text_tokens + answer > max_tokens:
+            reason = f"longer than {max_tokens} tokens"
+            dropped[reason] = dropped.get(reason, 0) + 1
+        else:
+            kept.append(line)
+    return kept, dropped
+
+
+def train_method(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, steps: int,
+                 kept: Path, others: Sequence[Path] = ()) -> list[dict]:
+    """Trains a method, from its last checkpoint if it has one, and returns its history: a record
+    {step, loss, ...} an optimizer step. A method that is done is only read.
+
+    kept: where the reference's log-probs are kept; others: further such folders, only read.
+    """
+    history_file = folder / "history.json"
+    if history_file.is_file():
+        return json.loads(history_file.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    try:
+        with checkpoints.quietly(), trainers.tensorboard_folder(folder):
+            trainer = trainers.make(p, method, rows, folder, steps=steps, kept=kept,
+                                    others=others)
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+    except packed.NotFinite as error:
+        ids = ", ".join(str(rows[n]["id"]) for n in error.rows)
+        raise Refusal(f"{method}: the loss is not a number at step {error.step}, on pairs {ids}; "
+                      "lower learning_rate or use precision float32") from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise Refusal(f"{method}: the memory does not hold a step; lower device_batch (it is "
+                      f"{p.device_batch}) or max_tokens ({p.max_tokens}), or set "
+                      "gradient_checkpointing") from error
+    history = [{"step": h["step"], **{k: round(h[k], 8) for k in LOGGED if k in h}}
+               for h in trainer.state.log_history if "loss" in h]
+    bad = [(h["step"], name) for h in history for name, value in h.items()
+           if not math.isfinite(value)]
+    if bad:
+        raise Refusal(f"{method}: the {bad[0][1]} is not a number from step {bad[0][0]} on; "
+                      "lower learning_rate or use precision float32")
+    # Where a process holds a part of the weights, all of them put the adapter together.
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    if processes.rank() == 0:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder / "adapter",
+                                                                        state_dict=whole)
+        _add_seconds(folder.parent / stages.TIMINGS, method, time.monotonic() - began)
+        write_whole(history_file, to_json(history))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only there to resume from
+    processes.wait()
+    return history
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; a kill while one is written leaves it without its last file."""
+    whole = [c for c in folder.glob("checkpoint-*") if _readable(c / "trainer_state.json")]
+    return str(max(whole, key=lambda c: int(c.name.split("-")[1]))) if whole else None
+
+
+def _readable(file: Path) -> bool:
+    try:
+        return bool(json.loads(file.read_text()))
+    except (OSError, ValueError):
+        return False
+
+
+def _add_seconds(file: Path, method: str, seconds: float) -> None:
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    write_whole(file, to_json({**known, method: round(seconds, 1)}))
+
+
+def _flops(p: DPOTraining, rows: Sequence[dict], counted: dict[str, Any], *, steps: int
+           ) -> tuple[float, float]:
+    """FLOPs of an optimizer step of a method without the reference, the mean of the counted ones,
+    and those of the whole run with it: the reference runs for each row once."""
+    batches = counted["batches"] * p.device_batch / p.batch_pairs
+    step, reference_step = counted["flops"] / batches, counted["reference"] / batches
+    return step, step * steps + reference_step * min(steps, len(rows) / p.batch_pairs)
+
+
+def _facts(p: DPOTraining, rows: Sequence[dict], folder: Path, history: Sequence[dict], *,
+           steps: int) -> dict[str, Any]:
+    first, last = history[0], history[-1]
+    counted = json.loads((folder / "compute.json").read_text())
+    step_flops, flops = _flops(p, rows, counted, steps=steps)
+    facts = {"rows": len(rows), "steps": steps, "flops_per_step": step_flops, "flops": flops,
+             "loss_first": first["loss"], "loss_last": last["loss"]}
+    facts |= {n: v for n, v in counted.items() if n == "packed"}
+    # One batch is noisy: the end is the mean of the last tenth of the run.
+    tenth = max(len(history) // 10, 1)
+
+    def mean(part: Sequence[dict], key: str) -> float:
+        return round(sum(h[key] for h in part) / len(part), 6)
+
+    if "logps/chosen" in last:
+        for name, key in (("margin", "rewards/margins"), ("accuracy", "rewards/accuracies")):
+            facts[f"{name}_last"] = mean(history[-tenth:], key)
+        for name in ("chosen", "rejected"):
+            # The reward is beta times the log-ratio to the reference, so dividing by beta gives
+            # the change of the answer's log-probability without the noise of which rows came up.
+            facts[f"{name}_change"] = round(
+                mean(history[-tenth:], f"rewards/{name}") / p.beta, 6)
+    return facts
+
+
+def histories(result: stages.Result) -> dict[str, list[dict]]:
+    """method -> a record {step, loss, ...} an optimizer step. DPO methods also have "chosen"
+    and "rejected": the mean change of the answers' log-probability against the reference, nats."""
+    beta = result.manifest["parameters"]["beta"]
+    out = {}
+    for method in result.metrics["methods"]:
+        history = json.loads((result.folder / method / "history.json").read_text())
+        out[method] = [{**h, **{n: h[f"rewards/{n}"] / beta for n in ("chosen", "rejected")
+                                if f"rewards/{n}" in h}} for h in history]
+    return out

@@ -1,0 +1,254 @@
+"""The trainer of one training method: TRL's for SFT, the packed one for DPO, each on a freshly
+loaded model with a fresh adapter, on rows as the kit renders them, with its compute counted.
+
+The reference is the model before training, exactly: nothing outside the adapters can move, and the
+reference's log-probs are the same weights with the adapters off.
+"""
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from tqdm import tqdm
+from transformers import PrinterCallback, TrainerCallback
+from trl import DPOConfig, SFTConfig, SFTTrainer
+
+from bpo.data import images
+from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding, generate
+from bpo.models.checkpoint import Checkpoint
+from bpo.models.generate import Request, View
+from bpo.params import DPOTraining, Refusal
+from bpo.study import processes
+from bpo.study.files import to_json, write_whole
+from bpo.training import objectives
+from bpo.training.packed import collation
+from bpo.training.packed.trainer import PackedDPOTrainer
+
+COUNTED_STEPS = 4
+TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # read by transformers' callback when it is made
+# Torch knows no count for the CPU's own attention. The arguments are the tensors' shapes.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key,
+                                                                           value)}
+
+
+def learns_pairs(method: str) -> bool:
+    """Whether a method learns from pairs (DPO); the others from positives alone (SFT)."""
+    return method.startswith("bpo")
+
+
+class Rendering:
+    """Rows {id, images, prompt, answers} as a trainer's collator takes them: images opened and
+    transformed, texts as the model reads them, every answer with the end token at its end."""
+
+    def __init__(self, checkpoint: Checkpoint, p: DPOTraining):
+        # Without the model: data sets hash what renders them.
+        self.checkpoint = replace(checkpoint, model=None)
+        self.seed, self.crop_share = p.seed, p.crop_share
+        self.view = View(p.damage, step=p.damage_step) if _damages(p) else None
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = [self.row(dict(zip(batch, values, strict=True)))
+                for values in zip(*batch.values(), strict=True)]
+        return {name: [r[name] for r in rows] for name in rows[0]}
+
+    def row(self, row: dict[str, Any]) -> dict[str, Any]:
+        known = self.checkpoint
+        out = {"images": [encoding.transformed(images.load(Path(i)), known.transform,
+                                               known.processor) for i in row["images"]],
+               "prompt": encoding.prompt_text(known, row["prompt"], image=True)}
+        for name in {"chosen", "rejected", "completion"} & row.keys():
+            out[name] = encoding.answer_text(known, row["prompt"], row[name][0]["content"],
+                                             image=True)
+        if self.view is not None and "chosen" in row:
+            out["damaged_images"] = [self._damaged(Path(i), row) for i in row["images"]]
+        return out
+
+    def _damaged(self, image: Path, row: dict[str, Any]) -> Image.Image:
+        """The row's own draw, the same in every epoch, so that its reference can be kept."""
+        known, drawn = self.checkpoint, {"seed": self.seed, "crop_share": self.crop_share}
+        request = Request(row["id"], tuple(row["prompt"]), image)
+        if self.view.mode == "crop":  # as large as the image, not as the processor makes it
+            return encoding.transformed(generate.viewed(request, self.view, **drawn),
+                                        known.transform, known.processor)
+        return generate.view_picture(known.processor, request, self.view,
+                                     transform=known.transform, **drawn)
+
+
+def _damages(p: DPOTraining) -> bool:
+    return objectives.damages(zip(p.loss, p.loss_weights, strict=True))
+
+
+class _Counted:
+    """Counts the floating point operations of a run's first steps, forward and backward, and those
+    of the reference apart: it runs once an answer, whatever is kept of it.
+
+    The first steps alone, since counting is slow; several, since padding differs between batches.
+    A run that starts over counts anew, one that resumes behind them finds the file.
+    """
+
+    compute_file: Path
+    counted_steps: int
+    _counts = {"flops": 0, "reference": 0, "batches": 0}
+    _counting = False
+    how: dict[str, bool] = {}
+
+    def training_step(self, model: torch.nn.Module, inputs: dict, *args: Any) -> torch.Tensor:
+        if self.state.global_step >= self.counted_steps:
+            return super().training_step(model, inputs, *args)
+        self._aside, self._reference, self._counting = 0, 0, True
+        try:
+            with _counter() as counter:
+                loss = super().training_step(model, inputs, *args)
+        finally:
+            self._counting = False
+        step = {"flops": counter.get_total_flops() - self._aside, "reference": self._reference,
+                "batches": 1}
+        self._counts = {n: self._counts[n] + step[n] for n in step}
+        if self.is_world_process_zero():
+            write_whole(self.compute_file, to_json(self._counts | self.how))
+        return loss
+
+
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=ATTENTION)
+
+
+class CountedDPOTrainer(_Counted, PackedDPOTrainer):
+    """The packed DPO trainer that measures its compute."""
+
+    @property
+    def how(self) -> dict[str, bool]:
+        return {"packed": self.data_collator.packing}
+
+    def reference_tokens(self, inputs: dict[str, Any], keys: Sequence[str] | None
+                         ) -> list[torch.Tensor]:
+        if not self._counting:
+            return super().reference_tokens(inputs, keys)
+        with _counter() as aside:
+            with _counter() as counter:  # what it costs where nothing is kept
+                tokens = super().reference_tokens(inputs, None)
+            if keys is not None:
+                tokens = super().reference_tokens(inputs, keys)
+        self._reference += counter.get_total_flops()
+        self._aside += aside.get_total_flops()
+        return tokens
+
+
+class CountedSFTTrainer(_Counted, SFTTrainer):
+    """TRL's SFTTrainer that measures its compute and takes rows in the packed trainer's order."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        mine = collation.sampler(collation.positives(self.train_dataset), self.args,
+                                 batch=self._train_batch_size)
+        return mine or super()._get_train_sampler(train_dataset)
+
+
+class Progress(TrainerCallback):
+    """One bar a method, gone when it is done, in place of the trainer's printed lines."""
+
+    def __init__(self, label: str):
+        self.label, self.bar = label, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.label,
+                        unit="step", leave=False, disable=processes.rank() > 0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raises Refusal for a tracker whose package is not installed, before a model is loaded."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise Refusal(f"trackers: {name} is not installed; pip install {name}, or leave "
+                          "trackers empty")
+
+
+@contextmanager
+def tensorboard_folder(method_folder: Path) -> Iterator[None]:
+    """Trainers made in this block write TensorBoard's files to outputs/STUDY/trackers/METHOD.
+
+    Beside the stage, not in it: their bytes hold the time of day, and a stage's files are hashed.
+    A folder that the user set in the environment is left as it is.
+    """
+    before = os.environ.get(TENSORBOARD)
+    study = method_folder.parent.parent
+    os.environ.setdefault(TENSORBOARD, str(study / "trackers" / method_folder.name))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TENSORBOARD]
+
+
+def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, steps: int,
+         kept: Path, others: Iterable[Path] = ()) -> CountedDPOTrainer | CountedSFTTrainer:
+    """The trainer of a method; its checkpoints go below `folder`. TRL seeds its draws before it
+    makes the adapter, whose first values are thus the same for every method.
+
+    kept: where the reference's log-probs are kept; others: further such folders, only read.
+    """
+    checkpoint = checkpoints.load(p.path(p.model), precision=p.precision, transform=p.image_transform)
+    common = dict(
+        output_dir=str(folder / "checkpoints"), max_steps=steps, seed=p.seed, data_seed=p.seed,
+        per_device_train_batch_size=p.device_batch,
+        gradient_accumulation_steps=p.batch_pairs // (p.device_batch * processes.world()),
+        learning_rate=p.learning_rate, lr_scheduler_type="cosine", weight_decay=0.0,
+        warmup_steps=round(p.warmup_ratio * steps), max_length=None,
+        gradient_checkpointing=p.gradient_checkpointing, bf16=p.precision == "bfloat16",
+        use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=1, logging_first_step=True, logging_nan_inf_filter=False,
+        save_strategy="steps", save_steps=p.save_every,
+        save_total_limit=2, report_to=list(p.trackers), run_name=f"{p.study} {method}",
+        disable_tqdm=True, remove_unused_columns=False)
+    given = dict(
+        train_dataset=Dataset.from_list(list(rows)).with_transform(Rendering(checkpoint, p)),
+        processing_class=checkpoint.processor, callbacks=[Progress(method)],
+        peft_config=checkpoints.adapter_config(checkpoint.model, rank=p.lora_rank, alpha=p.lora_alpha,
+                                          dropout=p.lora_dropout))
+    if learns_pairs(method):
+        trainer = CountedDPOTrainer(
+            checkpoint.model, args=DPOConfig(
+                **common, beta=p.beta, loss_type=list(p.loss), loss_weights=list(p.loss_weights),
+                precompute_ref_log_probs=True),
+            **given, packing=p.packing, reference_folder=kept, reference_from=others)
+    else:
+        trainer = CountedSFTTrainer(
+            checkpoint.model, args=SFTConfig(**common, completion_only_loss=True), **given)
+    trainer.remove_callback(PrinterCallback)
+    trainer.compute_file = folder / "compute.json"
+    trainer.counted_steps = min(COUNTED_STEPS, p.save_every)
+    moving = [n for n, w in trainer.model.named_parameters()
+              if w.requires_grad and "lora_" not in n]
+    if moving:
+        raise RuntimeError(f"{moving[0]} would be trained: the reference would move with it")
+    return trainer
+
+
+def batches_key(p: DPOTraining, rows: Sequence[Sequence[dict]]) -> str:
+    """A hash of what decides which rows a batch holds.
+
+    Log-probs differ in their last bits with what else is in the batch. Kept ones are those of the
+    same batches, so that a run that finds them has the bytes of one that does not.
+    """
+    known = [list(rows), p.seed, p.steps, p.epochs, p.batch_pairs, p.device_batch, p.packing,
+             p.damage, p.damage_step, p.crop_share, _damages(p), processes.world()]
+    return hashlib.sha256(to_json(known).encode()).hexdigest()[:16]
