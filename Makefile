@@ -23,7 +23,7 @@ help:
 	@echo "make test       install, run all tests that a CPU can (make test ARGS='-m \"not slow\"' for the quick ones)"
 	@echo "make lab        install, open the notebooks in JupyterLab"
 	@echo "make pdf        print the reports of a study (STUDY=tiny) to outputs/tiny/pdf/, needs Chromium"
-	@echo "make bench      install, measure the speed ratios of the README's table"
+	@echo "make bench      install, measure the speed ratios, write them into outputs/README.md"
 
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 $(VENV)/.report: requirements.lock pyproject.toml

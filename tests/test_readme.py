@@ -1,117 +1,90 @@
-"""The README's promises: its commands are those that the tests run, its files exist."""
+"""The promises of the README and of the two beside it: short, its commands and files exist."""
 
-import ast
+import argparse
 import re
+import shlex
 import subprocess
 
-from bpo import params
+import pytest
 
-README = (params.ROOT / "README.md").read_text(encoding="utf-8")
-# Each command of the README and the test that runs it, or its like with less work.
-COMMANDS = {
-    "make report": "test_make_says_what_the_readme_says",
-    "make test": "test_make_says_what_the_readme_says",
-    "make lab": "test_make_says_what_the_readme_says",
-    "python -m bpo run tiny": "test_every_notebook_leaves_a_complete_stage_and_a_page",
-    "python -m bpo run tiny --only 3 -p beta 0.3":
-        "test_one_notebook_runs_alone_with_one_parameter_changed",
-    "python -m bpo run tiny -p seed 7 --as tiny-seed7":
-        "test_every_notebook_leaves_a_complete_stage_and_a_page",
-    "python -m bpo run tiny-round-2":
-        "test_a_second_round_makes_pairs_and_trains_on_the_merged_checkpoint",
-    "python -m bpo export tiny --to trl": "test_its_pairs_are_exported_for_other_tools",
-    "accelerate launch --num_processes 8 -m bpo stage llava-1.5-7b 2":
-        "test_several_processes_write_the_bytes_of_one",
-    "accelerate launch --num_processes 8 -m bpo stage llava-1.5-7b 3":
-        "test_two_launched_processes_give_the_curves_of_one",
-    "papermill notebooks/3_dpo_training.ipynb out.ipynb -f params/tiny/3_dpo_training.yaml "
-    "-p beta 0.3": "test_papermill_runs_a_notebook_from_anywhere",
-    "python -m bpo merge tiny --method bpo":
-        "test_a_merged_checkpoint_answers_as_the_adapter_through_transformers_alone",
-    "python -m bpo score chair --answers captions.jsonl --truth objects.json":
-        "test_the_command_prints_its_table_and_says_refusals",
-    "python -m bpo score pope --answers mine.jsonl --truth coco_pope_random.json "
-    "--against other.jsonl": "test_the_command_prints_its_table_and_says_refusals",
-    "make replicate": "test_make_says_what_the_readme_says",
-    "python -m bpo replicate tiny --seeds 5": "test_a_replication_that_is_killed_goes_on",
-    "python -m bpo run tiny-prior": "test_the_notebook_runs_headless",
-    "python -m bpo compare tiny tiny-seed7": "test_the_page_names_what_differs_and_no_more",
-    "python -m bpo verify tiny": "test_every_file_is_listed_and_each_change_is_named",
-    "python -m bpo pack tiny": "test_a_zip_holds_reports_and_adapters_and_checks_itself",
-    "python -m bpo verify outputs/tiny.zip":
-        "test_a_zip_holds_reports_and_adapters_and_checks_itself",
-    "make pdf STUDY=tiny": "test_make_says_what_the_readme_says",
-    "python -m bpo new ten --model PATH/MODEL --data PATH/PICTURES.csv": "test_ten_pictures_become_a_report",
-    "python -m bpo check ten": "test_ten_pictures_become_a_report",
-    "python -m bpo run ten": "test_ten_pictures_become_a_report",
-    "python -m bpo check llava-1.5-7b": "test_check_names_what_a_real_study_lacks",
-    "python -m bpo run llava-1.5-7b":
-        "test_the_whole_study_of_a_real_model_runs_on_photographs",
-}
+from bpo.__main__ import main
+from bpo.params import ROOT
+
+FILES = [ROOT / name for name in ("README.md", "params/README.md", "outputs/README.md")]
+TEXTS = {f: f.read_text(encoding="utf-8") for f in FILES}
+README = TEXTS[FILES[0]]
+COMMANDS = sorted({
+    line.split(" #")[0].strip() for text in TEXTS.values()
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()})
+TO_BE_MADE = {"params/ten/"}  # what a command of the README writes
 
 
-def test_every_command_is_run_by_a_test_that_exists():
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
-    commands = [line.split("#")[0].strip().removeprefix(".venv/bin/")
-                for block in blocks for line in block.splitlines()]
-    assert sorted(commands) == sorted(COMMANDS)
-    tests = "".join(f.read_text() for f in (params.ROOT / "tests").glob("test_*.py"))
-    for name in COMMANDS.values():
-        assert f"def {name}(" in tests, name
+class Parsed(Exception):
+    pass
+
+
+def test_the_readme_is_short_and_its_picture_small():
+    assert len(README.encode()) < 12_288
+    assert (ROOT / "outputs" / "report.jpg").stat().st_size < 150_000
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_exists(command, monkeypatch):
+    if command.startswith("make "):
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert shlex.split(command)[1] in targets
+        return
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(parser, given):
+        parse(parser, given)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    start, given = command.split(" -m bpo ")
+    assert start in (".venv/bin/python", ".venv/bin/accelerate launch --num_processes 8")
+    with pytest.raises(Parsed):
+        main(shlex.split(given))
+
+
+def test_commands_in_the_text_are_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    known = re.search(r"\{([\w,]+)\}", capsys.readouterr().out)[1].split(",")
+    for text in TEXTS.values():
+        assert set(re.findall(r"`bpo (\w+)", text)) <= set(known)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_links_and_files_that_it_names_exist(file):
+    links = [x for x in re.findall(r"\]\(([^)#\s]+)\)", TEXTS[file]) if not x.startswith("http")]
+    assert [x for x in links if not (file.parent / x).exists()] == []
+    named = set(re.findall(r"(?<![\w/])(?:bpo|params|notebooks)/[\w./-]*\w/?", TEXTS[file]))
+    assert [x for x in named - TO_BE_MADE if not (ROOT / x).exists()] == []
+
+
+def test_what_to_change_stands_where_the_readme_says():
+    rows = re.findall(r"(`\w+`(?: and `\w+`)?) (?:in|of) \[(bpo/[\w/.]+)\]", README)
+    assert len(rows) == 8
+    for names, file in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"\b{name}\b", (ROOT / file).read_text()), f"{name} in {file}"
+
+
+def test_its_trainer_is_imported_as_it_says():
+    snippet = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    compile(snippet, "README.md", "exec")
+    exec("\n".join(x for x in snippet.splitlines() if x.startswith("from ")), {})
 
 
 def test_make_says_what_the_readme_says():
     def recipe(target: str) -> str:
-        return subprocess.run(["make", "-n", target], cwd=params.ROOT, text=True, check=True,
+        return subprocess.run(["make", "-n", target], cwd=ROOT, text=True, check=True,
                               capture_output=True).stdout
 
     assert "-m bpo run tiny\n" in recipe("report")
     assert "-m pytest" in recipe("test")
     assert "-m jupyterlab --config=bpo/reports/template/lab_config.py" in recipe("lab")
-    assert "make pdf" in recipe("help")
     assert "-m bpo replicate tiny --seeds 5" in recipe("replicate")
     assert "tests/bench.py" in recipe("bench")
     assert "outputs/tiny/index.html" in recipe("help")
-
-
-def test_the_file_map_names_files_that_exist_and_all_modules():
-    block = re.search(r"## Files\n\n```\n(.*?)```", README, re.S)[1]
-    named = set(re.findall(r"(?:bpo|params|tests|notebooks)/[\w./-]*", block))
-    for name in named:
-        assert (params.ROOT / name).exists(), name
-    modules = {f"bpo/{f.name}" for f in (params.ROOT / "bpo").glob("*.py")} - {"bpo/__init__.py"}
-    assert modules <= named
-
-
-# A module imports from lower floors alone; nothing but notebooks 0 and 6 imports the tiny world.
-FLOORS = [
-    {"params", "seeds", "noise", "galleries", "ranks", "layouts", "branches", "reference",
-     "objectives"},
-    {"vocabulary", "records", "images", "models", "endpoint", "figures"},
-    {"metrics", "runs", "entries", "shards", "encoding", "collation",
-     "packed_forward", "packed_check", "scoring", "hallucination", "yes_no", "coco",
-     "benchmark_figures", "report"},
-    {"replication_page", "selection", "audit", "readers", "generate", "packed", "launch", "official"},
-    {"pair_tables", "stock", "probe", "held_out", "candidates", "diagnostics", "judged", "answers",
-     "merge"},
-    {"pairs", "compare", "sizes", "trainers", "judge", "score", "explorer_cards"},
-    {"export", "train", "benchmarks", "claims", "explorer", "survey"},
-    {"benchmark_tables", "replication", "verify", "start"},
-    {"studies", "pack"},
-    {"against"},
-    {"__main__"},
-]
-
-
-def test_modules_import_from_the_floors_below_their_own():
-    modules = {f.stem: ast.parse(f.read_text()) for f in (params.ROOT / "bpo").glob("*.py")}
-    assert set().union(*FLOORS) == modules.keys() - {"__init__"}
-    floor = {m: n for n, named in enumerate(FLOORS) for m in named}
-    for name, tree in modules.items():
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("bpo"):
-                continue
-            used = ([a.name for a in node.names] if node.module == "bpo"
-                    else [node.module.split(".")[1]])
-            for other in set(used) - {"template"}:
-                assert other in floor and floor[other] < floor[name], f"{name} imports {other}"
