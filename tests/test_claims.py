@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from bpo.evaluation import claims, comparison, results
-from bpo.evaluation.results import OPEN, Estimate, Result
+from bpo.evaluation import claims, comparison
+from bpo.study import results
 from bpo.study import stage as stages
+from bpo.study.results import OPEN, Estimate, Result
 
 WORSE, UNSURE, BETTER = (-0.2, -0.1), (-0.1, 0.1), (0.1, 0.2)  # when more is claimed
 

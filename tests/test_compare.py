@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from bpo.data import rows as data_rows
-from bpo.evaluation import comparison, readings
+from bpo.evaluation import comparison
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate
 from bpo.models.generate import Request
 from bpo.params import QualitativeComparison, Refusal
+from bpo.reports import tables
 from bpo.study.files import read_lines
 
 TRUTH = {
@@ -144,7 +145,7 @@ def test_a_presence_answer_is_as_good_as_pope_finds_it(text):
     ("colour", "Red", set()), ("colour", "dark blue", {"dark", "blue"}),
     ("caption", "a dog and cats", {"cats"}), ("unknown", "a dog", set())])
 def test_wrong_words_are_marked(row_id, text, words):
-    assert readings.wrong_words(line(row_id, text, ""), "base", TRUTH) == words
+    assert tables.wrong_words(line(row_id, text, ""), "base", TRUTH) == words
 
 
 # --- what may be said ---------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def found_with(**differences):
     ("cover", (-0.1, 0.2), "cannot be told"), ("chair_i", (0, 0.2), "cannot be told"),
     ("p_prior", (-0.3, -0.2), "better"), ("words", (0.1, 0.2), "")])
 def test_an_interval_is_read_by_whether_more_is_better(name, interval, reading):
-    rows = readings.differences(found_with(**{name: interval}), "natural", "bpo", "base")
+    rows = tables.differences(found_with(**{name: interval}), "natural", "bpo", "base")
     assert [r["reading"] for r in rows] == [reading]
     assert rows[0]["metric"] == comparison.METRICS[name][0]
 
@@ -177,31 +178,31 @@ def test_an_interval_is_read_by_whether_more_is_better(name, interval, reading):
 def test_the_reading_is_one_phrase():
     found = found_with(cover=(0.1, 0.2), chair_i=(0.1, 0.2), colour_accuracy=(-0.1, 0.1),
                        chair_s=(-0.2, -0.1))
-    assert readings.reading(found, "natural", "bpo", "base") == (
+    assert tables.reading(found, "natural", "bpo", "base") == (
         "better in cover, CHAIRs, worse in CHAIRi; 1 of 4 metrics cannot be told apart")
-    assert readings.reading(found_with(cover=(-0.2, -0.1)), "natural", "bpo", "base") == (
+    assert tables.reading(found_with(cover=(-0.2, -0.1)), "natural", "bpo", "base") == (
         "better in nothing, worse in cover; 0 of 1 metrics cannot be told apart")
-    assert readings.reading(found_with(words=(0.1, 0.2)), "natural", "bpo", "base") == \
+    assert tables.reading(found_with(words=(0.1, 0.2)), "natural", "bpo", "base") == \
         "not to be judged without a truth file"
 
 
 def test_the_changes_stand_in_a_table_with_a_column_a_baseline():
-    table = readings.change_table(found_with(cover=(0.1, 0.2), words=(0.1, 0.2)), "natural", "bpo")
+    table = tables.change_table(found_with(cover=(0.1, 0.2), words=(0.1, 0.2)), "natural", "bpo")
     assert table == [{"metric": "cover", "minus base": "+0.150 [+0.100, +0.200] better"}]
 
 
 def test_the_page_is_about_bpo_on_counterfactual_images_where_there_are():
     base = {"natural": {"base": {}, "sft": {}}, "differences": {}}
-    assert (readings.main_split(base), readings.main_method(base)) == ("natural", "sft")
+    assert (tables.main_split(base), tables.main_method(base)) == ("natural", "sft")
     both = {"natural": {"base": {}, "bpo": {}, "sft": {}},
             "counterfactual": {"base": {}, "bpo": {}, "sft": {}}, "differences": {}}
-    assert (readings.main_split(both), readings.main_method(both)) == ("counterfactual", "bpo")
-    assert readings.baselines(both, "natural") == ["base", "sft"]
+    assert (tables.main_split(both), tables.main_method(both)) == ("counterfactual", "bpo")
+    assert tables.baselines(both, "natural") == ["base", "sft"]
 
 
 def test_the_sharpest_control_comes_first():
     def control(*methods):
-        return readings.control({"x": dict.fromkeys(methods)}, "x")
+        return tables.control({"x": dict.fromkeys(methods)}, "x")
 
     assert control("base", "sft", "sft_compute", "sft_matched") == "sft_matched"
     assert control("base", "sft_compute", "sft") == "sft"
@@ -211,14 +212,14 @@ def test_the_sharpest_control_comes_first():
 def test_tables_show_values_with_intervals_and_counts(scored):
     values, contrasts = scored
     found = {"natural": values, "differences": {"natural": contrasts}}
-    assert readings.categories(found, "natural") == ["caption", "attribute", "presence", "any"]
-    rows = readings.wide_table(found, "natural", "attribute")
+    assert tables.categories(found, "natural") == ["caption", "attribute", "presence", "any"]
+    rows = tables.wide_table(found, "natural", "attribute")
     assert [r["method"] for r in rows] == ["base", "bpo"]
     assert rows[1]["P(true answer)"] == "0.900 [0.900, 0.900]"
-    assert "yes answers 2" in readings.counts_note(found, "natural", "presence")
-    long = readings.table(found, "natural")
+    assert "yes answers 2" in tables.counts_note(found, "natural", "presence")
+    long = tables.table(found, "natural")
     assert {(r["method"], r["metric"]) for r in long} >= {("base", "CHAIRi"), ("bpo", "cover")}
-    assert "yes_rate" not in readings.shown_metrics(found, "natural")
+    assert "yes_rate" not in tables.shown_metrics(found, "natural")
 
 
 # --- the stage ----------------------------------------------------------------------------------
@@ -304,7 +305,7 @@ def test_the_metrics_are_the_scores_of_the_answers(result, lines, data_file):
 
 
 def test_a_method_that_changes_nothing_is_told_apart_in_nothing(result):
-    rows = readings.differences(result.metrics, "natural", "sft", "base")
+    rows = tables.differences(result.metrics, "natural", "sft", "base")
     assert rows and all(r["reading"] in ("cannot be told", "") for r in rows)
     assert result.metrics["natural"]["sft"]["changed"]["value"] == 0
     assert result.metrics["natural"]["bpo"]["changed"]["value"] > 0
@@ -363,12 +364,12 @@ def test_data_without_a_truth_file_is_measured_by_length_and_change(parameters, 
     found = comparison.run(p)
     assert set(found.metrics["held_out"]["base"]) == {"answer_words", "changed"}
     assert found.metrics["held_out"]["base"]["changed"]["n"] == 5
-    assert readings.main_split(found.metrics) == "held_out"
-    assert readings.categories(found.metrics, "held_out") == ["any"]
+    assert tables.main_split(found.metrics) == "held_out"
+    assert tables.categories(found.metrics, "held_out") == ["any"]
 
 
 def test_the_gallery_shows_wins_and_losses_and_counts_them_all(parameters, result, data_file):
-    cards, verdicts = readings.gallery(parameters, result, split="natural", method="bpo",
+    cards, verdicts = tables.gallery(parameters, result, split="natural", method="bpo",
                                       against="base")
     assert sum(verdicts.values()) == len(data_rows.read_rows(data_file)[0])
     assert len(cards) == 4

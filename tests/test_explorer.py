@@ -14,7 +14,8 @@ from PIL import Image
 from bpo import explorer_cards
 from bpo.data import images
 from bpo.data import rows as data_rows
-from bpo.evaluation import comparison as held_out, probe
+from bpo.evaluation import comparison as held_out
+from bpo.evaluation import probe
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate
 from bpo.models.generate import Request

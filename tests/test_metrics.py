@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from bpo.evaluation import metrics
+from bpo.study import results
 
 VOCABULARY = {"dog": ["dog", "dogs", "puppy"], "hot dog": ["hot dog", "hot dogs"],
               "cat": ["cat", "cats"], "dining table": ["dining table", "table"],
@@ -177,7 +178,7 @@ def test_chance_gives_a_p_below_a_tenth_about_a_tenth_of_the_time():
     ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]), ([0.5, 0.6], [1.0, 1.0]), ([], []),
     ([0.02], [0.02]), ([None, 0.02, None, 0.01], [None, 0.02, None, 0.02]), ([None], [None])])
 def test_holm_adjusts_as_by_hand(ps, adjusted):
-    assert metrics.holm(ps) == pytest.approx(adjusted)
+    assert results.holm(ps) == pytest.approx(adjusted)
 
 
 def test_numbers_made_of_several_metrics_are_of_what_both_sides_measured():

@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from bpo.evaluation import coco, official
+from bpo.evaluation import official
 from bpo.evaluation import words as vocabulary
 from bpo.evaluation.official import BENCHMARKS
 from bpo.params import Refusal
@@ -83,7 +83,7 @@ def test_every_metric_of_an_answer_has_a_label_and_every_label_an_answer(halbenc
     ("000012.png", "12"), (0, "0"), ("000.png", "0"), ("AMBER_1.jpg", "AMBER_1.jpg"),
     ("room 12.png", "room 12.png"), ("a\\b\\5.jpg", "5")])
 def test_an_image_is_the_same_however_its_number_is_written(name, key):
-    assert coco.image_key(name) == key
+    assert vocabulary.image_key(name) == key
 
 
 # --- COCO's annotations -------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_an_image_without_objects_is_one(annotated):
     put(annotated, "annotations/instances_val2014.json", {**SCENES, "annotations": []})
     put(annotated, "annotations/captions_val2014.json", {"annotations": []})
     lexicon = vocabulary.lexicon(vocabulary.read(vocabulary.COCO))
-    scenes = coco.read([annotated / official.ANNOTATIONS["instances"]],
+    scenes = vocabulary.read_annotations([annotated / official.ANNOTATIONS["instances"]],
                        [annotated / official.ANNOTATIONS["captions"]], lexicon)
     assert {key: s.present for key, s in scenes.items()} == {"42": set(), "7": set()}
 

@@ -19,7 +19,7 @@ from bpo.pairs import candidates
 from bpo.pairs import rows as pair_rows
 from bpo.pairs import stage as pairs
 from bpo.params import PairGeneration, Refusal
-from bpo.reports import pair_tables
+from bpo.reports import tables
 from bpo.study.files import LineFile, read_lines, write_lines
 
 
@@ -163,7 +163,8 @@ def test_the_stage_writes_a_line_a_positive_and_its_audit(uninterrupted, data_fi
     assert sum(found[s]["kept"] for s in ("weakened", "injected")) == kept
     assert set(uninterrupted.manifest["inputs"]) == {
         "model", "text_model", "data", "truth", "describe_prompt", "question_prompt"}
-    assert {f.name for f in uninterrupted.folder.iterdir()} == {*FILES, "manifest.json"}
+    files = {*FILES, "manifest.json", "results.csv"}
+    assert {f.name for f in uninterrupted.folder.iterdir()} == files
 
 
 def test_rejected_answers_are_what_the_models_said(uninterrupted):
@@ -438,11 +439,11 @@ def test_the_gallery_shows_pairs_with_the_most_rejected_answers_of_each_category
 
 def test_the_tables_have_a_row_for_everything_that_was_counted(uninterrupted):
     found = uninterrupted.metrics
-    assert pair_tables.sources(found) == ["weakened", "injected"]
-    assert len(pair_tables.kept(found)) == 6
-    assert sum(r["how many"] for r in pair_tables.dropped(found)) == 2 * 12 - found["pairs"]
-    checks = {r["measure"]: r for r in pair_tables.checks(found)}
+    assert tables.sources(found) == ["weakened", "injected"]
+    assert len(tables.kept(found)) == 6
+    assert sum(r["how many"] for r in tables.dropped(found)) == 2 * 12 - found["pairs"]
+    checks = {r["measure"]: r for r in tables.checks(found)}
     assert checks["words more than the chosen answer"]["weakened, as kept"].count("[") == 1
-    assert {r["category"] for r in pair_tables.shortcuts(found)} >= {"all"}
-    assert [r["source"] for r in pair_tables.displacement(found)] == ["weakened", "injected"]
-    assert [r["score"] for r in pair_tables.scores()] == list(params.SCORES)
+    assert {r["category"] for r in tables.shortcuts(found)} >= {"all"}
+    assert [r["source"] for r in tables.displacement(found)] == ["weakened", "injected"]
+    assert [r["score"] for r in tables.scores()] == list(params.SCORES)

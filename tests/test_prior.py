@@ -10,7 +10,6 @@ import nbformat
 import pytest
 
 from bpo import params
-from bpo.reports import figures
 from bpo.reports import page as report
 from bpo.tiny import build, language, prior, prior_tables, world
 
@@ -277,7 +276,7 @@ def test_the_figure_draws_every_seed_and_the_mean():
     cells = [{"text": t, "images": i, "seed": s, "curve": [0.1 * s, 0.2 * s], "clean": 0.1 * s,
               "rise": 0.1 * s} for t in ("uniform", "biased") for i in ("uniform", "half", "biased")
              for s in (1, 2)]
-    fig = figures.prior_worlds(cells, [0, 999], 1 / 8)
+    fig = prior_tables.prior_worlds(cells, [0, 999], 1 / 8)
     above = [a for a in fig.findobj(lambda a: a.__class__.__name__ == "Axes") if a.get_xlabel()]
     assert [a.get_title(loc="left") for a in above] == ["text: uniform", "text: biased"]
     for panel in above:

@@ -16,11 +16,12 @@ from conftest import LITTLE
 
 from bpo import __main__, params
 from bpo.__main__ import main
-from bpo.evaluation import claims, comparison, replication, results
-from bpo.evaluation.results import Estimate, Result
+from bpo.evaluation import claims, comparison, replication
 from bpo.params import Refusal, Replication
 from bpo.reports import summary
+from bpo.study import results
 from bpo.study import stage as stages
+from bpo.study.results import Estimate, Result
 
 
 def level(value, half=0.02, **rest):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from bpo.evaluation import results
-from bpo.evaluation.results import Estimate, Result
 from bpo.params import Refusal
+from bpo.study import results
+from bpo.study.results import Estimate, Result
 
 
 @pytest.mark.parametrize("estimate, text, reading", (

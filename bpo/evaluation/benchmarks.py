@@ -15,19 +15,19 @@ import torch
 
 from bpo import params
 from bpo.data import rows as data_rows
-from bpo.evaluation import comparison, diagnostics, judged, metrics, official, results
+from bpo.evaluation import comparison, diagnostics, judged, metrics, official
 from bpo.evaluation.judged import Judged, JudgedQuestion
 from bpo.evaluation.official import Benchmark, Question
-from bpo.evaluation.results import Result
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.endpoint import Endpoint
 from bpo.models.generate import Request
 from bpo.params import Benchmarks
-from bpo.study import seeds, shards
+from bpo.study import results, seeds, shards
 from bpo.study import stage as stages
 from bpo.study.files import read_lines
+from bpo.study.results import Result
 
 PROBED = "probed.jsonl"
 REPLIES = "judge_replies"  # the folder of them, beside the studies

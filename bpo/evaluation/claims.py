@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from bpo.evaluation import comparison, judged, metrics, official, results
-from bpo.evaluation.results import BETTER, OPEN, WORSE, Estimate
+from bpo.evaluation import comparison, judged, official
+from bpo.study import results
 from bpo.study import stage as stages
+from bpo.study.results import BETTER, OPEN, WORSE, Estimate
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -225,7 +226,7 @@ def looks(claims: Sequence[Claim]) -> dict[str, int]:
     survive it."""
     every = [e for c in claims for x in c.lines for e in x.measures.values()]
     family = _deciding(claims)
-    corrected = metrics.holm([e.p for _, e in family])
+    corrected = results.holm([e.p for _, e in family])
     return {"looked": len(every), "apart": sum(e.excludes_zero() for e in every),
             "decide": len(family), "decide_apart": sum(e.excludes_zero() for _, e in family),
             "survive": sum(p is not None and p <= 0.05 for p in corrected)}
@@ -240,7 +241,7 @@ def looks_text(claims: Sequence[Claim]) -> str:
     """`looks` in a sentence, with the names of what survives."""
     count = looks(claims)
     family = _deciding(claims)
-    corrected = metrics.holm([e.p for _, e in family])
+    corrected = results.holm([e.p for _, e in family])
     names = [name for (name, _), p in zip(family, corrected, strict=True)
              if p is not None and p <= 0.05]
     return (f"{count['looked']} comparisons were looked at, {count['apart']} intervals exclude "

@@ -16,14 +16,14 @@ import torch
 
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
-from bpo.evaluation import hallucination, metrics, results
+from bpo.evaluation import hallucination, metrics
 from bpo.evaluation import words as vocabulary
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
 from bpo.params import QualitativeComparison, Refusal
-from bpo.study import seeds, shards
+from bpo.study import results, seeds, shards
 from bpo.study import stage as stages
 
 # name: (label, category of question, whether more is better; None: neither)

@@ -150,19 +150,6 @@ def _two_sided(drawn: np.ndarray) -> float:
     return round(min((1 + 2 * int(beyond)) / (1 + int(np.isfinite(drawn).sum())), 1.0), 6)
 
 
-def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """The p values adjusted for being looked at together (Holm 1979), in their own order.
-
-    The k-th smallest of m is multiplied by m - k + 1, is no smaller than the one before it, and at
-    most 1. None stays None and is not among the m.
-    """
-    order = sorted((i for i, p in enumerate(ps) if p is not None), key=lambda i: ps[i])
-    adjusted: list[float | None] = [None] * len(ps)
-    least = 0.0
-    for before, i in enumerate(order):
-        least = max(least, min(ps[i] * (len(order) - before), 1.0))
-        adjusted[i] = least
-    return adjusted
 
 
 def _columns(ratios: Ratios, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bpo.data import files as entries
-from bpo.evaluation import coco, hallucination
+from bpo.evaluation import hallucination
 from bpo.evaluation import words as vocabulary
 from bpo.evaluation.words import Lexicon
 from bpo.params import Refusal
@@ -112,7 +112,7 @@ def read_lexicon(folder: Path) -> Lexicon:
 def rows(file: Path, needed: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The entries of a JSON list or of JSON lines."""
     for where, entry in entries.read(file, file.parent):
-        yield coco.checked(entry, needed, f"{file.parent / where}")
+        yield vocabulary.checked(entry, needed, f"{file.parent / where}")
 
 
 def _label(entry: Mapping[str, Any], key: str, where: Path) -> str:
@@ -128,9 +128,9 @@ ANNOTATIONS = {"instances": "annotations/instances_val2014.json",
                "captions": "annotations/captions_val2014.json"}
 
 
-def read_scenes(folder: Path, lexicon: Lexicon) -> dict[str, coco.Scene]:
+def read_scenes(folder: Path, lexicon: Lexicon) -> dict[str, vocabulary.Scene]:
     """The scenes of a folder's annotations; those of train2014 too, where they lie beside."""
-    return coco.read(sorted(folder.glob("annotations/instances_*2014.json")),
+    return vocabulary.read_annotations(sorted(folder.glob("annotations/instances_*2014.json")),
                      sorted(folder.glob("annotations/captions_*2014.json")), lexicon)
 
 
@@ -139,7 +139,7 @@ def _chair(folder: Path) -> Loaded:
     scenes = read_scenes(folder, lexicon)
     asked = folder / QUESTIONS
     if asked.is_file():
-        questions = [Question(coco.image_key(q["image"]), q["image"], q["text"])
+        questions = [Question(vocabulary.image_key(q["image"]), q["image"], q["text"])
                      for q in rows(asked, ("image", "text"))]
         ids = [q.id for q in questions]
         if twice := sorted({i for i in ids if ids.count(i) > 1}):
@@ -149,7 +149,7 @@ def _chair(folder: Path) -> Loaded:
         questions = [Question(key, scene.file, DESCRIBE) for key, scene in scenes.items()]
     _all_annotated(questions, scenes, asked)
     return Loaded(tuple(questions), lambda q, text: hallucination.chair(
-        text, scenes[coco.image_key(q.image)].present, lexicon))
+        text, scenes[vocabulary.image_key(q.image)].present, lexicon))
 
 
 HALBENCH = "obj_halbench_300_with_image.jsonl"
@@ -160,14 +160,14 @@ def _object_halbench(folder: Path) -> Loaded:
     scenes = read_scenes(folder, lexicon)
     questions = []
     for number, row in enumerate(rows(folder / HALBENCH, ("image_id", "question")), start=1):
-        key = coco.image_key(row["image_id"])
+        key = vocabulary.image_key(row["image_id"])
         inside = f"{key}.jpg" if row.get("image") else None
         questions.append(Question(str(number), inside or getattr(scenes.get(key), "file", key),
                                   row["question"]))
     _all_annotated(questions, scenes, folder / HALBENCH)
     unpack(folder)
     return Loaded(tuple(questions), lambda q, text: hallucination.object_halbench(
-        text, scenes[coco.image_key(q.image)].present, lexicon))
+        text, scenes[vocabulary.image_key(q.image)].present, lexicon))
 
 
 def unpack(folder: Path) -> None:
@@ -175,7 +175,7 @@ def unpack(folder: Path) -> None:
     yet. Raises Refusal where they cannot be decoded or written."""
     images = folder / "images"
     for row in rows(folder / HALBENCH, ("image_id",)):
-        file = images / f"{coco.image_key(row['image_id'])}.jpg"
+        file = images / f"{vocabulary.image_key(row['image_id'])}.jpg"
         if not row.get("image") or file.is_file():
             continue
         try:
@@ -190,9 +190,9 @@ def unpack(folder: Path) -> None:
                           "be written") from None
 
 
-def _all_annotated(questions: Sequence[Question], scenes: Mapping[str, coco.Scene], file: Path
+def _all_annotated(questions: Sequence[Question], scenes: Mapping[str, vocabulary.Scene], file: Path
                    ) -> None:
-    lost = sorted({q.image for q in questions if coco.image_key(q.image) not in scenes})
+    lost = sorted({q.image for q in questions if vocabulary.image_key(q.image) not in scenes})
     if lost:
         raise Refusal(f"{file}: {len(lost)} of its images are not in the annotations ({lost[0]} is "
                       "one); put the instances and captions files of their part of COCO into "
@@ -251,7 +251,7 @@ def read_amber(folder: Path) -> AmberTruth:
     file, labels, scenes = folder / "annotations.json", {}, {}
     for entry in rows(file, ("id", "type", "truth")):
         if entry["type"] == GENERATIVE:
-            coco.checked(entry, ("hallu",), str(file))
+            vocabulary.checked(entry, ("hallu",), str(file))
             scenes[str(entry["id"])] = (entry["truth"], entry["hallu"])
         elif entry["type"] in AMBER_KINDS:
             labels[str(entry["id"])] = (AMBER_KINDS[entry["type"]], _label(entry, "truth", file))

@@ -18,16 +18,16 @@ import torch
 from bpo.data import images
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
-from bpo.evaluation import metrics, results
-from bpo.evaluation.results import Estimate, Result
+from bpo.evaluation import metrics
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
 from bpo.params import NoiseProbability, Refusal
-from bpo.study import seeds, shards
+from bpo.study import results, seeds, shards
 from bpo.study import stage as stages
 from bpo.study.files import read_lines, to_json, write_whole
+from bpo.study.results import Estimate, Result
 
 RESAMPLES = 2000
 KINDS = ("true", "prior")

@@ -7,10 +7,11 @@ from typing import Any
 import pandas
 from pandas import DataFrame
 
-from bpo.evaluation import claims, results
-from bpo.evaluation.results import Estimate
+from bpo.evaluation import claims
 from bpo.params import SCHEMAS, Refusal, Replication, outputs_root
+from bpo.study import results
 from bpo.study import stage as stages
+from bpo.study.results import Estimate
 
 KEYS = ["notebook", "split_or_benchmark", "category", "method", "against", "metric"]
 FEWEST = 3  # seeds: two give an interval that says nothing

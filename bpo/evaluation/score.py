@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bpo.data import files as entries
-from bpo.evaluation import coco, hallucination, metrics, official
+from bpo.evaluation import hallucination, metrics, official
 from bpo.evaluation import words as vocabulary
 from bpo.evaluation.official import BENCHMARKS, Benchmark, Counts, Loaded, Question
 from bpo.params import Refusal
@@ -108,11 +108,11 @@ def _scenes(benchmark: Benchmark, file: Path, synonyms: Path) -> tuple[Loaded, s
         if not beside:
             note = ("no captions file beside the instances: objects that reference captions name "
                     "count as absent")
-        present = {k: s.present for k, s in coco.read([file], beside, lexicon).items()}
+        present = {k: s.present for k, s in vocabulary.read_annotations([file], beside, lexicon).items()}
     else:
         try:
             listed = json.loads(file.read_text(encoding="utf-8"))
-            present = {coco.image_key(i): coco.known_classes(c, lexicon, where=file)
+            present = {vocabulary.image_key(i): vocabulary.known_classes(c, lexicon, where=file)
                        for i, c in listed.items()}
         except (ValueError, AttributeError, TypeError):
             raise Refusal(f"{file}: must be a JSON object of image -> list of classes, or COCO's "
@@ -158,7 +158,7 @@ def match(file: Path, benchmark: Benchmark, truth: Loaded) -> tuple[Counted, dic
         index[q.id].append(q)
         if benchmark.name == "pope":  # its files number their questions alike
             index[q.id.rpartition("-")[2]].append(q)
-            index[coco.image_key(q.image), metrics.normalised(q.text)].append(q)
+            index[vocabulary.image_key(q.image), metrics.normalised(q.text)].append(q)
     found: list[tuple[Question, str, Counts]] = []
     texts: dict[str, str] = {}
     read = without = 0
@@ -171,10 +171,10 @@ def match(file: Path, benchmark: Benchmark, truth: Loaded) -> tuple[Counted, dic
         asked = next((str(entry[n]) for n in ("question", "prompt", "text")
                       if n != field and entry.get(n) is not None), "")
         if benchmark.name == "pope" and asked and "image" in entry:
-            questions = index.get((coco.image_key(entry["image"]), metrics.normalised(asked)), [])
+            questions = index.get((vocabulary.image_key(entry["image"]), metrics.normalised(asked)), [])
         else:
             name = _field(entry, NUMBERS.get(benchmark.name, NAMES), where)
-            questions = index.get(coco.image_key(entry[name]), [])
+            questions = index.get(vocabulary.image_key(entry[name]), [])
             if len(questions) > 1:
                 raise Refusal(f"{where}: its question number is in {len(questions)} question "
                               "files; score against one file at a time, or give image and question")

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from bpo.evaluation import metrics, results
-from bpo.evaluation.results import Result
+from bpo.evaluation import metrics
 from bpo.params import SOURCES
-from bpo.study import seeds
+from bpo.study import results, seeds
+from bpo.study.results import Result
 
 NEAR_DUPLICATE = 0.9  # share of matching words from which two answers count as nearly the same
 SIDES = {"candidates": "candidates", "kept": "rejected"}  # what the audit says -> a line's key

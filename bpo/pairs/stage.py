@@ -16,13 +16,13 @@ import numpy as np
 from bpo.data import check, images
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
-from bpo.evaluation import metrics, results
+from bpo.evaluation import metrics
 from bpo.models import checkpoint as checkpoints
 from bpo.models import generate
 from bpo.pairs import audit, candidates, selection
 from bpo.pairs.candidates import Candidates
 from bpo.params import SOURCES, PairGeneration
-from bpo.study import launch, processes, seeds
+from bpo.study import launch, processes, results, seeds
 from bpo.study import stage as stages
 from bpo.study.files import LineFile, to_json, whole
 

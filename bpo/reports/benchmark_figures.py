@@ -1,8 +1,9 @@
-"""Notebook 5's own figures, in the look of `figures`."""
+"""The figures of notebooks 5 and 7, in the look of `figures`."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,6 +11,9 @@ from matplotlib.figure import Figure
 from bpo.reports import figures
 from bpo.reports.figures import COLOURS, QUIET, WIDTH
 from bpo.study.text import visible
+
+if TYPE_CHECKING:
+    import pandas
 
 
 def trade_off(points: Sequence[Mapping[str, Any]], *, across: str, up: Sequence[str]) -> Figure:
@@ -140,4 +144,33 @@ def token_gaps(gaps: Mapping[str, Sequence[tuple[str, float]]]) -> Figure:
         panel.grid(visible=False, axis="x")
     handles, labels = panels[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+    return fig
+
+
+def forest(panels: dict[str, "pandas.DataFrame"]) -> Figure:
+    """A panel a metric around a zero line: a row a seed and, as a diamond, the mean over seeds.
+
+    panels: title -> frame {label, value, low, high}, the last row is the mean; its interval may be
+    missing (NaN). A marker is filled where the interval leaves zero out.
+    """
+    seeds = max(map(len, panels.values()))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    fig, axes = figures.grid(rows, columns, width=min(WIDTH, 2.6 + 2.4 * columns),
+                      height=rows * (0.95 + 0.32 * seeds))
+    for panel, (title, frame) in itertools.zip_longest(axes, panels.items(), fillvalue=("", None)):
+        if frame is None:
+            panel.set_axis_off()
+            continue
+        panel.set_title(figures.wrapped(title, columns=32))
+        figures.rows_of(panel, list(frame["label"]))
+        panel.axvline(0, color="#303030", linewidth=1)
+        panel.margins(x=0.12)
+        panel.locator_params(axis="x", nbins=4)
+        for place, row in enumerate(frame.to_dict("records")):
+            mean = place == len(frame) - 1
+            colour = COLOURS[1] if mean else COLOURS[0]
+            style = {"color": colour, "marker": "D" if mean else "o",
+                     "fill": colour if figures.excludes_zero(row) else "white"}
+            figures.interval(panel, row, place, style, number=figures.signed(row["value"]))
     return fig

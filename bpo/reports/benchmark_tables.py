@@ -6,8 +6,10 @@ Everything here is read from the metrics and answers of `benchmarks`; nothing is
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bpo.evaluation import benchmarks, coco, comparison, diagnostics, metrics, official, readings
+from bpo.evaluation import benchmarks, comparison, diagnostics, official, words
 from bpo.params import Benchmarks
+from bpo.reports import tables
+from bpo.study import results
 from bpo.study import stage as stages
 from bpo.study import text as texts
 
@@ -25,7 +27,7 @@ def main_method(found: Mapping[str, Any]) -> str:
 
 def control(found: Mapping[str, Any]) -> str:
     """The baseline that tells most about the contrast, of those that were trained."""
-    return next((c for c in readings.CONTROLS if c in found["methods"]), "base")
+    return next((c for c in tables.CONTROLS if c in found["methods"]), "base")
 
 
 def baselines(found: Mapping[str, Any]) -> list[str]:
@@ -78,7 +80,7 @@ def whole(benchmark: Any, values: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def score_table(benchmark: Any, values: Mapping[str, Mapping[str, Any]], names: Sequence[str]
                 ) -> list[dict[str, str]]:
     """One row a method, one column a metric: "value [low, high]"."""
-    return [{"method": method} | {label(benchmark, n): readings.shown_estimate(mine[n])
+    return [{"method": method} | {label(benchmark, n): tables.shown_estimate(mine[n])
                                   for n in names} for method, mine in values.items()]
 
 
@@ -111,7 +113,7 @@ def differences(p: Benchmarks, found: Mapping[str, Any], method: str, against: s
                 reading = DECIDED[(d["low"] > 0) != more]
             rows.append({"method": method, "against": against, "benchmark": benchmark.title,
                          "metric": label(benchmark, metric), **d, "reading": reading})
-    for row, adjusted in zip(rows, metrics.holm([r["p"] for r in rows]), strict=True):
+    for row, adjusted in zip(rows, results.holm([r["p"] for r in rows]), strict=True):
         row["holm"] = adjusted
     return rows
 
@@ -163,7 +165,7 @@ def by_place(p: Benchmarks, result: stages.Result, name: str, methods: Sequence[
     scenes = official.read_scenes(folder, lexicon)
     counted: dict[str, list] = {m: [] for m in methods}
     for line in benchmarks.answers(result, name):
-        present = scenes[coco.image_key(line["image"])].present
+        present = scenes[words.image_key(line["image"])].present
         for m in methods:
             named = lexicon.objects(line["answers"][m])
             counted[m].append((line["image"], {
@@ -178,7 +180,7 @@ def by_place(p: Benchmarks, result: stages.Result, name: str, methods: Sequence[
 def calibration_table(found: Mapping[str, Any], name: str) -> list[dict[str, str]]:
     """One row a method: Brier score, calibration error, mean P(yes)."""
     titles = {"brier": "Brier score", "ece": "calibration error", "mean_p_yes": "mean P(yes)"}
-    return [{"method": method} | {title: readings.shown_estimate(mine[n])
+    return [{"method": method} | {title: tables.shown_estimate(mine[n])
                                   for n, title in titles.items()}
             for method, mine in found["calibration"][name]["values"].items()]
 

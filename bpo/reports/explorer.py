@@ -18,13 +18,14 @@ from bpo import explorer_cards
 from bpo.data import images
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
-from bpo.evaluation import comparison, metrics, probe, readings
+from bpo.evaluation import comparison, metrics, probe
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
 from bpo.models.noise import STEPS
 from bpo.params import NoiseProbability, QualitativeComparison, Refusal
+from bpo.reports import tables
 from bpo.reports.cards import Shown, mark_words
 from bpo.study import seeds
 from bpo.study import stage as stages
@@ -131,7 +132,7 @@ def ask(p: QualitativeComparison, result: stages.Result) -> Explorer:
     asked = {s: read_lines(result.folder / f"answers-{s}.jsonl") for s in p.splits}
     truths = {s: data_rows.read_truth(p.path(p.splits[s])) for s in p.splits}
     rows = {s: offered(p, s, asked[s]) for s in p.splits}
-    main = readings.main_split(result.metrics)
+    main = tables.main_split(result.metrics)
     split = widgets.Dropdown(options=list(p.splits), value=main, description="Split",
                              layout=_wide("13rem"))
     image = _picker(rows[main])
@@ -229,7 +230,7 @@ def wrong_words(row: Row, question: str, answers: dict[str, str], *, lines: Sequ
     own = _own(row, question, lines)
     if own:
         line = {**own, "answers": {"base": "", **answers}, "p_true": {}, "p_prior": {}}
-        return {m: readings.wrong_words(line, m, truth) for m in answers}
+        return {m: tables.wrong_words(line, m, truth) for m in answers}
     known = truth["images"].get(row.image_name)
     if known is None:
         return {m: set() for m in answers}

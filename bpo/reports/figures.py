@@ -53,10 +53,10 @@ def noise_strip(images: list["Image.Image"], steps: list[int],
     rows = math.ceil(len(images) / 6)
     columns = math.ceil(len(images) / rows)
     width = WIDTH * min(1, columns / 5)
-    told = [_wrapped(answer, columns=20) for answer in answers or []]
+    told = [wrapped(answer, columns=20) for answer in answers or []]
     lines = max((text.count("\n") + 1 for text in told), default=0)
     tall = max(min(2, image.height / image.width) for image in images)  # of its width
-    fig, panels = _grid(rows, columns, width=width,
+    fig, panels = grid(rows, columns, width=width,
                         height=rows * (width / columns * 0.92 * tall + 0.45 + 0.16 * lines))
     for panel, image, step, answer in itertools.zip_longest(panels, images, steps, told):
         panel.set(xticks=[], yticks=[])
@@ -72,7 +72,7 @@ def noise_strip(images: list["Image.Image"], steps: list[int],
     return fig
 
 
-def _wrapped(text: str, *, columns: int) -> str:
+def wrapped(text: str, *, columns: int) -> str:
     lines = textwrap.wrap(visible(" ".join(text.split())), columns, max_lines=4, placeholder=" …")
     return "\n".join(lines)
 
@@ -106,7 +106,7 @@ def training_curves(histories: dict[str, list[dict[str, float]]]) -> Figure:
     histories: method -> records {"step", "loss", "rewards/margins", "rewards/accuracies", "chosen",
     "rejected"}, the last two as log-ratios to the reference; a method may lack any but "step".
     """
-    fig, panels = _grid(2, 2, width=WIDTH, height=6.0)
+    fig, panels = grid(2, 2, width=WIDTH, height=6.0)
     titles = {"loss": ("Loss", "nats"), "rewards/margins": ("Reward margin", "nats"),
               "rewards/accuracies": ("Reward accuracy", "share of pairs")}
     for (key, (title, unit)), panel in zip(titles.items(), panels, strict=False):
@@ -157,7 +157,7 @@ def metric_bars(table: list[dict[str, Any]], metrics: list[str]) -> Figure:
             if row["metric"] == metric:
                 place = methods.index(row["method"])
                 style = list(itertools.islice(line_styles(), place + 1))[-1]
-                _interval(panel, row, place, style, number=f"{row['value']:.3f}")
+                interval(panel, row, place, style, number=f"{row['value']:.3f}")
     return fig
 
 
@@ -172,12 +172,12 @@ def differences(table: list[dict[str, Any]]) -> Figure:
     named = [{**row, "method": f"{row['method']} − {row['against']}"} for row in table]
     pairs = list(dict.fromkeys(row["method"] for row in named))
     if len(pairs) == 1:
-        fig, panels = _grid(1, 1, width=WIDTH * 0.85, height=1.1 + 0.38 * len(metrics))
-        _rows_of(panels[0], [_wrapped(metric, columns=34) for metric in metrics])
-        panels[0].set(title=_wrapped(pairs[0], columns=60), xlabel="difference")
+        fig, panels = grid(1, 1, width=WIDTH * 0.85, height=1.1 + 0.38 * len(metrics))
+        rows_of(panels[0], [wrapped(metric, columns=34) for metric in metrics])
+        panels[0].set(title=wrapped(pairs[0], columns=60), xlabel="difference")
         places = {(pairs[0], m): (panels[0], n) for n, m in enumerate(metrics)}
         for row in named:
-            if _sure(row) and row.get("reading"):
+            if excludes_zero(row) and row.get("reading"):
                 panels[0].annotate(row["reading"], (1, metrics.index(row["metric"])), ha="right",
                                    xycoords=panels[0].get_yaxis_transform(), va="center",
                                    fontsize=9, fontweight="bold", color="#3c4147",
@@ -191,50 +191,21 @@ def differences(table: list[dict[str, Any]]) -> Figure:
         panel.axvline(0, color="#303030", linewidth=1)
     for row in named:
         panel, place = places[row["method"], row["metric"]]
-        style = {"color": COLOURS[0], "marker": "o", "fill": COLOURS[0] if _sure(row) else "white"}
-        _interval(panel, row, place, style, number=_signed(row["value"]))
+        style = {"color": COLOURS[0], "marker": "o", "fill": COLOURS[0] if excludes_zero(row) else "white"}
+        interval(panel, row, place, style, number=signed(row["value"]))
     return fig
 
 
-def forest(panels: dict[str, "pandas.DataFrame"]) -> Figure:
-    """A panel a metric around a zero line: a row a seed and, as a diamond, the mean over seeds.
-
-    panels: title -> frame {label, value, low, high}, the last row is the mean; its interval may be
-    missing (NaN). A marker is filled where the interval leaves zero out.
-    """
-    seeds = max(map(len, panels.values()))
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    fig, axes = _grid(rows, columns, width=min(WIDTH, 2.6 + 2.4 * columns),
-                      height=rows * (0.95 + 0.32 * seeds))
-    for panel, (title, frame) in itertools.zip_longest(axes, panels.items(), fillvalue=("", None)):
-        if frame is None:
-            panel.set_axis_off()
-            continue
-        panel.set_title(_wrapped(title, columns=32))
-        _rows_of(panel, list(frame["label"]))
-        panel.axvline(0, color="#303030", linewidth=1)
-        panel.margins(x=0.12)
-        panel.locator_params(axis="x", nbins=4)
-        for place, row in enumerate(frame.to_dict("records")):
-            mean = place == len(frame) - 1
-            colour = COLOURS[1] if mean else COLOURS[0]
-            style = {"color": colour, "marker": "D" if mean else "o",
-                     "fill": colour if _sure(row) else "white"}
-            _interval(panel, row, place, style, number=_signed(row["value"]))
-    return fig
-
-
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
     """A difference with its sign; one that rounds to nothing has none."""
     return f"{round(value, 3) or 0.0:+.3f}".replace("+0.000", "0.000")
 
 
-def _sure(row: dict[str, Any]) -> bool:
+def excludes_zero(row: dict[str, Any]) -> bool:
     return row["low"] > 0 or row["high"] < 0
 
 
-def _rows_of(panel: Axes, labels: list[str]) -> None:
+def rows_of(panel: Axes, labels: list[str]) -> None:
     panel.set_yticks(range(len(labels)), labels)
     panel.set_ylim(len(labels) - 0.4, -0.7)
     panel.tick_params(axis="y", length=0)
@@ -247,22 +218,22 @@ def _method_panels(table: list[dict[str, Any]],
     methods = list(dict.fromkeys(row["method"] for row in table))
     rows = math.ceil(len(metrics) / 3)
     columns = math.ceil(len(metrics) / rows)
-    fig, panels = _grid(rows, columns, width=min(WIDTH, 2.6 + 2.4 * columns),
+    fig, panels = grid(rows, columns, width=min(WIDTH, 2.6 + 2.4 * columns),
                         height=rows * (0.95 + 0.36 * len(methods)))
     for place, panel in enumerate(panels):
-        labels = [_wrapped(method, columns=26) for method in methods]
-        _rows_of(panel, labels)
+        labels = [wrapped(method, columns=26) for method in methods]
+        rows_of(panel, labels)
         panel.tick_params(axis="y", labelleft=place % columns == 0)
         panel.locator_params(axis="x", nbins=4)
         panel.margins(x=0.12)
         if place < len(metrics):
-            panel.set_title(_wrapped(metrics[place], columns=32))
+            panel.set_title(wrapped(metrics[place], columns=32))
         else:
             panel.set_axis_off()
     return fig, panels, methods
 
 
-def _interval(axes: Axes, row: dict[str, Any], place: int, style: dict[str, Any], *,
+def interval(axes: Axes, row: dict[str, Any], place: int, style: dict[str, Any], *,
               number: str) -> None:
     axes.plot([row["low"], row["high"]], [place, place], color=style["color"], linewidth=1.8)
     axes.plot(row["value"], place, style["marker"], color=style["color"], markersize=6.5,
@@ -294,7 +265,7 @@ def statistics_bars(table: "pandas.DataFrame") -> Figure:
     return fig
 
 
-def _grid(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def grid(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
     theme()
     fig = Figure(figsize=(width, height), layout="constrained")
     fig.get_layout_engine().set(w_pad=0.09, h_pad=0.09)
@@ -343,51 +314,3 @@ def legend_above(fig: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
         fig.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)))
-
-
-def prior_worlds(cells: list[dict[str, Any]], steps: list[int], chance: float) -> Figure:
-    """Above, a panel a text level: P(prior) against the noise step, a line an image level. Below,
-    its value on clean images and its rise to the last step. Every seed is thin or small.
-
-    cells: rows {"text", "images", "seed", "curve", "clean", "rise"}, the curve as long as `steps`.
-    """
-    theme()
-    texts, pictures = (list(dict.fromkeys(c[k] for c in cells)) for k in ("text", "images"))
-    fig = Figure(figsize=(WIDTH, 6.6), layout="constrained")
-    fig.get_layout_engine().set(h_pad=0.09)
-    # one grid for both rows, which a phone's column needs
-    grid = fig.add_gridspec(2, 2 * len(texts))
-    panels: list[Axes] = []
-    for number in range(len(texts)):
-        panels.append(fig.add_subplot(grid[0, 2 * number:2 * number + 2],
-                                      sharey=panels[0] if panels else None))
-        panels[-1].tick_params(labelleft=number == 0)
-    below = [fig.add_subplot(grid[1, :len(texts)]), fig.add_subplot(grid[1, len(texts):])]
-    for text, panel in zip(texts, panels, strict=True):
-        panel.set(title=visible(f"text: {text}"), xlabel="noise step (0 is the clean image)",
-                  xmargin=0.02)
-        for level, style in zip(pictures, line_styles(), strict=False):
-            mine = [c["curve"] for c in cells if (c["text"], c["images"]) == (text, level)]
-            for curve in mine:
-                panel.plot(steps, curve, color=style["color"], linewidth=0.8, alpha=0.55)
-            panel.plot(steps, [sum(values) / len(values) for values in zip(*mine, strict=True)],
-                       label=visible(f"alignment images: {level}"), **{**style, "linewidth": 2.2})
-        panel.axhline(chance, color=QUIET, linewidth=1, linestyle=(0, (2, 2)), label="chance")
-    panels[0].set_ylabel("P(prior's answer)")
-    titles = {"clean": "P(prior) on clean images", "rise": "Rise to the last step"}
-    for (key, title), panel in zip(titles.items(), below, strict=True):
-        for place, text in enumerate(texts):
-            for number, (level, style) in enumerate(zip(pictures, line_styles(), strict=False)):
-                at = place + (number - (len(pictures) - 1) / 2) * 0.22
-                values = [c[key] for c in cells if (c["text"], c["images"]) == (text, level)]
-                panel.plot([at] * len(values), values, style["marker"], color=style["color"],
-                           markersize=4.5, markerfacecolor="white")
-                mean = sum(values) / len(values)
-                panel.plot([at - 0.08, at + 0.08], [mean, mean], color=style["color"],
-                           linewidth=2.2, solid_capstyle="butt")
-        panel.axhline(0, color="#303030", linewidth=0.8)
-        panel.set_xticks(range(len(texts)), [visible(f"text: {text}") for text in texts])
-        panel.set(title=title, xlim=(-0.5, len(texts) - 0.5))
-        panel.grid(visible=False, axis="x")
-    legend_above(fig, panels[0])
-    return fig

@@ -117,13 +117,13 @@ def noise_sentence(known: Manifests) -> Shown | None:
 def numbers(known: Manifests) -> list[dict[str, str]]:
     """One row a headline number of notebooks 4 and 5: base, the study's method, and its paired
     differences to base and to the sharpest control."""
-    from bpo.evaluation import comparison, judged, official, readings
-    from bpo.reports import benchmark_tables
+    from bpo.evaluation import comparison, judged, official
+    from bpo.reports import benchmark_tables, tables
 
     rows = []
     if found := known.get("4_qualitative_comparison", {}).get("metrics"):
-        split, method = readings.main_split(found), readings.main_method(found)
-        control = readings.control(found, split)
+        split, method = tables.main_split(found), tables.main_method(found)
+        control = tables.control(found, split)
         for name in COMPARED:
             label, _, more = comparison.METRICS[name]
             rows += _row(f"{label}, {split} images", found[split], found["differences"][split],

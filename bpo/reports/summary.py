@@ -9,9 +9,9 @@ from typing import Any
 from pandas import DataFrame
 
 from bpo.evaluation import claims, replication
-from bpo.evaluation.results import Estimate
 from bpo.params import Replication, outputs_root
 from bpo.study.files import write_whole
+from bpo.study.results import Estimate
 
 
 def write_section(name: str, text: str) -> Path:

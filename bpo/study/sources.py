@@ -11,7 +11,7 @@ from bpo.params import ROOT
 # What reads parameters, runs stages or shows results shapes no result. Of the room `study` the
 # draws and the make-up of batches do.
 NEUTRAL = ("bpo.params.", "bpo.study.", "bpo.reports.")
-SHAPING = ("bpo.study.seeds", "bpo.study.shards")
+SHAPING = ("bpo.study.seeds", "bpo.study.shards", "bpo.study.results")
 
 
 def code(module: str) -> dict[str, str]:

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bpo.evaluation import metrics, probe, results
+from bpo.evaluation import metrics, probe
 from bpo.params import NoiseProbability, PriorOrigin
-from bpo.study import seeds
+from bpo.study import results, seeds
 from bpo.study import stage as stages
 from bpo.study.files import read_lines, to_json, write_whole
 from bpo.tiny import build, data, language, model, overview, world

@@ -1,4 +1,4 @@
-"""What the worlds of notebook 6 allow to say: tables, points for the figure, and sentences.
+"""What the worlds of notebook 6 allow to say: tables, the figure, and sentences.
 
 Everything here is read from the metrics of `prior`; nothing is computed anew.
 """
@@ -7,8 +7,14 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 from bpo.params import PriorOrigin
+from bpo.reports import figures
+from bpo.reports.figures import QUIET, WIDTH
 from bpo.study import text as texts
+from bpo.study.text import visible
 from bpo.tiny import prior
 
 FACTORS = {"text": "text", "images": "alignment images"}
@@ -74,7 +80,7 @@ def level_rows(p: PriorOrigin) -> list[dict[str, str]]:
 
 
 def points(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """What `figures.prior_worlds` draws: each world's P(prior) curve, clean value and rise."""
+    """What `prior_worlds` draws: each world's P(prior) curve, clean value and rise."""
     return [{"text": c["text"], "images": c["images"], "seed": c["seed"],
              "curve": [e["value"] for e in c["curve"]["p_prior"]],
              "clean": c["clean"]["p_prior"]["value"], "rise": c["rise"]["value"]}
@@ -132,3 +138,51 @@ def headline(found: dict[str, Any]) -> dict[str, str]:
             said |= {factor[0] + letter: verdict(change), f"{factor[0]}{letter}n": told(change)}
         said[f"more{letter}"] = larger(found, name)
     return said
+
+
+def prior_worlds(cells: list[dict[str, Any]], steps: list[int], chance: float) -> Figure:
+    """Above, a panel a text level: P(prior) against the noise step, a line an image level. Below,
+    its value on clean images and its rise to the last step. Every seed is thin or small.
+
+    cells: rows {"text", "images", "seed", "curve", "clean", "rise"}, the curve as long as `steps`.
+    """
+    figures.theme()
+    texts, pictures = (list(dict.fromkeys(c[k] for c in cells)) for k in ("text", "images"))
+    fig = Figure(figsize=(WIDTH, 6.6), layout="constrained")
+    fig.get_layout_engine().set(h_pad=0.09)
+    # one grid for both rows, which a phone's column needs
+    grid = fig.add_gridspec(2, 2 * len(texts))
+    panels: list[Axes] = []
+    for number in range(len(texts)):
+        panels.append(fig.add_subplot(grid[0, 2 * number:2 * number + 2],
+                                      sharey=panels[0] if panels else None))
+        panels[-1].tick_params(labelleft=number == 0)
+    below = [fig.add_subplot(grid[1, :len(texts)]), fig.add_subplot(grid[1, len(texts):])]
+    for text, panel in zip(texts, panels, strict=True):
+        panel.set(title=visible(f"text: {text}"), xlabel="noise step (0 is the clean image)",
+                  xmargin=0.02)
+        for level, style in zip(pictures, figures.line_styles(), strict=False):
+            mine = [c["curve"] for c in cells if (c["text"], c["images"]) == (text, level)]
+            for curve in mine:
+                panel.plot(steps, curve, color=style["color"], linewidth=0.8, alpha=0.55)
+            panel.plot(steps, [sum(values) / len(values) for values in zip(*mine, strict=True)],
+                       label=visible(f"alignment images: {level}"), **{**style, "linewidth": 2.2})
+        panel.axhline(chance, color=QUIET, linewidth=1, linestyle=(0, (2, 2)), label="chance")
+    panels[0].set_ylabel("P(prior's answer)")
+    titles = {"clean": "P(prior) on clean images", "rise": "Rise to the last step"}
+    for (key, title), panel in zip(titles.items(), below, strict=True):
+        for place, text in enumerate(texts):
+            for number, (level, style) in enumerate(zip(pictures, figures.line_styles(), strict=False)):
+                at = place + (number - (len(pictures) - 1) / 2) * 0.22
+                values = [c[key] for c in cells if (c["text"], c["images"]) == (text, level)]
+                panel.plot([at] * len(values), values, style["marker"], color=style["color"],
+                           markersize=4.5, markerfacecolor="white")
+                mean = sum(values) / len(values)
+                panel.plot([at - 0.08, at + 0.08], [mean, mean], color=style["color"],
+                           linewidth=2.2, solid_capstyle="butt")
+        panel.axhline(0, color="#303030", linewidth=0.8)
+        panel.set_xticks(range(len(texts)), [visible(f"text: {text}") for text in texts])
+        panel.set(title=title, xlim=(-0.5, len(texts) - 0.5))
+        panel.grid(visible=False, axis="x")
+    figures.legend_above(fig, panels[0])
+    return fig

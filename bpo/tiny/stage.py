@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bpo.evaluation import results
 from bpo.params import TinyWorld
+from bpo.study import results
 from bpo.study import stage as stages
 from bpo.study.files import to_json, write_whole
 from bpo.tiny import build

@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 from bpo.data import images
-from bpo.evaluation import metrics, results
+from bpo.evaluation import metrics
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding
 from bpo.models.checkpoint import Checkpoint
 from bpo.pairs import rows as pair_rows
 from bpo.params import DPOTraining, Refusal
-from bpo.study import launch, processes
+from bpo.study import launch, processes, results
 from bpo.study import stage as stages
 from bpo.study.files import to_json, write_whole
 from bpo.training import trainers

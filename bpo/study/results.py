@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bpo.evaluation.metrics import holm
 from bpo.params import SCHEMAS, Refusal, outputs_root
 from bpo.study.files import whole
 from bpo.study.stage import MANIFEST
@@ -112,6 +111,21 @@ def corrected(results: Sequence[Result]) -> list[Result]:
             out[i] = replace(results[i], estimate=replace(results[i].estimate,
                                                           p_holm=round(p, 6)))
     return out
+
+
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """The p values adjusted for being looked at together (Holm 1979), in their own order.
+
+    The k-th smallest of m is multiplied by m - k + 1, is no smaller than the one before it, and at
+    most 1. None stays None and is not among the m.
+    """
+    order = sorted((i for i, p in enumerate(ps) if p is not None), key=lambda i: ps[i])
+    adjusted: list[float | None] = [None] * len(ps)
+    least = 0.0
+    for before, i in enumerate(order):
+        least = max(least, min(ps[i] * (len(order) - before), 1.0))
+        adjusted[i] = least
+    return adjusted
 
 
 def write(folder: Path, results: Iterable[Result]) -> None:

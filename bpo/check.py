@@ -1,0 +1,180 @@
+"""python -m bpo check STUDY: reads the study's parameter files, says which of their paths are
+missing, and how much memory and disk it takes, by calculation from the checkpoint's config.json."""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bpo import params
+from bpo.params import DPOTraining, PairGeneration, Parameters, Refusal
+from bpo.study import stage as stages
+
+PATHS = ("model", "text_model", "data", "image_folder", "describe_prompt", "question_prompt",
+         "pairs", "adapters", "splits", "folders", "probe_data")
+SHORT = {"rows": 64, "steps": 5, "questions": 8}  # of a run that measures seconds
+WIDTH = {"float32": 4, "bfloat16": 2}  # bytes a number
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study")
+    parser.add_argument("-p", nargs=2, action="append", default=[], dest="overrides",
+                        metavar=("NAME", "VALUE"), help="override a parameter wherever it is")
+
+
+def overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """The values given with -p, read as YAML."""
+    return {n: yaml.safe_load(v) if v else "" for n, v in options.overrides}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints every file of a study with its paths; returns 1 if one of them is missing."""
+    read, missing = params.read_study(options.study, overrides(options)), 0
+    for name, p in read.items():
+        print(f"params/{options.study}/{name}.yaml: {len(type(p).model_fields)} parameters are "
+              "good")
+        for field, path, note, lost in findings(p, read):
+            print(f"  {field:24} {path}  {note or _size(path)}")
+            missing += lost
+    for name, text in memory(options.study, read).items():
+        print(f"{name:10}{text}")
+    if missing:
+        print(f"{missing} of the paths are missing: get them, or set the parameters to where they "
+              "are", file=sys.stderr)
+    return int(missing > 0)
+
+
+def paths(p: Parameters) -> list[tuple[str, Path]]:
+    """(parameter, path) of every path that a notebook reads, resolved; empty ones are left out."""
+    found = []
+    for name in PATHS:
+        value = getattr(p, name, None)
+        if not value or name == "text_model" and p.endpoint:
+            continue
+        if isinstance(value, str):
+            found.append((name, value))
+        elif name == "data":  # file -> the folder below image_folder that its names start from
+            found += [(name, file) for file in value]
+            found += [("images", f"{p.image_folder}/{below}") for below in value.values() if below]
+        else:
+            found += [(f"{name}.{n}", v) for n, v in value.items()]
+    return [(n, p.path(v)) for n, v in found]
+
+
+def findings(p: Parameters, read: dict[str, Parameters]) -> list[tuple[str, Path, str, bool]]:
+    """(parameter, path, note, whether something is missing) of every path of a notebook.
+
+    note: which notebook of the study (`read`) writes the path, or what is missing; "" if it is
+    there. What a notebook writes is not missing before it has run.
+    """
+    found = []
+    for field, path in paths(p):
+        writer = next((n for n, q in read.items()
+                       if path.is_relative_to(stages.stage_folder(q.study, n))), None)
+        note, missing = "", False
+        if not path.exists():
+            note, missing = f"written by {writer}", not writer
+            if missing:
+                note = ": ".join(filter(None, ("MISSING", stages.written_by(path))))
+        elif field.startswith("folders.") and not writer:
+            from bpo.evaluation import judged, official  # here, since openai comes with them
+
+            known = {**official.BENCHMARKS, **judged.JUDGED}[field.removeprefix("folders.")]
+            if lost := official.missing(known, path):
+                note, missing = f"lacks {', '.join(lost)}: {known.fetch}", True
+        found.append((field, path, note, missing))
+    return found
+
+
+@functools.cache
+def _size(path: Path) -> str:
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+    size = sum(f.stat().st_size for f in files)
+    return f"{size / 1e6:,.1f} MB" if size > 1e5 else f"{size:,} bytes"
+
+
+def memory(study: str, read: dict[str, Parameters]) -> dict[str, str]:
+    """What pairs and training take, for people, and how to measure their time; nothing while the
+    checkpoint is not there."""
+    making, training = read.get(PairGeneration.notebook), read.get(DPOTraining.notebook)
+    folder = making.path(making.model) if making and training else None
+    if folder is None or not (folder / "config.json").is_file():
+        return {}
+    try:
+        model = skeleton(folder)
+    except Refusal as refusal:
+        return {"memory": f"not known: {refusal}"}
+    weights = model.num_parameters()
+    short = "".join(f" -p {n} {v}" for n, v in SHORT.items()
+                    if any(n in type(p).model_fields for p in read.values()))
+    return {
+        "weights": f"{weights:,}, {_gb(weights * WIDTH[making.precision])} in "
+                   f"{making.precision} (all sizes by calculation)",
+        "pairs": f"{_gb(generation_bytes(model, making))} of GPU memory: weights and key-value "
+                 f"cache of batch_tokens = {making.batch_tokens:,}",
+        "training": f"{_gb(training_bytes(model, training))} of GPU memory at most: device_batch = "
+                    f"{training.device_batch} pairs of max_tokens = {training.max_tokens:,}",
+        "disk": f"{_gb(disk_bytes(model, training))} for adapters and checkpoints",
+        "time": f"measure a short run: python -m bpo run {study} --as {study}-short{short}; then "
+                f"read \"seconds\" in outputs/{study}-short/*/{stages.MANIFEST}"}
+
+
+def skeleton(folder: Path) -> Any:
+    """A checkpoint's PreTrainedModel without memory for its weights; raises Refusal when
+    transformers does not know the architecture."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Refusal(f"{folder}: config.json is not that of a vision-language model that "
+                      f"transformers knows: {str(error).splitlines()[0]}; give another") from None
+
+
+def generation_bytes(model: Any, p: PairGeneration) -> int:
+    """Peak of decoding: the weights, and keys and values of all tokens in a batch. One layer's
+    activations, a few GB while the prompts are read, are left out."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cached = 2 * text.num_hidden_layers * heads * size  # numbers a token
+    return WIDTH[p.precision] * (model.num_parameters() + p.batch_tokens * cached)
+
+
+def adapter_weights(model: Any, rank: int) -> int:
+    """LoRA weights: `rank` for each input and output of the decoder's linear layers."""
+    return rank * sum(m.in_features + m.out_features for m in model.get_decoder().modules()
+                      if hasattr(m, "in_features"))
+
+
+def training_bytes(model: Any, p: DPOTraining) -> int:
+    """Peak of a training step on 2 x device_batch sequences of max_tokens.
+
+    The weights; the adapter in float32 with its gradient and Adam's two moments, 16 bytes a weight;
+    each layer's activations, which are 12 hidden + 4 intermediate numbers a token and, for the
+    adapters' dropout, 2 (6 hidden + intermediate) in float32; with checkpointing those of one
+    layer, and the input of every layer; logits and their gradient in float32.
+    """
+    text, width = model.config.get_text_config(), WIDTH[p.precision]
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    a_layer = (width * (12 * hidden + 4 * text.intermediate_size)
+               + 8 * (6 * hidden + text.intermediate_size))
+    activations = (layers * width * hidden + a_layer if p.gradient_checkpointing
+                   else layers * a_layer)
+    return (width * model.num_parameters() + 16 * adapter_weights(model, p.lora_rank)
+            + 2 * p.device_batch * p.max_tokens * (activations + 8 * text.vocab_size))
+
+
+def disk_bytes(model: Any, p: DPOTraining) -> int:
+    """An adapter a method, and two checkpoints to resume from, each with Adam's two moments."""
+    return 4 * adapter_weights(model, p.lora_rank) * (len(p.methods) + 2 * 3)
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"
