@@ -45,6 +45,12 @@ def cells(notebook: Path, kind: str = "code"):
     return [c for c in nbformat.read(notebook, 4).cells if c.cell_type == kind]
 
 
+def text_of(executed: Path) -> str:
+    """All plain text that an executed notebook shows."""
+    return "\n".join(o.get("data", {}).get("text/plain", "")
+                     for c in cells(executed) for o in c.outputs)
+
+
 def tags(cell) -> list[str]:
     return cell.metadata.get("tags", [])
 
@@ -143,6 +149,13 @@ class TestTheWholeStudy:
         for value, (low, high) in zip(found["p_true"], found["p_true_interval"], strict=True):
             assert low <= value <= high
         assert found["prefix_shared"] is True
+
+    def test_what_is_done_by_hand_is_what_the_stages_stored(self, study):
+        text = text_of(study / "1_noise_probability.ipynb")
+        assert float(re.search(r"stored differ by at most (\S+)\.", text)[1]) < 1e-4
+        text = text_of(study / "4_qualitative_comparison.ipynb")
+        by_hand, stored = re.search(r"CHAIRi (\S+); stored: (\S+)\.", text).groups()
+        assert by_hand == stored
 
     def test_pairs_have_one_line_a_positive(self, study):
         lines = [json.loads(x) for x in

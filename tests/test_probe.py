@@ -9,6 +9,7 @@ from bpo.data import rows as data_rows
 from bpo.evaluation import probe
 from bpo.models import generate, logprobs
 from bpo.params import NoiseProbability, Refusal
+from bpo.reports import tables
 
 STEPS = [0, 500, 999]
 
@@ -231,14 +232,14 @@ def test_candidates_of_a_kind_are_summed_and_a_shared_first_token_counts_once():
 def test_curves_are_named_for_people():
     found = json.loads(json.dumps(probe.summary(LOOKS, [0, 900], seed=0)))
     for measure in ("p", "p_first", "logp"):
-        curves = probe.curves(found, measure)
+        curves = tables.curves(found, measure)
         assert list(curves) == ["true answer", "prior's answer"]
         assert all(len(c[k]) == 2 for c in curves.values() for k in ("mean", "low", "high"))
-    assert probe.curves(found, "p_first")["true answer"]["mean"] == found["p_true_first"]
+    assert tables.curves(found, "p_first")["true answer"]["mean"] == found["p_true_first"]
 
 
 @pytest.mark.parametrize("low, high, words", [
     (0.1, 0.2, "rises"), (-0.2, -0.1, "falls"), (-0.1, 0.1, "does not clearly move"),
     (0, 0.1, "does not clearly move")])
 def test_a_direction_is_said_only_where_the_interval_allows_it(low, high, words):
-    assert probe.direction({"value": 0.05, "low": low, "high": high}) == words
+    assert tables.direction({"value": 0.05, "low": low, "high": high}) == words

@@ -280,13 +280,26 @@ def load(result: stages.Result) -> tuple[list[dict], dict[str, dict[str, list[st
             json.loads((result.folder / "candidates.json").read_text(encoding="utf-8")))
 
 
-def example(p: NoiseProbability, result: stages.Result, *, number: int = 0) -> dict[str, Any]:
+def example_row(p: NoiseProbability, result: stages.Result) -> Row:
+    """The first row, by its id, for which answers were sampled."""
+    first = min(x["row"] for x in load(result)[0] if x["sampled"] is not None)
+    rows, _ = data_rows.list_rows(p.path(p.data), p.optional_path(p.image_folder))
+    row = next(r for r in rows if r.id == first)
+    return _one_question([row], p.question)[0] if p.question else row
+
+
+def stored(result: stages.Result, row: Row, step: int, text: str) -> float:
+    """The probability that the stage computed for an answer to a row, at the first draw."""
+    line = next(x for x in load(result)[0]
+                if (x["row"], x["step"], x["draw"]) == (row.id, step, 0))
+    return next(float(np.exp(a["logp"])) for a in line["answers"] if a["text"] == text)
+
+
+def example(p: NoiseProbability, result: stages.Result) -> dict[str, Any]:
     """One analysed image for the strip: its picture at each step, what was sampled there, its
     question and its candidates."""
     lines, candidates = load(result)
-    rows, _ = data_rows.list_rows(p.path(p.data), p.optional_path(p.image_folder))
-    sampled = [x["row"] for x in lines if x["sampled"] is not None and x["step"] == 0]
-    row = next(r for r in rows if r.id == sorted(sampled)[number % len(sampled)])
+    row = example_row(p, result)
     processor = checkpoints.load_processor(p.path(p.model))
     image = encoding.transformed(images.load(row.image), p.image_transform, processor)
     said = {x["step"]: x["sampled"] for x in lines if x["row"] == row.id and x["draw"] == 0}
@@ -294,21 +307,3 @@ def example(p: NoiseProbability, result: stages.Result, *, number: int = 0) -> d
         p.seed, "probe noise", row.id, 0)) for step in p.noise_steps]
     return {"images": pictures, "answers": [said[s] for s in p.noise_steps],
             "question": p.question or row.question, **candidates[row.id]}
-
-
-def curves(found: dict[str, Any], measure: str) -> dict[str, dict[str, list[float]]]:
-    """The true and the prior's curve of a measure ("p", "p_first", "logp") for the figure."""
-    stem, _, first = measure.partition("_")
-    out = {}
-    for kind, label in (("true", "true answer"), ("prior", "prior's answer")):
-        name = f"{stem}_{kind}" + (f"_{first}" if first else "")
-        low, high = zip(*found[f"{name}_interval"], strict=True)
-        out[label] = {"mean": found[name], "low": list(low), "high": list(high)}
-    return out
-
-
-def direction(change: dict[str, Any]) -> str:
-    """What an interval allows to say of a change between clean image and last step."""
-    if change["low"] <= 0 <= change["high"]:
-        return "does not clearly move"
-    return "rises" if change["low"] > 0 else "falls"

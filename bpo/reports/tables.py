@@ -1,8 +1,8 @@
-"""What finished stages allow to say, as tables for people: pairs (notebook 2), answers compared
-(notebook 4). Everything is read from metrics and answers; nothing is computed anew.
+"""What finished stages allow to say, as tables for people: noise (notebook 1), pairs (2), answers
+compared (4). Everything is read from metrics and answers; nothing is computed anew.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bpo.data import images
 from bpo.evaluation import comparison, metrics
@@ -13,6 +13,9 @@ from bpo.study import seeds
 from bpo.study import stage as stages
 from bpo.study import text as texts
 from bpo.study.files import read_lines
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 CONTROLS = ("sft_matched", "sft", "sft_compute")  # the sharpest control first
 
@@ -156,6 +159,23 @@ def wrong_words(line: dict, method: str, truth: dict[str, Any]) -> set[str]:
     return set() if comparison.quality(line, method, truth) else set(metrics.words(text))
 
 
+def chair_by_hand(p: QualitativeComparison, result: stages.Result, *, split: str, method: str
+                  ) -> "DataFrame":
+    """A row a caption of a method: {caption, in the image, object words, wrong}; no rows where no
+    truth file describes the images."""
+    from pandas import DataFrame
+
+    truth = comparison.read_split(p, split)[1]
+    rows = []
+    for line in read_lines(result.folder / f"answers-{split}.jsonl"):
+        if truth["rows"].get(line["id"], {}).get("category") == "caption":
+            wrong, named = comparison.counts(line, method, truth)["chair_i"]
+            present = [o["name"] for o in truth["images"][line["image"]]["objects"]]
+            rows.append({"caption": line["answers"][method], "in the image": ", ".join(present),
+                         "object words": named, "wrong": wrong})
+    return DataFrame(rows, columns=["caption", "in the image", "object words", "wrong"])
+
+
 # --- pairs --------------------------------------------------------------------------------------
 
 CHECKS = {"truth_right": "share in truth right",
@@ -243,3 +263,23 @@ def _text(e: dict[str, Any] | None) -> str:
     if e is None or e["value"] is None:
         return "not known"
     return texts.estimate(e["value"], e["low"], e["high"])
+
+
+# --- noise ------------------------------------------------------------------------------------
+
+def curves(found: dict[str, Any], measure: str) -> dict[str, dict[str, list[float]]]:
+    """The true and the prior's curve of a measure ("p", "p_first", "logp") for the figure."""
+    stem, _, first = measure.partition("_")
+    out = {}
+    for kind, label in (("true", "true answer"), ("prior", "prior's answer")):
+        name = f"{stem}_{kind}" + (f"_{first}" if first else "")
+        low, high = zip(*found[f"{name}_interval"], strict=True)
+        out[label] = {"mean": found[name], "low": list(low), "high": list(high)}
+    return out
+
+
+def direction(change: dict[str, Any]) -> str:
+    """What an interval allows to say of a change between clean image and last step."""
+    if change["low"] <= 0 <= change["high"]:
+        return "does not clearly move"
+    return "rises" if change["low"] > 0 else "falls"
