@@ -24,7 +24,7 @@ STAGES = {1: "evaluation.probe", 2: "pairs.stage", 3: "training.stage",
 # bring torch; and what it does
 OWN = {"new": ("new", "write the parameters of a study of your own model and data"),
        "check": ("check", "read a study's parameters, say what is missing, and the memory"),
-       "verify": ("reports.verify", "name each file of a study or its zip that SHA256SUMS lists otherwise"),
+       "verify": ("reports.verify", "name what in a study or its zip is not as in SHA256SUMS"),
        "pack": ("reports.pack", "make one zip file of a study's reports, parameters and adapters"),
        "export": ("pairs.export", "write a study's pairs in another tool's layout"),
        "merge": ("training.merge", "write what a method trained as a plain checkpoint"),

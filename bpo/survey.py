@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from bpo import sizes
+from bpo import check
 from bpo.data import images, layouts
 from bpo.data import rows as data_rows
 from bpo.data.rows import Rejected, Row
@@ -42,7 +42,8 @@ class Model:
 
     folder: Path
     name: str
-    shape: sizes.Shape
+    weights: int
+    skeleton: Any  # the model without memory for its weights
     precision: str
     positions: int  # tokens that it can tell the order of
     reader: checkpoints.Checkpoint
@@ -86,7 +87,8 @@ def look_at_model(folder: Path) -> Model:
             if "auto_map" in config else "which is not a vision-language model that transformers "
             f"{transformers.__version__} knows") + "; give another checkpoint")
     _check_weights(folder)
-    shape = sizes.shape(folder)
+    skeleton = check.skeleton(folder)
+    weights = skeleton.num_parameters()
     try:
         processor = checkpoints.load_processor(folder)
     except (OSError, ValueError) as error:
@@ -98,9 +100,9 @@ def look_at_model(folder: Path) -> Model:
     if lost:
         raise Refusal(f"{folder}: the checkpoint has no {lost}; get it whole, or one that has it")
     loaded = transformers.AutoConfig.from_pretrained(folder)
-    half = loaded.dtype in (torch.float16, torch.bfloat16) or shape.parameters >= LARGE
+    half = loaded.dtype in (torch.float16, torch.bfloat16) or weights >= LARGE
     transform = "pad" if kind == "llava" else "processor"
-    return Model(folder, ", ".join(config.get("architectures") or [kind]), shape,
+    return Model(folder, ", ".join(config.get("architectures") or [kind]), weights, skeleton,
                  "bfloat16" if half else "float32",
                  getattr(loaded.get_text_config(), "max_position_embeddings", None) or 2**17,
                  checkpoints.Checkpoint(None, processor, transform))
@@ -237,7 +239,7 @@ def prompt_tokens(model: Model, data: Data, *, text: bool = True) -> int:
 
 def told_model(model: Model) -> list[str]:
     """Lines for the screen: what the checkpoint is."""
-    weights = model.shape.parameters
+    weights = model.weights
     count = f"{weights / 1e9:.2f} billion" if weights >= LARGE else f"{weights / 1e6:.1f} million"
     return [f"model     {short(model.folder)}: {model.name}, {count} weights, safetensors; "
             f"precision {model.precision}, image_transform {model.reader.transform}"]

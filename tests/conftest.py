@@ -191,6 +191,19 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def seven_billion(tmp_path_factory) -> Path:
+    """LLaVA-1.5-7B's config.json alone, no weights."""
+    folder = tmp_path_factory.mktemp("config")
+    LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, image_size=336,
+                                       num_hidden_layers=24, num_attention_heads=16, patch_size=14),
+        text_config=LlamaConfig(vocab_size=32064, hidden_size=4096, intermediate_size=11008,
+                                num_hidden_layers=32, num_attention_heads=32),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def text_folder(tmp_path_factory) -> Path:
     """A random Llama with the same tokenizer, whose chat template takes plain strings."""
     tokenizer = small_tokenizer()

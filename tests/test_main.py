@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from bpo import __main__, params
+from bpo import __main__, check, params
 from bpo.__main__ import main
 from bpo.study import stage as stages
 
@@ -47,7 +47,7 @@ def test_check_finds_the_probe_rows_and_each_benchmark_of_notebook_5(capsys):
     for name in ("chair", "object-halbench", "pope", "amber"):
         assert re.search(rf"folders\.{name} .*/benchmarks/{name}  written by 0_tiny_world", told)
     assert re.search(r"probe_data .*counterfactual/rows.json  written by 0_tiny_world", told)
-    assert "probe_data" not in dict(__main__.path_parameters(
+    assert "probe_data" not in dict(check.paths(
         params.Benchmarks(probe_data=""))).keys()
 
 

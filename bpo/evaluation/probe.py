@@ -67,7 +67,8 @@ def work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
     if not rows:
         raise Refusal(f"{p.path(p.data)}: no image can be used: {data_rows.told(bad)}")
     skipped += bad
-    checkpoint = checkpoints.load(p.path(p.model), precision=p.precision, transform=p.image_transform)
+    checkpoint = checkpoints.load(p.path(p.model), precision=p.precision,
+                                  transform=p.image_transform)
     candidates, unused = _candidates(p, checkpoint, rows)
     rows = [r for r in rows if r.id in candidates]
     if not rows:

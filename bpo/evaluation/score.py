@@ -108,7 +108,8 @@ def _scenes(benchmark: Benchmark, file: Path, synonyms: Path) -> tuple[Loaded, s
         if not beside:
             note = ("no captions file beside the instances: objects that reference captions name "
                     "count as absent")
-        present = {k: s.present for k, s in vocabulary.read_annotations([file], beside, lexicon).items()}
+        scenes = vocabulary.read_annotations([file], beside, lexicon)
+        present = {k: s.present for k, s in scenes.items()}
     else:
         try:
             listed = json.loads(file.read_text(encoding="utf-8"))
@@ -171,7 +172,8 @@ def match(file: Path, benchmark: Benchmark, truth: Loaded) -> tuple[Counted, dic
         asked = next((str(entry[n]) for n in ("question", "prompt", "text")
                       if n != field and entry.get(n) is not None), "")
         if benchmark.name == "pope" and asked and "image" in entry:
-            questions = index.get((vocabulary.image_key(entry["image"]), metrics.normalised(asked)), [])
+            key = vocabulary.image_key(entry["image"]), metrics.normalised(asked)
+            questions = index.get(key, [])
         else:
             name = _field(entry, NUMBERS.get(benchmark.name, NAMES), where)
             questions = index.get(vocabulary.image_key(entry[name]), [])

@@ -1,7 +1,8 @@
 """Object words: which class a phrase of a text names, and the files that list such phrases.
 
 The matching that every object metric shares, and COCO's annotation files, which name the classes
-that are in each image (those of 2014 have 150 MB and more, so they are streamed). What is counted of it: `metrics`, `hallucination`.
+that are in each image (those of 2014 have 150 MB and more, so they are streamed). What is
+counted of them: `metrics`, `hallucination`.
 """
 
 import functools

@@ -191,7 +191,8 @@ def differences(table: list[dict[str, Any]]) -> Figure:
         panel.axvline(0, color="#303030", linewidth=1)
     for row in named:
         panel, place = places[row["method"], row["metric"]]
-        style = {"color": COLOURS[0], "marker": "o", "fill": COLOURS[0] if excludes_zero(row) else "white"}
+        fill = COLOURS[0] if excludes_zero(row) else "white"
+        style = {"color": COLOURS[0], "marker": "o", "fill": fill}
         interval(panel, row, place, style, number=signed(row["value"]))
     return fig
 

@@ -172,7 +172,8 @@ def prior_worlds(cells: list[dict[str, Any]], steps: list[int], chance: float) -
     titles = {"clean": "P(prior) on clean images", "rise": "Rise to the last step"}
     for (key, title), panel in zip(titles.items(), below, strict=True):
         for place, text in enumerate(texts):
-            for number, (level, style) in enumerate(zip(pictures, figures.line_styles(), strict=False)):
+            styled = zip(pictures, figures.line_styles(), strict=False)
+            for number, (level, style) in enumerate(styled):
                 at = place + (number - (len(pictures) - 1) / 2) * 0.22
                 values = [c[key] for c in cells if (c["text"], c["images"]) == (text, level)]
                 panel.plot([at] * len(values), values, style["marker"], color=style["color"],

@@ -206,7 +206,8 @@ def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, ste
 
     kept: where the reference's log-probs are kept; others: further such folders, only read.
     """
-    checkpoint = checkpoints.load(p.path(p.model), precision=p.precision, transform=p.image_transform)
+    checkpoint = checkpoints.load(p.path(p.model), precision=p.precision,
+                                  transform=p.image_transform)
     common = dict(
         output_dir=str(folder / "checkpoints"), max_steps=steps, seed=p.seed, data_seed=p.seed,
         per_device_train_batch_size=p.device_batch,
@@ -222,8 +223,8 @@ def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, ste
     given = dict(
         train_dataset=Dataset.from_list(list(rows)).with_transform(Rendering(checkpoint, p)),
         processing_class=checkpoint.processor, callbacks=[Progress(method)],
-        peft_config=checkpoints.adapter_config(checkpoint.model, rank=p.lora_rank, alpha=p.lora_alpha,
-                                          dropout=p.lora_dropout))
+        peft_config=checkpoints.adapter_config(checkpoint.model, rank=p.lora_rank,
+                                               alpha=p.lora_alpha, dropout=p.lora_dropout))
     if learns_pairs(method):
         trainer = CountedDPOTrainer(
             checkpoint.model, args=DPOConfig(

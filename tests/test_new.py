@@ -15,7 +15,7 @@ import yaml
 from conftest import COLOURS, THINGS, conversation, picture
 from test_real_path import write_qwen
 
-from bpo import params, start, survey
+from bpo import check, new, params, survey
 from bpo.__main__ import main
 from bpo.data import rows as data_rows
 from bpo.params import Refusal
@@ -103,7 +103,7 @@ def test_ten_pictures_become_a_report(tmp_path, ten, model_folder, outputs):
 # --- what is written ----------------------------------------------------------------------------
 
 def test_each_file_names_every_parameter_with_its_meaning(ten, model_folder, studies):
-    start.make("mine", model_folder, ten)
+    new.make("mine", model_folder, ten)
     assert sorted(f.stem for f in studies.glob("mine/*.yaml")) == NOTEBOOKS
     for name in NOTEBOOKS:
         header, *lines = (studies / "mine" / f"{name}.yaml").read_text().splitlines()
@@ -120,12 +120,12 @@ def test_each_file_names_every_parameter_with_its_meaning(ten, model_folder, stu
 
 def test_small_rates_are_numbers_in_yaml():
     for rate in (2e-6, 2.5e-6, 2e-5, 0.002):
-        text = start._yaml("3_dpo_training", {"learning_rate": rate})
+        text = new._yaml("3_dpo_training", {"learning_rate": rate})
         assert yaml.safe_load(text) == {"learning_rate": rate}
 
 
 def test_a_study_stands_in_the_folder_that_bpo_params_names(ten, model_folder, studies):
-    start.make("mine", model_folder, ten)
+    new.make("mine", model_folder, ten)
     assert params.study_files("mine")["3_dpo_training"] == studies / "mine" / "3_dpo_training.yaml"
     assert not (params.ROOT / "params" / "mine").exists()
     assert [f.name for f in studies.iterdir()] == ["mine"]
@@ -133,8 +133,8 @@ def test_a_study_stands_in_the_folder_that_bpo_params_names(ten, model_folder, s
 
 def test_relative_paths_start_where_the_user_stands(tmp_path, ten, model_folder, monkeypatch):
     monkeypatch.chdir(ten.parent)
-    start.make("mine", model_folder, start.Path("answers.csv"),
-               image_folder=start.Path("../pictures"))
+    new.make("mine", model_folder, new.Path("answers.csv"),
+               image_folder=new.Path("../pictures"))
     monkeypatch.chdir("/")
     read = params.read_study("mine")
     assert read["1_noise_probability"].path(read["1_noise_probability"].data) == ten.resolve()
@@ -144,11 +144,11 @@ def test_relative_paths_start_where_the_user_stands(tmp_path, ten, model_folder,
 
 def test_paths_in_the_project_start_at_its_root_and_outputs_are_named_whole():
     root = params.ROOT
-    assert start._named(root / "data" / "x", study="s") == "data/x"
-    assert start._named(root / "outputs" / "x", study="s") == str(root / "outputs" / "x")
-    assert start._named(root.parent / "x", study="s") == str(root.parent / "x")
+    assert new._named(root / "data" / "x", study="s") == "data/x"
+    assert new._named(root / "outputs" / "x", study="s") == str(root / "outputs" / "x")
+    assert new._named(root.parent / "x", study="s") == str(root.parent / "x")
     with pytest.raises(Refusal, match="stands for the study's name"):
-        start._named(root / "data" / "{study}", study="s")
+        new._named(root / "data" / "{study}", study="s")
 
 
 def test_an_interrupted_write_leaves_nothing(ten, model_folder, studies, monkeypatch):
@@ -156,17 +156,17 @@ def test_an_interrupted_write_leaves_nothing(ten, model_folder, studies, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(start, "_write_split", stop)
+        patch.setattr(new, "_write_split", stop)
         with pytest.raises(KeyboardInterrupt):
-            start.make("mine", model_folder, ten)
+            new.make("mine", model_folder, ten)
     assert not list(studies.iterdir())
-    start.make("mine", model_folder, ten)
+    new.make("mine", model_folder, ten)
 
 
 # --- the split ----------------------------------------------------------------------------------
 
 def test_a_picture_is_trained_on_or_held_out_with_all_its_rows(data_file, model_folder, studies):
-    start.make("mine", model_folder, data_file)
+    new.make("mine", model_folder, data_file)
     trained, held = rows_of("mine")
     assert {r.image_name for r in trained}.isdisjoint(r.image_name for r in held)
     every, _ = data_rows.list_rows(data_file)
@@ -182,15 +182,15 @@ def test_the_same_picture_under_two_names_is_on_one_side(tmp_path, model_folder)
         for n in range(6):
             shutil.copy(data.parent / f"{n}.png", data.parent / f"copy-{n}.png")
             file.write(f"copy-{n}.png,is there a cat ?,no\n")
-    assert "about 6 pictures" in "\n".join(start.make("mine", model_folder, data))
+    assert "about 6 pictures" in "\n".join(new.make("mine", model_folder, data))
     sides = [{r.image_name.removeprefix("copy-") for r in rows} for rows in rows_of("mine")]
     assert [len(s) for s in sides] == [4, 2] and not sides[0] & sides[1]
     assert [len(rows) for rows in rows_of("mine")] == [8, 4]
 
 
 def test_the_split_is_the_same_again(ten, model_folder):
-    start.make("one", model_folder, ten)
-    start.make("two", model_folder, ten)
+    new.make("one", model_folder, ten)
+    new.make("two", model_folder, ten)
     assert [[r.id for r in side] for side in rows_of("one")] == [
         [r.id for r in side] for side in rows_of("two")]
 
@@ -235,7 +235,7 @@ def test_no_row_of_any_layout_is_changed_by_the_split(tmp_path, model_folder, la
         data.write_text(json.dumps(found if layout != "MiniGPT-4" else {"annotations": found}))
     else:
         data.write_text("".join(f"{json.dumps(e)}\n" for e in found))
-    start.make("mine", model_folder, data)
+    new.make("mine", model_folder, data)
     trained, held = rows_of("mine")
     every, _ = data_rows.list_rows(data)
     assert plain(trained + held) == plain(every) and len(held) == 2 and len(every) == 6
@@ -248,7 +248,7 @@ def test_held_out_rows_of_the_user_are_used_where_they_lie(tmp_path, ten, model_
     other = pictures(tmp_path / "other", 12)
     lines = other.read_text().splitlines()
     other.write_text("\n".join([lines[0], *lines[8:]]))  # pictures 7 to 11; 10 are to train on
-    said = "\n".join(start.make("mine", model_folder, ten, held_out=other,
+    said = "\n".join(new.make("mine", model_folder, ten, held_out=other,
                                 image_folder=ten.parent))
     # Below the image folder pictures 10 and 11 are missing, but 7 to 9 are there.
     assert "3 of 5 rows can be used" in said
@@ -264,7 +264,7 @@ def test_held_out_pictures_may_lie_beside_their_rows(tmp_path, ten, model_folder
     other = pictures(tmp_path / "other", 14)
     lines = other.read_text().splitlines()
     other.write_text("\n".join([lines[0], *lines[11:]]))
-    said = "\n".join(start.make("mine", model_folder, ten, held_out=other,
+    said = "\n".join(new.make("mine", model_folder, ten, held_out=other,
                                 image_folder=ten.parent))
     assert "in the training data too" not in said
     assert {r.image.parent for r in rows_of("mine")[1]} == {other.parent.resolve()}
@@ -272,7 +272,7 @@ def test_held_out_pictures_may_lie_beside_their_rows(tmp_path, ten, model_folder
 
 def test_held_out_rows_about_all_training_pictures_are_refused(ten, model_folder, studies):
     with pytest.raises(Refusal, match="nothing would be held out"):
-        start.make("mine", model_folder, ten, held_out=ten)
+        new.make("mine", model_folder, ten, held_out=ten)
     assert not studies.exists()
 
 
@@ -281,7 +281,7 @@ def test_held_out_rows_about_all_training_pictures_are_refused(ten, model_folder
 def test_rows_that_cannot_be_used_are_named_and_left_out(tmp_path, ten, model_folder, studies):
     (ten.parent / "3.png").write_bytes((ten.parent / "3.png").read_bytes()[:60])
     (ten.parent / "4.png").unlink()
-    said = "\n".join(start.make("mine", model_folder, ten))
+    said = "\n".join(new.make("mine", model_folder, ten))
     assert "8 of 10 rows can be used, about 8 pictures" in said
     for bad in ("answers.csv, row 4: image is cut off or damaged",
                 "answers.csv, row 5: image file is missing"):
@@ -296,7 +296,7 @@ def test_rows_that_cannot_be_used_are_named_and_left_out(tmp_path, ten, model_fo
 
 
 def test_what_was_found_is_told(ten, model_folder):
-    said = "\n".join(start.make("mine", model_folder, ten))
+    said = "\n".join(new.make("mine", model_folder, ten))
     for words in ("LlavaForConditionalGeneration", "40 to 49 pixels wide, 51 to 60 high",
                   "layout answers: image, answer or caption", "10 question",
                   "0.png: 'what colour is the disc ?' answered 'red'",
@@ -313,7 +313,7 @@ def broken(model_folder, tmp_path):
 
 def refused(*arguments):
     with pytest.raises(Refusal) as caught:
-        start.make(*arguments)
+        new.make(*arguments)
     assert not params.params_root().exists() or not list(params.params_root().iterdir())
     return str(caught.value)
 
@@ -324,13 +324,13 @@ def test_a_name_that_is_no_folder_name_is_refused(name, ten, model_folder):
 
 
 def test_nothing_that_is_there_is_written_over(ten, model_folder, studies, outputs):
-    start.make("mine", model_folder, ten)
+    new.make("mine", model_folder, ten)
     before = {f: f.read_bytes() for f in (studies / "mine").iterdir()}
     with pytest.raises(Refusal, match="is there already; choose another name, or delete it"):
-        start.make("mine", model_folder, ten)
+        new.make("mine", model_folder, ten)
     (outputs / "old").mkdir(parents=True)
     with pytest.raises(Refusal, match="is there already"):
-        start.make("old", model_folder, ten)
+        new.make("old", model_folder, ten)
     assert {f: f.read_bytes() for f in (studies / "mine").iterdir()} == before
 
 
@@ -394,20 +394,20 @@ def test_the_command_says_refusals_without_a_trace(ten, model_folder, capsys):
 @pytest.mark.parametrize("rows, batch, least", [
     (1, 2, 5), (8, 2, 40), (40, 8, 40), (160, 32, 20), (168000, 32, 10000)])
 def test_steps_fit_the_number_of_rows(rows, batch, least):
-    steps = start._steps(2 * rows)
+    steps = new._steps(2 * rows)
     assert steps["batch_pairs"] == batch and 2 <= steps["epochs"] <= 10
-    assert start._count(steps, range(rows), ["weakened", "injected"]) >= least
+    assert new._count(steps, range(rows), ["weakened", "injected"]) >= least
     params.DPOTraining(**steps, device_batch=min(2, batch))
 
 
 def decided(model, data):
-    return start.decide("s", params.params_root() / "s", model, data, None,
-                        start._held_out(data))
+    return new.decide("s", params.params_root() / "s", model, data, None,
+                        new._held_out(data))
 
 
 def test_a_large_model_gets_the_settings_of_the_paper(ten, model_folder, studies):
     small, data = survey.look_at_model(model_folder), survey.look_at_data(ten, None)
-    large = replace(small, shape=replace(small.shape, parameters=7_063_427_072))
+    large = replace(small, weights=7_063_427_072)
     many = replace(data, rows=[(f"row {n}", n % 10, "question") for n in range(100_000)])
     train = decided(large, many)["3_dpo_training"]
     assert (train["lora_rank"], train["lora_alpha"], train["lora_dropout"]) == (32, 256, 0.05)
@@ -421,25 +421,25 @@ def test_a_large_model_gets_the_settings_of_the_paper(ten, model_folder, studies
     assert not decided(small, data)["3_dpo_training"]["gradient_checkpointing"]
 
 
-def test_a_small_card_gets_small_batches(ten, model_folder, monkeypatch):
+def test_a_small_card_gets_small_batches(ten, model_folder, seven_billion, monkeypatch):
     model, data = survey.look_at_model(model_folder), survey.look_at_data(ten, None)
-    shape = replace(model.shape, parameters=7_063_427_072, cached=262_144, layers=32, hidden=4096,
-                    intermediate=11008, adapted=2_000_000)
-    large = replace(model, shape=shape, precision="bfloat16", positions=4096)
+    skeleton = check.skeleton(seven_billion)
+    large = replace(model, weights=skeleton.num_parameters(), skeleton=skeleton,
+                    precision="bfloat16", positions=4096)
     sizes = []
     for card in (80e9, 22e9, 15e9):
-        monkeypatch.setattr(start, "_card", lambda card=card: card)
+        monkeypatch.setattr(new, "_card", lambda card=card: card)
         values = decided(large, replace(data, rows=data.rows * 40))
         sizes.append((values["2_pair_generation"]["batch_tokens"],
                       values["3_dpo_training"]["device_batch"]))
-    assert sizes == [(32768, 4), (8192, 2), (2048, 1)]
+    assert sizes == [(32768, 4), (8192, 1), (2048, 1)]
 
 
 def test_answers_and_pictures_have_room(tmp_path, ten, model_folder):
     long = " ".join(["red"] * 400)
     with ten.open("a") as file:
         file.write(f"0.png,describe the picture,{long}\n")
-    start.make("mine", model_folder, ten)
+    new.make("mine", model_folder, ten)
     read = params.read_study("mine")
     assert read["2_pair_generation"].max_words == 400
     assert read["4_qualitative_comparison"].max_new_tokens == 1024
@@ -456,7 +456,7 @@ def test_the_number_format_and_the_picture_are_the_checkpoint_s(ten, broken, tmp
     qwen = tmp_path / "qwen"
     qwen.mkdir()
     write_qwen(qwen)
-    said = "\n".join(start.make("mine", qwen, ten))
+    said = "\n".join(new.make("mine", qwen, ten))
     assert "image_transform processor" in said and "precision bfloat16" in said
     assert params.read_study("mine")["3_dpo_training"].max_tokens == 2048
 
@@ -466,7 +466,7 @@ def test_large_pictures_make_room_for_their_tokens(tmp_path, ten):
     qwen.mkdir()
     write_qwen(qwen)
     picture("disc", "red", 0).resize((1500, 2250)).save(ten.parent / "0.png")
-    said = "\n".join(start.make("mine", qwen, ten))
+    said = "\n".join(new.make("mine", qwen, ten))
     assert "4,320 tokens for the largest picture" in said
     assert params.read_study("mine")["3_dpo_training"].max_tokens == 4608
 
@@ -477,14 +477,14 @@ def test_notebook_1_takes_short_answers_where_there_are_enough(tmp_path, model_f
     data = pictures(tmp_path / "set", answers)
     with data.open("a") as file:
         file.write("0.png,is there a cat ?,no\n")
-    start.make("mine", model_folder, data)
+    new.make("mine", model_folder, data)
     assert params.read_study("mine")["1_noise_probability"].category == category
 
 
 def test_of_many_pictures_some_are_opened(ten, model_folder, monkeypatch):
     monkeypatch.setattr(survey, "OPENED", 6)
     (ten.parent / "3.png").write_bytes(b"x")
-    said = "\n".join(start.make("mine", model_folder, ten))
+    said = "\n".join(new.make("mine", model_folder, ten))
     bad = "image format is not known" in said  # if it was among the drawn ones
     assert f"({5 if bad else 6} opened, " in said and "10 pictures" in said or bad
     assert sum(map(len, rows_of("mine"))) == (9 if bad else 10)

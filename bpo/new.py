@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from bpo import params, sizes, survey
+from bpo import check, params, survey
 from bpo.data import files as entries
 from bpo.data import layouts
 from bpo.data import rows as data_rows
-from bpo.params import Refusal, short
+from bpo.params import DPOTraining, PairGeneration, Refusal, short
 from bpo.study.files import to_json, whole, write_lines, write_whole
 from bpo.study.seeds import seed_for
 from bpo.survey import Data, Model, counted
@@ -120,7 +120,7 @@ def decide(name: str, folder: Path, model: Model, data: Data, given: Data | None
     compared = given or data
     training = [r for r in data.rows if r[1] not in held]
     asked = given.rows if given else [r for r in data.rows if r[1] in held]
-    few, large = len(training) < FEW_ROWS, model.shape.parameters >= survey.LARGE
+    few, large = len(training) < FEW_ROWS, model.weights >= survey.LARGE
     sources = ["weakened", "injected", *(["given"] if data.given else [])]
     steps = _steps(len(training) * len(sources))
     longest = max(survey.answer_tokens(model, d) for d in (data, compared))
@@ -132,9 +132,9 @@ def decide(name: str, folder: Path, model: Model, data: Data, given: Data | None
         "methods": ["sft", "sft_matched", "bpo"], "steps": 0, **steps, "loss": ["sigmoid"],
         "loss_weights": [1.0], "max_tokens": min(max(2048, most), model.positions),
         "gradient_checkpointing": large, "save_every": 20 if few else 200,
-        **(TINY if model.shape.parameters < TOY else PAPER | {
+        **(TINY if model.weights < TOY else PAPER | {
             "learning_rate": 2e-5 if _count(steps, training, sources) < FEW_STEPS else 2e-6})}
-    train["device_batch"] = _device_batch(model, train, answers=new_tokens)
+    train["device_batch"] = _device_batch(model, train)
     values = {
         "1_noise_probability": {
             "data": path(data.file), "image_folder": root, "rows": min(200, len(data.rows)),
@@ -198,16 +198,16 @@ def _card() -> float:
 
 
 def _batch_tokens(model: Model) -> int:
-    fits = (n for n in (32768, 16384, 8192, 4096)
-            if sizes.generation_bytes(model.shape, model.precision, tokens=n) < _card())
+    fits = (n for n in (32768, 16384, 8192, 4096) if check.generation_bytes(
+        model.skeleton, PairGeneration(precision=model.precision, batch_tokens=n)) < _card())
     return next(fits, 2048)
 
 
-def _device_batch(model: Model, train: dict[str, Any], *, answers: int) -> int:
-    fits = (n for n in (4, 2) if n <= train["batch_pairs"] and sizes.training_bytes(
-        model.shape, model.precision, rank=train["lora_rank"], sequences=2 * n,
-        tokens=train["max_tokens"], answers=answers,
-        checkpointing=train["gradient_checkpointing"]) < _card())
+def _device_batch(model: Model, train: dict[str, Any]) -> int:
+    named = {n: train[n] for n in ("lora_rank", "max_tokens", "gradient_checkpointing")}
+    fits = (n for n in (4, 2) if n <= train["batch_pairs"] and check.training_bytes(
+        model.skeleton, DPOTraining(precision=model.precision, batch_pairs=n, device_batch=n,
+                                    **named)) < _card())
     return next(fits, 1)
 
 
@@ -237,7 +237,7 @@ def _told_decisions(folder: Path, data: Data, given: Data | None, held: set[int]
                 f"for the largest picture; {train['batch_pairs']} pairs a step, at most "
                 f"{counted(count, 'step')} in {train['epochs']:.0f} epochs, learning rate "
                 f"{train['learning_rate']:.0e}")
-    if not torch.cuda.is_available() and model.shape.parameters >= TOY:
+    if not torch.cuda.is_available() and model.weights >= TOY:
         said.append(f"          no GPU is seen here: device_batch and batch_tokens are for one of "
                     f"{CARD / 1e9:.0f} GB")
     return [*said, "          no 5_benchmarks.yaml, since benchmarks need their official files: "

@@ -1,0 +1,74 @@
+"""What a study takes, by calculation: numbers worked out by hand; and what check says of paths."""
+
+import pytest
+from peft import get_peft_model
+from transformers import AutoModelForImageTextToText
+
+from bpo import check, params
+from bpo.__main__ import main
+from bpo.models import checkpoint as checkpoints
+from bpo.params import DPOTraining, PairGeneration, Refusal
+
+
+def test_the_sizes_of_llava_7b_are_those_worked_out_by_hand(seven_billion):
+    model = check.skeleton(seven_billion)
+    assert model.num_parameters() == 7_063_427_072
+    assert check.adapter_weights(model, 32) == 32 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    cached = 2 * 32 * 32 * 128 * 2  # keys and values of 32 layers and heads, 2 bytes each
+    p = PairGeneration(precision="bfloat16", batch_tokens=1000)
+    assert check.generation_bytes(model, p) == 14_126_854_144 + 1000 * cached
+
+
+def test_a_training_step_is_weights_adapter_activations_and_logits(seven_billion):
+    model = check.skeleton(seven_billion)
+    p = DPOTraining(precision="bfloat16", lora_rank=32, batch_pairs=1, device_batch=1,
+                    max_tokens=100, gradient_checkpointing=True)
+    layer = 2 * (12 * 4096 + 4 * 11008) + 8 * (6 * 4096 + 11008)
+    token = 32 * 2 * 4096 + layer + 8 * 32064
+    assert check.training_bytes(model, p) == (14_126_854_144 + 16 * 79_953_920 + 200 * token)
+    whole = p.model_copy(update={"gradient_checkpointing": False})
+    assert check.training_bytes(model, whole) == (
+        14_126_854_144 + 16 * 79_953_920 + 200 * (32 * layer + 8 * 32064))
+    assert check.disk_bytes(model, p) == 4 * 79_953_920 * (len(p.methods) + 6)
+
+
+def test_weights_are_counted_as_the_model_itself_counts_them(model_folder):
+    model, skeleton = AutoModelForImageTextToText.from_pretrained(model_folder), check.skeleton(
+        model_folder)
+    assert skeleton.num_parameters() == sum(w.numel() for w in model.parameters())
+    adapted = get_peft_model(model, checkpoints.adapter_config(model, rank=3, alpha=6, dropout=0.0))
+    trained = sum(w.numel() for w in adapted.parameters() if w.requires_grad)
+    assert check.adapter_weights(skeleton, 3) == trained
+
+
+def test_a_config_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(Refusal, match="is not that of a vision-language model"):
+        check.skeleton(tmp_path)
+
+
+def test_check_tells_memory_and_how_to_measure_time(model_folder, outputs, capsys):
+    assert main(["check", "tiny", "-p", "model", str(model_folder)]) == 0
+    text = capsys.readouterr().out
+    assert "weights" in text and "of GPU memory" in text
+    assert "measure a short run: python -m bpo run tiny --as tiny-short -p" in text
+    assert "hours" not in text
+
+
+def test_what_a_notebook_of_the_study_writes_is_not_missing(outputs, capsys):
+    assert main(["check", "tiny"]) == 0
+    text = capsys.readouterr().out
+    assert "written by 0_tiny_world" in text and "MISSING" not in text
+
+
+def test_missing_paths_are_named_with_the_command_that_writes_them(outputs, capsys):
+    assert main(["check", "tiny-round-2"]) == 1
+    both = capsys.readouterr()
+    assert "MISSING: python -m bpo merge tiny --method bpo" in both.out
+    assert "of the paths are missing" in both.err
+
+
+def test_paths_are_resolved_and_empty_ones_left_out():
+    p = params.read_study("tiny")["2_pair_generation"]
+    named = dict(check.paths(p))
+    assert "image_folder" not in named and named["model"].is_absolute()
