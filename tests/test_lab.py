@@ -63,7 +63,7 @@ class Lab:
         self.log = (folder.parent / "lab.log").open("w")
         self.server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
-             f"--config={params.ROOT / 'bpo' / 'template' / 'lab_config.py'}",
+             f"--config={params.ROOT / 'bpo' / 'reports' / 'template' / 'lab_config.py'}",
              f"--ServerApp.port={self.port}", "--ServerApp.ip=127.0.0.1",
              f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={folder}"],
             env={**environment(outputs), "JUPYTERLAB_SETTINGS_DIR": str(settings),
