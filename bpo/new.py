@@ -1,94 +1,91 @@
-"""A study of the user's own model and pictures: its parameter files, decided from what is there.
-
-What was found and decided is told before anything runs. Where no held-out rows are given, some
-pictures are held out of the training with all their rows, since answers about a picture that was
-trained on say nothing of new ones.
-"""
+"""python -m bpo new NAME --model PATH --data FILE: the parameter files of a study of the user's own
+model and pictures, with numbers of rows, batches and steps that fit what is there."""
 
 import argparse
-import functools
-import json
+import hashlib
 import math
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
+import yaml
+from PIL import Image
+from tqdm import tqdm
 
-from bpo import check, params, survey
-from bpo.data import files as entries
-from bpo.data import layouts
+from bpo import check, params
+from bpo.data import images
 from bpo.data import rows as data_rows
-from bpo.params import DPOTraining, PairGeneration, Refusal, short
-from bpo.study.files import to_json, whole, write_lines, write_whole
+from bpo.data.rows import Rejected, Row
+from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding
+from bpo.params import Refusal, short
+from bpo.study.files import write_lines, write_whole
 from bpo.study.seeds import seed_for
-from bpo.survey import Data, Model, counted
 
 TRAINING, HELD_OUT, REJECTED = "training.jsonl", "held_out.jsonl", "rejected_rows.jsonl"
-HELD_SHARE, HELD_LEAST, HELD_MOST = 0.2, 2, 500  # of the pictures
+SEED = 0
 FEW_ROWS = 1000  # below it a row gets several candidates, so that one is likely to be of use
 FEW_STEPS, LEAST_STEPS = 1000, 40
-TOY = 1e8  # weights
-CARD = 80e9  # bytes, where no GPU is seen
-# The studies of real models have the paper's settings, those of a toy are the tiny study's.
+CARD = 80e9  # bytes of GPU memory, where no GPU is seen
+# Real models have the paper's settings, toys those of the tiny study.
 PAPER = {"lora_rank": 32, "lora_alpha": 256, "lora_dropout": 0.05}
 TINY = {"lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.0, "learning_rate": 2e-3}
+
+
+@dataclass(frozen=True)
+class Data:
+    """root: the folder that image names start from.  pictures: image -> sha256 of its bytes.
+    largest: (width, height) of the picture with the most pixels."""
+
+    file: Path
+    root: Path
+    rows: list[Row]
+    rejected: list[Rejected]
+    pictures: dict[Path, str]
+    largest: tuple[int, int]
+
+    @property
+    def summary(self) -> str:
+        return (f"{short(self.file)}: layout {data_rows.layout(self.file)}, "
+                f"{len(self.rows):,} of {len(self.rows) + len(self.rejected):,} rows can be used, "
+                f"{len(set(self.pictures.values())):,} pictures" + _reasons(self.rejected))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="the study's name, which becomes a folder of params/")
     parser.add_argument("--model", type=Path, required=True, metavar="PATH",
                         help="folder of a vision-language checkpoint in Hugging Face layout")
-    parser.add_argument("--data", type=Path, required=True, metavar="PATH",
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE",
                         help="annotated answers, in any layout that the README names")
     parser.add_argument("--image-folder", type=Path, metavar="PATH",
-                        help="folder that image names start from (default: the data's own)")
-    parser.add_argument("--held-out", type=Path, metavar="PATH",
+                        help="folder that image names start from (default: each data file's own)")
+    parser.add_argument("--held-out", type=Path, metavar="FILE",
                         help="annotated answers to compare on (default: a fifth of the pictures)")
 
 
 def run(options: argparse.Namespace) -> int:
-    said = make(options.name, options.model, options.data, image_folder=options.image_folder,
-                held_out=options.held_out)
-    print(*said, f"python -m bpo check {options.name}:", sep="\n", flush=True)
-    code = subprocess.run([sys.executable, "-m", "bpo", "check", options.name],
-                          cwd=params.ROOT).returncode
+    """Writes the study, says what was found and decided, and checks its paths."""
+    print(*make(options.name, options.model, options.data, image_folder=options.image_folder,
+                held_out=options.held_out), sep="\n")
+    code = check.run(argparse.Namespace(study=options.name, overrides=[]))
     if not code:
         print(f"next: python -m bpo run {options.name}")
     return code
 
 
-def make(name: str, checkpoint: Path, rows: Path, *, image_folder: Path | None = None,
+def make(name: str, checkpoint: Path, file: Path, *, image_folder: Path | None = None,
          held_out: Path | None = None) -> list[str]:
-    """Writes a study's folder, whole; what was found and decided, in lines for people.
+    """Writes a study's folder, whole or not at all; returns what was found and decided, in lines.
 
-    Raises Refusal where there is such a study, or no working one can be made of what was given.
+    Raises Refusal when the study exists, or when no working one can be made of what was given.
     """
-    folder = _new_folder(name)
-    model = survey.look_at_model(checkpoint.resolve())
-    top = image_folder.resolve() if image_folder else None
-    data = survey.look_at_data(rows.resolve(), top)
-    given = survey.look_at_held_out(held_out.resolve(), top) if held_out else None
-    held = set() if given else _held_out(data)
-    if given and not data.distinct - given.distinct:
-        raise Refusal(f"{given.file}: every picture of {data.file} is in it too, so nothing would "
-                      "be held out; give other rows, or leave --held-out away")
-    values = decide(name, folder, model, data, given, held)
-    said = [*survey.told_model(model), *survey.told_data("data", data),
-            *(survey.told_data("held out", given) if given else []),
-            *_told_decisions(folder, data, given, held, values, model)]
-    _write(folder, data, given, held, values)
-    return [*said, f"written   {short(folder)}"]
-
-
-def _new_folder(name: str) -> Path:
-    """The folder of a study that there is nothing of yet; raises Refusal."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise Refusal(f"{name!r}: a study's name is that of a folder: letters, digits, dots, - and "
                       "_, with a letter or a digit first")
@@ -96,199 +93,230 @@ def _new_folder(name: str) -> Path:
     for there in (folder, params.outputs_root() / name):
         if there.exists():
             raise Refusal(f"{short(there)} is there already; choose another name, or delete it")
-    return folder
+    model, reader, precision = read_checkpoint(checkpoint.resolve())
+    data = read_data(file, image_folder)
+    compared = read_data(held_out, image_folder) if held_out else data
+    held = set(compared.pictures.values()) if held_out else draw_held_out(data)
+    training = [r for r in data.rows if data.pictures[r.image] not in held]
+    test = [r for r in compared.rows if compared.pictures[r.image] in held]
+    if not training:
+        raise Refusal(f"{compared.file}: every picture of {data.file} is in it too, so none is "
+                      "left to train on; give other rows, or leave --held-out away")
+    paths = {key: _named(path, name) for key, path in {
+        "model": checkpoint.resolve(), "data": data.file, "root": data.root,
+        "training": folder / TRAINING, "test": compared.file if held_out else folder / HELD_OUT,
+        "test_root": compared.root}.items()}
+    shared = {"study": name, "seed": SEED, "model": paths["model"], "precision": precision,
+              "image_transform": reader.transform}
+    largest = max(data.largest, compared.largest, key=math.prod)
+    read = {n: params.validate(params.SCHEMAS[n], shared | own, where=f"params/{name}")
+            for n, own in decide(model, reader, training, test, largest, paths).items()}
+    memory = _fit(model, read)
+    _write(folder, read, data, training, None if held_out else test)
+    train = read["3_dpo_training"]
+    return [
+        f"model     {short(checkpoint.resolve())}: {type(model).__name__}, "
+        f"{model.num_parameters():,} weights, {precision}, image_transform {reader.transform}",
+        f"data      {data.summary}", *([f"held out  {compared.summary}"] if held_out else []),
+        f"split     {len(training):,} rows to train on, {len(test):,} rows on {len(held):,} "
+        "held-out pictures" + ("; so few tell little" if len(held) < 30 else ""),
+        f"decided   answers of up to {read['2_pair_generation'].max_new_tokens} tokens; "
+        f"{train.batch_pairs} pairs a step, {train.epochs:.0f} epochs, learning rate "
+        f"{train.learning_rate:.0e}; batches for {memory / 1e9:.0f} GB of GPU memory",
+        f"written   {short(folder)}, without 5_benchmarks.yaml: copy another study's and set its "
+        "folders if you have the official files"]
 
 
-def _held_out(data: Data) -> set[int]:
-    """The numbers of the pictures that are held out; the same bytes under two names are one."""
-    count, least = len(data.distinct), 2 * HELD_LEAST
-    if count < least:
-        bad = f" ({len(data.rejected)} rows cannot be used: {survey.reasons(data.rejected)})"
-        raise Refusal(f"{data.file}: {counted(count, 'picture')} can be used, and {least} are "
-                      f"needed, {HELD_LEAST} of them held out{bad if data.rejected else ''}; add "
-                      "pictures, or give held-out rows with --held-out")
-    wanted = min(HELD_MOST, max(HELD_LEAST, round(HELD_SHARE * count)))
-    drawn = set(sorted(data.distinct, key=lambda x: seed_for(survey.SEED, "held out", x))[:wanted])
-    return {n for n, picture in data.pictures.items() if picture in drawn}
+def read_checkpoint(folder: Path) -> tuple[Any, checkpoints.Checkpoint, str]:
+    """The model without memory for its weights, its processor, and the precision to load it in.
+
+    Raises Refusal where `checkpoints.load` would fail, before gigabytes are read.
+    """
+    if not (folder / "config.json").is_file():
+        raise Refusal(f"{folder}: there is no checkpoint (config.json is missing); --model is the "
+                      "folder that one was downloaded into, not that of an adapter")
+    model = check.skeleton(folder)
+    files = set(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = {folder / f for f in yaml.safe_load(index.read_text())["weight_map"].values()}
+    if not files:
+        raise Refusal(f"{folder}: holds no weights as safetensors, and other files can run code "
+                      "when they are read; get the safetensors files of this checkpoint")
+    for file in sorted(files):
+        try:
+            with safetensors.safe_open(file, "pt"):
+                pass
+        except (safetensors.SafetensorError, OSError):
+            raise Refusal(f"{file}: the weights are missing, cut off or a pointer to them; get "
+                          "this file again") from None
+    transform = "pad" if model.config.model_type == "llava" else "processor"
+    try:
+        reader = checkpoints.load_without_weights(folder, transform=transform)
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{folder}: the processor cannot be read: {str(error).splitlines()[0]}; get "
+                      "the checkpoint's other files too") from None
+    if not hasattr(reader.processor, "image_processor"):
+        raise Refusal(f"{folder}: there is no image processor (preprocessor_config.json); get the "
+                      "whole checkpoint")
+    half = model.config.dtype in (torch.float16, torch.bfloat16) or _large(model)
+    return model, reader, "bfloat16" if half else "float32"
 
 
-def decide(name: str, folder: Path, model: Model, data: Data, given: Data | None, held: set[int]
+def _large(model: Any) -> bool:
+    return model.num_parameters() >= 1e9
+
+
+def read_data(file: Path, image_folder: Path | None) -> Data:
+    """The rows of a data set whose images can be decoded, all in memory.
+
+    Raises Refusal when the data cannot be read, or none of its rows can be used.
+    """
+    file = file.resolve()
+    root = data_rows.image_root(file, image_folder)
+    found = list(tqdm(data_rows.located(file, root), desc="reading rows", leave=False,
+                      disable=None))
+    files = list(dict.fromkeys(row.image for _, row in found if isinstance(row, Row)))
+    bad = {image: problem for image, problem in zip(files, tqdm(
+        images.problems(files), total=len(files), desc="opening pictures", leave=False,
+        disable=None), strict=True) if problem}
+    rows, rejected = [], []
+    for where, row in found:
+        if isinstance(row, Rejected):
+            rejected.append(row)
+        elif row.image in bad:
+            rejected.append(Rejected(row.id, where, bad[row.image]))
+        else:
+            rows.append(row)
+    if not rows:
+        raise Refusal(f"{file}: no row can be used{_reasons(rejected)}; image names start from "
+                      f"{root}, give --image-folder if that is wrong")
+    good = [image for image in files if image not in bad]
+    return Data(file, root, rows, rejected, {image: _hash(image) for image in good},
+                max(map(images.size, good), key=math.prod))
+
+
+def _hash(image: Path) -> str:
+    source = images.source(image)
+    return hashlib.sha256(source.read_bytes() if isinstance(source, Path) else source.read()
+                          ).hexdigest()
+
+
+def _reasons(rejected: Sequence[Rejected]) -> str:
+    reasons = data_rows.told(Counter(r.reason for r in rejected))
+    return f"; left out: {reasons}, first {rejected[0].where}" if rejected else ""
+
+
+def draw_held_out(data: Data) -> set[str]:
+    """The hashes of a fifth of the pictures, 2 to 500; raises Refusal below 4 pictures."""
+    pictures = set(data.pictures.values())
+    if len(pictures) < 4:
+        raise Refusal(f"{data.file}: {len(pictures)} pictures can be used, and 4 are needed, 2 of "
+                      f"them held out{_reasons(data.rejected)}; add pictures, or give held-out "
+                      "rows with --held-out")
+    count = min(500, max(2, round(0.2 * len(pictures))))
+    return set(sorted(pictures, key=lambda p: seed_for(SEED, "held out", p))[:count])
+
+
+def decide(model: Any, reader: checkpoints.Checkpoint, training: Sequence[Row],
+           test: Sequence[Row], largest: tuple[int, int], paths: dict[str, str]
            ) -> dict[str, dict[str, Any]]:
-    """notebook -> its parameters, all of them, as plain values."""
-    path = functools.partial(_named, study=name)
-    root = path(data.root)
-    compared = given or data
-    training = [r for r in data.rows if r[1] not in held]
-    asked = given.rows if given else [r for r in data.rows if r[1] in held]
-    few, large = len(training) < FEW_ROWS, model.weights >= survey.LARGE
-    sources = ["weakened", "injected", *(["given"] if data.given else [])]
-    steps = _steps(len(training) * len(sources))
-    longest = max(survey.answer_tokens(model, d) for d in (data, compared))
-    new_tokens = min(1024, max(32, 2 ** math.ceil(math.log2(1.5 * longest))))
-    most = 512 * math.ceil((max(survey.prompt_tokens(model, d) for d in (data, compared))
-                            + new_tokens) / 512)
-    train = {
-        "pairs": "outputs/{study}/2_pair_generation/pairs.jsonl", "image_folder": root,
-        "methods": ["sft", "sft_matched", "bpo"], "steps": 0, **steps, "loss": ["sigmoid"],
-        "loss_weights": [1.0], "max_tokens": min(max(2048, most), model.positions),
-        "gradient_checkpointing": large, "save_every": 20 if few else 200,
-        **(TINY if model.weights < TOY else PAPER | {
-            "learning_rate": 2e-5 if _count(steps, training, sources) < FEW_STEPS else 2e-6})}
-    train["device_batch"] = _device_batch(model, train)
-    values = {
+    """notebook -> the parameters that depend on what is there, before batches fit a GPU."""
+    rows, few = [*training, *test], len(training) < FEW_ROWS
+    answer = max(rows, key=lambda r: len(r.answer))
+    asked = max(rows, key=lambda r: sum(len(m["content"]) for m in r.prompt))
+    new_tokens = len(encoding.answer_tokens(reader, answer.prompt, answer.answer))
+    new_tokens = min(1024, max(32, 2 ** math.ceil(math.log2(1.5 * new_tokens))))
+    prompt = encoding.encode(reader, encoding.prompt_text(reader, asked.prompt, image=True),
+                             Image.new("RGB", largest))["input_ids"].shape[1]
+    sources = ["weakened", "injected", *(["given"] if any(r.given for r in training) else [])]
+    steps = schedule(len(training) * len(sources))
+    count = steps["epochs"] * len(training) * len(sources) / steps["batch_pairs"]
+    counts = Counter(r.category for r in rows)
+    return {
         "1_noise_probability": {
-            "data": path(data.file), "image_folder": root, "rows": min(200, len(data.rows)),
-            "category": _probed(data), "sampled_answers": 20,
-            "max_new_tokens": min(64, new_tokens), "batch_size": 8},
+            "data": paths["data"], "image_folder": paths["root"], "rows": min(200, len(rows)),
+            "category": next((c for c in ("attribute", "question") if counts[c] >= 20), ""),
+            "sampled_answers": 20, "max_new_tokens": min(64, new_tokens), "batch_size": 8},
         "2_pair_generation": {
-            "data": path(data.file if given else folder / TRAINING), "image_folder": root,
-            "rows": len(training), "max_words": max(350, len(data.longest[1].answer.split())),
-            "max_bad_share": 1.0 if given and len(data.rejected) > len(data.rows) else 0.5,
-            "sources": sources, "weaken_steps": [900], "weaken_samples": 4 if few else 1,
-            "weaken_temperature": 1.0 if few else 0.2, "text_model": "",
-            "describe_prompt": "bpo/pairs/prompts/describe.txt",
-            "question_prompt": "bpo/pairs/prompts/question.txt", "inject_samples": 4 if few else 1,
-            "max_new_tokens": new_tokens, "batch_tokens": _batch_tokens(model),
+            "data": paths["training"], "image_folder": paths["root"], "rows": len(training),
+            "max_words": max(350, *(len(r.answer.split()) for r in training)), "sources": sources,
+            "weaken_steps": [900], "weaken_samples": 4 if few else 1,
+            "weaken_temperature": 1.0 if few else 0.2, "inject_samples": 4 if few else 1,
+            "text_model": "", "describe_prompt": "bpo/pairs/prompts/describe.txt",
+            "question_prompt": "bpo/pairs/prompts/question.txt", "max_new_tokens": new_tokens,
             "score_candidates": few},
-        "3_dpo_training": train,
+        "3_dpo_training": {
+            "image_folder": paths["root"], "methods": ["sft", "sft_matched", "bpo"], "steps": 0,
+            **steps, "device_batch": 1, "loss": ["sigmoid"], "loss_weights": [1.0],
+            "max_tokens": min(max(2048, 512 * math.ceil((prompt + new_tokens) / 512)), getattr(
+                model.config.get_text_config(), "max_position_embeddings", None) or 2**17),
+            "gradient_checkpointing": _large(model), "save_every": 20 if few else 200,
+            **(TINY if model.num_parameters() < 1e8 else
+               {**PAPER, "learning_rate": 2e-5 if count < FEW_STEPS else 2e-6})},
         "4_qualitative_comparison": {
-            "adapters": "outputs/{study}/3_dpo_training",
-            "splits": {"held_out": path(given.file if given else folder / HELD_OUT)},
-            "image_folder": path(compared.root), "rows": HELD_MOST if len(asked) > HELD_MOST else 0,
-            "max_new_tokens": new_tokens, "batch_size": 16}}
-    shared = {"study": name, "seed": survey.SEED, "model": path(model.folder),
-              "precision": model.precision, "image_transform": model.reader.transform}
-    return {n: params.validate(params.SCHEMAS[n], shared | own, where=f"params/{name}").model_dump(
-        mode="json") for n, own in values.items()}
+            "splits": {"held_out": paths["test"]}, "image_folder": paths["test_root"],
+            "rows": 500 if len(test) > 500 else 0, "max_new_tokens": new_tokens, "batch_size": 16}}
 
 
-def _named(path: Path, *, study: str) -> str:
-    """A path as a parameter that finds it from anywhere: from the project's root, if it is in
-    there. What lies below outputs/ is named whole, since BPO_OUTPUTS moves that name."""
-    inside = path.is_relative_to(params.ROOT) and not path.is_relative_to(params.ROOT / "outputs")
-    text = str(path.relative_to(params.ROOT) if inside else path)
-    if params.resolve(text, study=study) != path:
-        raise Refusal(f"{path}: {{study}} in a path stands for the study's name; rename the folder")
-    return text
-
-
-def _steps(pairs: int) -> dict[str, Any]:
-    """Batches of which an epoch has eight, up to the paper's 32, and epochs enough for some steps;
-    of few pairs not so many that they are learnt by heart."""
+def schedule(pairs: int) -> dict[str, Any]:
+    """Eight batches an epoch, of at most 32 pairs as in the paper, and epochs for 40 steps, at most
+    10 since few pairs would be learnt by heart."""
     batch = 2 ** int(math.log2(min(32, max(2, pairs / 8))))
     return {"batch_pairs": batch,
             "epochs": float(min(10, max(2, math.ceil(LEAST_STEPS * batch / pairs))))}
 
 
-def _count(steps: dict[str, Any], rows: Sequence[Any], sources: Sequence[str]) -> int:
-    """Optimizer steps if every row gets a pair of each source."""
-    return math.ceil(steps["epochs"] * len(rows) * len(sources) / steps["batch_pairs"])
+def _fit(model: Any, read: dict[str, params.Parameters]) -> float:
+    """Sets the largest batches of notebooks 2 and 3 that fit the GPU; returns its bytes."""
+    gpu = torch.cuda.is_available()
+    memory = 0.9 * (torch.cuda.get_device_properties(0).total_memory if gpu else CARD)
+    for notebook, field, sizes, needed in (
+            ("2_pair_generation", "batch_tokens", (32768, 16384, 8192, 4096, 2048),
+             check.generation_bytes),
+            ("3_dpo_training", "device_batch", (4, 2, 1), check.training_bytes)):
+        tried = [read[notebook].model_copy(update={field: n}) for n in sizes
+                 if field != "device_batch" or n <= read[notebook].batch_pairs]
+        read[notebook] = next((p for p in tried if needed(model, p) < memory), tried[-1])
+    return memory
 
 
-def _probed(data: Data) -> str:
-    """The category whose answers notebook 1 weighs: short ones, where there are enough."""
-    found = Counter(category for *_, category in data.rows)
-    return next((c for c in ("attribute", "question") if found[c] >= 20), "")
+def _named(path: Path, study: str) -> str:
+    """A path from the project's root if it is in there and is found again by that name."""
+    return str(short(path) if params.resolve(str(short(path)), study=study) == path else path)
 
 
-def _card() -> float:
-    """Bytes of the GPU's memory that may be planned with."""
-    there = torch.cuda.is_available()
-    return 0.9 * (torch.cuda.get_device_properties(0).total_memory if there else CARD)
-
-
-def _batch_tokens(model: Model) -> int:
-    fits = (n for n in (32768, 16384, 8192, 4096) if check.generation_bytes(
-        model.skeleton, PairGeneration(precision=model.precision, batch_tokens=n)) < _card())
-    return next(fits, 2048)
-
-
-def _device_batch(model: Model, train: dict[str, Any]) -> int:
-    named = {n: train[n] for n in ("lora_rank", "max_tokens", "gradient_checkpointing")}
-    fits = (n for n in (4, 2) if n <= train["batch_pairs"] and check.training_bytes(
-        model.skeleton, DPOTraining(precision=model.precision, batch_pairs=n, device_batch=n,
-                                    **named)) < _card())
-    return next(fits, 1)
-
-
-def _told_decisions(folder: Path, data: Data, given: Data | None, held: set[int],
-                    values: dict[str, dict[str, Any]], model: Model) -> list[str]:
-    made, train = values["2_pair_generation"], values["3_dpo_training"]
-    said = []
-    if given:
-        both = len(data.distinct & given.distinct)
-        if both:
-            said = [f"beware    {both:,} of {len(given.distinct):,} held-out pictures are in the "
-                    "training data too: answers about those say nothing of new pictures"]
-    else:
-        out = len({data.pictures[n] for n in held})
-        trained, rest = made["rows"], len(data.rows) - made["rows"]
-        said = [f"split     by picture, drawn by seed {survey.SEED}: "
-                f"{counted(len(data.distinct) - out, 'picture')} ({counted(trained, 'row')}) to "
-                f"train on, {counted(out, 'picture')} ({counted(rest, 'row')}) held out; written "
-                f"to {TRAINING} and {HELD_OUT} of {short(folder)}"]
-    out = len(given.distinct) if given else out
-    if out < 30:
-        said.append(f"beware    with {counted(out, 'held-out picture')} look at the answers: "
-                    "intervals and differences mean little")
-    count = _count(train, range(made["rows"]), made["sources"])
-    tokens = max(survey.prompt_tokens(model, d, text=False) for d in (data, given or data))
-    said.append(f"decided   answers of up to {made['max_new_tokens']} tokens, {tokens:,} tokens "
-                f"for the largest picture; {train['batch_pairs']} pairs a step, at most "
-                f"{counted(count, 'step')} in {train['epochs']:.0f} epochs, learning rate "
-                f"{train['learning_rate']:.0e}")
-    if not torch.cuda.is_available() and model.weights >= TOY:
-        said.append(f"          no GPU is seen here: device_batch and batch_tokens are for one of "
-                    f"{CARD / 1e9:.0f} GB")
-    return [*said, "          no 5_benchmarks.yaml, since benchmarks need their official files: "
-            "copy one of another study and set its folders, if you have them"]
-
-
-def _write(folder: Path, data: Data, given: Data | None, held: set[int],
-           values: dict[str, dict[str, Any]]) -> None:
-    """The study's folder, whole or not at all."""
+def _write(folder: Path, read: dict[str, params.Parameters], data: Data, training: Sequence[Row],
+           test: Sequence[Row] | None) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as temporary:
         new = Path(temporary) / folder.name
         new.mkdir()
-        for notebook, own in values.items():
-            write_whole(new / f"{notebook}.yaml", _yaml(notebook, own))
-        if not given:
-            _write_split(new, data, held)
+        for notebook, p in read.items():
+            write_whole(new / f"{notebook}.yaml", "\n".join(
+                [f"# Your own model and data, notebooks/{notebook}.ipynb", *(
+                    f"{n}: {_yaml(v)}  # {type(p).model_fields[n].description}"
+                    for n, v in p.model_dump(mode="json").items()), ""]))
+        for name, rows in ((TRAINING, training), (HELD_OUT, test or ())):
+            if rows:
+                write_lines(new / name, map(_line, rows))
         if data.rejected:
-            write_lines(new / REJECTED, (
-                {"id": r.id, "where": r.where, "reason": r.reason} for r in data.rejected))
+            write_lines(new / REJECTED, map(vars, data.rejected))
+        if truth := data_rows.truth_file(data.file):
+            shutil.copyfile(truth, new / truth.name)
         try:
             new.rename(folder)
         except OSError:
             raise Refusal(f"{short(folder)} was made meanwhile; choose another name") from None
 
 
-def _yaml(notebook: str, values: dict[str, Any]) -> str:
-    fields = params.SCHEMAS[notebook].model_fields
-    lines = [f"# Your own model and data, as bpo new decided — notebooks/{notebook}.ipynb"]
-    for name, value in values.items():
-        text = to_json(value)
-        if isinstance(value, float) and "." not in text:
-            text = text.replace("e", ".0e")  # YAML 1.1 reads 2e-06 as text
-        lines.append(f"{name}: {text}  # {fields[name].description}")
-    return "\n".join(lines) + "\n"
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True
+                          ).removesuffix("...\n").strip()
 
 
-def _write_split(folder: Path, data: Data, held: set[int]) -> None:
-    """The entries that rows are made of, as JSON lines with the ids that they have in the data, and
-    the truth file, which lies beside them there."""
-    pictures = {where: number for where, number, _ in data.rows}
-    form = layouts.LAYOUTS[data.layout]
-    with (whole(folder / TRAINING) as training,
-          whole(folder / HELD_OUT) as held_out):
-        for number, (where, entry) in enumerate(entries.read(data.file, data.root)):
-            if where in pictures:
-                entry = form.plain(entry)
-                line = {n: entry[n] for n in entries.COLUMNS if n in entry}
-                line["id"] = layouts.entry_id(entry, number)
-                # Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes "?".
-                text = json.dumps(line, ensure_ascii=False, default=str).encode(errors="replace")
-                (held_out if pictures[where] in held else training).write(f"{text.decode()}\n")
-    if truth := data_rows.truth_file(data.file):
-        shutil.copyfile(truth, folder / truth.name)
+def _line(row: Row) -> dict[str, Any]:
+    """The row in the layout of BPO's release, which holds all that a row has."""
+    return {"id": row.id, "image": row.image_name, "prompt": list(row.prompt), "completions": [
+        {"type": "gt", "response": row.answer},
+        *({"type": "given", "response": text} for text in row.given)]}

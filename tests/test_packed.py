@@ -311,7 +311,7 @@ def test_out_of_memory_says_what_to_lower(model_folder, tmp_path, monkeypatch):
 
 RUN = """
 import json, sys
-from bpo import ranks
+from bpo.study import processes
 sys.path.insert(0, sys.argv[1])
 import test_packed as t
 trainer = t.made_trainer(t.PackedDPOTrainer, t.Path(sys.argv[2]), t.made_rows((2, 2, 2, 2)),
@@ -320,7 +320,7 @@ trainer = t.made_trainer(t.PackedDPOTrainer, t.Path(sys.argv[2]), t.made_rows((2
 curve = t.curves(trainer)
 if trainer.is_world_process_zero():
     t.Path(sys.argv[5]).write_text(json.dumps(curve))
-ranks.leave()
+processes.leave()
 """
 
 
@@ -346,7 +346,7 @@ import sys
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from bpo import ranks
+from bpo.study import processes
 sys.path.insert(0, sys.argv[1])
 import test_packed as t
 
@@ -362,7 +362,7 @@ def loss(rows, packing=True):
         trainer.model, trainer._prepare_inputs(trainer.data_collator(rows)), False)
 
 
-wanted = [loss(half, packing=False).item() for half in halves][ranks.rank()]
+wanted = [loss(half, packing=False).item() for half in halves][processes.rank()]
 sum(loss(half) / 2 for half in halves).backward()
 whole = {n: w.grad.clone() for n, w in trainer.model.named_parameters() if w.grad is not None}
 trainer.model.zero_grad(set_to_none=True)
@@ -370,7 +370,7 @@ mesh = init_device_mesh("cpu", (2,))
 for layer in trainer.base.get_decoder().layers:
     fully_shard(layer, mesh=mesh)
 fully_shard(trainer.model, mesh=mesh)
-mine = loss(halves[ranks.rank()])
+mine = loss(halves[processes.rank()])
 mine.backward()
 assert abs(mine.item() - wanted) < 1e-5, (mine, wanted)
 parts = {n: w.grad for n, w in trainer.model.named_parameters() if w.grad is not None}
@@ -379,7 +379,7 @@ assert parts.keys() == whole.keys() and all(g.to_local().numel() < whole[n].nume
 apart = [(g.full_tensor() - whole[n]).square().sum() for n, g in parts.items()]
 size = sum(g.square().sum() for g in whole.values())
 assert (sum(apart) / size).sqrt() < 1e-5
-ranks.leave()
+processes.leave()
 """
 
 
