@@ -30,13 +30,15 @@ from bpo.study.files import write_lines, write_whole
 from bpo.study.seeds import seed_for
 
 TRAINING, HELD_OUT, REJECTED = "training.jsonl", "held_out.jsonl", "rejected_rows.jsonl"
-SEED = 0
-FEW_ROWS = 1000  # below it a row gets several candidates, so that one is likely to be of use
-FEW_STEPS, LEAST_STEPS = 1000, 40
+PATTERN = params.ROOT / "params" / "llava-1.5-7b"  # the paper's settings, where nothing is decided
+NOTEBOOKS = ("1_noise_probability", "2_pair_generation", "3_dpo_training",
+             "4_qualitative_comparison")
+# Several candidates of a row, of which one is likely to be of use, where there are few rows.
+FEW_ROWS = 1000
+FEW = {"weaken_samples": 4, "weaken_temperature": 1.0, "inject_samples": 4,
+       "score_candidates": True}
+LARGE = 1e9  # weights
 CARD = 80e9  # bytes of GPU memory, where no GPU is seen
-# Real models have the paper's settings, toys those of the tiny study.
-PAPER = {"lora_rank": 32, "lora_alpha": 256, "lora_dropout": 0.05}
-TINY = {"lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.0, "learning_rate": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,6 @@ class Data:
     rejected: list[Rejected]
     pictures: dict[Path, str]
     largest: tuple[int, int]
-
-    @property
-    def summary(self) -> str:
-        return (f"{short(self.file)}: layout {data_rows.layout(self.file)}, "
-                f"{len(self.rows):,} of {len(self.rows) + len(self.rejected):,} rows can be used, "
-                f"{len(set(self.pictures.values())):,} pictures" + _reasons(self.rejected))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +89,8 @@ def make(name: str, checkpoint: Path, file: Path, *, image_folder: Path | None =
     for there in (folder, params.outputs_root() / name):
         if there.exists():
             raise Refusal(f"{short(there)} is there already; choose another name, or delete it")
-    model, reader, precision = read_checkpoint(checkpoint.resolve())
+    checkpoint = checkpoint.resolve()
+    model, reader = read_checkpoint(checkpoint)
     data = read_data(file, image_folder)
     compared = read_data(held_out, image_folder) if held_out else data
     held = set(compared.pictures.values()) if held_out else draw_held_out(data)
@@ -102,33 +99,29 @@ def make(name: str, checkpoint: Path, file: Path, *, image_folder: Path | None =
     if not training:
         raise Refusal(f"{compared.file}: every picture of {data.file} is in it too, so none is "
                       "left to train on; give other rows, or leave --held-out away")
-    paths = {key: _named(path, name) for key, path in {
-        "model": checkpoint.resolve(), "data": data.file, "root": data.root,
-        "training": folder / TRAINING, "test": compared.file if held_out else folder / HELD_OUT,
-        "test_root": compared.root}.items()}
-    shared = {"study": name, "seed": SEED, "model": paths["model"], "precision": precision,
-              "image_transform": reader.transform}
-    largest = max(data.largest, compared.largest, key=math.prod)
-    read = {n: params.validate(params.SCHEMAS[n], shared | own, where=f"params/{name}")
-            for n, own in decide(model, reader, training, test, largest, paths).items()}
+    decided = decide(model, reader, training, test, max(data.largest, compared.largest,
+                                                        key=math.prod))
+    files = ({"data": data.file, "image_folder": data.root},
+             {"data": folder / TRAINING, "image_folder": data.root}, {"image_folder": data.root},
+             {"splits": {"held_out": str(compared.file if held_out else folder / HELD_OUT)},
+              "image_folder": compared.root})
+    read = {n: params.validate(
+        params.SCHEMAS[n], params.read_yaml(PATTERN / f"{n}.yaml") | own | {
+            k: v if k == "splits" else str(v) for k, v in places.items()}
+        | {"study": name, "model": str(checkpoint)}, where=f"params/{name}")
+        for n, own, places in zip(NOTEBOOKS, decided, files, strict=True)}
     memory = _fit(model, read)
-    _write(folder, read, data, training, None if held_out else test)
-    train = read["3_dpo_training"]
-    return [
-        f"model     {short(checkpoint.resolve())}: {type(model).__name__}, "
-        f"{model.num_parameters():,} weights, {precision}, image_transform {reader.transform}",
-        f"data      {data.summary}", *([f"held out  {compared.summary}"] if held_out else []),
-        f"split     {len(training):,} rows to train on, {len(test):,} rows on {len(held):,} "
-        "held-out pictures" + ("; so few tell little" if len(held) < 30 else ""),
-        f"decided   answers of up to {read['2_pair_generation'].max_new_tokens} tokens; "
-        f"{train.batch_pairs} pairs a step, {train.epochs:.0f} epochs, learning rate "
-        f"{train.learning_rate:.0e}; batches for {memory / 1e9:.0f} GB of GPU memory",
-        f"written   {short(folder)}, without 5_benchmarks.yaml: copy another study's and set its "
-        "folders if you have the official files"]
+    _write(folder, read, data, {TRAINING: training} | ({} if held_out else {HELD_OUT: test}))
+    few = "; so few say little about the model" if len(held) < 30 else ""
+    return [*(f"{short(d.file)}: {len(d.rows):,} rows can be used{_reasons(d.rejected)}"
+              for d in (data, *([compared] if held_out else []))),
+            (f"{len(training):,} rows to train on, {len(test):,} rows about {len(held):,} held-out "
+             f"pictures{few}; batches for {memory / 1e9:.0f} GB of GPU memory"),
+            f"{short(folder)} is written; for benchmarks copy another study's 5_benchmarks.yaml"]
 
 
-def read_checkpoint(folder: Path) -> tuple[Any, checkpoints.Checkpoint, str]:
-    """The model without memory for its weights, its processor, and the precision to load it in.
+def read_checkpoint(folder: Path) -> tuple[Any, checkpoints.Checkpoint]:
+    """The model without memory for its weights, and its processor.
 
     Raises Refusal where `checkpoints.load` would fail, before gigabytes are read.
     """
@@ -136,20 +129,17 @@ def read_checkpoint(folder: Path) -> tuple[Any, checkpoints.Checkpoint, str]:
         raise Refusal(f"{folder}: there is no checkpoint (config.json is missing); --model is the "
                       "folder that one was downloaded into, not that of an adapter")
     model = check.skeleton(folder)
-    files = set(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = {folder / f for f in yaml.safe_load(index.read_text())["weight_map"].values()}
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise Refusal(f"{folder}: holds no weights as safetensors, and other files can run code "
                       "when they are read; get the safetensors files of this checkpoint")
-    for file in sorted(files):
+    for file in files:
         try:
             with safetensors.safe_open(file, "pt"):
                 pass
         except (safetensors.SafetensorError, OSError):
-            raise Refusal(f"{file}: the weights are missing, cut off or a pointer to them; get "
-                          "this file again") from None
+            raise Refusal(f"{file}: the weights are cut off or a pointer to them; get this file "
+                          "again") from None
     transform = "pad" if model.config.model_type == "llava" else "processor"
     try:
         reader = checkpoints.load_without_weights(folder, transform=transform)
@@ -159,12 +149,7 @@ def read_checkpoint(folder: Path) -> tuple[Any, checkpoints.Checkpoint, str]:
     if not hasattr(reader.processor, "image_processor"):
         raise Refusal(f"{folder}: there is no image processor (preprocessor_config.json); get the "
                       "whole checkpoint")
-    half = model.config.dtype in (torch.float16, torch.bfloat16) or _large(model)
-    return model, reader, "bfloat16" if half else "float32"
-
-
-def _large(model: Any) -> bool:
-    return model.num_parameters() >= 1e9
+    return model, reader
 
 
 def read_data(file: Path, image_folder: Path | None) -> Data:
@@ -208,98 +193,86 @@ def _reasons(rejected: Sequence[Rejected]) -> str:
 
 
 def draw_held_out(data: Data) -> set[str]:
-    """The hashes of a fifth of the pictures, 2 to 500; raises Refusal below 4 pictures."""
+    """The hashes of a fifth of the pictures, 2 to 500, drawn by seed; Refusal below 4 pictures."""
     pictures = set(data.pictures.values())
     if len(pictures) < 4:
         raise Refusal(f"{data.file}: {len(pictures)} pictures can be used, and 4 are needed, 2 of "
                       f"them held out{_reasons(data.rejected)}; add pictures, or give held-out "
                       "rows with --held-out")
     count = min(500, max(2, round(0.2 * len(pictures))))
-    return set(sorted(pictures, key=lambda p: seed_for(SEED, "held out", p))[:count])
+    return set(sorted(pictures, key=lambda p: seed_for(0, "held out", p))[:count])
 
 
 def decide(model: Any, reader: checkpoints.Checkpoint, training: Sequence[Row],
-           test: Sequence[Row], largest: tuple[int, int], paths: dict[str, str]
-           ) -> dict[str, dict[str, Any]]:
-    """notebook -> the parameters that depend on what is there, before batches fit a GPU."""
+           test: Sequence[Row], picture: tuple[int, int]) -> list[dict[str, Any]]:
+    """The parameters of notebooks 1 to 4 that depend on what is there.
+
+    picture: (width, height) of the largest picture.
+    """
     rows, few = [*training, *test], len(training) < FEW_ROWS
-    answer = max(rows, key=lambda r: len(r.answer))
-    asked = max(rows, key=lambda r: sum(len(m["content"]) for m in r.prompt))
-    new_tokens = len(encoding.answer_tokens(reader, answer.prompt, answer.answer))
-    new_tokens = min(1024, max(32, 2 ** math.ceil(math.log2(1.5 * new_tokens))))
-    prompt = encoding.encode(reader, encoding.prompt_text(reader, asked.prompt, image=True),
-                             Image.new("RGB", largest))["input_ids"].shape[1]
-    sources = ["weakened", "injected", *(["given"] if any(r.given for r in training) else [])]
-    steps = schedule(len(training) * len(sources))
-    count = steps["epochs"] * len(training) * len(sources) / steps["batch_pairs"]
+    config, large = model.config.get_text_config(), model.num_parameters() >= LARGE
+    half = large or model.config.dtype in (torch.float16, torch.bfloat16)
+    shared = {"precision": "bfloat16" if half else "float32",
+              "image_transform": reader.transform}
+    longest = max(rows, key=lambda r: len(r.answer))
+    answer = len(encoding.answer_tokens(reader, longest.prompt, longest.answer))
+    answer = min(1024, max(32, 2 ** math.ceil(math.log2(1.5 * answer))))
+    longest = max(rows, key=lambda r: sum(len(m["content"]) for m in r.prompt))
+    prompt = encoding.encode(reader, encoding.prompt_text(reader, longest.prompt, image=True),
+                             Image.new("RGB", picture))["input_ids"].shape[1]
     counts = Counter(r.category for r in rows)
-    return {
-        "1_noise_probability": {
-            "data": paths["data"], "image_folder": paths["root"], "rows": min(200, len(rows)),
-            "category": next((c for c in ("attribute", "question") if counts[c] >= 20), ""),
-            "sampled_answers": 20, "max_new_tokens": min(64, new_tokens), "batch_size": 8},
-        "2_pair_generation": {
-            "data": paths["training"], "image_folder": paths["root"], "rows": len(training),
-            "max_words": max(350, *(len(r.answer.split()) for r in training)), "sources": sources,
-            "weaken_steps": [900], "weaken_samples": 4 if few else 1,
-            "weaken_temperature": 1.0 if few else 0.2, "inject_samples": 4 if few else 1,
-            "text_model": "", "describe_prompt": "bpo/pairs/prompts/describe.txt",
-            "question_prompt": "bpo/pairs/prompts/question.txt", "max_new_tokens": new_tokens,
-            "score_candidates": few},
-        "3_dpo_training": {
-            "image_folder": paths["root"], "methods": ["sft", "sft_matched", "bpo"], "steps": 0,
-            **steps, "device_batch": 1, "loss": ["sigmoid"], "loss_weights": [1.0],
-            "max_tokens": min(max(2048, 512 * math.ceil((prompt + new_tokens) / 512)), getattr(
-                model.config.get_text_config(), "max_position_embeddings", None) or 2**17),
-            "gradient_checkpointing": _large(model), "save_every": 20 if few else 200,
-            **(TINY if model.num_parameters() < 1e8 else
-               {**PAPER, "learning_rate": 2e-5 if count < FEW_STEPS else 2e-6})},
-        "4_qualitative_comparison": {
-            "splits": {"held_out": paths["test"]}, "image_folder": paths["test_root"],
-            "rows": 500 if len(test) > 500 else 0, "max_new_tokens": new_tokens, "batch_size": 16}}
+    given = any(r.given for r in training)
+    steps = schedule(len(training) * (2 + given))
+    return [
+        {**shared, "rows": min(200, len(rows)), "max_new_tokens": min(64, answer),
+         "category": next((c for c in ("attribute", "question") if counts[c] >= 20), "")},
+        {**shared, "rows": len(training), "max_new_tokens": answer,
+         "max_words": max(350, *(len(r.answer.split()) for r in training)),
+         "sources": ["weakened", "injected", *(["given"] if given else [])],
+         **(FEW if few else {})},
+        {**shared, "methods": ["sft", "sft_matched", "bpo"], "gradient_checkpointing": large,
+         "save_every": 20 if few else 200, **steps,
+         "max_tokens": min(max(2048, 512 * math.ceil((prompt + answer) / 512)),
+                           getattr(config, "max_position_embeddings", None) or 2**17)},
+        {**shared, "rows": 500 if len(test) > 500 else 0, "max_new_tokens": answer}]
 
 
 def schedule(pairs: int) -> dict[str, Any]:
-    """Eight batches an epoch, of at most 32 pairs as in the paper, and epochs for 40 steps, at most
-    10 since few pairs would be learnt by heart."""
+    """Eight batches an epoch, of at most 32 pairs as in the paper; epochs for 40 steps, at most 10
+    since few pairs would be learnt by heart; a higher learning rate below 1000 steps."""
     batch = 2 ** int(math.log2(min(32, max(2, pairs / 8))))
-    return {"batch_pairs": batch,
-            "epochs": float(min(10, max(2, math.ceil(LEAST_STEPS * batch / pairs))))}
+    epochs = min(10, max(2, math.ceil(40 * batch / pairs)))
+    return {"batch_pairs": batch, "device_batch": min(4, batch), "epochs": float(epochs),
+            "learning_rate": 2e-6 if epochs * pairs >= 1000 * batch else 2e-5}
 
 
 def _fit(model: Any, read: dict[str, params.Parameters]) -> float:
-    """Sets the largest batches of notebooks 2 and 3 that fit the GPU; returns its bytes."""
+    """Halves the batches of notebooks 2 and 3 until they fit the GPU; returns its bytes."""
     gpu = torch.cuda.is_available()
-    memory = 0.9 * (torch.cuda.get_device_properties(0).total_memory if gpu else CARD)
-    for notebook, field, sizes, needed in (
-            ("2_pair_generation", "batch_tokens", (32768, 16384, 8192, 4096, 2048),
-             check.generation_bytes),
-            ("3_dpo_training", "device_batch", (4, 2, 1), check.training_bytes)):
-        tried = [read[notebook].model_copy(update={field: n}) for n in sizes
-                 if field != "device_batch" or n <= read[notebook].batch_pairs]
-        read[notebook] = next((p for p in tried if needed(model, p) < memory), tried[-1])
+    memory = torch.cuda.get_device_properties(0).total_memory if gpu else CARD
+    for notebook, field, least, needed in (
+            ("2_pair_generation", "batch_tokens", 2048, check.generation_bytes),
+            ("3_dpo_training", "device_batch", 1, check.training_bytes)):
+        while (size := getattr(read[notebook], field)) > least and (
+                needed(model, read[notebook]) > 0.9 * memory):
+            read[notebook] = read[notebook].model_copy(update={field: size // 2})
     return memory
 
 
-def _named(path: Path, study: str) -> str:
-    """A path from the project's root if it is in there and is found again by that name."""
-    return str(short(path) if params.resolve(str(short(path)), study=study) == path else path)
-
-
-def _write(folder: Path, read: dict[str, params.Parameters], data: Data, training: Sequence[Row],
-           test: Sequence[Row] | None) -> None:
+def _write(folder: Path, read: dict[str, params.Parameters], data: Data,
+           split: dict[str, list[Row]]) -> None:
+    """The study's folder, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as temporary:
         new = Path(temporary) / folder.name
         new.mkdir()
         for notebook, p in read.items():
-            write_whole(new / f"{notebook}.yaml", "\n".join(
-                [f"# Your own model and data, notebooks/{notebook}.ipynb", *(
-                    f"{n}: {_yaml(v)}  # {type(p).model_fields[n].description}"
-                    for n, v in p.model_dump(mode="json").items()), ""]))
-        for name, rows in ((TRAINING, training), (HELD_OUT, test or ())):
-            if rows:
-                write_lines(new / name, map(_line, rows))
+            fields = type(p).model_fields
+            write_whole(new / f"{notebook}.yaml", "".join(
+                f"{n}: {_yaml(v)}  # {fields[n].description}\n"
+                for n, v in p.model_dump(mode="json").items()))
+        for name, rows in split.items():
+            write_lines(new / name, map(_line, rows))
         if data.rejected:
             write_lines(new / REJECTED, map(vars, data.rejected))
         if truth := data_rows.truth_file(data.file):

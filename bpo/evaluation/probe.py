@@ -80,7 +80,7 @@ def work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
     sampled = {r.id for r in rows[:p.sampled_answers]}
     lines = shards.run_on(
         folder / "looks.jsonl", looks, p.batch_size,
-        lambda batch: _look(p, checkpoint, batch, candidates, score=score, sampled=sampled),
+        lambda batch: look(p, checkpoint, batch, candidates, score=score, sampled=sampled),
         label="noise steps")
     curves = summary(lines, p.noise_steps, seed=p.seed)
     results.write(folder, tidy(curves, images=len(rows)))
@@ -168,8 +168,10 @@ def _scorer(p: NoiseProbability, checkpoint: Checkpoint, rows: Sequence[Row],
 
 
 @torch.no_grad()
-def _look(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look], candidates: dict, *,
-          score: logprobs.Scorer, sampled: set[str]) -> list[dict]:
+def look(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look], candidates: dict, *,
+         score: logprobs.Scorer, sampled: set[str]) -> list[dict]:
+    """A line of looks.jsonl for each look: its candidates' log-probs, in nats an answer, and where
+    its row is in `sampled` a sampled answer."""
     inputs = _encode(p, checkpoint, batch)
     tokens = _answer_ids(checkpoint, batch, candidates)
     weighed = score(checkpoint, inputs, tokens)

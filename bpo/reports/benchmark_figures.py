@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bpo.reports import figures
@@ -36,8 +35,7 @@ def trade_off(points: Sequence[Mapping[str, Any]], *, across: str, up: Sequence[
                 xerr=[[x["value"] - x["low"]], [x["high"] - x["value"]]],
                 yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]])
         panel.set(title=metric, xlabel=across)
-    handles, labels = panels[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside upper left", ncols=min(7, len(labels)))
+    figures.legend_above(fig, panels[0])
     return fig
 
 
@@ -101,20 +99,12 @@ def image_gains(table: Sequence[Mapping[str, Any]]) -> Figure:
                          color=look["color"], linewidth=1.6)
             panel.plot([r["value"] for r in mine], places, look["marker"], color=look["color"],
                        markersize=5.5, label=over)
-        _method_rows(panel, methods)
+        figures.rows_of(panel, [visible(m) for m in methods])
         panel.tick_params(axis="y", labelleft=column == 0)
         panel.axvline(0, color="#303030", linewidth=1)
         panel.set(title=category, xlabel="nats an answer")
-    handles, labels = panels[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+    figures.legend_above(fig, panels[0])
     return fig
-
-
-def _method_rows(panel: Axes, labels: Sequence[str]) -> None:
-    panel.set_yticks(range(len(labels)), [visible(x) for x in labels])
-    panel.set_ylim(len(labels) - 0.5, -0.5)
-    panel.tick_params(axis="y", length=0)
-    panel.grid(visible=False, axis="y")
 
 
 def token_gaps(gaps: Mapping[str, Sequence[tuple[str, float]]]) -> Figure:
@@ -142,8 +132,7 @@ def token_gaps(gaps: Mapping[str, Sequence[tuple[str, float]]]) -> Figure:
                          rotation=0 if columns <= 12 else 35)
         panel.set(ylabel="nats", xlim=(-0.6, columns - 0.4))
         panel.grid(visible=False, axis="x")
-    handles, labels = panels[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+    figures.legend_above(fig, panels[0])
     return fig
 
 
@@ -157,7 +146,7 @@ def forest(panels: dict[str, "pandas.DataFrame"]) -> Figure:
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     fig, axes = figures.grid(rows, columns, width=min(WIDTH, 2.6 + 2.4 * columns),
-                      height=rows * (0.95 + 0.32 * seeds))
+                             height=rows * (0.95 + 0.32 * seeds))
     for panel, (title, frame) in itertools.zip_longest(axes, panels.items(), fillvalue=("", None)):
         if frame is None:
             panel.set_axis_off()

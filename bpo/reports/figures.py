@@ -25,8 +25,7 @@ COLOURS = ["#0b5596", "#d98200", "#008463", "#b8508f", "#303030", "#4aa3dc", "#a
 MARKERS = ["o", "s", "D", "^", "v", "P", "X", "<", "h"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2))]
 QUIET = "#6b7178"
-WIDTH = 9.0  # inches; the page shows it as 864 pixels
-NARROW = 4.4  # inches; a phone shows it as about 350 pixels, its letters at 8 of their 10 points
+WIDTH = 9.0  # inches; a wide page shows it as 864 pixels
 
 
 def theme() -> None:
@@ -48,17 +47,17 @@ def theme() -> None:
 
 
 def noise_strip(images: list["Image.Image"], steps: list[int],
-                answers: list[str] | None) -> Figure:
+                answers: list[str]) -> Figure:
     """The same picture at each noise step, the model's answer under each."""
     rows = math.ceil(len(images) / 6)
     columns = math.ceil(len(images) / rows)
     width = WIDTH * min(1, columns / 5)
-    told = [wrapped(answer, columns=20) for answer in answers or []]
-    lines = max((text.count("\n") + 1 for text in told), default=0)
+    said = [wrapped(answer, columns=20) for answer in answers]
+    lines = max(text.count("\n") + 1 for text in said)
     tall = max(min(2, image.height / image.width) for image in images)  # of its width
     fig, panels = grid(rows, columns, width=width,
                         height=rows * (width / columns * 0.92 * tall + 0.45 + 0.16 * lines))
-    for panel, image, step, answer in itertools.zip_longest(panels, images, steps, told):
+    for panel, image, step, answer in itertools.zip_longest(panels, images, steps, said):
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set(visible=image is not None, color="#d5d8da")
         if image is not None:
@@ -67,7 +66,6 @@ def noise_strip(images: list["Image.Image"], steps: list[int],
                 image = image.resize((180, max(1, round(180 * image.height / image.width))))
             panel.imshow(image.convert("RGB"), interpolation="nearest")
             panel.set_title(f"step {step}", loc="center")
-        if answer is not None:
             panel.set_xlabel(answer, fontsize=8.5, color="#202428")
     return fig
 
@@ -77,8 +75,8 @@ def wrapped(text: str, *, columns: int) -> str:
     return "\n".join(lines)
 
 
-def noise_curves(curves: dict[str, dict[str, list[float]]], steps: list[int], ylabel: str,
-                 chance: float | None = None) -> Figure:
+def noise_curves(curves: dict[str, dict[str, list[float]]], steps: list[int],
+                 ylabel: str) -> Figure:
     """A line with its interval as a band for each name, against the noise step.
 
     curves: name -> {"mean", "low", "high"}, each as long as `steps`.
@@ -90,11 +88,6 @@ def noise_curves(curves: dict[str, dict[str, list[float]]], steps: list[int], yl
         axes.plot(steps, curve["mean"], label=visible(name), **style)
         axes.fill_between(steps, curve["low"], curve["high"], color=style["color"], alpha=0.16,
                           linewidth=0)
-    if chance is not None:
-        axes.plot(steps, [chance] * len(steps), color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
-        axes.annotate("chance", (1, chance), xycoords=axes.get_yaxis_transform(), ha="right",
-                      va="top", color=QUIET, fontsize=9, xytext=(0, -2),
-                      textcoords="offset points")
     axes.set(xlabel="noise step (0 is the clean image)", ylabel=ylabel, xmargin=0.02)
     legend_above(fig, axes)
     return fig
@@ -244,17 +237,16 @@ def interval(axes: Axes, row: dict[str, Any], place: int, style: dict[str, Any],
 
 
 def statistics_bars(table: "pandas.DataFrame") -> Figure:
-    """For each object (the index, or column "object") its share in each other column's source."""
+    """For each object its share in each source. table: columns "object" and one a source."""
     import seaborn
 
     theme()
-    shares = table.set_index("object") if "object" in table.columns else table
-    shares = shares.select_dtypes("number")
-    long = shares.rename_axis("object").reset_index().melt("object", var_name="source")
+    sources = table.columns.drop("object")
+    long = table.melt("object", var_name="source")
     fig = Figure(figsize=(WIDTH * 0.85, 0.9 + 0.24 * len(long)), layout="constrained")
     axes = fig.subplots()
     seaborn.barplot(long, x="value", y="object", hue="source", ax=axes, saturation=1,
-                    palette=COLOURS[:shares.shape[1]])
+                    palette=COLOURS[:len(sources)])
     for bars, hatch in zip(axes.containers, ["", "///", "...", "xxx"], strict=False):
         for bar in bars:
             bar.set(hatch=hatch, edgecolor="white")
@@ -262,7 +254,7 @@ def statistics_bars(table: "pandas.DataFrame") -> Figure:
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.get_legend().remove()
-    fig.legend(axes.containers, list(shares.columns), loc="outside upper left", ncols=4)
+    fig.legend(axes.containers, list(sources), loc="outside upper left", ncols=4)
     return fig
 
 
@@ -271,38 +263,6 @@ def grid(rows: int, columns: int, *, width: float, height: float) -> tuple[Figur
     fig = Figure(figsize=(width, height), layout="constrained")
     fig.get_layout_engine().set(w_pad=0.09, h_pad=0.09)
     return fig, list(fig.subplots(rows, columns, squeeze=False).flat)
-
-
-def narrowed(fig: Figure) -> Figure | None:
-    """The same figure for a phone, its panels below each other, pictures three in a row.
-
-    `fig` itself is changed. None where its panels are not one grid.
-    """
-    grids = {panel.get_gridspec() for panel in fig.axes if panel.get_gridspec()}
-    if fig.subfigs or len(grids) != 1:
-        return None
-    grid = grids.pop()
-    panels = [panel for panel in fig.axes if panel.axison]
-    for panel in set(fig.axes) - set(panels):
-        panel.remove()
-    columns = min(len(panels), 3) if any(panel.images for panel in panels) else 1
-    rows = math.ceil(len(panels) / columns)
-    width, height = fig.get_size_inches()
-    high = height / grid.nrows
-    if columns > 1:
-        high *= NARROW / columns / (width / grid.ncols)
-        high = max(high, 1.9)  # the title and the answer keep their size
-    heights = grid.get_height_ratios() if grid.ncols == 1 else None
-    fig.set_size_inches(NARROW, high * rows)
-    stacked = fig.add_gridspec(rows, columns, height_ratios=heights)
-    for place, panel in zip(stacked, panels, strict=False):
-        panel.set_subplotspec(place)
-        panel.tick_params(labelleft=True)
-    for legend in list(fig.legends):  # its number of columns is settled when it is made
-        legend.remove()
-        fig.legend(legend.legend_handles, [text.get_text() for text in legend.get_texts()],
-                   loc="outside upper left", ncols=2)
-    return fig
 
 
 def line_styles() -> Any:

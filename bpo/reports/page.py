@@ -36,37 +36,22 @@ SIGNS = {"complete": "✓", "failed": "✗", "not run": "○"}
 def figure(fig: "matplotlib.figure.Figure", alt: str, caption: str) -> Shown:
     """The figure as SVG on a white card; `alt` says what it shows, `caption` names n and interval.
 
-    Where its panels are one grid, a phone shows them below each other. The same figure gives the
-    same bytes. `fig` is used up: changed, and closed, so that it is not drawn a second time.
+    The same figure gives the same bytes. `fig` is closed, so that it is not drawn a second time.
     """
     # matplotlib takes a while to import
-    import matplotlib.pyplot as plt
-
-    from bpo.reports import figures
-
-    wide = _svg(fig)
-    narrow = figures.narrowed(fig)
-    plt.close(fig)
-    phone = "" if narrow is None else (
-        f'<source media="(max-width: 40rem)" {_svg(narrow, "srcset")}>')
-    return Shown(
-        f'<figure><div class="plot{" fits" * bool(phone)}" {SCROLLS}="figure"><picture>{phone}'
-        f'<img alt="{_line(alt)}" {wide}></picture></div>'
-        f"<figcaption>{_line(caption)}</figcaption></figure>",
-        plain=f"Figure: {caption}",
-    )
-
-
-def _svg(fig: "matplotlib.figure.Figure", attribute: str = "src") -> str:
-    """The figure as it is now, and its size in pixels, as attributes of an element."""
     import matplotlib.pyplot as plt
 
     svg = io.BytesIO()
     with plt.rc_context({"svg.hashsalt": "bpo"}):
         fig.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     width, height = (round(96 * inches) for inches in fig.get_size_inches())
-    uri = data_uri(svg.getvalue(), "image/svg+xml")
-    return f'width="{width}" height="{height}" {attribute}="{uri}"'
+    plt.close(fig)
+    return Shown(
+        f'<figure><div class="plot" {SCROLLS}="figure"><img alt="{_line(alt)}" width="{width}" '
+        f'height="{height}" src="{data_uri(svg.getvalue(), "image/svg+xml")}"></div>'
+        f"<figcaption>{_line(caption)}</figcaption></figure>",
+        plain=f"Figure: {caption}",
+    )
 
 
 def table(frame: "pandas.DataFrame", caption: str, note: str = "") -> Shown:

@@ -150,7 +150,6 @@ def prior_worlds(cells: list[dict[str, Any]], steps: list[int], chance: float) -
     texts, pictures = (list(dict.fromkeys(c[k] for c in cells)) for k in ("text", "images"))
     fig = Figure(figsize=(WIDTH, 6.6), layout="constrained")
     fig.get_layout_engine().set(h_pad=0.09)
-    # one grid for both rows, which a phone's column needs
     grid = fig.add_gridspec(2, 2 * len(texts))
     panels: list[Axes] = []
     for number in range(len(texts)):
