@@ -31,8 +31,6 @@ from bpo.study.seeds import seed_for
 
 TRAINING, HELD_OUT, REJECTED = "training.jsonl", "held_out.jsonl", "rejected_rows.jsonl"
 PATTERN = params.ROOT / "params" / "llava-1.5-7b"  # the paper's settings, where nothing is decided
-NOTEBOOKS = ("1_noise_probability", "2_pair_generation", "3_dpo_training",
-             "4_qualitative_comparison")
 # Several candidates of a row, of which one is likely to be of use, where there are few rows.
 FEW_ROWS = 1000
 FEW = {"weaken_samples": 4, "weaken_temperature": 1.0, "inject_samples": 4,
@@ -99,19 +97,16 @@ def make(name: str, checkpoint: Path, file: Path, *, image_folder: Path | None =
     if not training:
         raise Refusal(f"{compared.file}: every picture of {data.file} is in it too, so none is "
                       "left to train on; give other rows, or leave --held-out away")
-    decided = decide(model, reader, training, test, max(data.largest, compared.largest,
-                                                        key=math.prod))
-    files = ({"data": data.file, "image_folder": data.root},
-             {"data": folder / TRAINING, "image_folder": data.root}, {"image_folder": data.root},
-             {"splits": {"held_out": str(compared.file if held_out else folder / HELD_OUT)},
-              "image_folder": compared.root})
-    read = {n: params.validate(
-        params.SCHEMAS[n], params.read_yaml(PATTERN / f"{n}.yaml") | own | {
-            k: v if k == "splits" else str(v) for k, v in places.items()}
-        | {"study": name, "model": str(checkpoint)}, where=f"params/{name}")
-        for n, own, places in zip(NOTEBOOKS, decided, files, strict=True)}
-    memory = _fit(model, read)
-    _write(folder, read, data, {TRAINING: training} | ({} if held_out else {HELD_OUT: test}))
+    split = {TRAINING: training} | ({} if held_out else {HELD_OUT: test})
+    chosen = decide(model, reader, data, compared, training, test)
+    chosen["2_pair_generation"]["data"] = str(folder / TRAINING)
+    chosen["4_qualitative_comparison"]["splits"] = {
+        "held_out": str(compared.file if held_out else folder / HELD_OUT)}
+    read = {n: params.validate(params.SCHEMAS[n], params.read_yaml(PATTERN / f"{n}.yaml") | values
+                               | {"study": name, "model": str(checkpoint)}, where=f"params/{name}")
+            for n, values in chosen.items()}
+    memory = fit(model, read)
+    _write(folder, read, data, split)
     few = "; so few say little about the model" if len(held) < 30 else ""
     return [*(f"{short(d.file)}: {len(d.rows):,} rows can be used{_reasons(d.rejected)}"
               for d in (data, *([compared] if held_out else []))),
@@ -203,38 +198,42 @@ def draw_held_out(data: Data) -> set[str]:
     return set(sorted(pictures, key=lambda p: seed_for(0, "held out", p))[:count])
 
 
-def decide(model: Any, reader: checkpoints.Checkpoint, training: Sequence[Row],
-           test: Sequence[Row], picture: tuple[int, int]) -> list[dict[str, Any]]:
-    """The parameters of notebooks 1 to 4 that depend on what is there.
-
-    picture: (width, height) of the largest picture.
-    """
+def decide(model: Any, reader: checkpoints.Checkpoint, data: Data, compared: Data,
+           training: Sequence[Row], test: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """notebook -> the parameters that depend on what is there."""
     rows, few = [*training, *test], len(training) < FEW_ROWS
     config, large = model.config.get_text_config(), model.num_parameters() >= LARGE
     half = large or model.config.dtype in (torch.float16, torch.bfloat16)
-    shared = {"precision": "bfloat16" if half else "float32",
+    shared = {"precision": "bfloat16" if half else "float32", "image_folder": str(data.root),
               "image_transform": reader.transform}
     longest = max(rows, key=lambda r: len(r.answer))
     answer = len(encoding.answer_tokens(reader, longest.prompt, longest.answer))
     answer = min(1024, max(32, 2 ** math.ceil(math.log2(1.5 * answer))))
     longest = max(rows, key=lambda r: sum(len(m["content"]) for m in r.prompt))
     prompt = encoding.encode(reader, encoding.prompt_text(reader, longest.prompt, image=True),
-                             Image.new("RGB", picture))["input_ids"].shape[1]
+                             Image.new("RGB", max(data.largest, compared.largest, key=math.prod))
+                             )["input_ids"].shape[1]
     counts = Counter(r.category for r in rows)
     given = any(r.given for r in training)
     steps = schedule(len(training) * (2 + given))
-    return [
-        {**shared, "rows": min(200, len(rows)), "max_new_tokens": min(64, answer),
-         "category": next((c for c in ("attribute", "question") if counts[c] >= 20), "")},
-        {**shared, "rows": len(training), "max_new_tokens": answer,
-         "max_words": max(350, *(len(r.answer.split()) for r in training)),
-         "sources": ["weakened", "injected", *(["given"] if given else [])],
-         **(FEW if few else {})},
-        {**shared, "methods": ["sft", "sft_matched", "bpo"], "gradient_checkpointing": large,
-         "save_every": 20 if few else 200, **steps,
-         "max_tokens": min(max(2048, 512 * math.ceil((prompt + answer) / 512)),
-                           getattr(config, "max_position_embeddings", None) or 2**17)},
-        {**shared, "rows": 500 if len(test) > 500 else 0, "max_new_tokens": answer}]
+    return {
+        "1_noise_probability": {
+            **shared, "data": str(data.file), "rows": min(200, len(rows)),
+            "category": next((c for c in ("attribute", "question") if counts[c] >= 20), ""),
+            "max_new_tokens": min(64, answer)},
+        "2_pair_generation": {
+            **shared, "rows": len(training), "max_new_tokens": answer,
+            "max_words": max(350, *(len(r.answer.split()) for r in training)),
+            "sources": ["weakened", "injected", *(["given"] if given else [])],
+            **(FEW if few else {})},
+        "3_dpo_training": {
+            **shared, "methods": ["sft", "sft_matched", "bpo"], "gradient_checkpointing": large,
+            "save_every": 20 if few else 200, **steps,
+            "max_tokens": min(max(2048, 512 * math.ceil((prompt + answer) / 512)),
+                              getattr(config, "max_position_embeddings", None) or 2**17)},
+        "4_qualitative_comparison": {
+            **shared, "image_folder": str(compared.root), "max_new_tokens": answer,
+            "rows": 500 if len(test) > 500 else 0}}
 
 
 def schedule(pairs: int) -> dict[str, Any]:
@@ -246,7 +245,7 @@ def schedule(pairs: int) -> dict[str, Any]:
             "learning_rate": 2e-6 if epochs * pairs >= 1000 * batch else 2e-5}
 
 
-def _fit(model: Any, read: dict[str, params.Parameters]) -> float:
+def fit(model: Any, read: dict[str, params.Parameters]) -> float:
     """Halves the batches of notebooks 2 and 3 until they fit the GPU; returns its bytes."""
     gpu = torch.cuda.is_available()
     memory = torch.cuda.get_device_properties(0).total_memory if gpu else CARD

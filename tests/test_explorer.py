@@ -1,5 +1,6 @@
 """What the explorers show: stored numbers without a model, new ones as the stages compute them."""
 
+import html
 import re
 
 import ipywidgets
@@ -45,8 +46,8 @@ def comparison(shared_outputs, model_folder, adapters, data_file):
 
 def lines(shown):
     """The paragraphs of the cards and the caption, as text."""
-    found = re.findall(r"<(?:p|figcaption)[ >].*?</(?:p|figcaption)>|<p>.*?</p>", shown.html)
-    return [re.sub("<[^>]+>", "", line) for line in found]
+    found = re.findall(r"<p>.*?</p>|<figcaption>.*?</figcaption>", shown.html)
+    return [html.unescape(re.sub("<[^>]+>", "", line)) for line in found]
 
 
 def test_stored_steps_show_the_stored_probabilities(analysis, checkpoint):

@@ -279,12 +279,11 @@ def bpo(project, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study, image_tokens", [
-    ("llava-1.5-7b", 576), ("llava-1.5-13b", 576), ("qwen2.5-vl-7b", 391)])
-def test_the_whole_study_of_a_real_model_runs_on_photographs(project, study, image_tokens):
+@pytest.mark.parametrize("study", ("llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-7b"))
+def test_the_whole_study_of_a_real_model_runs_on_photographs(project, study):
     checked = bpo(project, "check", study)
     assert checked.returncode == 0 and "MISSING" not in checked.stdout, checked.stdout
-    assert f"640 x 480 pixels ({image_tokens} tokens)" in checked.stdout
+    assert checked.stdout.count("of GPU memory") == 2
     less = [x for n, v in LESS_WORK.items() for x in ("-p", n, str(v))]
     if study == "llava-1.5-7b":
         done = bpo(project, "run", study, *less)

@@ -170,8 +170,7 @@ def _scorer(p: NoiseProbability, checkpoint: Checkpoint, rows: Sequence[Row],
 @torch.no_grad()
 def look(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look], candidates: dict, *,
          score: logprobs.Scorer, sampled: set[str]) -> list[dict]:
-    """A line of looks.jsonl for each look: its candidates' log-probs, in nats an answer, and where
-    its row is in `sampled` a sampled answer."""
+    """A line of looks.jsonl for each look; log-probs in nats. sampled: ids of rows to sample for."""
     inputs = _encode(p, checkpoint, batch)
     tokens = _answer_ids(checkpoint, batch, candidates)
     weighed = score(checkpoint, inputs, tokens)
@@ -185,8 +184,7 @@ def look(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look], can
             "answers": [{"kind": kind, "text": text, "logp": round(w.logprobs.sum().item(), 5),
                          "logp_first": round(w.logprobs[0].item(), 5), "first_token": answer[0],
                          "tokens": len(answer)}
-                        for (kind, text), answer, w in zip(kinds, ids, row_weighed,
-                                                           strict=True)]})
+                        for (kind, text), answer, w in zip(kinds, ids, row_weighed, strict=True)]})
     return lines
 
 
