@@ -213,12 +213,12 @@ def decide(model: Any, reader: checkpoints.Checkpoint, data: Data, compared: Dat
     prompt = encoding.encode(reader, encoding.prompt_text(reader, longest.prompt, image=True),
                              Image.new("RGB", max(data.largest, compared.largest, key=math.prod))
                              )["input_ids"].shape[1]
-    counts = Counter(r.category for r in rows)
+    counts = Counter(r.category for r in data.rows)
     given = any(r.given for r in training)
     steps = schedule(len(training) * (2 + given))
     return {
         "1_noise_probability": {
-            **shared, "data": str(data.file), "rows": min(200, len(rows)),
+            **shared, "data": str(data.file), "rows": min(200, len(data.rows)),
             "category": next((c for c in ("attribute", "question") if counts[c] >= 20), ""),
             "max_new_tokens": min(64, answer)},
         "2_pair_generation": {
@@ -276,10 +276,7 @@ def _write(folder: Path, read: dict[str, params.Parameters], data: Data,
             write_lines(new / REJECTED, map(vars, data.rejected))
         if truth := data_rows.truth_file(data.file):
             shutil.copyfile(truth, new / truth.name)
-        try:
-            new.rename(folder)
-        except OSError:
-            raise Refusal(f"{short(folder)} was made meanwhile; choose another name") from None
+        new.rename(folder)
 
 
 def _yaml(value: Any) -> str:
