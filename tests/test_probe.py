@@ -114,7 +114,7 @@ def test_the_prompt_s_pass_is_shared_here_and_the_numbers_are_the_same_without(
 
 def test_an_interrupted_analysis_goes_on_to_the_same_bytes(result, parameters, outputs,
                                                            monkeypatch):
-    right, calls = probe._look, []
+    right, calls = probe.look, []
 
     def killed(*args, **options):
         calls.append(1)
@@ -123,7 +123,7 @@ def test_an_interrupted_analysis_goes_on_to_the_same_bytes(result, parameters, o
         return right(*args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(probe, "_look", killed)
+        patch.setattr(probe, "look", killed)
         probe.run(parameters)
     again = probe.run(parameters)
     for name in ("looks.jsonl", "candidates.json"):
