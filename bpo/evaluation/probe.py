@@ -170,7 +170,7 @@ def _scorer(p: NoiseProbability, checkpoint: Checkpoint, rows: Sequence[Row],
 @torch.no_grad()
 def look(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look], candidates: dict, *,
          score: logprobs.Scorer, sampled: set[str]) -> list[dict]:
-    """A line of looks.jsonl for each look; log-probs in nats. sampled: ids of rows to sample for."""
+    """A line of looks.jsonl for each look, logps in nats. sampled: ids of rows to sample for."""
     inputs = _encode(p, checkpoint, batch)
     tokens = _answer_ids(checkpoint, batch, candidates)
     weighed = score(checkpoint, inputs, tokens)
