@@ -53,6 +53,13 @@ def arithmetic() -> str:
     return hashlib.sha256(bits).hexdigest()[:16]
 
 
+def agrees(value: float | None, before: float | None) -> bool:
+    """Whether two numbers are apart by no more than another order of sums explains."""
+    if value is None or before is None:
+        return value is before
+    return value == pytest.approx(before, rel=1e-4, abs=1e-5)
+
+
 def test_the_metrics_are_those_on_record(little_study):
     golden = json.loads(FILE.read_text())
     metrics = stages(little_study)
@@ -62,7 +69,7 @@ def test_the_metrics_are_those_on_record(little_study):
         pytest.skip("the record was made with other arithmetic: only names were compared")
     moved = {f"{stage}: {path}": (before, metrics[stage][path])
              for stage, numbers in golden["stages"].items() for path, before in numbers.items()
-             if metrics[stage][path] != pytest.approx(before, rel=1e-4, abs=1e-5)}
+             if not agrees(metrics[stage][path], before)}
     assert not moved
 
 
