@@ -1,32 +1,36 @@
 """Parameters: one schema a notebook, read from YAML files or from a notebook's globals, or refused.
 
 A refusal is one message that lists every problem; it comes before any model is loaded.
-This module knows names, types and ranges; it does not run anything.
+This module knows names, types and ranges; it does not run anything. The names of objectives and
+ways of weakening are looked up in their registries when parameters are checked.
 """
 
 import ast
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+if TYPE_CHECKING:
+    from bpo.models.weakening import Weakening
+    from bpo.training.objectives import Objective
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("sft", "sft_matched", "sft_compute", "bpo", "bpo_weaken", "bpo_inject")
 SOURCES = ("weakened", "injected", "given")
-# Noise on the processor's pixels, alone or against the clean image; then damage to the picture.
-STEPPED_MODES = ("noisy", "reverse_contrast", "contrast")
-WEAKEN_MODES = (*STEPPED_MODES, "crop", "blank", "swapped")
-# What a training method learns from: the pairs of some sources or modes, or the random control.
-EXTRA_METHODS = ("bpo_unselected", *(f"bpo_{mode}" for mode in WEAKEN_MODES))
 SCORES = ("similarity", "length", "image")
-# TRL's, then those of `objectives`.
-LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
-          "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "dpop",
-          "anchor", "mdpo")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 # The judge-free benchmarks first.
@@ -54,6 +58,41 @@ class Refusal(Exception):
 def shown(default: Any, description: str, **limits: Any) -> Any:
     """A parameter that changes what is drawn or how fast, not what a stage computes."""
     return Field(default, description=description, json_schema_extra={"shapes": False}, **limits)
+
+
+def _one_of(registered: Callable[[], Iterable[str]]) -> AfterValidator:
+    """Refuses a text that is not registered. The registry is read when a value is checked: this
+    module imports none, and an entry is all that a new name takes."""
+    def check(name: str) -> str:
+        names = list(registered())
+        if name not in names:
+            raise ValueError(f"must be one of {', '.join(names)}{_did_you_mean(name, names)}")
+        return name
+
+    return AfterValidator(check)
+
+
+def _weakenings() -> "dict[str, Weakening]":
+    from bpo.models.weakening import WEAKENINGS
+
+    return WEAKENINGS
+
+
+def _objectives() -> "dict[str, Objective]":
+    from bpo.training.objectives import OBJECTIVES
+
+    return OBJECTIVES
+
+
+def _methods() -> tuple[str, ...]:
+    """What a training method learns from: the pairs of some sources or ways of weakening, or the
+    random control."""
+    return (*METHODS, "bpo_unselected", *(f"bpo_{way}" for way in _weakenings()))
+
+
+def _damages() -> list[str]:
+    """The ways of weakening that make one picture of the image alone."""
+    return [n for n, way in _weakenings().items() if not way.other and way.mix is None]
 
 
 class Parameters(BaseModel):
@@ -242,9 +281,9 @@ class PairGeneration(Checkpoint):
     sources: list[Literal[SOURCES]] = Field(
         ["weakened", "injected"], min_length=1,
         description="where rejected answers come from; given: the data set's own")
-    weaken_modes: list[Literal[WEAKEN_MODES]] = Field(
-        ["noisy"], min_length=1, description="how the image is weakened: noisy, reverse_contrast, "
-                                             "contrast, crop, blank, swapped")
+    weaken_modes: list[Annotated[str, _one_of(_weakenings)]] = Field(
+        ["noisy"], min_length=1, description="ways of weakening the image, by their names in "
+                                             "notebook 2's table")
     weaken_steps: list[NoiseStep] = Field(
         [800], min_length=1, description="diffusion steps of the noise")
     weaken_draws: Count = Field(1, description="noise draws, crops or swaps of each image and step")
@@ -313,7 +352,7 @@ class PairGeneration(Checkpoint):
                                  "all be the same; ask for 1, or raise the temperature")
         if "image" in self.select and not self.score_candidates:
             raise ValueError("select: the score image needs score_candidates")
-        noisy = [m for m in self.weaken_modes if m in STEPPED_MODES]
+        noisy = [m for m in self.weaken_modes if _weakenings()[m].stepped]
         if "weakened" in self.sources and noisy and 0 in self.weaken_steps:
             raise ValueError("weaken_steps: step 0 is the clean image, which weakens nothing")
         return self
@@ -328,7 +367,7 @@ class DPOTraining(Checkpoint):
                        description="pairs that notebook 2 wrote")
     image_folder: str = Field("outputs/{study}/0_tiny_world/preference",
                               description="folder that the pairs' image names start from")
-    methods: list[Literal[(*METHODS, *EXTRA_METHODS)]] = Field(
+    methods: list[Annotated[str, _one_of(_methods)]] = Field(
         list(METHODS), min_length=1, description="methods to train, one adapter each")
     steps: int = Field(80, description="optimizer steps of every method; 0: what epochs gives",
                        ge=0)
@@ -340,13 +379,14 @@ class DPOTraining(Checkpoint):
     warmup_ratio: Fraction = Field(0.03, description="share of the steps that warm up")
     beta: float = Field(0.1, description="strength of the pull to the reference in DPO", gt=0,
                         le=10)
-    loss: list[Literal[LOSSES]] = Field(
-        ["sigmoid", "sft"], min_length=1, description="objectives of the pairs, added up: TRL's "
-        "loss_type names (sigmoid: DPO, sft: NLL of the chosen answer), dpop, anchor, mdpo")
+    loss: list[Annotated[str, _one_of(_objectives)]] = Field(
+        ["sigmoid", "sft"], min_length=1, description="objectives of the pairs, added up, by their "
+        "names in notebook 3's table (sigmoid: DPO, sft: NLL of the chosen answer)")
     loss_weights: list[Annotated[float, Field(ge=0)]] = Field(
         [1.0, 1.0], description="weight of each objective")
-    damage: Literal["noisy", "crop", "blank"] = Field(
-        "crop", description="how mdpo damages the image: noisy, crop, blank")
+    damage: Annotated[str, _one_of(_damages)] = Field(
+        "crop", description="way of weakening that damages the image, for objectives that compare "
+                            "it with a damaged one")
     damage_step: NoiseStep = Field(800, description="diffusion step of a noisy damage")
     crop_share: float = Field(0.3, description="share of each side that a crop leaves", gt=0, lt=1)
     packing: Literal["auto", "always", "never"] = Field(

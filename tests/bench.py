@@ -26,7 +26,8 @@ from bpo.data import rows as data_rows
 from bpo.data.rows import Row
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs, prefix
-from bpo.models.generate import Request, View
+from bpo.models.generate import Request
+from bpo.models.weakening import View
 from bpo.reports import summary
 from bpo.study import shards
 from bpo.study.files import to_json, write_whole

@@ -156,8 +156,8 @@ def sentence(rng, words=8):
     return " ".join(rng.choices(WORDS, k=words))
 
 
-def told_apart(lines, *, seed=0, resamples=1000):
-    found = audit.shortcut(lines, seed=seed, resamples=resamples)
+def told_apart(lines, *, seed=0):
+    found = audit.shortcut(lines, seed=seed)
     json.dumps(found, allow_nan=False)
     return found["weakened"]
 
@@ -251,7 +251,7 @@ def test_too_few_pairs_or_images_tell_nothing(alike):
 
 
 def test_the_seed_draws_the_folds_and_the_interval(alike):
-    first, again, other = (told_apart(alike[:80], seed=s, resamples=200) for s in (0, 0, 1))
+    first, again, other = (told_apart(alike[:80], seed=s) for s in (0, 0, 1))
     assert again == first
     text, changed = first["kept"]["text"], other["kept"]["text"]
     assert text["value"] != changed["value"]

@@ -5,14 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from bpo.data import images
 from bpo.data import rows as data_rows
 from bpo.models import encoding, generate
-from bpo.models.generate import Request, SeededSampling, View
+from bpo.models.generate import Request, SeededSampling
 from bpo.models.noise import add_noise
-from bpo.study.seeds import numpy_generator, torch_generator
+from bpo.models.weakening import WEAKENINGS, Draw, View, Weakening
+from bpo.study.seeds import torch_generator
 
 # --- sampling -----------------------------------------------------------------------------------
 
@@ -181,16 +182,15 @@ def test_a_text_model_answers_without_an_image(text_checkpoint):
 # --- weakening ----------------------------------------------------------------------------------
 
 def pixels(checkpoint, requests, view):
-    return generate.encode_view(checkpoint, requests, view, seed=0,
-                                crop_share=0.5)["pixel_values"]
+    return generate.encode_view(checkpoint, requests, view, seed=0)["pixel_values"]
 
 
 def test_every_mode_weakens_the_image_in_its_own_way(checkpoint, requests):
     asked = [replace(requests[0], other=requests[3].image)]
     clean = pixels(checkpoint, asked, None)
     seen = {v.name: pixels(checkpoint, asked, v) for v in (
-        View("noisy", 500), View("noisy", 900), View("noisy", 500, 1), View("crop"),
-        View("crop", 0, 1), View("blank"), View("swapped"))}
+        View("noisy", 500), View("noisy", 900), View("noisy", 500, 1), View("crop", crop_share=0.5),
+        View("crop", 0, 1, 0.5), View("blank"), View("swapped"))}
     assert len(seen) == 7
     everything = [clean, *seen.values()]
     for i, one in enumerate(everything):
@@ -214,13 +214,31 @@ def test_the_swapped_image_is_the_other_row_s(checkpoint, requests):
 
 def test_a_crop_is_a_piece_of_the_image_in_its_size():
     image = Image.fromarray(np.arange(100, dtype=np.uint8).reshape(10, 10))
-    piece = np.asarray(generate.crop(image, 0.5, numpy_generator(0, "x")))
+    pieces = [np.asarray(WEAKENINGS["crop"].picture(image, Draw(
+        View("crop", crop_share=0.5), str(i), 0, None))) for i in range(20)]
+    piece = pieces[0]
     assert piece.shape == (10, 10)
     # Four rows of ten and four columns lie between its corners; smoothing adds a little.
     assert piece.max() - piece.min() <= 48
-    places = {np.asarray(generate.crop(image, 0.5, numpy_generator(0, i))).tobytes()
-              for i in range(20)}
-    assert len(places) > 5
+    assert len({p.tobytes() for p in pieces}) > 5
+
+
+def test_a_new_way_of_weakening_is_one_entry(checkpoint, requests, monkeypatch):
+    """By its name alone: its pixels, its file, its answers, and the picture that people see."""
+    monkeypatch.setitem(WEAKENINGS, "mirrored", Weakening(
+        "mirrored", "left and right", picture=lambda image, draw: ImageOps.mirror(image)))
+    monkeypatch.setitem(WEAKENINGS, "dimmed", Weakening(
+        "dimmed", "pixels nearer to grey", pixels=lambda x, draw: x / draw.view.step, stepped=True))
+    clean = pixels(checkpoint, requests[:2], None)
+    mirrored, dimmed = View("mirrored"), View("dimmed", 2)
+    assert (mirrored.name, dimmed.name) == ("mirrored-0", "dimmed-2-0")
+    assert torch.allclose(pixels(checkpoint, requests[:2], mirrored), clean.flip(-1), atol=0.1)
+    assert torch.equal(pixels(checkpoint, requests[:2], dimmed), clean / 2)
+    shown = [generate.view_picture(checkpoint.processor, requests[0], view, transform="processor",
+                                   seed=0) for view in (mirrored, dimmed)]
+    assert shown[0].tobytes() == ImageOps.mirror(images.load(requests[0].image)).tobytes()
+    assert shown[1].size == (32, 32)
+    assert all(said(checkpoint, requests[:2], view) for view in (mirrored, dimmed))
 
 
 def test_contrasts_are_the_stated_arithmetic():

@@ -10,18 +10,19 @@ from datasets import Dataset
 from trl import DPOConfig
 
 from bpo.models import checkpoint as checkpoints
+from bpo.params import DPOTraining, validate
 from bpo.training import objectives
+from bpo.training.objectives import OBJECTIVES, Objective
 from bpo.training.packed.trainer import PackedDPOTrainer
 
+OURS = [n for n, o in OBJECTIVES.items() if o.function is not None]
 # Two pairs. In the second the chosen answer has become less likely than under the reference.
 CHOSEN, REJECTED, DAMAGED = [0.5, -0.02], [-1.0, 0.4], [0.2, -1.5]
 
 
 def values(name):
-    return objectives.pair_losses(
-        name, beta=0.1, chosen=torch.tensor(CHOSEN, dtype=torch.float64),
-        rejected=torch.tensor(REJECTED, dtype=torch.float64),
-        damaged=torch.tensor(DAMAGED, dtype=torch.float64)).tolist()
+    h = objectives.LogRatios(*torch.tensor([CHOSEN, REJECTED, DAMAGED], dtype=torch.float64))
+    return OBJECTIVES[name].function(h, 0.1).tolist()
 
 
 def test_dpop_adds_fifty_times_what_the_chosen_answer_lost():
@@ -99,7 +100,7 @@ def loss_of(trainer, numbers):
     return loss.item(), {n: v[-1] for n, v in trainer._metrics["train"].items() if v}
 
 
-@pytest.mark.parametrize("name", objectives.NAMES)
+@pytest.mark.parametrize("name", OURS)
 def test_an_objective_has_the_same_loss_packed_and_unpacked_and_trains(trainer, name):
     losses, logs = [], []
     for packing in ("always", "never"):
@@ -118,7 +119,7 @@ def test_an_objective_has_the_same_loss_packed_and_unpacked_and_trains(trainer, 
 
 
 @pytest.mark.parametrize("packing", ["always", "never"])
-@pytest.mark.parametrize("name", objectives.NAMES)
+@pytest.mark.parametrize("name", OURS)
 def test_an_objective_is_that_of_the_rewards_that_are_logged(trainer, name, packing):
     made = trainer(packing, loss_type=[name])
     rewards = []
@@ -134,6 +135,30 @@ def test_an_objective_is_that_of_the_rewards_that_are_logged(trainer, name, pack
         assert loss == pytest.approx(expected, rel=1e-5)
         rewards.append(w)
     assert min(rewards) < 0 < max(rewards)  # both sides of what dpop tells apart
+
+
+def test_trl_s_sigmoid_is_dpo_as_the_paper_writes_it(trainer):
+    made = trainer(loss_type=["sigmoid"])
+    for number in range(5):
+        loss, metrics = loss_of(made, [number])
+        h = objectives.LogRatios(*(torch.tensor([metrics[f"rewards/{n}"] / 0.1])
+                                   for n in ("chosen", "rejected")))
+        assert loss == pytest.approx(objectives.dpo(h, 0.1).item(), rel=1e-5)
+
+
+def test_a_new_objective_is_one_entry(trainer, monkeypatch):
+    """By its name alone: the parameters take it, and it trains."""
+    monkeypatch.setitem(OBJECTIVES, "square", Objective(
+        "square", lambda h, beta: (h.chosen - h.rejected - beta) ** 2, False, "a margin of beta"))
+    p = validate(DPOTraining, {"loss": ["square"], "loss_weights": [2.0]}, where="here")
+    made = trainer(loss_type=p.loss, loss_weights=p.loss_weights, max_steps=1)
+    loss, metrics = loss_of(made, [0])
+    gap = (metrics["rewards/chosen"] - metrics["rewards/rejected"]) / 0.1
+    assert loss == pytest.approx(2 * (gap - 0.1) ** 2, rel=1e-4)
+    before = {n: w.clone() for n, w in made.model.named_parameters() if w.requires_grad}
+    made.train()
+    after = dict(made.model.named_parameters())
+    assert any(not torch.equal(after[n], w) for n, w in before.items())
 
 
 def test_weights_add_objectives_of_both_kinds(trainer):
@@ -158,7 +183,7 @@ def test_mdpo_without_damaged_images_is_refused(trainer, rows):
         made.train()
 
 
-@pytest.mark.parametrize("name", objectives.NAMES)
+@pytest.mark.parametrize("name", OURS)
 def test_an_objective_is_refused_with_ld_alpha(trainer, name):
     with pytest.raises(ValueError, match="ld_alpha"):
         trainer(loss_type=[name], ld_alpha=0.5)
@@ -178,8 +203,8 @@ def test_a_divergence_of_another_kind_is_refused_with_an_objective_and_left_to_t
 
 
 def test_one_objective_of_several_is_enough_to_want_damaged_images():
-    assert objectives.damages([("dpop", 1.0), ("mdpo", 0.5)])
-    assert not objectives.damages([("dpop", 1.0), ("anchor", 0.5)])
+    assert objectives.damages(["dpop", "mdpo"])
+    assert not objectives.damages(["dpop", "anchor", "sigmoid", "one that a later TRL has"])
 
 
 def test_mdpo_is_evaluated_as_it_is_trained(trainer):

@@ -16,13 +16,13 @@ from trl import DPOConfig, DPOTrainer
 
 from bpo.models import checkpoint as checkpoints
 from bpo.models import prefix
+from bpo.training.objectives import OBJECTIVES
 from bpo.training.packed import check as packed_check
 from bpo.training.packed import reference
 from bpo.training.packed.trainer import PackedDPOTrainer
 
 QUESTION = "what colour is the disc ? describe the picture and answer the question".split()
-LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
-          "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")
+LOSSES = [n for n, o in OBJECTIVES.items() if o.function is None]
 
 
 def answer(draw, words):

@@ -8,6 +8,7 @@ import pytest
 from conftest import LITTLE, command, environment, without_a_kernel
 
 from bpo import __main__, params
+from bpo.models.weakening import WEAKENINGS
 
 
 @pytest.mark.slow
@@ -43,4 +44,4 @@ def test_a_study_of_pairs_runs_whole(name, outputs, little_study, monkeypatch):
     else:
         assert "bpo_noisy" in compared["differences"]["counterfactual"]
         modes = {r["mode"] for k in pairs for r in k["rejected"]}
-        assert modes == set(params.WEAKEN_MODES)
+        assert modes == set(WEAKENINGS)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import killed_until
+from PIL import ImageOps
 
 from bpo import params
 from bpo.data import check
@@ -15,6 +16,7 @@ from bpo.data import rows as data_rows
 from bpo.data.rows import Row
 from bpo.evaluation import metrics
 from bpo.models import encoding, generate
+from bpo.models.weakening import WEAKENINGS, Weakening
 from bpo.pairs import candidates
 from bpo.pairs import rows as pair_rows
 from bpo.pairs import stage as pairs
@@ -342,6 +344,21 @@ def test_contrasts_make_pairs_too(parameters, outputs, mode):
                                score_candidates=False))
     assert (result.folder / f"weakened-{mode}-800-0.jsonl").is_file()
     assert result.metrics["rows"] == 3 and result.metrics["weakened"]["candidates"] == 3
+
+
+def test_a_new_way_of_weakening_is_one_entry(parameters, outputs, monkeypatch):
+    """By its name alone: the parameters take it, answers come, and a method learns from them."""
+    monkeypatch.setitem(WEAKENINGS, "mirrored", Weakening(
+        "mirrored", "left and right change places",
+        picture=lambda image, draw: ImageOps.mirror(image)))
+    p = params.validate(PairGeneration, parameters.model_dump() | {
+        "weaken_modes": ["mirrored"], "sources": ["weakened"], "rows": 3}, where="here")
+    result = pairs.run(p)
+    assert len(read_lines(result.folder / "weakened-mirrored-0.jsonl")) == 3
+    lines = pair_rows.read_pairs(result.folder / "pairs.jsonl")
+    assert {r["mode"] for x in lines for r in x["rejected"]} == {"mirrored"}
+    [method] = params.DPOTraining(methods=["bpo_mirrored"]).methods
+    assert [pair_rows.rejected_for(x, method) for x in lines] == [x["rejected"] for x in lines]
 
 
 def test_rejected_answers_that_the_data_brings_are_taken(parameters, data_file, outputs, tmp_path):

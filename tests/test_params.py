@@ -1,5 +1,8 @@
 """Parameters: what is accepted, what is refused, and in which words."""
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 from IPython.core.interactiveshell import InteractiveShell
@@ -121,6 +124,26 @@ def test_every_objective_has_a_weight():
     message = refused(DPOTraining, loss=["sigmoid", "sft", "anchor"])
     assert "loss_weights: give one weight for each of sigmoid, sft, anchor" in message
     assert "loss" in refused(DPOTraining, loss=["dpo"], loss_weights=[1.0])
+
+
+@pytest.mark.parametrize("schema, name, value, near", [
+    (PairGeneration, "weaken_modes", ["nosy"], "noisy"),
+    (DPOTraining, "loss", ["achor"], "anchor"), (DPOTraining, "damage", "crp", "crop"),
+    (DPOTraining, "methods", ["bpo_swaped"], "bpo_swapped")])
+def test_a_name_in_no_registry_is_refused_with_the_near_one(schema, name, value, near):
+    message = refused(schema, **{name: value})
+    assert f"  - {name}" in message and near in message.partition("did you mean")[2]
+
+
+def test_a_damage_shows_one_image_and_not_another_row_s():
+    for way in ("contrast", "swapped"):
+        assert "damage: must be one of noisy, crop, blank, is" in refused(DPOTraining, damage=way)
+
+
+def test_parameters_are_checked_without_torch():
+    code = ("import sys; from bpo import params; params.read_study('tiny-weakening'); "
+            "sys.exit('torch' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("steps", ([100, 500], [0, 500, 100], [0, 500, 500]))

@@ -33,7 +33,8 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from bpo import params
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs, noise
-from bpo.models.generate import Request, View
+from bpo.models.generate import Request
+from bpo.models.weakening import View
 from bpo.training import trainers
 
 # The turns of the public LLaVA-1.5 layout: no end token behind an answer, a space instead.

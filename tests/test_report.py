@@ -188,7 +188,7 @@ def test_failed_run_is_a_report(tmp_path):
                              metadata={"tags": ["papermill-error-cell-tag"]})
     nbformat.write(new_notebook(cells=[note, code("1", count=1), code("fail()", error, count=7)]),
                    tmp_path / "bad.ipynb")
-    text = report.html_page(tmp_path / "bad.ipynb", out=tmp_path / "x.html").read_text()
+    text = report.html_page(tmp_path / "bad.ipynb").read_text()
     words = "".join(Elements(text).words)
     assert re.search(r"This run failed in cell 7:\s+2 problems: <bta> & rank", words)
     assert words.index("This run failed") < words.index("fail()")

@@ -22,12 +22,14 @@ from bpo.data import rows as data_rows
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate
 from bpo.models.generate import Request
+from bpo.models.weakening import View
 from bpo.pairs import rows as pair_rows
-from bpo.params import LOSSES, ROOT, DPOTraining, Refusal
+from bpo.params import ROOT, DPOTraining, Refusal
 from bpo.reports import page as report
 from bpo.study.files import write_lines
-from bpo.training import objectives, trainers
 from bpo.training import stage as train
+from bpo.training import trainers
+from bpo.training.objectives import OBJECTIVES
 
 WRONG = {"weakened": "a big green box", "injected": "there is a dog on this"}
 
@@ -219,7 +221,7 @@ def test_mdpo_s_damaged_image_is_the_row_s_own_draw(parameters, checkpoint, rows
 def test_the_losses_that_trl_has_are_known_here():
     source = inspect.getsource(DPOTrainer)
     trl = set(re.findall(r'loss_type == "(\w+)"', source))
-    assert set(LOSSES) == trl | set(objectives.NAMES)
+    assert {n for n, o in OBJECTIVES.items() if o.function is None} == trl
 
 
 def test_the_damaged_image_is_drawn_for_the_row_and_its_settings(parameters, checkpoint, rows):
@@ -240,8 +242,8 @@ def test_the_damaged_image_is_drawn_for_the_row_and_its_settings(parameters, che
     assert len({damaged(**noisy), damaged(other, **noisy), damaged(damage_step=100, **noisy)}) == 3
     request = Request(rows[0]["id"], tuple(rows[0]["prompt"]), Path(rows[0]["images"][0]))
     shown = generate.view_picture(
-        checkpoint.processor, request, generate.View("noisy", step=p.damage_step),
-        transform="pad", seed=p.seed, crop_share=p.crop_share)
+        checkpoint.processor, request, View("noisy", step=p.damage_step), transform="pad",
+        seed=p.seed)
     assert damaged(**noisy) == shown.tobytes()
     completion = pair_rows.to_completions(rows[:1])[0]
     assert "damaged_images" not in trainers.Rendering(checkpoint, p).row(completion)

@@ -13,7 +13,8 @@ from bpo.data.rows import Row
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs
 from bpo.models.checkpoint import Checkpoint
-from bpo.models.generate import Request, View
+from bpo.models.generate import Request
+from bpo.models.weakening import View
 from bpo.params import Refusal
 from bpo.study.seeds import seed_for
 

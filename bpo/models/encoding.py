@@ -5,7 +5,7 @@ Nothing here knows a model family, runs a model or reads a file.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -151,9 +151,14 @@ def noised(processor: Any, pixels: torch.Tensor, step: int,
 
 def noised_picture(processor: Any, image: Image.Image, step: int,
                    generator: torch.Generator) -> Image.Image:
-    """What the model is shown at a noise step, as a picture: the processor's pixels, noised and put
-    back into colours. A processor that cuts the image up (tiles, patches) has no single picture;
-    then the noise is drawn on the image itself at the same strength.
+    """What the model is shown at a noise step, as a picture."""
+    return weakened_picture(processor, image, lambda pixels: add_noise(pixels, step, generator))
+
+
+def weakened_picture(processor: Any, image: Image.Image,
+                     weaken: Callable[[torch.Tensor], torch.Tensor]) -> Image.Image:
+    """The processor's pixels, weakened and put back into colours. A processor that cuts the image
+    up (tiles, patches) has no single picture; then the image itself is weakened, normalised alike.
     """
     how = processor.image_processor
     mean, std = (torch.tensor(getattr(how, f"image_{n}"))[:, None, None] for n in ("mean", "std"))
@@ -161,7 +166,7 @@ def noised_picture(processor: Any, image: Image.Image, step: int,
     if pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
         flat = torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
         pixels = ((flat - mean) / std)[None]
-    colours = add_noise(pixels, step, generator)[0] * std + mean
+    colours = weaken(pixels)[0] * std + mean
     levels = (colours.clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
 

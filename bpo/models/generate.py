@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
@@ -19,8 +18,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from bpo.data.images import load
 from bpo.models import encoding
 from bpo.models.checkpoint import Checkpoint
-from bpo.params import STEPPED_MODES
-from bpo.study.seeds import numpy_generator, torch_generator
+from bpo.models.weakening import WEAKENINGS, Draw, View
+from bpo.study.seeds import torch_generator
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Request:
     """One question to be answered: for a row's id, messages that end with it, and an image.
 
     length: words of the annotated answer, a guess at how long the decoded one gets.
-    other: another row's image, for the view that swaps them.
+    other: another row's image, for a view that wants one.
     """
 
     id: str
@@ -36,32 +35,6 @@ class Request:
     image: Path | None
     length: int = 0
     other: Path | None = None
-
-
-@dataclass(frozen=True)
-class View:
-    """One way of weakening an image: the mode, for noise its step, and the number of the draw.
-
-    noisy: the answer to the noised image, as the paper describes it.
-    contrast: (1 + a) clean - a noisy, tokens below a share of the likeliest one masked (visual
-    contrastive decoding, arXiv 2311.16922, which lessens hallucination: for comparison).
-    reverse_contrast: (1 + a) noisy - a clean. crop: a random piece of the image. blank: the
-    processor's mean colour. swapped: another row's image.
-    """
-
-    mode: str
-    step: int = 0
-    draw: int = 0
-
-    @property
-    def name(self) -> str:
-        parts = [self.mode, *([str(self.step)] if self.mode in STEPPED_MODES else []),
-                 *([str(self.draw)] if self.mode != "blank" else [])]
-        return "-".join(parts)
-
-    @property
-    def two_branches(self) -> bool:
-        return self.mode in ("contrast", "reverse_contrast")
 
 
 def encode_batch(checkpoint: Checkpoint, requests: Sequence[Request], *, noise_step: int = 0,
@@ -72,87 +45,64 @@ def encode_batch(checkpoint: Checkpoint, requests: Sequence[Request], *, noise_s
 
 
 def encode_view(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None, *,
-                seed: int, crop_share: float = 1.0) -> dict[str, torch.Tensor]:
+                seed: int) -> dict[str, torch.Tensor]:
     """The requests' prompts as one left-padded batch with their images weakened, or clean (None).
 
-    A view of two branches gives its weakened one. crop_share: of each side, for crop.
+    A view of two branches gives its weakened one.
     """
-    return encode_views(checkpoint, requests, [view], seed=seed, crop_share=crop_share)[0]
+    return encode_views(checkpoint, requests, [view], seed=seed)[0]
 
 
 def encode_views(checkpoint: Checkpoint, requests: Sequence[Request],
-                 views: Sequence[View | None], *, seed: int, crop_share: float = 1.0
-                 ) -> list[dict[str, torch.Tensor]]:
+                 views: Sequence[View | None], *, seed: int) -> list[dict[str, torch.Tensor]]:
     """A batch a view, as `encode_view` gives it; views that differ in the processor's pixels alone
     share its work."""
-    encoded = functools.partial(_encoded, checkpoint, requests, seed=seed, crop_share=crop_share)
+    encoded = functools.partial(_encoded, checkpoint, requests, seed=seed)
     clean = functools.cache(lambda: encoded(None))
     batches = []
     for view in views:
-        if view is not None and view.mode in ("crop", "swapped"):
+        if view is None:
+            rows = clean()
+        elif view.way.pixels is None:
             rows = encoded(view)
         else:
-            rows = [_weakened(checkpoint, row, request, view, seed=seed)
-                    for row, request in zip(clean(), requests, strict=True)]
+            rows = [row | {"pixel_values": view.way.pixels(
+                row["pixel_values"], Draw(view, request.id, seed, checkpoint.processor))}
+                for row, request in zip(clean(), requests, strict=True)]
         batches.append(encoding.collate(checkpoint, rows))
     return batches
 
 
 def _encoded(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None, *,
-             seed: int, crop_share: float) -> list[dict[str, torch.Tensor]]:
-    pictures = [viewed(r, view, seed=seed, crop_share=crop_share) for r in requests]
+             seed: int) -> list[dict[str, torch.Tensor]]:
+    pictures = [_picture(checkpoint.processor, r, view, seed=seed) for r in requests]
     texts = [encoding.prompt_text(checkpoint, r.messages, image=i is not None)
              for r, i in zip(requests, pictures, strict=True)]
     return encoding.encode_all(checkpoint, texts, pictures)
 
 
-def _weakened(checkpoint: Checkpoint, row: dict[str, torch.Tensor], request: Request,
-              view: View | None, *, seed: int) -> dict[str, torch.Tensor]:
-    """An encoded request with its pixels noised by the row's own draw, or blank, or as it is."""
-    if view is None:
-        return row
-    if view.mode == "blank":
-        return row | {"pixel_values": torch.zeros_like(row["pixel_values"])}
-    draw = torch_generator(seed, "noise", request.id, view.step, view.draw)
-    return row | {"pixel_values": encoding.noised(checkpoint.processor, row["pixel_values"],
-                                                view.step, draw)}
-
-
-def viewed(request: Request, view: View | None, *, seed: int, crop_share: float
-           ) -> Image.Image | None:
-    """The image of a request, cropped or swapped where the view says so."""
+def _picture(processor: Any, request: Request, view: View | None, *, seed: int
+             ) -> Image.Image | None:
+    """The image of a request, weakened where the view works on pictures."""
     if request.image is None:
         return None
-    if view is not None and view.mode == "swapped":
-        # In the own image's size: the prompt keeps its number of image tokens.
-        with load(request.image) as own:
-            return load(request.other).resize(own.size)
     image = load(request.image)
-    if view is not None and view.mode == "crop":
-        rng = numpy_generator(seed, "crop", request.id, view.draw)
-        return crop(image, crop_share, rng)
-    return image
+    if view is None or view.way.picture is None:
+        return image
+    other = load(request.other) if view.way.other else None
+    return view.way.picture(image, Draw(view, request.id, seed, processor, other))
 
 
-def view_picture(processor: Any, request: Request, view: View, *, transform: str, seed: int,
-                 crop_share: float) -> Image.Image:
-    """What the model is shown of a request's image through a view, as a picture."""
-    picture = encoding.transformed(viewed(request, view, seed=seed, crop_share=crop_share),
-                                 transform, processor)
-    if view.mode == "blank":
-        return Image.new("RGB", picture.size, encoding.mean_colour(processor))
-    draw = torch_generator(seed, "noise", request.id, view.step, view.draw)
-    step = view.step if view.mode in STEPPED_MODES else 0
-    return encoding.noised_picture(processor, picture, step, draw)
-
-
-def crop(image: Image.Image, share: float, rng: np.random.Generator) -> Image.Image:
-    """A piece of the image at a random place, `share` of each side long, in the image's size."""
-    width, height = (max(1, round(side * share)) for side in image.size)
-    left = int(rng.integers(0, image.width - width + 1))
-    top = int(rng.integers(0, image.height - height + 1))
-    piece = image.crop((left, top, left + width, top + height))
-    return piece.resize(image.size, Image.Resampling.BICUBIC)
+def view_picture(processor: Any, request: Request, view: View, *, transform: str, seed: int
+                 ) -> Image.Image:
+    """What the model is shown of a request's image through a view, as a picture: as large as the
+    image where the view works on pictures, else as the processor makes it."""
+    picture = encoding.transformed(_picture(processor, request, view, seed=seed), transform,
+                                   processor)
+    if view.way.picture is not None:
+        return picture
+    draw = Draw(view, request.id, seed, processor)
+    return encoding.weakened_picture(processor, picture, lambda x: view.way.pixels(x, draw))
 
 
 class SeededSampling(LogitsProcessor):
@@ -180,24 +130,15 @@ class Contrast(LogitsProcessor):
     """The two branches of a contrast: rows come as all clean ones and then all weakened ones.
 
     Both halves of the result are the same, so both branches take the same token and each goes on
-    with its own cache. contrast: (1 + a) clean - a weakened, tokens below `cutoff` times the
-    clean image's likeliest one masked (arXiv 2311.16922, eq. 3 and 5). reverse_contrast:
-    (1 + a) weakened - a clean, without a mask.
+    with its own cache. mode: a way of weakening that mixes the two.
     """
 
     def __init__(self, mode: str, *, strength: float, cutoff: float):
-        self.mode, self.strength, self.cutoff = mode, strength, cutoff
+        self.mix, self.strength, self.cutoff = WEAKENINGS[mode].mix, strength, cutoff
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         clean, weakened = torch.log_softmax(scores.float(), dim=-1).chunk(2)
-        if self.mode == "contrast":
-            mixed = (1 + self.strength) * clean - self.strength * weakened
-            if self.cutoff:
-                floor = clean.amax(dim=1, keepdim=True) + float(np.log(self.cutoff))
-                mixed = mixed.masked_fill(clean < floor, -torch.inf)
-        else:
-            mixed = (1 + self.strength) * weakened - self.strength * clean
-        return mixed.repeat(2, 1)
+        return self.mix(clean, weakened, self.strength, self.cutoff).repeat(2, 1)
 
 
 @torch.no_grad()
@@ -224,12 +165,11 @@ def decode(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], *, max_new_to
 
 
 def encode_branches(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None, *,
-                    seed: int, crop_share: float = 1.0) -> dict[str, torch.Tensor]:
+                    seed: int) -> dict[str, torch.Tensor]:
     """What `sample_answers` decodes: the weakened prompts, behind the clean ones where the view has
     two branches."""
     both = view is not None and view.two_branches
-    branches = encode_views(checkpoint, requests, [None, view] if both else [view], seed=seed,
-                            crop_share=crop_share)
+    branches = encode_views(checkpoint, requests, [None, view] if both else [view], seed=seed)
     return {n: torch.cat([b[n] for b in branches]) for n in branches[0]}
 
 

@@ -22,6 +22,7 @@ from bpo.study.results import Result
 NEAR_DUPLICATE = 0.9  # share of matching words from which two answers count as nearly the same
 SIDES = {"candidates": "candidates", "kept": "rejected"}  # what the audit says -> a line's key
 FOLDS, FEWEST_PAIRS, FEWEST_IMAGES = 5, 20, 5  # of the classifier; fewer tell nothing
+RESAMPLES = 1000  # of the images, for an interval
 MOST_TERMS = 50_000  # words and word pairs that it looks at, the most frequent ones
 
 Line = Mapping[str, Any]
@@ -125,7 +126,7 @@ def _result(side: str, source: str, metric: str, e: Mapping[str, Any]) -> Result
 def _measure(pairs: Sequence[Pair], seed: int,
              right: Callable[[Line, str], bool | None]) -> dict[str, Any]:
     """Every measure of one source and side. A gap is left out where an answer has no words."""
-    interval = _intervals(seed, "audit interval", resamples=1000)
+    interval = _intervals(seed, "audit interval")
 
     def mean(values: Sequence[float | bool | None]) -> Estimate:
         return interval([(line["image"], (float(v), 1))
@@ -156,7 +157,7 @@ def _near(text: str, other: str) -> bool:
                for ratio in (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio))
 
 
-def _intervals(seed: int, purpose: str, *, resamples: int) -> Callable[[Sequence], Estimate]:
+def _intervals(seed: int, purpose: str) -> Callable[[Sequence], Estimate]:
     """A function from (image, (counted, out of)) to an estimate; None where there are no counts.
 
     Every call with as many images has the same draws, whatever was asked before it.
@@ -168,7 +169,7 @@ def _intervals(seed: int, purpose: str, *, resamples: int) -> Callable[[Sequence
         if ratios and len(ratios) not in drawn:
             drawn.clear()  # one table at a time: it has a column an image
             rng = seeds.numpy_generator(seed, purpose)
-            drawn[len(ratios)] = metrics.bootstrap_weights(len(ratios), resamples, rng)
+            drawn[len(ratios)] = metrics.bootstrap_weights(len(ratios), RESAMPLES, rng)
         return metrics.estimate(ratios, drawn[len(ratios)]) if ratios else None
 
     return interval
@@ -176,7 +177,7 @@ def _intervals(seed: int, purpose: str, *, resamples: int) -> Callable[[Sequence
 
 # --- what gives a rejected answer away ----------------------------------------------------------
 
-def shortcut(lines: Sequence[Line], *, seed: int, resamples: int = 1000) -> dict[str, Any]:
+def shortcut(lines: Sequence[Line], *, seed: int) -> dict[str, Any]:
     """How well chosen and rejected are told apart without image and question, by source and side.
 
     {source: {candidates | kept: {pairs, images, text, length, by_category} or None}}: text and
@@ -190,13 +191,12 @@ def shortcut(lines: Sequence[Line], *, seed: int, resamples: int = 1000) -> dict
     would bring is not in it. Values a little below .5 are not a finding: where the classes are
     balanced, what a word leans to in four folds is the opposite of its lean in the fifth.
     """
-    return {source: {side: _tell_apart(pairs, seed, resamples, categories=True)
+    return {source: {side: _tell_apart(pairs, seed, categories=True)
                      for side, pairs in sides.items()}
             for source, sides in _by_source(lines).items()}
 
 
-def _tell_apart(pairs: Sequence[Pair], seed: int, resamples: int, *,
-                categories: bool) -> dict[str, Any] | None:
+def _tell_apart(pairs: Sequence[Pair], seed: int, *, categories: bool) -> dict[str, Any] | None:
     images = sorted({line["image"] for line, _ in pairs})
     if len(pairs) < FEWEST_PAIRS or len(images) < FEWEST_IMAGES:
         return None
@@ -204,7 +204,7 @@ def _tell_apart(pairs: Sequence[Pair], seed: int, resamples: int, *,
     fold_of = dict(zip(shuffled.tolist(), cycle(range(FOLDS))))
     folds = np.array([fold_of[line["image"]] for line, _ in pairs])
     texts = [(line["chosen"], answer["text"]) for line, answer in pairs]
-    interval = _intervals(seed, "shortcut interval", resamples=resamples)
+    interval = _intervals(seed, "shortcut interval")
     found: dict[str, Any] = {"pairs": len(pairs), "images": len(images)}
     for name in ("text", "length"):
         hits = _out_of_fold(texts, folds, words=name == "text")
@@ -212,8 +212,7 @@ def _tell_apart(pairs: Sequence[Pair], seed: int, resamples: int, *,
                                 for (line, _), h in zip(pairs, hits, strict=True)])
     if categories:
         found["by_category"] = {
-            c: _tell_apart([p for p in pairs if p[0]["category"] == c], seed, resamples,
-                           categories=False)
+            c: _tell_apart([p for p in pairs if p[0]["category"] == c], seed, categories=False)
             for c in sorted({line["category"] for line, _ in pairs})}
     return found
 

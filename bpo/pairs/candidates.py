@@ -19,9 +19,10 @@ from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.endpoint import Endpoint
-from bpo.models.generate import Request, View
+from bpo.models.generate import Request
+from bpo.models.weakening import WEAKENINGS, View
 from bpo.pairs import selection
-from bpo.params import STEPPED_MODES, PairGeneration, Refusal
+from bpo.params import PairGeneration, Refusal
 from bpo.study import processes, seeds, shards
 from bpo.study.files import LineFile
 
@@ -36,9 +37,10 @@ def views(p: PairGeneration) -> list[View]:
     """Every way of weakening that the parameters ask for."""
     out = []
     for mode in p.weaken_modes:
-        steps = p.weaken_steps if mode in STEPPED_MODES else [0]
-        draws = 1 if mode == "blank" else p.weaken_draws  # blank is the same each time
-        out += [View(mode, step, draw) for step in steps for draw in range(draws)]
+        way = WEAKENINGS[mode]
+        steps = p.weaken_steps if way.stepped else [0]
+        draws = p.weaken_draws if way.drawn else 1
+        out += [View(mode, step, draw, p.crop_share) for step in steps for draw in range(draws)]
     return out
 
 
@@ -67,8 +69,7 @@ def _weaken(p: PairGeneration, view: View, rows: LineFile, root: Path, folder: P
 
     def prepare(batch: np.ndarray) -> tuple[list[Request], dict[str, torch.Tensor]]:
         requests = [request(p, rows, root, i, view) for i in batch.tolist()]
-        return requests, generate.encode_branches(reader(), requests, view, seed=p.seed,
-                                                  crop_share=p.crop_share)
+        return requests, generate.encode_branches(reader(), requests, view, seed=p.seed)
 
     def work(prepared: tuple[list[Request], dict[str, torch.Tensor]]) -> list[dict]:
         requests, inputs = prepared
@@ -86,17 +87,17 @@ def _weaken(p: PairGeneration, view: View, rows: LineFile, root: Path, folder: P
 
 def request(p: PairGeneration, rows: LineFile, root: Path, number: int, view: View | None
             ) -> Request:
-    """A row's question with its image, and for the swapping view another row's image."""
+    """A row's question with its image, and another row's image where the view wants one."""
     row = Row.from_line(rows[number], root)
     other = None
-    if view is not None and view.mode == "swapped":
+    if view is not None and view.way.other:
         rng = seeds.numpy_generator(p.seed, "swap", row.id, view.draw)
         for _ in range(SWAP_TRIES):
             other = root / rows[int(rng.integers(len(rows)))]["image"]
             if other != row.image:
                 break
         else:
-            raise Refusal("weaken_modes: swapped needs rows with different images, and here "
+            raise Refusal(f"weaken_modes: {view.mode} needs rows with different images, and here "
                           f"{SWAP_TRIES} draws gave row {row.id} its own; use another mode")
     return Request(row.id, row.prompt, row.image, len(row.answer.split()), other)
 
@@ -202,7 +203,7 @@ class Candidates:
         out: list[dict[str, Any]] = []
         for view, file in self._views:
             out += [{"source": "weakened", "mode": view.mode,
-                     **({"step": view.step} if view.mode in STEPPED_MODES else {}),
+                     **({"step": view.step} if view.way.stepped else {}),
                      "draw": view.draw, "sample": k, "text": text}
                     for k, text in enumerate(file[number]["texts"])]
         if self._injected is not None:
@@ -236,7 +237,7 @@ def _score(p: PairGeneration, rows: LineFile, root: Path, folder: Path, *,
     def prepare(batch: np.ndarray) -> _Prepared:
         asked = [_to_weigh(p, rows, root, made, i, view) for i in batch.tolist()]
         return asked, _ids(reader(), asked), generate.encode_views(
-            reader(), [r for r, _, _ in asked], [None, view], seed=p.seed, crop_share=p.crop_share)
+            reader(), [r for r, _, _ in asked], [None, view], seed=p.seed)
 
     def plan() -> list[np.ndarray]:
         prompts, answers = lengths()

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from bpo.params import WEAKEN_MODES, Refusal
+from bpo.models.weakening import WEAKENINGS
+from bpo.params import Refusal
 from bpo.study.files import LineFile
 
 
@@ -35,7 +36,7 @@ def rejected_for(pair: dict, method: str) -> list[dict]:
     source = {"bpo_weaken": "weakened", "bpo_inject": "injected"}.get(method)
     mode = method.removeprefix("bpo_")
     return [r for r in pair["rejected"] if source in (None, r["source"])
-            and (mode not in WEAKEN_MODES or r.get("mode") == mode)]
+            and (mode not in WEAKENINGS or r.get("mode") == mode)]
 
 
 def to_preferences(pairs: Sequence[dict], image_folder: Path, *, method: str = "bpo") -> list[dict]:

@@ -200,7 +200,6 @@ def examples(p: PairGeneration, result: stages.Result) -> list[dict[str, Any]]:
         out.append({"image": images.load(asked.image), "chosen": pair["chosen"],
                     "question": pair["prompt"][-1]["content"], "category": pair["category"],
                     "weakened": generate.view_picture(
-                        processor, asked, view, transform=p.image_transform, seed=p.seed,
-                        crop_share=p.crop_share),
+                        processor, asked, view, transform=p.image_transform, seed=p.seed),
                     "rejected": pair["rejected"]})
     return out

@@ -157,8 +157,8 @@ def headline(notebook: Path) -> str:
     return executed.last_sentence(nbformat.read(notebook, as_version=4))
 
 
-def html_page(notebook: Path, out: Path | None = None) -> Path:
-    """Render an executed notebook to one offline HTML file, by default beside it.
+def html_page(notebook: Path) -> Path:
+    """Render an executed notebook to one offline HTML file beside it.
 
     A cell's error is also named at the top, so that a failed run is a report.
     """
@@ -192,7 +192,7 @@ def html_page(notebook: Path, out: Path | None = None) -> Path:
         "notebook": notebook.name,
         "executed": executed.when(content),
     })
-    out = out or notebook.with_suffix(".html")
+    out = notebook.with_suffix(".html")
     _write(out, page.replace(OUTPUT_STYLE, ""))
     return out
 

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 from bpo.data import images
 from bpo.evaluation import comparison, metrics
 from bpo.evaluation.comparison import BASELINES, METRICS
+from bpo.models.weakening import WEAKENINGS
 from bpo.pairs import selection
 from bpo.params import SOURCES, QualitativeComparison
 from bpo.study import seeds
 from bpo.study import stage as stages
 from bpo.study import text as texts
 from bpo.study.files import read_lines
+from bpo.training.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -257,6 +259,21 @@ def displacement(found: Found) -> Table:
 def scores() -> Table:
     """The scores that `select` may weigh, and what each means."""
     return [{"score": name, "meaning": meaning} for name, meaning in selection.SCORES.items()]
+
+
+def weakenings() -> Table:
+    """The ways of weakening an image, from their registry."""
+    return [{"mode": name, "the model answers from": way.meaning,
+             "takes a step": "yes" if way.stepped else "no",
+             "branches": 1 if way.mix is None else 2} for name, way in WEAKENINGS.items()]
+
+
+def objectives() -> Table:
+    """The objectives of pairs, from their registry."""
+    return [{"name": name, "term of a pair": o.meaning,
+             "damaged image": "yes" if o.damaged else "no",
+             "computed by": "TRL" if o.function is None else "bpo"}
+            for name, o in OBJECTIVES.items()]
 
 
 def _text(e: dict[str, Any] | None) -> str:

@@ -5,9 +5,12 @@ rows are processed, so a resumed or a sharded run equals an uninterrupted one.
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def seed_for(seed: int, *purpose: object) -> int:
@@ -16,8 +19,10 @@ def seed_for(seed: int, *purpose: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def torch_generator(seed: int, *purpose: object) -> torch.Generator:
+def torch_generator(seed: int, *purpose: object) -> "torch.Generator":
     """A CPU generator: draws are made on the CPU so that they are the same on every device."""
+    import torch  # here: the ways of weakening are named without it
+
     return torch.Generator("cpu").manual_seed(seed_for(seed, *purpose))
 
 

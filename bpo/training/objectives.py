@@ -1,70 +1,136 @@
-"""Preference objectives beyond TRL's own, each a name in `loss_type`, on log-probs in its layout.
+"""Preference objectives, a registry: one entry in OBJECTIVES adds a name to `loss`.
 
-With h_w = log pi(y_w | m, x) - log pi_ref(y_w | m, x) for the chosen answer, h_l for the rejected
-one, image m, damaged image m':
-
-dpop    -log sigma(beta (h_w - h_l - LAMBDA max(0, -h_w)))          DPO-Positive, eq. 3, 2402.13228
-anchor  -log sigma(beta h_w)                                        mDPO's anchor, 2406.11839
-mdpo    DPO + -log sigma(beta (h_w - h_w(m'))) + anchor             mDPO, 2406.11839
+With h(y | m) = log pi(y | m, x) - log pi_ref(y | m, x), the log-ratio of an answer y to question x
+about image m: h_w of the chosen answer, h_l of the rejected one, h_w' of the chosen one with a
+damaged image. TRL computes its own objectives; those with a function here are added to them.
+Parameters are checked against the names here, so this module loads without torch.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch.nn.functional import logsigmoid
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
 
-NAMES = ("dpop", "anchor", "mdpo")
 LAMBDA = 50.0  # of DPO-Positive: the paper's setting
+
+
+class LogRatios(NamedTuple):
+    """h_w, h_l and h_w' of a batch of B pairs, (B,) each, nats."""
+
+    chosen: "Tensor"
+    rejected: "Tensor"
+    damaged: "Tensor | None" = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A name in `loss`. function: (LogRatios, beta) -> (B,) losses of the pairs; None: TRL computes
+    it. damaged: whether it wants h_w'. meaning: one line for people."""
+
+    name: str
+    function: "Callable[[LogRatios, float], Tensor] | None"
+    damaged: bool
+    meaning: str
+
+
+def dpo(h: LogRatios, beta: float) -> "Tensor":
+    """Direct Preference Optimization, what TRL calls sigmoid: (B,) losses from (B,) log-ratios."""
+    return -_log_sigmoid(beta * (h.chosen - h.rejected))  # arXiv 2305.18290, eq. 7
+
+
+def dpop(h: LogRatios, beta: float) -> "Tensor":
+    """DPO-Positive: (B,) losses; a chosen answer less likely than under the reference costs more.
+    """
+    lost = (-h.chosen).clamp_min(0)
+    return -_log_sigmoid(beta * (h.chosen - h.rejected - LAMBDA * lost))  # arXiv 2402.13228, eq. 3
+
+
+def anchor(h: LogRatios, beta: float) -> "Tensor":
+    """mDPO's anchor: (B,) losses that ask for chosen answers likelier than under the reference."""
+    return -_log_sigmoid(beta * h.chosen)  # arXiv 2406.11839
+
+
+def mdpo(h: LogRatios, beta: float) -> "Tensor":
+    """mDPO: (B,) losses, DPO between answers, DPO between images and the anchor."""
+    images = LogRatios(h.chosen, h.damaged)
+    return dpo(h, beta) + dpo(images, beta) + anchor(h, beta)  # arXiv 2406.11839
+
+
+def _log_sigmoid(x: "Tensor") -> "Tensor":
+    from torch.nn.functional import logsigmoid  # here: names are read without torch
+
+    return logsigmoid(x)
+
+
+OBJECTIVES = {o.name: o for o in (
+    Objective("sigmoid", None, False, "−log σ(β (h_w − h_l)): DPO, the paper's objective, "
+                                      "arXiv 2305.18290, eq. 7"),
+    Objective("sft", None, False, "−log π(y_w | m, x), a mean over tokens: the likelihood of the "
+                                  "chosen answer"),
+    Objective("dpop", dpop, False, "−log σ(β (h_w − h_l − 50 max(0, −h_w))): DPO-Positive, "
+                                   "arXiv 2402.13228, eq. 3"),
+    Objective("anchor", anchor, False, "−log σ(β h_w): mDPO's anchor, arXiv 2406.11839"),
+    Objective("mdpo", mdpo, True, "sigmoid + anchor − log σ(β (h_w − h_w')): mDPO, compares with "
+                                  "the damaged image m' (damage), arXiv 2406.11839"),
+    Objective("sigmoid_norm", None, False, "sigmoid on log-ratios divided by the answers' lengths"),
+    Objective("hinge", None, False, "max(0, 1 − β (h_w − h_l)): a margin, no pull beyond it, "
+                                    "arXiv 2309.06657"),
+    Objective("ipo", None, False, "(h_w − h_l − 1 / 2β)², a mean over tokens: IPO, a margin to "
+                                  "meet and not to pass, arXiv 2310.12036"),
+    Objective("exo_pair", None, False, "EXO: the reverse KL to the preference, arXiv 2402.00856"),
+    Objective("nca_pair", None, False, "NCA: also keeps the chosen answer's likelihood up, "
+                                       "arXiv 2402.05369"),
+    Objective("robust", None, False, "DPO corrected for labels that may be wrong, "
+                                     "arXiv 2403.00409"),
+    Objective("bco_pair", None, False, "−log σ(β h_w) − log σ(−β h_l): each answer on its own, "
+                                       "arXiv 2404.04656"),
+    Objective("sppo_hard", None, False, "(h_w − 1 / 2β)² + (h_l + 1 / 2β)²: self-play, "
+                                        "arXiv 2405.00675"),
+    Objective("aot", None, False, "DPO on the batch's sorted log-ratios: distributions compared, "
+                                  "arXiv 2406.05882"),
+    Objective("aot_unpaired", None, False, "aot with chosen and rejected sorted apart"),
+    Objective("apo_zero", None, False, "raises the chosen answer, lowers the rejected one, "
+                                       "arXiv 2408.06266, eq. 7"),
+    Objective("apo_down", None, False, "lowers both, the rejected answer more, arXiv 2408.06266, "
+                                       "eq. 8"),
+    Objective("discopop", None, False, "a blend of logistic and exponential loss that a language "
+                                       "model found, arXiv 2406.08414"))}
 
 
 def split(trainer: Any) -> list[tuple[str, float]]:
     """Takes the names that are not TRL's out of the trainer's losses: (name, weight) of each."""
     losses = list(zip(trainer.loss_types, trainer.loss_weights, strict=True))
-    own = [(n, w) for n, w in losses if n in NAMES]
+    ours = [n for n, o in OBJECTIVES.items() if o.function is not None]
+    own = [(n, w) for n, w in losses if n in ours]
     if own and (trainer.ld_alpha is not None or trainer.f_divergence_type != "reverse_kl"):
         raise ValueError(f"{own[0][0]} goes with neither ld_alpha nor another f-divergence")
-    trainer.loss_types = [n for n, _ in losses if n not in NAMES]
-    trainer.loss_weights = [w for n, w in losses if n not in NAMES]
+    trainer.loss_types = [n for n, _ in losses if n not in ours]
+    trainer.loss_weights = [w for n, w in losses if n not in ours]
     return own
 
 
-def damages(losses: Iterable[tuple[str, float]]) -> bool:
+def damages(names: Iterable[str]) -> bool:
     """Whether one of the objectives compares the image with a damaged one."""
-    return any(n == "mdpo" for n, _ in losses)
+    return any(n in OBJECTIVES and OBJECTIVES[n].damaged for n in names)
 
 
-def pair_losses(name: str, *, beta: float, chosen: torch.Tensor, rejected: torch.Tensor,
-                damaged: torch.Tensor | None = None) -> torch.Tensor:
-    """(B,) losses of pairs from their log-ratios to the reference (B,), nats.
-
-    damaged: the chosen answer's log-ratio with the damaged image.
-    """
-    if name == "dpop":
-        return -logsigmoid(beta * (chosen - rejected - LAMBDA * (-chosen).clamp_min(0)))
-    anchor = -logsigmoid(beta * chosen)
-    if name == "anchor":
-        return anchor
-    return -logsigmoid(beta * (chosen - rejected)) - logsigmoid(beta * (chosen - damaged)) + anchor
-
-
-def loss(trainer: Any, model: torch.nn.Module, inputs: dict[str, Any], tokens: torch.Tensor,
-         damaged: dict[str, Any] | None) -> torch.Tensor:
+def loss(trainer: Any, model: "Module", inputs: dict[str, Any], tokens: "Tensor",
+         damaged: dict[str, Any] | None) -> "Tensor":
     """The weighted sum of the trainer's own objectives, each the mean over the batch's pairs.
 
     tokens (2B, S - 1): the policy's log p of every answer token. damaged: the batch of the chosen
     answers with damaged images, in TRL's layout.
     """
     chosen, rejected = tokens[:, -inputs["completion_mask"].shape[1] + 1:].sum(1).chunk(2)
-    ratios = {"chosen": chosen - inputs["ref_chosen_logps"],
-              "rejected": rejected - inputs["ref_rejected_logps"]}
+    h = LogRatios(chosen - inputs["ref_chosen_logps"], rejected - inputs["ref_rejected_logps"])
     if damaged is not None:
-        keys = damaged.get("keys")
-        reference = torch.stack([t.sum() for t in trainer.reference_tokens(damaged, keys)])
-        now = trainer.answer_tokens(model, damaged).sum(1)
-        ratios["damaged"] = (now - reference.to(now.device)).chunk(2)[0]
+        reference = trainer._references(damaged, damaged.get("keys"))["ref_chosen_logps"]
+        now = trainer.answer_tokens(model, damaged).sum(1).chunk(2)[0]
+        h = h._replace(damaged=now - reference)
         mode = "train" if trainer.model.training else "eval"
-        mean = trainer.accelerator.gather(ratios["damaged"].detach()).mean().item()
+        mean = trainer.accelerator.gather(h.damaged.detach()).mean().item()
         trainer._metrics[mode]["rewards/damaged"].append(trainer.beta * mean)
-    return sum(w * pair_losses(n, beta=trainer.beta, **ratios).mean()
-               for n, w in trainer.own_losses)
+    return sum(w * OBJECTIVES[n].function(h, trainer.beta).mean() for n, w in trainer.own_losses)

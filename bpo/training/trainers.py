@@ -26,7 +26,8 @@ from bpo.data import images
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate
 from bpo.models.checkpoint import Checkpoint
-from bpo.models.generate import Request, View
+from bpo.models.generate import Request
+from bpo.models.weakening import View
 from bpo.params import DPOTraining, Refusal
 from bpo.study import processes
 from bpo.study.files import to_json, write_whole
@@ -57,8 +58,9 @@ class Rendering:
     def __init__(self, checkpoint: Checkpoint, p: DPOTraining):
         # Without the model: data sets hash what renders them.
         self.checkpoint = replace(checkpoint, model=None)
-        self.seed, self.crop_share = p.seed, p.crop_share
-        self.view = View(p.damage, step=p.damage_step) if _damages(p) else None
+        self.seed, self.view = p.seed, None
+        if objectives.damages(p.loss):
+            self.view = View(p.damage, step=p.damage_step, crop_share=p.crop_share)
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = [self.row(dict(zip(batch, values, strict=True)))
@@ -79,17 +81,9 @@ class Rendering:
 
     def _damaged(self, image: Path, row: dict[str, Any]) -> Image.Image:
         """The row's own draw, the same in every epoch, so that its reference can be kept."""
-        known, drawn = self.checkpoint, {"seed": self.seed, "crop_share": self.crop_share}
         request = Request(row["id"], tuple(row["prompt"]), image)
-        if self.view.mode == "crop":  # as large as the image, not as the processor makes it
-            return encoding.transformed(generate.viewed(request, self.view, **drawn),
-                                        known.transform, known.processor)
-        return generate.view_picture(known.processor, request, self.view,
-                                     transform=known.transform, **drawn)
-
-
-def _damages(p: DPOTraining) -> bool:
-    return objectives.damages(zip(p.loss, p.loss_weights, strict=True))
+        return generate.view_picture(self.checkpoint.processor, request, self.view, seed=self.seed,
+                                     transform=self.checkpoint.transform)
 
 
 class _Counted:
@@ -251,5 +245,6 @@ def batches_key(p: DPOTraining, rows: Sequence[Sequence[dict]]) -> str:
     same batches, so that a run that finds them has the bytes of one that does not.
     """
     known = [list(rows), p.seed, p.steps, p.epochs, p.batch_pairs, p.device_batch, p.packing,
-             p.damage, p.damage_step, p.crop_share, _damages(p), processes.world()]
+             p.damage, p.damage_step, p.crop_share, objectives.damages(p.loss),
+             processes.world()]
     return hashlib.sha256(to_json(known).encode()).hexdigest()[:16]

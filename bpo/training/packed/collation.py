@@ -157,8 +157,8 @@ class PackedCollator:
         damaged = [r.pop("damaged_images") for r in rows if "damaged_images" in r]
         if self.damaged:
             if len(damaged) < len(rows):
-                raise ValueError("mdpo compares an image with a damaged one: the rows want a "
-                                 "column damaged_images")
+                raise ValueError("an objective compares an image with a damaged one: the rows "
+                                 "want a column damaged_images")
             again = [{**r, "images": d, "rejected": r["chosen"]}
                      for r, d in zip(rows, damaged, strict=True)]
         batch = self._batch(rows)

@@ -54,7 +54,7 @@ class PackedDPOTrainer(DPOTrainer):
         works for images too: computed when an answer first comes up, each process its share, then
         read; by default reference/ below the output folder. reference_from: further such folders.
     max_length: rows that are longer are dropped and counted (`dropped`), never cut.
-    loss_type: also the names of `objectives`. "mdpo" wants a column `damaged_images`.
+    loss_type: also those of `objectives`; some want a column `damaged_images`.
 
     Raises ValueError for a row whose rejected answer is the chosen one, NotFinite with the rows
     when a loss is no number, MemoryError with what to lower when memory runs out.
@@ -89,7 +89,7 @@ class PackedDPOTrainer(DPOTrainer):
             return
         self.data_collator = collation.PackedCollator(self.data_collator)
         self.data_collator.packing = packing != "never" and not why
-        self.data_collator.damaged = objectives.damages(self.own_losses)
+        self.data_collator.damaged = objectives.damages(n for n, _ in self.own_losses)
         if isinstance(self.train_dataset, Dataset):
             self._keep_what_fits()
             self._groups = collation.positives(self.train_dataset)
