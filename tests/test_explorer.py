@@ -92,10 +92,10 @@ def test_other_steps_show_what_a_plain_pass_over_the_noised_image_says(analysis,
 
 def test_a_moved_control_draws_anew_beside_the_still_figure(analysis, comparison, checkpoint,
                                                             capsys):
-    found = explorer.noise(*analysis, checkpoint)
-    found.children[1].value = 999
+    moved = explorer.noise(*analysis, checkpoint)
+    moved.children[1].value = 999
     assert "At step 999, from the stored result." in capsys.readouterr().out
-    for found in (found, explorer.ask(*comparison)):
+    for found in (moved, explorer.ask(*comparison)):
         bundle = found._repr_mimebundle_()
         view = bundle["application/vnd.jupyter.widget-view+json"]["model_id"]
         assert ipywidgets.Widget.widgets[view] is found

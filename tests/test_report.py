@@ -173,8 +173,8 @@ def test_hostile_text_is_only_text(shown):
     parsed = Elements(shown.html)
     assert "mathjax_ignore" in parsed.elements[0][1]["class"]  # JupyterLab typesets no `$x^2$`
     assert {tag for tag, _ in parsed.elements} <= {
-        "div", "figure", "figcaption", "img", "table", "caption", "thead", "tbody", "tr", "th", "td",
-        "p", "strong", "dl", "dt", "dd", "bdi", "span", "mark"}
+        "div", "figure", "figcaption", "img", "table", "caption", "thead", "tbody", "tr", "th",
+        "td", "p", "strong", "dl", "dt", "dd", "bdi", "span", "mark"}
     assert all(image["src"].startswith("data:image/") for image in parsed.all("img"))
     words = "".join(parsed.words)
     assert r"<script>alert(1)</script> **bold** $x^2$ `code` <img src='http" in words

@@ -164,7 +164,8 @@ def comparison_gallery(examples: list[dict[str, Any]]) -> Shown:
     """A card a question: picture, truth, every method's answer, the verdict as a word.
 
     examples: {"image", "question", "truth", "answers": {method: answer}, "verdict": "win", "loss",
-    "tie" or where the answers come from}. An answer is (text, set of wrong words), what `mark_words` returned, or plain text.
+    "tie" or where the answers come from}. An answer is (text, set of wrong words), what
+    `mark_words` returned, or plain text.
     """
     return _cards([_comparison(example) for example in examples], "compared answers")
 

@@ -1,7 +1,7 @@
 """Turn executed notebooks into pages, and results into what a notebook shows.
 
 A page is one HTML file that opens offline: no request, no script, formulas as MathML, code folded.
-Pictures are drawn in figures.py, cards are in galleries.py; nothing here computes a result.
+Pictures are drawn in figures.py, cards are in cards.py; nothing here computes a result.
 """
 
 import html
