@@ -250,7 +250,8 @@ class TestTheWholeStudy:
                      "2_pair_generation/weakened-noisy-800-0.jsonl",
                      "3_dpo_training/bpo/history.json",
                      "3_dpo_training/bpo/adapter/adapter_model.safetensors",
-                     "4_qualitative_comparison/answers-counterfactual.jsonl"):
+                     "4_qualitative_comparison/answers-counterfactual.jsonl",
+                     "4_qualitative_comparison/results.csv"):
             assert (killed / name).read_bytes() == (study / name).read_bytes(), name
         for notebook in list(STUDY)[:-1]:
             assert manifest(killed, notebook)["metrics"] == manifest(study, notebook)["metrics"]
@@ -258,8 +259,9 @@ class TestTheWholeStudy:
         done = subprocess.run(command("compare", "little", "killed"), env=environment(root),
                               text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
-        held = json.loads((study / "against-killed.json").read_text())
-        assert held["parameters"] == held["results"] == [] and held["same"] > 1000
+        page = (study / "against-killed.html").read_text()
+        shared = re.search(r"the intervals of 0 of (\d+) numbers do not meet", page)
+        assert int(shared[1]) > 50
 
     def test_its_pairs_are_exported_for_other_tools(self, study, root):
         for layout in ("trl", "bpo"):
