@@ -15,7 +15,7 @@ from test_pages import alone
 
 from bpo.reports import cards, figures
 from bpo.reports import page as report
-from bpo.study import text as texts
+from bpo.study.results import Estimate
 
 HOSTILE = ("<script>alert(1)</script> **bold** $x^2$ `code` <img src='http://192.0.2.1/x.png'> "
            "\x00\x1b[31m \u202egnp \u05e9\u05dc {value} & \"q\"")
@@ -302,10 +302,10 @@ def test_image_sizes_and_kinds():
 
 def test_tables_sentences_and_estimates():
     text = report.table(pandas.DataFrame(
-        {"score": [texts.estimate(0.3451, 0.3119, 0.381), "–"], "x": [5e-6, float("nan")],
+        {"score": [Estimate(0.3451, 0.3119, 0.381).text(), "–"], "x": [5e-6, float("nan")],
          "name": ["a", None]}, index=["base", "BPO"]), "t").html
-    assert texts.estimate(0.3451, 0.3119, 0.381) == "0.345 [0.312, 0.381]"
-    assert texts.estimate(0.1, -0.2, 0.4, sign="+") == "+0.100 [-0.200, +0.400]"
+    assert Estimate(0.3451, 0.3119, 0.381).text() == "0.345 [0.312, 0.381]"
+    assert Estimate(0.1, -0.2, 0.4).text(sign="+") == "+0.100 [-0.200, +0.400]"
     assert text.count('class="number"') == 2 * 3
     assert "<bdi>5e-06</bdi>" in text and "<bdi>BPO</bdi>" in text
     said = report.say("**{n:,}** of {share:.0%}", n=1284, share=0.5)

@@ -187,9 +187,9 @@ def _visible(frame: "DataFrame") -> Claim:
 
 
 def main_split(frame: "DataFrame") -> str:
-    """The split that verdicts are about: counterfactual where there is one, else the first."""
-    splits = frame.loc[frame["notebook"] == COMPARISON, "split_or_benchmark"].unique().tolist()
-    return "counterfactual" if "counterfactual" in splits or not splits else splits[0]
+    """`comparison.main_split` of a study's results."""
+    splits = frame.loc[frame["notebook"] == COMPARISON, "split_or_benchmark"]
+    return comparison.main_split(splits.unique().tolist())
 
 
 def benchmarks() -> dict[str, official.Benchmark | judged.Judged]:

@@ -82,6 +82,12 @@ def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
     return {**out, "differences": contrasts}
 
 
+def main_split(splits: Sequence[str]) -> str:
+    """The split that pages and verdicts are about: counterfactual where there is one, else the
+    first."""
+    return "counterfactual" if "counterfactual" in splits or not splits else splits[0]
+
+
 def read_split(p: QualitativeComparison, split: str) -> tuple[list[Row], dict[str, Any]]:
     data = p.path(p.splits[split])
     rows, _ = data_rows.read_rows(data, p.optional_path(p.image_folder), count=p.rows, seed=p.seed,

@@ -289,10 +289,9 @@ def example_row(p: NoiseProbability, result: stages.Result) -> Row:
     return _one_question([row], p.question)[0] if p.question else row
 
 
-def stored(result: stages.Result, row: Row, step: int, text: str) -> float:
+def stored(looks: Sequence[dict], row: Row, step: int, text: str) -> float:
     """The probability that the stage computed for an answer to a row, at the first draw."""
-    line = next(x for x in load(result)[0]
-                if (x["row"], x["step"], x["draw"]) == (row.id, step, 0))
+    line = next(x for x in looks if (x["row"], x["step"], x["draw"]) == (row.id, step, 0))
     return next(float(np.exp(a["logp"])) for a in line["answers"] if a["text"] == text)
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from bpo.reports import figures
 from bpo.reports.figures import COLOURS, QUIET, WIDTH
-from bpo.study.text import visible
+from bpo.study.text import signed, visible
 
 if TYPE_CHECKING:
     import pandas
@@ -161,5 +161,5 @@ def forest(panels: dict[str, "pandas.DataFrame"]) -> Figure:
             colour = COLOURS[1] if mean else COLOURS[0]
             style = {"color": colour, "marker": "D" if mean else "o",
                      "fill": colour if figures.excludes_zero(row) else "white"}
-            figures.interval(panel, row, place, style, number=figures.signed(row["value"]))
+            figures.interval(panel, row, place, style, number=signed(row["value"]))
     return fig

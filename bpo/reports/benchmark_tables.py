@@ -11,13 +11,12 @@ from bpo.params import Benchmarks
 from bpo.reports import tables
 from bpo.study import results
 from bpo.study import stage as stages
-from bpo.study import text as texts
+from bpo.study.results import DECIDED, Estimate, behind
 
 # Hallucination and what it is to be read beside, by benchmark: (cover, hallucination).
 TRADE = {"chair": ("cover", ("chair_s", "chair_i")),
          "object-halbench": ("cover", ("response", "mention")),
          "amber": ("cover", ("chair", "hal"))}
-DECIDED = ("better", "worse")
 
 
 def main_method(found: Mapping[str, Any]) -> str:
@@ -80,7 +79,7 @@ def whole(benchmark: Any, values: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def score_table(benchmark: Any, values: Mapping[str, Mapping[str, Any]], names: Sequence[str]
                 ) -> list[dict[str, str]]:
     """One row a method, one column a metric: "value [low, high]"."""
-    return [{"method": method} | {label(benchmark, n): tables.shown_estimate(mine[n])
+    return [{"method": method} | {label(benchmark, n): Estimate(**mine[n]).text()
                                   for n in names} for method, mine in values.items()]
 
 
@@ -108,11 +107,9 @@ def differences(p: Benchmarks, found: Mapping[str, Any], method: str, against: s
             more = benchmark.all_metrics[metric].more
             if more is None or d["value"] is None or metric in apart:
                 continue
-            reading = "cannot be told"
-            if not d["low"] <= 0 <= d["high"]:
-                reading = DECIDED[(d["low"] > 0) != more]
             rows.append({"method": method, "against": against, "benchmark": benchmark.title,
-                         "metric": label(benchmark, metric), **d, "reading": reading})
+                         "metric": label(benchmark, metric), **d,
+                         "reading": Estimate(**d, more_is_better=more).reading()})
     for row, adjusted in zip(rows, results.holm([r["p"] for r in rows]), strict=True):
         row["holm"] = adjusted
     return rows
@@ -126,8 +123,8 @@ def panels(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def difference_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     return [{"benchmark": r["benchmark"], "metric": r["metric"],
-             "difference": texts.estimate(r["value"], r["low"], r["high"], sign="+")
-             + (f" {r['reading']}" if r["reading"] in DECIDED else ""),
+             "difference": Estimate(r["value"], r["low"], r["high"]).text(sign="+")
+             + behind(r["reading"]),
              "p": f"{r['p']:.4f}", "p, Holm": f"{r['holm']:.4f}"} for r in rows]
 
 
@@ -180,7 +177,7 @@ def by_place(p: Benchmarks, result: stages.Result, name: str, methods: Sequence[
 def calibration_table(found: Mapping[str, Any], name: str) -> list[dict[str, str]]:
     """One row a method: Brier score, calibration error, mean P(yes)."""
     titles = {"brier": "Brier score", "ece": "calibration error", "mean_p_yes": "mean P(yes)"}
-    return [{"method": method} | {title: tables.shown_estimate(mine[n])
+    return [{"method": method} | {title: Estimate(**mine[n]).text()
                                   for n, title in titles.items()}
             for method, mine in found["calibration"][name]["values"].items()]
 
@@ -204,9 +201,9 @@ def gain_reading(found: Mapping[str, Any], method: str, against: str) -> str:
     for category, both in found["image"].items():
         d = both["differences"].get(against, {}).get(method, {}).get("over_swapped")
         if d is not None and d["value"] is not None:
-            sure = "" if not d["low"] <= 0 <= d["high"] else ", cannot be told from none"
-            gain = texts.estimate(d["value"], d["low"], d["high"], 2, "+")
-            parts.append(f"{category} {gain}{sure}")
+            gain = Estimate(**d)
+            sure = "" if gain.excludes_zero() else ", cannot be told from none"
+            parts.append(f"{category} {gain.text(2, '+')}{sure}")
     return "; ".join(parts) or "nothing was weighed"
 
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bpo.study.text import visible
+from bpo.study.text import signed, visible
 
 if TYPE_CHECKING:
     import pandas
@@ -188,11 +188,6 @@ def differences(table: list[dict[str, Any]]) -> Figure:
         style = {"color": COLOURS[0], "marker": "o", "fill": fill}
         interval(panel, row, place, style, number=signed(row["value"]))
     return fig
-
-
-def signed(value: float) -> str:
-    """A difference with its sign; one that rounds to nothing has none."""
-    return f"{round(value, 3) or 0.0:+.3f}".replace("+0.000", "0.000")
 
 
 def excludes_zero(row: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from bpo.reports import verify
 from bpo.reports.cards import Shown
 from bpo.study import stage as stages
 from bpo.study import text as texts
+from bpo.study.results import Estimate, behind
 
 TITLES = {"0_tiny_world": "Tiny world", "1_noise_probability": "Noise and probability",
           "2_pair_generation": "Pair generation", "3_dpo_training": "DPO training",
@@ -148,23 +149,22 @@ def _row(label: str, values: Mapping[str, Any], apart: Mapping[str, Any], name: 
            method: plain(values[method][name])}
     for against in dict.fromkeys(("base", control)):
         d = apart.get(against, {}).get(method, {}).get(name)
-        reading = ""
-        if d and d["value"] is not None and more is not None and not d["low"] <= 0 <= d["high"]:
-            reading = " better" if (d["low"] > 0) == more else " worse"
-        row[f"{method} − {against}"] = signed(d) + reading if d else "–"
+        row[f"{method} − {against}"] = "–"
+        if d:
+            estimate = Estimate(**d, more_is_better=more)
+            row[f"{method} − {against}"] = signed(d) + behind(estimate.reading())
     return [row]
 
 
 def plain(e: Mapping[str, Any]) -> str:
-    return "–" if e["value"] is None else texts.estimate(e["value"], e["low"], e["high"])
+    return "–" if e["value"] is None else Estimate(e["value"], e["low"], e["high"]).text()
 
 
 def signed(e: Mapping[str, Any]) -> str:
     """A difference with its interval, with signs; "–" where there is none."""
     if e["value"] is None:
         return "–"
-    value, low, high = (f"{round(e[k], 3) or 0.0:+.3f}".replace("+0.000", "0.000")
-                        for k in ("value", "low", "high"))
+    value, low, high = (texts.signed(e[k]) for k in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 

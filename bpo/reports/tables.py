@@ -12,8 +12,8 @@ from bpo.pairs import selection
 from bpo.params import SOURCES, QualitativeComparison
 from bpo.study import seeds
 from bpo.study import stage as stages
-from bpo.study import text as texts
 from bpo.study.files import read_lines
+from bpo.study.results import DECIDED, OPEN, Estimate, behind
 from bpo.training.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ CONTROLS = ("sft_matched", "sft", "sft_compute")  # the sharpest control first
 
 def main_split(found: dict[str, Any]) -> str:
     """The split that the page is about: counterfactual where there is one."""
-    splits = [s for s in found if s != "differences"]
-    return "counterfactual" if "counterfactual" in splits else splits[0]
+    return comparison.main_split([s for s in found if s != "differences"])
 
 
 def main_method(found: dict[str, Any]) -> str:
@@ -66,7 +65,7 @@ def wide_table(found: dict[str, Any], split: str, category: str) -> list[dict[st
     """One row a method, one column a metric of the category, "value [low, high]"."""
     names = [n for n, e in found[split]["base"].items()
              if METRICS[n][1] == category and e["value"] is not None]
-    return [{"method": method} | {METRICS[n][0]: shown_estimate(mine[n]) for n in names}
+    return [{"method": method} | {METRICS[n][0]: Estimate(**mine[n]).text() for n in names}
             for method, mine in found[split].items()]
 
 
@@ -75,13 +74,6 @@ def counts_note(found: dict[str, Any], split: str, category: str) -> str:
     parts = [f"{METRICS[n][0]} {e['n']}" for n, e in found[split]["base"].items()
              if METRICS[n][1] == category and e["value"] is not None]
     return "95 % bootstrap intervals over images; out of (base): " + ", ".join(parts)
-
-
-def shown_estimate(e: dict[str, Any]) -> str:
-    """"value [low, high]", or "none"."""
-    if e["value"] is None:
-        return "none"
-    return texts.estimate(e["value"], e["low"], e["high"])
 
 
 def differences(found: dict[str, Any], split: str, method: str, against: str
@@ -94,12 +86,8 @@ def differences(found: dict[str, Any], split: str, method: str, against: str
         if d is None or d["value"] is None:
             continue
         label, _, more = METRICS[name]
-        if d["low"] <= 0 <= d["high"]:
-            reading = "cannot be told"
-        else:
-            reading = "better" if (d["low"] > 0) == more else "worse"
         out.append({"method": method, "against": against, "metric": label, **d,
-                    "reading": "" if more is None else reading})
+                    "reading": Estimate(**d, more_is_better=more).reading()})
     return out
 
 
@@ -109,10 +97,10 @@ def reading(found: dict[str, Any], split: str, method: str, against: str) -> str
     if not rows:
         return "not to be judged without a truth file"
     parts = []
-    for kind in ("better", "worse"):
+    for kind in DECIDED:
         names = [r["metric"] for r in rows if r["reading"] == kind]
         parts.append(f"{kind} in {', '.join(names) or 'nothing'}")
-    open_ones = sum(r["reading"] == "cannot be told" for r in rows)
+    open_ones = sum(r["reading"] == OPEN for r in rows)
     return f"{', '.join(parts)}; {open_ones} of {len(rows)} metrics cannot be told apart"
 
 
@@ -122,9 +110,8 @@ def change_table(found: dict[str, Any], split: str, method: str) -> list[dict[st
     for against in baselines(found, split):
         for r in differences(found, split, method, against):
             row = table.setdefault(r["metric"], {"metric": r["metric"]})
-            reading = f" {r['reading']}" if r["reading"] in ("better", "worse") else ""
-            row[f"minus {against}"] = texts.estimate(r["value"], r["low"], r["high"],
-                                                      sign="+") + reading
+            difference = Estimate(r["value"], r["low"], r["high"]).text(sign="+")
+            row[f"minus {against}"] = difference + behind(r["reading"])
     return list(table.values())
 
 
@@ -279,7 +266,7 @@ def objectives() -> Table:
 def _text(e: dict[str, Any] | None) -> str:
     if e is None or e["value"] is None:
         return "not known"
-    return texts.estimate(e["value"], e["low"], e["high"])
+    return Estimate(e["value"], e["low"], e["high"]).text()
 
 
 # --- noise ------------------------------------------------------------------------------------
@@ -297,6 +284,6 @@ def curves(found: dict[str, Any], measure: str) -> dict[str, dict[str, list[floa
 
 def direction(change: dict[str, Any]) -> str:
     """What an interval allows to say of a change between clean image and last step."""
-    if change["low"] <= 0 <= change["high"]:
+    if not Estimate(**change).excludes_zero():
         return "does not clearly move"
     return "rises" if change["low"] > 0 else "falls"

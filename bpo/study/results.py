@@ -20,6 +20,7 @@ FILE = "results.csv"
 COLUMNS = ("split_or_benchmark", "category", "method", "against", "metric", "value", "low", "high",
            "n", "p", "p_holm", "more_is_better")
 BETTER, WORSE, OPEN = "better", "worse", "cannot be told"
+DECIDED = (BETTER, WORSE)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Estimate:
         if not self.excludes_zero():
             return OPEN
         return BETTER if (self.low > 0) == self.more_is_better else WORSE
+
+
+def behind(reading: str) -> str:
+    """What stands behind a difference in a table: " better", " worse" or nothing."""
+    return f" {reading}" if reading in DECIDED else ""
 
 
 @dataclass(frozen=True)
@@ -147,21 +153,21 @@ def read(folder: Path) -> "pandas.DataFrame":
     file = folder / FILE
     if not file.is_file():
         raise Refusal(f"{file} is not there: run notebooks/{folder.name}.ipynb of this study again")
-    frame = pandas.read_csv(file, keep_default_na=False, dtype=dict.fromkeys(COLUMNS[:5], str),
-                            na_values={c: [""] for c in COLUMNS[5:11]})
-    frame["more_is_better"] = frame["more_is_better"].astype(str).map(
-        {"True": True, "False": False}).astype(object).where(lambda s: s.notna(), None)
-    return frame
+    return pandas.read_csv(
+        file, keep_default_na=False, dtype=dict.fromkeys(COLUMNS[:5], str),
+        na_values={c: [""] for c in COLUMNS[5:11]},
+        converters={"more_is_better": {"True": True, "False": False, "": None}.get})
 
 
 def estimate(row: Mapping[str, Any]) -> Estimate:
-    """The estimate of a row of `read`'s frame."""
+    """The estimate of a row of `read`'s frame; NaN and columns that are not there become None."""
     def number(name: str) -> float | None:
-        return None if row[name] != row[name] or row[name] is None else float(row[name])
+        value = row.get(name)
+        return None if value is None or value != value else float(value)
 
     n = number("n")
     return Estimate(number("value"), number("low"), number("high"), None if n is None else int(n),
-                    number("p"), number("p_holm"), row["more_is_better"])
+                    number("p"), number("p_holm"), row.get("more_is_better"))
 
 
 def of_study(study: str) -> "pandas.DataFrame":

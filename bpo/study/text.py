@@ -1,4 +1,4 @@
-"""Text of models and data shown as text and nothing else; numbers with their intervals.
+"""Text of models and data shown as text and nothing else; differences with their sign.
 
 Text may hold HTML, Markdown, TeX, control and right-to-left characters, and be longer than anyone
 reads: the first `LONGEST` characters are shown, and how many more there are.
@@ -41,7 +41,6 @@ def as_text(value: object) -> Markup:
     return Markup(f"<bdi>{inner}</bdi>")
 
 
-def estimate(value: float, low: float, high: float, digits: int = 3, sign: str = "") -> str:
-    """A value and its interval: "0.345 [0.312, 0.381]"; sign "+" for a difference."""
-    value, low, high = (f"{number:{sign}.{digits}f}" for number in (value, low, high))
-    return f"{value} [{low}, {high}]"
+def signed(value: float) -> str:
+    """A difference with its sign; one that rounds to nothing has none."""
+    return f"{round(value, 3) or 0.0:+.3f}".replace("+0.000", "0.000")

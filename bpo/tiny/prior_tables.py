@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from bpo.params import PriorOrigin
 from bpo.reports import figures
 from bpo.reports.figures import QUIET, WIDTH
-from bpo.study import text as texts
+from bpo.study.results import Estimate
 from bpo.study.text import visible
 from bpo.tiny import prior
 
@@ -52,7 +52,7 @@ def told(change: dict[str, Any]) -> str:
     seed its value with its interval."""
     if len(change["seeds"]) == 1:
         only = change["seeds"][0]
-        return texts.estimate(only["value"], only["low"], only["high"], sign="+")
+        return Estimate(only["value"], only["low"], only["high"]).text(sign="+")
     each = ", ".join(f"{s['value']:+.3f}" for s in change["seeds"])
     return f"{change['mean']:+.3f} ({each})"
 
@@ -65,7 +65,7 @@ def effect_rows(found: dict[str, Any], p: PriorOrigin, factor: str) -> list[dict
         for at in (*prior.ordered(beside), prior.ALL):
             change = effect(found, factor, name, at)
             rows.append({"of": label, other: at, "mean": f"{change['mean']:+.3f}"} | {
-                f"seed {s['seed']}": texts.estimate(s["value"], s["low"], s["high"], 2, "+")
+                f"seed {s['seed']}": Estimate(s["value"], s["low"], s["high"]).text(2, "+")
                 for s in change["seeds"]} | {f"biased {factor}": verdict(change)})
     return rows
 
