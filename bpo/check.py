@@ -80,9 +80,9 @@ def findings(p: Parameters, read: dict[str, Parameters]) -> list[tuple[str, Path
             if missing:
                 note = ": ".join(filter(None, ("MISSING", stages.written_by(path))))
         elif field.startswith("folders.") and not writer:
-            from bpo.evaluation import judged, official  # here, since openai comes with them
+            from bpo.evaluation import benchmarks, official  # here, since they bring torch
 
-            known = {**official.BENCHMARKS, **judged.JUDGED}[field.removeprefix("folders.")]
+            known = benchmarks.KNOWN[field.removeprefix("folders.")]
             if lost := official.missing(known, path):
                 note, missing = f"lacks {', '.join(lost)}: {known.fetch}", True
         found.append((field, path, note, missing))

@@ -108,7 +108,7 @@ def test_rows_of_the_forest_are_the_seeds_and_their_mean(three):
 
 
 def test_claims_are_counted_over_seeds(three):
-    verdicts = replication.claims_over(three)
+    verdicts = replication.claims_over({s: claims.table(n) for s, n in three.items()})
     assert (only(verdicts, claim=1, line="")["holds"], only(verdicts, claim=4)["holds"]) == (3, 0)
     second = only(verdicts, claim=2, line="counterfactual caption")
     assert [second[f"seed {s}"] for s in three] == ["holds", "holds", "does not hold"]

@@ -30,6 +30,7 @@ from bpo.study.files import read_lines
 from bpo.study.results import Result
 
 PROBED = "probed.jsonl"
+KNOWN = {**official.BENCHMARKS, **judged.JUDGED}  # by name, those that rules score first
 REPLIES = "judge_replies"  # the folder of them, beside the studies
 
 # metric of P(yes) -> (category, whether more is better)
@@ -56,8 +57,7 @@ def run(p: Benchmarks) -> stages.Result:
 
 def chosen(p: Benchmarks) -> dict[str, Benchmark | Judged]:
     """The benchmarks of a study by name, those that rules score first."""
-    known = {**official.BENCHMARKS, **judged.JUDGED}
-    return {n: known[n] for n in params.BENCHMARKS if n in p.folders}
+    return {n: KNOWN[n] for n in params.BENCHMARKS if n in p.folders}
 
 
 def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
@@ -91,12 +91,11 @@ def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
 def tidy(found: Mapping[str, Any]) -> list[Result]:
     """Everything measured as results; a metric of questions of one kind alone, such as
     accuracy_random, has the category "kind"."""
-    known = {**official.BENCHMARKS, **judged.JUDGED}
     out = []
     for name, values in found["benchmarks"].items():
-        whole = known[name].metrics
+        whole = KNOWN[name].metrics
         directions = {n: ("kind" if n.rpartition("_")[0] in whole else "all", m.more)
-                      for n, m in known[name].all_metrics.items()}
+                      for n, m in KNOWN[name].all_metrics.items()}
         out += results.compared(name, values, found["differences"][name], directions)
     for name, both in found["calibration"].items():
         out += results.compared(name, both["values"], both["differences"], CALIBRATION)

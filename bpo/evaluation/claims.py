@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from bpo.evaluation import comparison, judged, official
+from bpo.evaluation import benchmarks, comparison
 from bpo.study import results
 from bpo.study import stage as stages
 from bpo.study.results import BETTER, OPEN, WORSE, Estimate
@@ -154,7 +154,7 @@ def _lines(frame: "DataFrame", against: str) -> list[Line]:
                                  main=split == main, hallucination=category == "caption"))
     scored = rows[rows["notebook"] == BENCHMARK]
     for name in dict.fromkeys(scored["split_or_benchmark"]):
-        if name in benchmarks():
+        if name in benchmarks.KNOWN:
             title, known = benchmark(name)
             decides, kept, halluc = BENCHMARKS.get(name, (next(iter(known)), None, False))
             measures = _measures(scored, name, ["all", "kind"], known)
@@ -192,20 +192,16 @@ def main_split(frame: "DataFrame") -> str:
     return comparison.main_split(splits.unique().tolist())
 
 
-def benchmarks() -> dict[str, official.Benchmark | judged.Judged]:
-    return {**official.BENCHMARKS, **judged.JUDGED}
-
-
 def benchmark(name: str) -> tuple[str, dict[str, tuple[str, bool | None]]]:
     """The title of a benchmark of notebook 5, and its metrics with label and whether more is
     better, those that are made of others last."""
-    known = benchmarks()[name]
+    known = benchmarks.KNOWN[name]
     return known.title, {n: (m.label, m.more) for n, m in known.all_metrics.items()}
 
 
 def label(where: str, metric: str) -> str:
     """A metric's name on a page; where: a split or a benchmark's name."""
-    if where in benchmarks() and metric in benchmark(where)[1]:
+    if where in benchmarks.KNOWN and metric in benchmark(where)[1]:
         return benchmark(where)[1][metric][0]
     return comparison.METRICS[metric][0] if metric in comparison.METRICS else metric
 
@@ -226,10 +222,17 @@ def looks(claims: Sequence[Claim]) -> dict[str, int]:
     survive it."""
     every = [e for c in claims for x in c.lines for e in x.measures.values()]
     family = _deciding(claims)
-    corrected = results.holm([e.p for _, e in family])
     return {"looked": len(every), "apart": sum(e.excludes_zero() for e in every),
             "decide": len(family), "decide_apart": sum(e.excludes_zero() for _, e in family),
-            "survive": sum(p is not None and p <= 0.05 for p in corrected)}
+            "survive": len(_survivors(claims))}
+
+
+def _survivors(claims: Sequence[Claim]) -> list[str]:
+    """The names of the deciding measures that survive Holm's correction at 0.05."""
+    family = _deciding(claims)
+    corrected = results.holm([e.p for _, e in family])
+    return [name for (name, _), p in zip(family, corrected, strict=True)
+            if p is not None and p <= 0.05]
 
 
 def _deciding(claims: Sequence[Claim]) -> list[tuple[str, Estimate]]:
@@ -239,11 +242,7 @@ def _deciding(claims: Sequence[Claim]) -> list[tuple[str, Estimate]]:
 
 def looks_text(claims: Sequence[Claim]) -> str:
     """`looks` in a sentence, with the names of what survives."""
-    count = looks(claims)
-    family = _deciding(claims)
-    corrected = results.holm([e.p for _, e in family])
-    names = [name for (name, _), p in zip(family, corrected, strict=True)
-             if p is not None and p <= 0.05]
+    count, names = looks(claims), _survivors(claims)
     return (f"{count['looked']} comparisons were looked at, {count['apart']} intervals exclude "
             f"zero; of the {count['decide']} that decide a verdict {count['decide_apart']} do, and "
             f"{count['survive']} survive Holm's correction at 0.05"

@@ -6,7 +6,6 @@ Without one, only what needs no truth is measured: length, and how many answers 
 """
 
 import functools
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -105,9 +104,8 @@ def load_methods(p: QualitativeComparison) -> tuple[Checkpoint, list[str]]:
     if not names:
         raise Refusal(f"{adapters}: there are no adapters (METHOD/adapter/adapter_config.json); "
                       "notebook 3_dpo_training writes them")
-    manifest = adapters / stages.MANIFEST
-    if manifest.is_file():
-        order = list(json.loads(manifest.read_text())["metrics"]["methods"])
+    if (adapters / stages.MANIFEST).is_file():
+        order = list(stages.read_manifest(adapters)["metrics"]["methods"])
         names.sort(key=lambda n: order.index(n) if n in order else len(order))
     base = checkpoints.load(p.path(p.model), precision=p.precision, transform=p.image_transform)
     tuned = checkpoints.load_adapters(base, {n: adapters / n / "adapter" for n in names})

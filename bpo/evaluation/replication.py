@@ -73,10 +73,12 @@ def over_seeds(frame: DataFrame) -> DataFrame:
     return out[[*KEYS, "seeds", "value", "low", "high", "more_is_better"]]
 
 
-def claims_over(studies: Mapping[int, str]) -> DataFrame:
+def claims_over(tables: Mapping[int, Sequence[claims.Claim]]) -> DataFrame:
     """A row a claim and a row a line of a claim: {claim, says, against, line, seed N: verdict,
-    holds, fails}. `line` is "" for the claim itself; holds, fails: on how many seeds."""
-    tables = {seed: claims.table(name) for seed, name in studies.items()}
+    holds, fails}. `line` is "" for the claim itself; holds, fails: on how many seeds.
+
+    tables: seed -> `claims.table` of its study.
+    """
     rows: dict[tuple[int, str, str], dict[str, Any]] = {}
     for seed, of_seed in tables.items():
         for c in of_seed:
@@ -84,7 +86,7 @@ def claims_over(studies: Mapping[int, str]) -> DataFrame:
                 row = rows.setdefault((c.number, c.against, name), {
                     "claim": c.number, "says": c.says, "against": c.against or "–", "line": name})
                 row[f"seed {seed}"] = verdict
-    columns = [f"seed {s}" for s in studies]
+    columns = [f"seed {s}" for s in tables]
     frame = DataFrame(list(rows.values())).reindex(
         columns=["claim", "says", "against", "line", *columns]).fillna("not measured")
     frame["holds"] = (frame[columns] == claims.HOLDS).sum(axis=1)
@@ -100,14 +102,14 @@ def seed_rows(frame: DataFrame, metric: str, *, where: str, against: str,
     """
     rows = frame[(frame["split_or_benchmark"] == where) & (frame["method"] == method)
                  & (frame["against"] == against) & (frame["metric"] == metric)]
-    mean = over_seeds(rows.assign(seed=rows["seed"])) if len(rows) else rows
+    mean = over_seeds(rows) if len(rows) else rows
     each = rows.assign(label="seed " + rows["seed"].astype(str))
     return pandas.concat([each, mean.assign(label="mean")])[["label", "value", "low", "high"]]
 
 
 def settings_that_differ(study: str, other: str) -> DataFrame:
     """What two studies did differently: {notebook, what, name, STUDY, OTHER}, of parameters,
-    inputs, the code of modules and versions. Raises Refusal where one has no finished stage."""
+    inputs, the code of modules and versions, in the stages that both have finished."""
     rows = []
     for notebook in SCHEMAS:
         folders = [stages.stage_folder(s, notebook) for s in (study, other)]
@@ -166,8 +168,7 @@ def shown(mean: DataFrame, *, method: str, against: str) -> DataFrame:
     out = rows[["split_or_benchmark", "seeds"]].rename(columns={"split_or_benchmark": "where"})
     out.insert(1, "metric", [claims.label(w, m) for w, m in zip(
         rows["split_or_benchmark"], rows["metric"], strict=True)])
-    estimates = [Estimate(r.value, *(None if v != v else v for v in (r.low, r.high)),
-                                  more_is_better=r.more_is_better) for r in rows.itertuples()]
+    estimates = [results.estimate(row) for row in rows.to_dict("records")]
     out["difference"] = [e.text(sign="+") for e in estimates]
     out["reading"] = [e.reading() for e in estimates]
     return out.reset_index(drop=True)

@@ -2,7 +2,6 @@
 numbers with intervals, and the facts that let a reader trust them. Nothing here computes a result.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ Manifests = Mapping[str, Mapping[str, Any]]
 
 def manifests(folder: Path) -> dict[str, dict[str, Any]]:
     """notebook -> the manifest of its complete stage, in the notebooks' order."""
-    return {n: json.loads((folder / n / stages.MANIFEST).read_text(encoding="utf-8"))
+    return {n: stages.read_manifest(folder / n)
             for n in SCHEMAS if (folder / n / stages.MANIFEST).is_file()}
 
 
@@ -118,7 +117,7 @@ def noise_sentence(known: Manifests) -> Shown | None:
 def numbers(known: Manifests) -> list[dict[str, str]]:
     """One row a headline number of notebooks 4 and 5: base, the study's method, and its paired
     differences to base and to the sharpest control."""
-    from bpo.evaluation import comparison, judged, official
+    from bpo.evaluation import benchmarks, comparison
     from bpo.reports import benchmark_tables, tables
 
     rows = []
@@ -131,7 +130,7 @@ def numbers(known: Manifests) -> list[dict[str, str]]:
                          name, (method, control), more=more)
     if found := known.get("5_benchmarks", {}).get("metrics"):
         method, control = benchmark_tables.main_method(found), benchmark_tables.control(found)
-        described = {**official.BENCHMARKS, **judged.JUDGED}
+        described = benchmarks.KNOWN
         for name, values in found["benchmarks"].items():
             metric = SHOWN.get(name, next(iter(described[name].metrics)))
             label, title = described[name].all_metrics[metric].label, described[name].title

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ from pandas import DataFrame
 
 from bpo.evaluation import claims, replication
 from bpo.params import Replication, outputs_root
+from bpo.study import results
 from bpo.study.files import write_whole
-from bpo.study.results import Estimate
 
 
 def write_section(name: str, text: str) -> Path:
@@ -31,7 +30,7 @@ def write_results(p: Replication) -> Path:
     """The section `results STUDY`: verdicts on the claims, and numbers with an interval over seeds
     and each seed's difference."""
     studies = replication.by_seed(p)
-    verdicts = replication.claims_over(studies)
+    verdicts = replication.claims_over({s: claims.table(name) for s, name in studies.items()})
     count = len(studies)
     counted = [{"claim": r.says, "against": r.against, "holds": r.holds, "does not hold": r.fails,
                 "cannot be told": count - r.holds - r.fails}
@@ -63,9 +62,9 @@ def numbers(frame: DataFrame, p: Replication) -> list[dict[str, str]]:
         row = {"metric": f"{title}: {claims.label(where, metric)}"}
         for name, against in (("base", ""), (method, ""), *((method, b) for b in p.baselines)):
             *each, mean = [
-                Estimate(r.value, *(None if isnan(v) else v for v in (r.low, r.high)))
-                for r in replication.seed_rows(frame, metric, where=where, against=against,
-                                               method=name).itertuples()] or [None]
+                results.estimate(row) for row in replication.seed_rows(
+                    frame, metric, where=where, against=against, method=name).to_dict("records")
+            ] or [None]
             complete = len(each) == frame["seed"].nunique()
             row[f"{name} − {against}" if against else name] = (
                 mean.text(sign="+" if against else "") if complete else "–")

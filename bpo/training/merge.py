@@ -38,7 +38,7 @@ def write(study: str, *, method: str, to: Path | None = None) -> Path:
     stage = stages.stage_folder(study, DPOTraining.notebook)
     if not (stage / stages.MANIFEST).is_file():
         raise Refusal(f"{stage}: no training has finished here; python -m bpo run {study}")
-    manifest = json.loads((stage / stages.MANIFEST).read_text(encoding="utf-8"))
+    manifest = stages.read_manifest(stage)
     if method not in manifest["metrics"]["methods"]:
         raise Refusal(f"{stage}: no method {method} was trained here; there is "
                       + ", ".join(manifest["metrics"]["methods"]))
