@@ -101,7 +101,7 @@ def _run(study: str, overrides: dict[str, Any], *, only: int | None, first: int 
     folder = params.outputs_root() / name
     folder.mkdir(parents=True, exist_ok=True)
     with stages.locked(folder / ".run.lock", f"study {name} is being run by another process; "
-                     "wait for it to end, or give this run another name with --as"):
+                       "wait for it to end, or give this run another name with --as"):
         done = all(_execute(notebook, read[notebook], folder) for notebook in chosen)
         index = studies.index(folder)
     if done:

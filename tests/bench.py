@@ -65,7 +65,7 @@ def main() -> int:
     checkpoint = checkpoints.load(world / "model")
     evaluation, _ = data_rows.read_rows(world / "counterfactual" / "rows.json")
     preference, _ = data_rows.read_rows(world / "preference" / "rows.json", count=DECODED, seed=0,
-                                      purpose="bench")
+                                        purpose="bench")
     found = {"probing": _probe(checkpoint, evaluation)}
     found |= _weakening(checkpoint, preference)
     found |= _scaling(world)

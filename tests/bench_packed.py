@@ -121,7 +121,7 @@ def _memory(stock: Mapping[str, Callable[[], object]], ours: Callable[[], object
         peak = _peak(work)
         found[f"packed_memory_llava_{USUAL}_k2_{name.replace(' ', '_')}"] = _spread(
             [packed / peak], f"memory that a packed step adds / TRL's, {name} "
-                           f"({packed / 1e6:.0f} / {peak / 1e6:.0f} MB)")
+            f"({packed / 1e6:.0f} / {peak / 1e6:.0f} MB)")
     return found
 
 

@@ -370,7 +370,7 @@ def test_data_without_a_truth_file_is_measured_by_length_and_change(parameters, 
 
 def test_the_gallery_shows_wins_and_losses_and_counts_them_all(parameters, result, data_file):
     cards, verdicts = tables.gallery(parameters, result, split="natural", method="bpo",
-                                      against="base")
+                                     against="base")
     assert sum(verdicts.values()) == len(data_rows.read_rows(data_file)[0])
     assert len(cards) == 4
     assert {c["verdict"] for c in cards} == {v for v, n in verdicts.items() if n}

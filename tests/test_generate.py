@@ -307,7 +307,7 @@ def test_image_transforms_keep_all_of_the_image_or_its_middle(checkpoint, size):
 
 def test_a_vision_model_answers_without_an_image_too(checkpoint):
     text = encoding.prompt_text(checkpoint, ({"role": "user", "content": "what is this ?"},),
-                              image=False)
+                                image=False)
     assert "<image>" not in text
     asked = Request("0", ({"role": "user", "content": "what is this ?"},), None)
     assert isinstance(answers(checkpoint, [asked])[0], str)

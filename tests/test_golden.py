@@ -64,7 +64,7 @@ def test_the_metrics_are_those_on_record(little_study):
     golden = json.loads(FILE.read_text())
     metrics = stages(little_study)
     assert {s: set(m) for s, m in metrics.items()} == {s: set(m)
-                                                      for s, m in golden["stages"].items()}
+                                                       for s, m in golden["stages"].items()}
     if golden["torch"] != torch.__version__ or golden["arithmetic"] != arithmetic():
         pytest.skip("the record was made with other arithmetic: only names were compared")
     moved = {f"{stage}: {path}": (before, metrics[stage][path])

@@ -129,7 +129,7 @@ def study(hostile_model, hostile_data, prompt_files, tmp_path_factory):
         (root / "params" / "hostile" / f"{name}.yaml").write_text(yaml.safe_dump(common | values))
     done = subprocess.run(command("run", "hostile"), cwd=params.ROOT, text=True,
                           capture_output=True, env={**environment(root / "outputs"),
-                               "BPO_PARAMS": str(root / "params")})
+                                                    "BPO_PARAMS": str(root / "params")})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return root / "outputs" / "hostile"
 

@@ -146,7 +146,7 @@ def test_an_image_without_objects_is_one(annotated):
     put(annotated, "annotations/captions_val2014.json", {"annotations": []})
     lexicon = vocabulary.lexicon(vocabulary.read(vocabulary.COCO))
     scenes = vocabulary.read_annotations([annotated / official.ANNOTATIONS["instances"]],
-                       [annotated / official.ANNOTATIONS["captions"]], lexicon)
+                                         [annotated / official.ANNOTATIONS["captions"]], lexicon)
     assert {key: s.present for key, s in scenes.items()} == {"42": set(), "7": set()}
 
 

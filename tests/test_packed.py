@@ -52,7 +52,7 @@ def made_trainer(kind, folder, rows, out, *, text=False, own=None, **settings):
     trainer = kind(checkpoint.model, args=DPOConfig(str(out), **{**common, **settings}),
                    train_dataset=Dataset.from_list(rows), processing_class=checkpoint.processor,
                    peft_config=checkpoints.adapter_config(checkpoint.model, rank=4, alpha=8,
-                                                     dropout=0.0), **(own or {}))
+                                                          dropout=0.0), **(own or {}))
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in trainer.model.named_parameters():

@@ -87,7 +87,7 @@ def trained_tokenizer(special: list[str]) -> Tokenizer:
     core.train_from_iterator(
         [text for *_, turns in SHAREGPT4V + LLAVAR for turn in turns for text in turn],
         BpeTrainer(vocab_size=600, special_tokens=special,
-                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return core
 
 

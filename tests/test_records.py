@@ -12,7 +12,7 @@ from bpo.study.files import LineFile, read_lines, to_json, write_lines, write_wh
 
 def test_a_row_comes_back_from_its_line():
     row = data_rows.Row("r", Path("/images/a/b.png"), "a/b.png",
-                      ({"role": "user", "content": "q ?"},), "red", "question", ("blue", "green"))
+                        ({"role": "user", "content": "q ?"},), "red", "question", ("blue", "green"))
     line = json.loads(to_json(row.line()))
     assert list(line) == ["id", "image", "category", "prompt", "answer", "given"]
     assert data_rows.Row.from_line(line, Path("/images")) == row
@@ -27,7 +27,7 @@ def test_the_truth_file_gives_the_rows_truth(data_file):
 
 def test_without_a_truth_file_nothing_is_known(tmp_path):
     assert data_rows.read_truth(tmp_path / "rows.json") == {"vocabulary": {}, "images": {},
-                                                          "rows": {}}
+                                                            "rows": {}}
 
 
 @pytest.mark.parametrize("answer, category", [

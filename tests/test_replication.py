@@ -248,7 +248,7 @@ def test_a_replication_that_is_killed_goes_on(tmp_path, little_study):
             os.kill(pid, signal.SIGKILL)
         process.wait()
     finished = [tmp_path / s / n / stages.MANIFEST
-              for s, n in ((study, "0_tiny_world"), (study, "2_pair_generation"))]
+                for s, n in ((study, "0_tiny_world"), (study, "2_pair_generation"))]
     before = {f: f.stat().st_mtime_ns for f in finished}
     done = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr

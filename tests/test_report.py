@@ -254,7 +254,7 @@ def test_figures_show_what_was_measured():
     assert fills[0] == "white" and fills[1] != "white"
     bars = figures.statistics_bars(SHARES).axes[0].containers
     assert [[round(bar.get_width(), 3) for bar in group] for group in bars] == [[0.9, 0.8],
-                                                                               [0.1, 0.2]]
+                                                                                [0.1, 0.2]]
     strip = figures.noise_strip([picture()] * 3, [0, 5, 9], ["$x^2$"] * 3)
     assert not strip.axes[0].xaxis.label.get_parse_math()  # `$x^2$` is drawn as it is
     assert [axes.get_title() for axes in strip.axes] == ["step 0", "step 5", "step 9"]

@@ -42,7 +42,7 @@ def run(outputs, data):
     """Runs the stage of notebook 3 with `work`; parameters by keyword."""
     def stage(work, inputs=None, **values):
         return stages.stage(DPOTraining(study="s", **values), work,
-                          inputs={"data": data} if inputs is None else inputs)
+                            inputs={"data": data} if inputs is None else inputs)
     return stage
 
 

@@ -108,7 +108,7 @@ def test_coco_s_instances_are_a_truth_too(tmp_path, capsys, captions):
     truth.write_text(json.dumps({
         "info": {}, "images": [{"id": 7, "file_name": "7.jpg"}],
         "annotations": [{"image_id": 7, "category_id": 3}], "categories": [{"id": 3,
-                                                                         "name": "dog"}]}))
+                                                                            "name": "dog"}]}))
     if captions:
         (tmp_path / "captions_val2014.json").write_text(json.dumps(
             {"annotations": [{"image_id": 7, "caption": "a dog and a man"}]}))

@@ -74,7 +74,7 @@ def sorrows(folder):
         *[conversation(name, name, "q ?", "red") for name in good],
         {"id": "talk", "image": "palette.png", "conversations": turns},
         *[conversation(n, n, "q ?", "a") for n in ("cut.jpg", "empty.png", "bomb.png", "none.png",
-                                                    "link.png", "../outside.png", "/outside.png")],
+                                                   "link.png", "../outside.png", "/outside.png")],
         conversation("palette.png", "palette.png", "q ?", "red"),
         conversation("palette.png", "palette.png", "q ?", "another"),
         conversation("silent", "palette.png", "q ?", " "), text_only, "neither"]

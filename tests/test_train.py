@@ -132,7 +132,7 @@ def test_nothing_is_dropped_where_all_fits(checkpoint, lines, images):
 
 
 def test_counting_tokens_needs_no_weights_and_decodes_no_image(model_folder, lines, images,
-                                                                monkeypatch):
+                                                               monkeypatch):
     without = checkpoints.load_without_weights(model_folder)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
     assert without.model is None
@@ -161,7 +161,7 @@ def collated(p, rows, tmp_path, method="bpo"):
 
 
 def test_preferences_are_collated_as_prompt_answer_and_end(parameters, checkpoint, rows,
-                                                                    tmp_path):
+                                                           tmp_path):
     batch = collated(parameters, rows[:3], tmp_path)
     ids, mask = batch["input_ids"], batch["completion_mask"].bool()
     assert ids.shape == mask.shape and ids.shape[0] == 6
@@ -177,7 +177,7 @@ def test_preferences_are_collated_as_prompt_answer_and_end(parameters, checkpoin
 
 
 def test_completions_are_trained_on_from_the_answer_to_its_end(parameters, checkpoint, rows,
-                                                                    tmp_path):
+                                                               tmp_path):
     matched = pair_rows.to_completions(rows[:3])
     batch = collated(parameters, matched, tmp_path, "sft_matched")
     end = checkpoint.tokenizer.eos_token_id
@@ -364,7 +364,7 @@ def test_dpo_starts_at_the_log_of_two(parameters, rows, tmp_path):
 def test_the_nll_term_is_added_to_dpo(parameters, rows, tmp_path):
     """Step one: ln 2 + weight x the mean NLL a token of the chosen answers, whatever the weight."""
     losses = {w: history_of(changed(parameters, loss=["sigmoid", "sft"],
-                                         loss_weights=[1, w], batch_pairs=2), "bpo", rows,
+                                    loss_weights=[1, w], batch_pairs=2), "bpo", rows,
                             tmp_path / str(w), steps=1)[0]["loss"] for w in (0, 1, 3)}
     assert losses[1] - losses[0] > 0.5
     assert losses[3] - losses[0] == pytest.approx(3 * (losses[1] - losses[0]), rel=1e-4)

@@ -203,7 +203,7 @@ def _probed(p: Benchmarks, folder: Path, checkpoint: Checkpoint, methods: Sequen
     if not p.probe_data:
         return {"image": {}}
     rows, _ = data_rows.read_rows(p.path(p.probe_data), p.optional_path(p.probe_image_folder),
-                                count=p.probe_rows, seed=p.seed, purpose="probed rows")
+                                  count=p.probe_rows, seed=p.seed, purpose="probed rows")
     work = functools.partial(diagnostics.weigh, checkpoint, methods, {r.id: r for r in rows},
                              step=p.probe_step, seed=p.seed)
     lines = shards.run_on(folder / PROBED, diagnostics.requests(rows, seed=p.seed), p.batch_size,

@@ -90,7 +90,7 @@ def main_split(splits: Sequence[str]) -> str:
 def read_split(p: QualitativeComparison, split: str) -> tuple[list[Row], dict[str, Any]]:
     data = p.path(p.splits[split])
     rows, _ = data_rows.read_rows(data, p.optional_path(p.image_folder), count=p.rows, seed=p.seed,
-                                purpose=f"{split} rows")
+                                  purpose=f"{split} rows")
     return rows, data_rows.read_truth(data)
 
 

@@ -93,7 +93,7 @@ def ask(endpoint: Endpoint, folder: Path, benchmark: Judged, prompts: Sequence[M
     folder.mkdir(parents=True, exist_ok=True)
     file, scores = folder / REPLIES, {}
     with stages.locked(folder / ".replies.lock", f"{folder}: another process asks a judge and "
-                     "writes its replies here; wait until it has ended"):
+                       "writes its replies here; wait until it has ended"):
         replies = _read_replies(file)
         left = [(n, r) for n in range(len(prompts)) for r in range(repeats)]
         for attempt in range(attempts):

@@ -164,7 +164,7 @@ def _scorer(p: NoiseProbability, checkpoint: Checkpoint, rows: Sequence[Row],
             candidates: dict) -> logprobs.Scorer:
     first = _looks(rows[:2], p)[:4]
     return logprobs.choose(checkpoint, _encode(p, checkpoint, first),
-                         _answer_ids(checkpoint, first, candidates))
+                           _answer_ids(checkpoint, first, candidates))
 
 
 @torch.no_grad()

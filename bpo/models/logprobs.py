@@ -45,7 +45,7 @@ def weigh(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
             tails.append([*answer, *[0] * (longest - len(answer))])
     width = prompt.shape[1] + longest
     placed = prefix.layout(spans, owners, width=width,
-                             rows=not prefix.in_use(checkpoint.base))
+                           rows=not prefix.in_use(checkpoint.base))
     placed = {n: v.to(checkpoint.device) if isinstance(v, torch.Tensor) else v
               for n, v in placed.items()}
     tails = torch.tensor(tails, device=checkpoint.device)

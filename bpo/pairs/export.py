@@ -84,7 +84,7 @@ def export(study: str, to: str) -> Path:
     folder = stage.parent / "exports" / to
     work, old = folder.with_name(f".{to}.tmp"), folder.with_name(f".{to}.old")
     with stages.locked(stage.parent / ".stage.lock", f"study {study} is being computed or exported "
-                     "by another run; wait for it to end"):
+                       "by another run; wait for it to end"):
         stages.fingerprint(stage / "pairs.jsonl")  # refuses pairs that were edited
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)

@@ -169,7 +169,7 @@ def by_place(p: Benchmarks, result: stages.Result, name: str, methods: Sequence[
                 place: (float(o not in present), 1) for place, o in enumerate(named, start=1)}))
     longest = max((len(c) for mine in counted.values() for _, c in mine), default=0)
     values, _ = comparison.scored(counted, range(1, longest + 1), seed=p.seed,
-                                resamples=p.resamples)
+                                  resamples=p.resamples)
     return {m: [{"place": place, **e} for place, e in mine.items() if e["n"] >= least]
             for m, mine in values.items()}
 

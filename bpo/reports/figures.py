@@ -56,7 +56,7 @@ def noise_strip(images: list["Image.Image"], steps: list[int],
     lines = max(text.count("\n") + 1 for text in said)
     tall = max(min(2, image.height / image.width) for image in images)  # of its width
     fig, panels = grid(rows, columns, width=width,
-                        height=rows * (width / columns * 0.92 * tall + 0.45 + 0.16 * lines))
+                       height=rows * (width / columns * 0.92 * tall + 0.45 + 0.16 * lines))
     for panel, image, step, answer in itertools.zip_longest(panels, images, steps, said):
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set(visible=image is not None, color="#d5d8da")
@@ -208,7 +208,7 @@ def _method_panels(table: list[dict[str, Any]],
     rows = math.ceil(len(metrics) / 3)
     columns = math.ceil(len(metrics) / rows)
     fig, panels = grid(rows, columns, width=min(WIDTH, 2.6 + 2.4 * columns),
-                        height=rows * (0.95 + 0.36 * len(methods)))
+                       height=rows * (0.95 + 0.36 * len(methods)))
     for place, panel in enumerate(panels):
         labels = [wrapped(method, columns=26) for method in methods]
         rows_of(panel, labels)
@@ -223,7 +223,7 @@ def _method_panels(table: list[dict[str, Any]],
 
 
 def interval(axes: Axes, row: dict[str, Any], place: int, style: dict[str, Any], *,
-              number: str) -> None:
+             number: str) -> None:
     axes.plot([row["low"], row["high"]], [place, place], color=style["color"], linewidth=1.8)
     axes.plot(row["value"], place, style["marker"], color=style["color"], markersize=6.5,
               markerfacecolor=style.get("fill", style["color"]), markeredgewidth=1.5)

@@ -38,7 +38,7 @@ def choose(trainer: Any, rows: Sequence[dict[str, Any]]) -> str:
             return apart(plain, _gradients(trainer, rows, packing=True))
 
         return prefix.settle(trainer.base, off, bound=BOUNDS["half" if half else "float32"],
-                               words="its loss or gradients would be off by {:.1%}")
+                             words="its loss or gradients would be off by {:.1%}")
 
 
 def compare_losses(trainer: Any, model: torch.nn.Module, rows: Sequence[dict[str, Any]]) -> str:

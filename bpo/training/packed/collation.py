@@ -192,7 +192,7 @@ class PackedCollator:
         answers = [tuple(ids[begin:end].tolist()) for ids, (_, begin, end)
                    in zip(batch["input_ids"], spans, strict=True)]
         return prefix.layout(spans, list(zip(groups * 2, answers, strict=True)),
-                               width=batch["input_ids"].shape[1], rows=self.dense)
+                             width=batch["input_ids"].shape[1], rows=self.dense)
 
 
 def _prompt(row: dict[str, Any], *, vision: bool) -> Hashable:
