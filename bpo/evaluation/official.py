@@ -130,9 +130,8 @@ ANNOTATIONS = {"instances": "annotations/instances_val2014.json",
 
 def read_scenes(folder: Path, lexicon: Lexicon) -> dict[str, vocabulary.Scene]:
     """The scenes of a folder's annotations; those of train2014 too, where they lie beside."""
-    return vocabulary.read_annotations(sorted(folder.glob("annotations/instances_*2014.json")),
-                                       sorted(folder.glob("annotations/captions_*2014.json")),
-                                       lexicon)
+    both = (sorted(folder.glob(f"annotations/{n}_*2014.json")) for n in ("instances", "captions"))
+    return vocabulary.read_annotations(*both, lexicon)
 
 
 def _chair(folder: Path) -> Loaded:
