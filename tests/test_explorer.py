@@ -90,17 +90,32 @@ def test_other_steps_show_what_a_plain_pass_over_the_noised_image_says(analysis,
     assert said[-1].endswith("At step 321, computed just now by the model.")
 
 
-def test_a_moved_control_draws_anew_beside_the_still_figure(analysis, comparison, checkpoint,
-                                                            capsys):
+def test_a_moved_control_draws_anew_beside_the_still_figure(analysis, comparison, checkpoint):
     moved = explorer.noise(*analysis, checkpoint)
     moved.children[1].value = 999
-    assert "At step 999, from the stored result." in capsys.readouterr().out
+    assert "At step 999, from the stored result." in moved.view.value
     for found in (moved, explorer.ask(*comparison)):
         bundle = found._repr_mimebundle_()
         view = bundle["application/vnd.jupyter.widget-view+json"]["model_id"]
         assert ipywidgets.Widget.widgets[view] is found
         assert "data:image/" in bundle["text/html"] and "<script" not in bundle["text/html"]
         assert bundle["text/plain"] == repr(found.still)
+
+
+def test_no_output_widget_lets_a_headless_run_wait_for_ever(analysis, comparison, checkpoint):
+    """nbclient answers an Output widget's messages on the channel on which it awaits the reply."""
+    ipywidgets.Widget.close_all()
+    explorer.noise(*analysis, checkpoint)
+    explorer.ask(*comparison)
+    made = list(ipywidgets.Widget.widgets.values())
+    assert made and not any(isinstance(w, ipywidgets.Output) for w in made)
+
+
+def test_what_a_control_breaks_is_said_in_the_view(comparison, monkeypatch):
+    found = explorer.ask(*comparison)
+    monkeypatch.setattr(explorer.images, "load", lambda _: 1 / 0)
+    found.children[1].value = " "
+    assert "ZeroDivisionError: division by zero" in found.view.value
 
 
 def test_stored_answers_are_shown_until_one_asks(comparison, monkeypatch):

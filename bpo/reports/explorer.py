@@ -11,7 +11,6 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import torch
-from IPython.display import clear_output, display
 
 from bpo.data import images
 from bpo.data import rows as data_rows
@@ -37,12 +36,30 @@ _loaded: dict[str, Any] = {}  # one model at a time, also where the cell is run 
 
 
 class Explorer(widgets.VBox):
-    """Controls, and below them what `show` makes of their values, anew at each change."""
+    """Controls, and below them what `show` makes of their values, anew at each change.
+
+    The view is HTML and no Output widget: with one, a notebook that runs headless may wait for
+    ever, since nbclient answers its messages on the channel on which it awaits the cell's reply.
+    """
 
     def __init__(self, show: Callable[..., Shown], **controls: widgets.Widget):
-        self.show, self.still = show, show(**{name: c.value for name, c in controls.items()})
-        view = widgets.interactive_output(lambda **values: display(show(**values)), controls)
-        super().__init__([*controls.values(), view])
+        self.show, self.controls = show, controls
+        self.still = self._shown()
+        self.view = widgets.HTML(self.still._repr_html_())
+        for control in controls.values():
+            control.observe(self._update, "value")
+        super().__init__([*controls.values(), self.view])
+
+    def _shown(self) -> Shown:
+        return self.show(**{name: c.value for name, c in self.controls.items()})
+
+    def _update(self, _: Any) -> None:
+        self.view.value = page.say("The model is asked …")._repr_html_()
+        try:
+            shown = self._shown()
+        except Exception as error:  # what a callback raises is otherwise seen by nobody
+            shown = page.say("{error}", error=f"{type(error).__name__}: {error}")
+        self.view.value = shown._repr_html_()
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         return {**super()._repr_mimebundle_(), "text/html": self.still._repr_html_(),
@@ -128,7 +145,6 @@ def _answered(p: QualitativeComparison, result: stages.Result, row: Row, truth: 
               ) -> dict[str, Any]:
     """{truth, answers} to a new question, decoded as notebook 4 does. Words for objects that are
     not in the image are marked, where the truth file says what is in it."""
-    display(page.say("The model is asked …"))
     key = to_json([result.manifest["parameters"], result.manifest["inputs"]])
     if key not in _loaded:
         _loaded.clear()
@@ -143,7 +159,6 @@ def _answered(p: QualitativeComparison, result: stages.Result, row: Row, truth: 
             text = generate.decode(checkpoint, inputs, max_new_tokens=p.max_new_tokens)[0]
         answers[method] = text, metrics.wrong_object_words(
             text, truth["vocabulary"]["objects"], present) if known else set()
-    clear_output(wait=True)
     return {"answers": answers,
             "truth": f"in the image: {', '.join(sorted(present))}" if known else "not known"}
 
