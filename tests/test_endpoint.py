@@ -235,7 +235,16 @@ def test_a_failure_waits_for_what_is_under_way_and_starts_nothing_new(endpoint, 
     assert isinstance(refusal.value, NoAnswer) == (fault[0] != 401)
 
 
-def test_each_answer_is_handed_over_as_it_comes_and_an_interrupt_loses_none(endpoint, server):
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts, also where a shell's `&` had started the tests, which then ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_each_answer_is_handed_over_as_it_comes_and_an_interrupt_loses_none(
+        endpoint, server, interruptible):
     def last_hangs(number, body):
         if question(body) == "d":
             assert handed.wait(60)
