@@ -44,6 +44,7 @@ from bpo import __main__, params
 from bpo.models import checkpoint as checkpoints
 from bpo.study.seeds import torch_generator
 
+pytest_plugins = ("helpers.server",)  # its fixtures
 SIDE, PATCH = 32, 16
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 WORDS = ("user: assistant: describe the picture what colour is the ? there a and yes no red green "

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_endpoint import completion, endpoint, server  # noqa: F401 (fixtures)
+from helpers.server import completion
 
 from bpo import params
 from bpo.evaluation import benchmarks, official
@@ -128,7 +128,7 @@ def test_without_a_judge_answers_are_written_and_nothing_is_scored(result):
 
 
 def test_a_judge_scores_what_it_can_read_and_is_named(
-        parameters, folders, endpoint, server, outputs):  # noqa: F811
+        parameters, folders, endpoint, server, outputs):
     def judgement(text):
         """A mark by the prompt, which holds the answer; some prompts get none that can be read."""
         return None if len(text) % 5 == 0 else len(text) % 11 / 10 if len(text) % 11 < 10 else 0.5

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_endpoint import completion, endpoint, prompts, question, server  # noqa: F401 (fixtures)
+from helpers.server import completion, prompts, question
 
 from bpo.evaluation import judged, metrics, official
 from bpo.evaluation.judged import JUDGED, LLAVA_BENCH, MM_VET, MMHAL, TYPES
@@ -199,18 +199,18 @@ def scored(number, body):
     return completion(SCORES[question(body)])
 
 
-def ask(endpoint, folder, *texts, **changes):  # noqa: F811
+def ask(endpoint, folder, *texts, **changes):
     settings = {"temperature": 0.2, "repeats": 1, "attempts": 1} | changes
     return judged.ask(endpoint, folder, MM_VET, prompts(*texts), **settings)
 
 
 @pytest.fixture
-def judge(server):  # noqa: F811
+def judge(server):
     server.reply = scored
     return server
 
 
-def test_scores_come_in_the_order_of_the_prompts(endpoint, judge, tmp_path):  # noqa: F811
+def test_scores_come_in_the_order_of_the_prompts(endpoint, judge, tmp_path):
     found = ask(endpoint, tmp_path / "new", *"dabd", repeats=2)
     assert found == [[(0.25,)] * 2, [(0.5,)] * 2, [(1.0,)] * 2, [(0.25,)] * 2]
     assert Counter(judge.questions()) == {"d": 2, "a": 2, "b": 2}, "asked twice, paid once"
@@ -221,7 +221,7 @@ def test_scores_come_in_the_order_of_the_prompts(endpoint, judge, tmp_path):  # 
 
 
 def test_a_reply_belongs_to_its_prompt_model_and_settings(
-        endpoint, judge, tmp_path, monkeypatch):  # noqa: F811
+        endpoint, judge, tmp_path, monkeypatch):
     first = ask(endpoint, tmp_path, "a")
     for changes in ({"temperature": 0.3}, {"repeats": 2}):
         ask(endpoint, tmp_path, "a", **changes)
@@ -235,8 +235,7 @@ def test_a_reply_belongs_to_its_prompt_model_and_settings(
         ask(gone, tmp_path, *"ab")
 
 
-def test_what_cannot_be_read_is_asked_again_and_then_is_unscored_and_not_0(
-        endpoint, judge, tmp_path):  # noqa: F811
+def test_what_cannot_be_read_is_asked_again_and_then_is_unscored(endpoint, judge, tmp_path):
     left = iter(("hm", "0.0", "hm", "hm", "hm"))
     judge.reply = lambda number, body: completion(next(left))
     one, none = (ask(replace(endpoint, at_once=1), tmp_path, text, attempts=3) for text in "ab")
@@ -246,7 +245,7 @@ def test_what_cannot_be_read_is_asked_again_and_then_is_unscored_and_not_0(
 
 
 def test_each_reply_is_on_the_disk_before_the_next_question(
-        endpoint, judge, tmp_path, monkeypatch):  # noqa: F811
+        endpoint, judge, tmp_path, monkeypatch):
     synced, sizes, fsync = [], [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda n: synced.append(os.fstat(n).st_size) or fsync(n))
 
@@ -259,8 +258,7 @@ def test_each_reply_is_on_the_disk_before_the_next_question(
     assert synced[:2] == sizes[1:] and 0 == sizes[0] < sizes[1] < sizes[2] < synced[2]
 
 
-def test_a_failure_keeps_what_came_and_the_rest_alone_is_asked_later(
-        endpoint, judge, tmp_path):  # noqa: F811
+def test_a_failure_keeps_what_came_and_the_rest_alone_is_asked_later(endpoint, judge, tmp_path):
     def busy(number, body):
         while len(judge.seen) < 3:
             time.sleep(0.01)
@@ -277,8 +275,7 @@ def test_a_failure_keeps_what_came_and_the_rest_alone_is_asked_later(
     assert sorted(judge.questions()) == list("abbcdef")
 
 
-def test_a_torn_last_line_is_cut_off_and_a_damaged_one_named(
-        endpoint, judge, tmp_path):  # noqa: F811
+def test_a_torn_last_line_is_cut_off_and_a_damaged_one_named(endpoint, judge, tmp_path):
     alone, file = replace(endpoint, at_once=1), tmp_path / judged.REPLIES
     expected = ask(alone, tmp_path, *"abe")
     content = file.read_bytes()
@@ -295,7 +292,7 @@ def test_a_torn_last_line_is_cut_off_and_a_damaged_one_named(
             ask(endpoint, tmp_path, "a")
 
 
-def test_two_processes_do_not_pay_for_the_same(endpoint, tmp_path, monkeypatch):  # noqa: F811
+def test_two_processes_do_not_pay_for_the_same(endpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "LOCK_PATIENCE", 0)
     with (stages.locked(tmp_path / ".replies.lock", ""),
           pytest.raises(Refusal, match="another process asks a judge")):
@@ -304,7 +301,7 @@ def test_two_processes_do_not_pay_for_the_same(endpoint, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("at_once", (1, 3))
 def test_a_killed_process_goes_on_and_has_paid_once_for_each_reply(
-        endpoint, judge, tmp_path, at_once):  # noqa: F811
+        endpoint, judge, tmp_path, at_once):
     held, client = threading.Semaphore(0), replace(endpoint, at_once=at_once, retries=0)
 
     def hold_after_three(number, body):
