@@ -27,14 +27,14 @@ def words(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Lexicon:
-    """A vocabulary ready for matching.
-
-    phrases: the words of a phrase -> its class; sizes: a phrase's first word -> how many words the
-    phrases that begin with it have, longest first.
-    """
+    """A vocabulary ready for matching: the words of a phrase -> its class."""
 
     phrases: Mapping[tuple[str, ...], str]
-    sizes: Mapping[str, tuple[int, ...]]
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Words of the longest phrase."""
+        return max(map(len, self.phrases), default=0)
 
     @property
     def classes(self) -> set[str]:
@@ -45,29 +45,24 @@ class Lexicon:
 
         From left to right, the longest phrase at a place wins: "hot dog" is no "dog".
         """
-        found, at = [], 0
+        mentions, at = [], 0
         while at < len(tokens):
-            for size in self.sizes.get(tokens[at], ()):
-                name = self.phrases.get(tuple(tokens[at:at + size]))
-                if name is not None:
-                    if name != NO_CLASS:
-                        found.append((name, at, at + size))
-                    at += size
-                    break
-            else:
-                at += 1
-        return found
+            sizes = range(min(self.longest, len(tokens) - at), 0, -1)
+            size = next((n for n in sizes if tuple(tokens[at:at + n]) in self.phrases), 1)
+            name = self.phrases.get(tuple(tokens[at:at + size]), NO_CLASS)
+            if name != NO_CLASS:
+                mentions.append((name, at, at + size))
+            at += size
+        return mentions
 
     def objects(self, text: str) -> list[str]:
         """The class of every object phrase of a text, repeats kept, in order of mention."""
         return [name for name, _, _ in self.mentions(words(text))]
 
 
-def lexicon(vocabulary: Vocabulary | Lexicon) -> Lexicon:
+def lexicon(vocabulary: Vocabulary) -> Lexicon:
     """The vocabulary, compiled once however often it is asked for; of two classes that share a
     phrase the later one gets it."""
-    if isinstance(vocabulary, Lexicon):
-        return vocabulary
     return _compiled(tuple((name, tuple(forms)) for name, forms in vocabulary.items()))
 
 
@@ -75,10 +70,7 @@ def lexicon(vocabulary: Vocabulary | Lexicon) -> Lexicon:
 def _compiled(vocabulary: tuple[tuple[str, tuple[str, ...]], ...]) -> Lexicon:
     phrases = {tuple(words(form)): name for name, forms in vocabulary for form in forms}
     phrases.pop((), None)
-    sizes: dict[str, set[int]] = {}
-    for phrase in phrases:
-        sizes.setdefault(phrase[0], set()).add(len(phrase))
-    return Lexicon(phrases, {w: tuple(sorted(s, reverse=True)) for w, s in sizes.items()})
+    return Lexicon(phrases)
 
 
 def read(file: Path) -> dict[str, list[str]]:
@@ -93,26 +85,22 @@ def read(file: Path) -> dict[str, list[str]]:
     except (OSError, UnicodeDecodeError):
         raise Refusal(f"{file}: this synonym file is missing or no UTF-8 text; give a text file "
                       "with a class a line, then a comma and its synonyms") from None
-    found: dict[str, list[str]] = {}
-    owners: dict[tuple[str, ...], tuple[str, int]] = {}
+    classes: dict[str, list[str]] = {}
+    first: dict[tuple[str, ...], tuple[str, int]] = {}  # phrase -> its class and line
     for number, line in enumerate(lines, start=1):
         cells = [cell.strip() for cell in line.split(",")]
         name = cells[0]
         for form in filter(words, cells):
-            owner, where = owners.setdefault(tuple(words(form)), (name, number))
-            if owner != name:
-                raise Refusal(
-                    f"{file}, line {number}: {form!r} stands for {_shown(name)} and in line "
-                    f"{where} for {_shown(owner)}; leave it in one of them")
-            found.setdefault(name, []).append(form)
-    if not found.keys() - {NO_CLASS}:
+            other, where = first.setdefault(tuple(words(form)), (name, number))
+            if other != name:
+                shown = [repr(n) if n != NO_CLASS else "no object" for n in (name, other)]
+                raise Refusal(f"{file}, line {number}: {form!r} stands for {shown[0]} and in line "
+                              f"{where} for {shown[1]}; leave it in one of them")
+            classes.setdefault(name, []).append(form)
+    if not classes.keys() - {NO_CLASS}:
         raise Refusal(f"{file}: holds no object class; write a class a line, then a comma and its "
                       "synonyms")
-    return found
-
-
-def _shown(name: str) -> str:
-    return repr(name) if name != NO_CLASS else "no object"
+    return classes
 
 
 @dataclass
@@ -132,7 +120,7 @@ def image_key(name: Any) -> str:
 
 
 def read_annotations(instances: Sequence[Path], captions: Sequence[Path], lexicon: Lexicon
-         ) -> dict[str, Scene]:
+                     ) -> dict[str, Scene]:
     """image key -> scene: the instances' classes and the objects that reference captions name.
 
     Several files of a kind are joined. Raises Refusal where one breaks off, lacks a field or has a
@@ -144,24 +132,24 @@ def read_annotations(instances: Sequence[Path], captions: Sequence[Path], lexico
         known_classes(names.values(), lexicon, where=file)
         for image in _items(file, "images", ("id", "file_name")):
             scenes[image_key(image["id"])] = Scene(image["file_name"], set())
-        for found in _items(file, "annotations", ("image_id", "category_id")):
-            scene, name = scenes.get(image_key(found["image_id"])), names.get(found["category_id"])
+        for box in _items(file, "annotations", ("image_id", "category_id")):
+            scene, name = scenes.get(image_key(box["image_id"])), names.get(box["category_id"])
             if scene is None or name is None:
-                raise Refusal(f"{file}: an annotation is of image {found['image_id']} and category "
-                              f"{found['category_id']}, which the file does not list; get the "
-                              "whole file")
+                raise Refusal(f"{file}: an annotation is of image {box['image_id']} and category "
+                              f"{box['category_id']}, which the file does not list; get the whole "
+                              "file")
             scene.present.add(name)
     for file in captions:
-        for told in _items(file, "annotations", ("image_id", "caption")):
-            if (scene := scenes.get(image_key(told["image_id"]))) is not None:
-                scene.present.update(lexicon.objects(told["caption"]))
+        for caption in _items(file, "annotations", ("image_id", "caption")):
+            if (scene := scenes.get(image_key(caption["image_id"]))) is not None:
+                scene.present.update(lexicon.objects(caption["caption"]))
     return scenes
 
 
 def known_classes(names: Collection[str], lexicon: Lexicon, *, where: Path) -> set[str]:
     """The names as a set; raises Refusal for a class that the synonyms do not have."""
-    if strange := sorted(set(names) - lexicon.classes):
-        raise Refusal(f"{where}: no synonyms are known for {', '.join(map(repr, strange[:5]))}; "
+    if unknown := sorted(set(names) - lexicon.classes):
+        raise Refusal(f"{where}: no synonyms are known for {', '.join(map(repr, unknown[:5]))}; "
                       "give a synonym file with a line for each class")
     return set(names)
 
@@ -182,7 +170,7 @@ def _items(file: Path, part: str, needed: Sequence[str]) -> Iterator[dict[str, A
 
 def checked(entry: Any, needed: Sequence[str], where: str) -> dict[str, Any]:
     """The entry; raises Refusal where it is none or lacks a field."""
-    lost = [k for k in needed if not isinstance(entry, dict) or k not in entry]
-    if lost:
-        raise Refusal(f"{where}: an entry lacks {', '.join(lost)}; give the official file")
+    lacking = [k for k in needed if not isinstance(entry, dict) or k not in entry]
+    if lacking:
+        raise Refusal(f"{where}: an entry lacks {', '.join(lacking)}; give the official file")
     return entry
