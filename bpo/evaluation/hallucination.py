@@ -15,11 +15,11 @@ Counts = dict[str, tuple[float, float]]
 SHORT = 3  # words: an answer up to this long counts as one without an object (Object HalBench)
 NEGATORS = frozenset(("no", "without", "nor", "neither"))
 ARTICLES = frozenset(("a", "an", "any"))  # after a "not": "not a dog", "there aren't any dogs"
-_DENIALS = frozenset(("not", "isn't", "aren't", "doesn't", "don't"))
-_UNSURE = re.compile(r"\b(not|isn't|don't) (sure|certain|clear|know|possible)\b")
-_STOPS = frozenset(".,;:!?\n")
-_TURNS = frozenset(("but", "while", "although", "though", "however", "except", "instead", "only"))
-_STARTS = frozenset(("a", "an", "the", "some", "there"))  # after an "and": "no dog and a cat"
+DENIALS = frozenset(("not", "isn't", "aren't", "doesn't", "don't"))
+UNSURE = re.compile(r"\b(not|isn't|don't) (sure|certain|clear|know|possible)\b")
+STOPS = frozenset(".,;:!?\n")
+TURNS = frozenset(("but", "while", "although", "though", "however", "except", "instead", "only"))
+STARTS = frozenset(("a", "an", "the", "some", "there"))  # after an "and": "no dog and a cat"
 
 IRREGULAR = {"men": "man", "women": "woman", "children": "child", "mice": "mouse",
              "geese": "goose", "knives": "knife", "shelves": "shelf", "leaves": "leaf",
@@ -71,14 +71,14 @@ def object_halbench(text: str, present: Collection[str], lexicon: Lexicon) -> Co
     tokens = words(text)
     mentions = [] if len(text.split()) <= SHORT else lexicon.mentions(tokens)
     refused = denied(text)
-    named = {singular(tokens[a:b], lexicon): name for name, a, b in mentions if not refused[a]}
+    named = {_singular(tokens[a:b], lexicon): name for name, a, b in mentions if not refused[a]}
     wrong = sum(name not in present for name in named.values())
     return {"response": (float(wrong > 0), float(bool(named))), "mention": (wrong, len(named)),
             "cover": (len(set(present) & set(named.values())), len(set(present))),
             "objects": (len(named), 1), "words": (len(tokens), 1)}
 
 
-def singular(phrase: Sequence[str], lexicon: Lexicon) -> tuple[str, ...]:
+def _singular(phrase: Sequence[str], lexicon: Lexicon) -> tuple[str, ...]:
     """The phrase of the lexicon that has its last word in the singular, or the phrase itself."""
     name = lexicon.phrases[tuple(phrase)]
     for base in _bases(phrase[-1]):
@@ -90,14 +90,11 @@ def singular(phrase: Sequence[str], lexicon: Lexicon) -> tuple[str, ...]:
 
 def _bases(word: str) -> list[str]:
     """What a word may be the plural of, the likeliest first; at the end the word itself."""
-    found = [IRREGULAR[word]] if word in IRREGULAR else []
-    if word.endswith("ies"):
-        found.append(word[:-3] + "y")
-    if word.endswith("es"):
-        found.append(word[:-2])
-    if word.endswith("s"):
-        found.append(word[:-1])
-    return [*found, word]
+    bases = [IRREGULAR[word]] if word in IRREGULAR else []
+    for ending, end in (("ies", "y"), ("es", ""), ("s", "")):
+        if word.endswith(ending):
+            bases.append(word.removesuffix(ending) + end)
+    return [*bases, word]
 
 
 def denied(text: str) -> list[bool]:
@@ -108,17 +105,17 @@ def denied(text: str) -> list[bool]:
     word like but or while, and at an "and" that begins something new ("no dogs and a cat").
     """
     parts = re.findall(r"[a-z0-9']+|[.,;:!?\n]", text.lower())
-    out, inside = [], False
+    flags, inside = [], False
     for part, after in zip(parts, [*parts[1:], ""], strict=True):
-        if part in _STOPS:
+        if part in STOPS:
             inside = False
             continue
-        if part in _TURNS or part == "and" and after in _STARTS:
+        if part in TURNS or part == "and" and after in STARTS:
             inside = False
-        out.append(inside)
+        flags.append(inside)
         if part in NEGATORS or (part == "not" or part.endswith("n't")) and after in ARTICLES:
             inside = True
-    return out
+    return flags
 
 
 def amber(text: str, truth: Sequence[str], hallu: Sequence[str],
@@ -136,44 +133,29 @@ def amber(text: str, truth: Sequence[str], hallu: Sequence[str],
     that are often verbs only behind an article, number or the like; alike is what the association
     list says alone, so that chair and hal are stricter than the published ones.
     """
-    nouns = _listed_nouns(text, {*association, *(w for ws in association.values() for w in ws)})
+    listed = {w.lower() for noun, others in association.items() for w in (noun, *others)}
+    tokens = re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text.lower())
+    nouns = []
+    for before, token in zip(["", *tokens], tokens):
+        noun = next((base for base in _bases(token) if base in listed), None)
+        if noun is not None and (token not in ALSO_VERBS or before in BEFORE_A_NOUN):
+            nouns.append(noun)
+    claimed = [noun for noun in nouns if noun not in safe_words]
     right, imagined = _stands_for(truth, association), _stands_for(hallu, association)
-    covered, dreamt, wrong = set(), set(), 0
-    for noun in nouns:
-        if noun in safe_words:
-            continue
-        if noun in right:
-            covered.add(right[noun])
-            continue
-        wrong += 1
-        if noun in imagined:
-            dreamt.add(imagined[noun])
-    return {"chair": (wrong, len(nouns)), "cover": (len(covered), len(truth)),
-            "hal": (float(wrong > 0), 1), "cog": (len(dreamt), len(hallu)),
+    wrong = [noun for noun in claimed if noun not in right]
+    covered = {right[noun] for noun in claimed if noun in right}
+    dreamt = {imagined[noun] for noun in wrong if noun in imagined}
+    return {"chair": (len(wrong), len(nouns)), "cover": (len(covered), len(truth)),
+            "hal": (float(bool(wrong)), 1), "cog": (len(dreamt), len(hallu)),
             "words": (len(words(text)), 1)}
 
 
 def _stands_for(objects: Sequence[str], association: Mapping[str, Sequence[str]]
                 ) -> dict[str, int]:
-    """word -> the place of the annotated object that naming it covers."""
-    found: dict[str, int] = {}
-    for place, name in enumerate(objects):
-        for word in association.get(name, ()):
-            found.setdefault(word.lower(), place)
-    for place, name in enumerate(objects):
-        found.setdefault(name.lower(), place)
-    return found
-
-
-def _listed_nouns(text: str, listed: Collection[str]) -> list[str]:
-    known = {word.lower() for word in listed}
-    tokens = re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text.lower())
-    found = []
-    for before, token in zip(["", *tokens], tokens):
-        noun = next((base for base in _bases(token) if base in known), None)
-        if noun is not None and (token not in ALSO_VERBS or before in BEFORE_A_NOUN):
-            found.append(noun)
-    return found
+    """word -> the place of the annotated object that naming it covers, the first one's."""
+    places = list(enumerate(objects))[::-1]
+    return ({name.lower(): place for place, name in places}
+            | {word.lower(): place for place, name in places for word in association.get(name, ())})
 
 
 def yes_or_no(text: str) -> str | None:
@@ -189,7 +171,7 @@ def yes_or_no(text: str) -> str | None:
     if first is not None:
         return first
     sentence = re.split(r"[.!?\n]", plain.strip().lower())[0]
-    denies = _DENIALS & set(words(sentence)) and not _UNSURE.search(sentence)
+    denies = DENIALS & set(words(sentence)) and not UNSURE.search(sentence)
     return "no" if denies else None
 
 
