@@ -82,7 +82,7 @@ def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
         else:
             continue
         found["benchmarks"][name], found["differences"][name] = comparison.scored(
-            counted, benchmark.metrics, seed=p.seed, resamples=p.resamples, made=benchmark.made)
+            counted, benchmark.metrics, seed=p.seed, resamples=p.resamples, made=benchmark.combined)
     found |= _calibrated(p, lines, methods) | _probed(p, folder, checkpoint, methods)
     results.write(folder, tidy(found))
     return found
@@ -95,7 +95,7 @@ def tidy(found: Mapping[str, Any]) -> list[Result]:
     for name, values in found["benchmarks"].items():
         whole = KNOWN[name].metrics
         directions = {n: ("kind" if n.rpartition("_")[0] in whole else "all", m.more)
-                      for n, m in KNOWN[name].all_metrics.items()}
+                      for n, m in KNOWN[name].metrics.items()}
         out += results.compared(name, values, found["differences"][name], directions)
     for name, both in found["calibration"].items():
         out += results.compared(name, both["values"], both["differences"], CALIBRATION)

@@ -196,7 +196,7 @@ def benchmark(name: str) -> tuple[str, dict[str, tuple[str, bool | None]]]:
     """The title of a benchmark of notebook 5, and its metrics with label and whether more is
     better, those that are made of others last."""
     known = benchmarks.KNOWN[name]
-    return known.title, {n: (m.label, m.more) for n, m in known.all_metrics.items()}
+    return known.title, {n: (m.label, m.more) for n, m in known.metrics.items()}
 
 
 def label(where: str, metric: str) -> str:

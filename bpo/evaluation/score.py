@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from bpo.study.files import to_json
 # Of several fields the first that an answer has: its image or question, and its text.
 NAMES = ("image_id", "image", "question_id", "id")
 TEXTS = ("caption", "answer", "response", "text")
+QUESTIONS = ("question", "prompt", "text")
 # Benchmarks whose questions have numbers, and one answer each.
 NUMBERS = {"pope": ("question_id", "id"), "amber": ("id", "question_id")}
 COCO_FILE = rb'\s*\{\s*"(info|images|licenses|annotations|categories|type)"'
 MEANS = ("objects", "words")  # the other metrics are shares, shown in per cent
-HEADER = "{:28}    value   95 % interval     {:>8}"
 RESAMPLES = 2000
 
 # (question, how it was asked, number among its answers) -> (image, counts)
@@ -65,8 +66,8 @@ def run(options: argparse.Namespace) -> int:
         result["against"] = summary | {
             "note": note, "matched": len(shared), "without_partner": len(counts) - len(shared),
             "without_partner_against": len(other) - len(shared)}
-        result["differences"] = estimates(benchmark, *({k: side[k] for k in shared}
-                                                       for side in (counts, other)))
+        result["differences"] = estimates(benchmark, {k: counts[k] for k in shared},
+                                          {k: other[k] for k in shared})
     print(to_json(result, indent=2) if options.json else table(benchmark, result))
     return 0
 
@@ -74,11 +75,11 @@ def run(options: argparse.Namespace) -> int:
 def estimates(benchmark: Benchmark, *sides: Counted) -> dict[str, dict[str, Any]]:
     """metric -> {label, value, low, high, n}; of two sides the paired difference, with p."""
     ratios = [metrics.tabled(list(side.values()), benchmark.metrics) for side in sides]
-    weights = metrics.bootstrap_weights(len(next(iter(ratios[0].values()))), RESAMPLES,
-                                        seeds.numpy_generator(0, "score"))
+    images = {image for image, _ in sides[0].values()}
+    weights = metrics.bootstrap_weights(len(images), RESAMPLES, seeds.numpy_generator(0, "score"))
     estimate = metrics.estimates if len(sides) == 1 else metrics.differences
-    return {n: {"label": benchmark.all_metrics[n].label, **e}
-            for n, e in estimate(*ratios, weights, benchmark.made).items()}
+    return {n: {"label": benchmark.metrics[n].label, **e}
+            for n, e in estimate(*ratios, weights, benchmark.combined).items()}
 
 
 def read_truth(benchmark: Benchmark, files: Sequence[Path], synonyms: Path | None
@@ -109,18 +110,17 @@ def _scenes(benchmark: Benchmark, file: Path, synonyms: Path) -> tuple[Loaded, s
             note = ("no captions file beside the instances: objects that reference captions name "
                     "count as absent")
         scenes = vocabulary.read_annotations([file], beside, lexicon)
-        present = {k: s.present for k, s in scenes.items()}
     else:
         try:
-            listed = json.loads(file.read_text(encoding="utf-8"))
-            present = {vocabulary.image_key(i): vocabulary.known_classes(c, lexicon, where=file)
-                       for i, c in listed.items()}
+            scenes = {vocabulary.image_key(i): vocabulary.Scene(
+                i, vocabulary.known_classes(classes, lexicon, where=file))
+                for i, classes in json.loads(file.read_text(encoding="utf-8")).items()}
         except (ValueError, AttributeError, TypeError):
             raise Refusal(f"{file}: must be a JSON object of image -> list of classes, or COCO's "
                           "instances file") from None
     count = hallucination.chair if benchmark.name == "chair" else hallucination.object_halbench
-    return Loaded(tuple(Question(k, k, "") for k in present),
-                  lambda q, text: count(text, present[q.image], lexicon)), note
+    questions = [Question(key, key, "") for key in scenes]
+    return official.described(count, questions, scenes, lexicon, file), note
 
 
 def _pope(files: Sequence[Path]) -> Loaded:
@@ -130,20 +130,18 @@ def _pope(files: Sequence[Path]) -> Loaded:
     if len(kinds) < len(files):
         raise Refusal("--truth: several question files are of one kind; give one with random, one "
                       "with popular and one with adversarial in its name")
-    return Loaded(tuple(official.pope_questions(kinds)),
-                  lambda q, text: official.yes_no_counts(q, text, positive="yes"))
+    return official.read_pope(kinds)
 
 
 def _amber(folder: Path) -> tuple[Loaded, str]:
-    truth = official.read_amber(folder)
+    loaded = official.read_amber(folder)
     queries = [folder / BENCHMARKS["amber"].files[r] for r in ("generative", "discriminative")]
     images = {str(q["id"]): q["image"] for file in queries if file.is_file()
               for q in official.rows(file, ("id", "image"))}
     note = "" if images else ("no query/ beside the annotations: which questions share an image is "
                               "not known, and the intervals are over questions")
-    return Loaded(tuple(Question(n, images.get(n, n), "",
-                                 *truth.labels.get(n, (official.GENERATIVE, "")))
-                        for n in (*truth.labels, *truth.scenes)), truth.counts), note
+    questions = tuple(replace(q, image=images.get(q.id, q.id)) for q in loaded.questions)
+    return Loaded(questions, loaded.counts), note
 
 
 def match(file: Path, benchmark: Benchmark, truth: Loaded) -> tuple[Counted, dict[str, int]]:
@@ -160,7 +158,7 @@ def match(file: Path, benchmark: Benchmark, truth: Loaded) -> tuple[Counted, dic
         if benchmark.name == "pope":  # its files number their questions alike
             index[q.id.rpartition("-")[2]].append(q)
             index[vocabulary.image_key(q.image), metrics.normalised(q.text)].append(q)
-    found: list[tuple[Question, str, Counts]] = []
+    answered: list[tuple[Question, str, Counts]] = []
     texts: dict[str, str] = {}
     read = without = 0
     for read, (row, entry) in enumerate(entries.read(file, file.parent), start=1):
@@ -169,7 +167,7 @@ def match(file: Path, benchmark: Benchmark, truth: Loaded) -> tuple[Counted, dic
         text = entry[field]
         if not isinstance(text, str):
             raise Refusal(f"{where}: the answer must be a text, is {str(text)[:40]}")
-        asked = next((str(entry[n]) for n in ("question", "prompt", "text")
+        asked = next((str(entry[n]) for n in QUESTIONS
                       if n != field and entry.get(n) is not None), "")
         if benchmark.name == "pope" and asked and "image" in entry:
             key = vocabulary.image_key(entry["image"]), metrics.normalised(asked)
@@ -187,18 +185,18 @@ def match(file: Path, benchmark: Benchmark, truth: Loaded) -> tuple[Counted, dic
                     raise Refusal(f"{where}: question {q.id} has another answer already; leave one")
                 continue  # POPE asks the same of an image in several of its files
             texts[q.id] = text
-            found.append((q, asked, truth.counts(q, text)))
-    if not found:
+            answered.append((q, asked, truth.counts(q, text)))
+    if not answered:
         raise Refusal(f"{file}: none of its {read} answers is to an image or question of the "
                       f"truth; they must share {' or '.join(NAMES)}")
-    times, order, counts = Counter(q.id for q, _, _ in found), Counter(), {}
-    for q, asked, count in found:
+    times, order, counted = Counter(q.id for q, _, _ in answered), Counter(), {}
+    for q, asked, counts in answered:
         name = (q.id, asked if times[q.id] > 1 else "")
-        counts[*name, order[name]] = (q.image, count)
+        counted[*name, order[name]] = (q.image, counts)
         order[name] += 1
-    return counts, {"read": read, "scored": read - without, "without_truth": without,
-                    "truth": len(truth.questions),
-                    "truth_without_answer": len(truth.questions) - len(times)}
+    return counted, {"read": read, "scored": read - without, "without_truth": without,
+                     "truth": len(truth.questions),
+                     "truth_without_answer": len(truth.questions) - len(times)}
 
 
 def _field(entry: Any, names: Sequence[str], where: str) -> str:
@@ -211,20 +209,20 @@ def _field(entry: Any, names: Sequence[str], where: str) -> str:
 
 def table(benchmark: Benchmark, result: Mapping[str, Any]) -> str:
     """The lines for the terminal; rates in per cent."""
-    n = result["answers"]
+    n, header = result["answers"], "{:28}    value   95 % interval     {:>8}"
     lines = [(f"{benchmark.title}: {n['scored']} of {n['read']} answers scored, "
               f"{n['without_truth']} without truth; {n['truth_without_answer']} of {n['truth']} in "
               "the truth have no answer"), *filter(None, [n["note"]]), "",
-             HEADER.format("metric", "out of")]
-    lines += [_row(n, e) + f"{e['n']:>8}" for n, e in result["metrics"].items()]
+             header.format("metric", "out of")]
+    lines += [_row(name, e) + f"{e['n']:>8}" for name, e in result["metrics"].items()]
     if "differences" in result:
         n = result["against"]
         lines += ["", (f"minus the other file: {n['matched']} answers matched, "
                        f"{n['without_partner']} here and {n['without_partner_against']} there lack "
                        f"a partner; {n['without_truth']} there without truth"),
-                  HEADER.format("difference", "p")]
-        lines += [_row(n, e, sign="+") + ("" if e["p"] is None else f"{e['p']:>8.4f}")
-                  for n, e in result["differences"].items()]
+                  header.format("difference", "p")]
+        lines += [_row(name, e, sign="+") + ("" if e["p"] is None else f"{e['p']:>8.4f}")
+                  for name, e in result["differences"].items()]
     return "\n".join(lines)
 
 

@@ -42,7 +42,7 @@ def few(found: Mapping[str, Any]) -> list[str]:
 
 def label(benchmark: Any, metric: str) -> str:
     """A metric's name on a page."""
-    return benchmark.all_metrics[metric].label
+    return benchmark.metrics[metric].label
 
 
 def of_kinds(benchmark: Any, values: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -104,7 +104,7 @@ def differences(p: Benchmarks, found: Mapping[str, Any], method: str, against: s
         mine = found["differences"].get(name, {}).get(against, {}).get(method, {})
         apart = of_kinds(benchmark, found["benchmarks"][name]) if mine else []
         for metric, d in mine.items():
-            more = benchmark.all_metrics[metric].more
+            more = benchmark.metrics[metric].more
             if more is None or d["value"] is None or metric in apart:
                 continue
             rows.append({"method": method, "against": against, "benchmark": benchmark.title,

@@ -133,9 +133,9 @@ def numbers(known: Manifests) -> list[dict[str, str]]:
         described = benchmarks.KNOWN
         for name, values in found["benchmarks"].items():
             metric = SHOWN.get(name, next(iter(described[name].metrics)))
-            label, title = described[name].all_metrics[metric].label, described[name].title
+            label, title = described[name].metrics[metric].label, described[name].title
             rows += _row(f"{title}: {label}", values, found["differences"][name], metric,
-                         (method, control), more=described[name].all_metrics[metric].more)
+                         (method, control), more=described[name].metrics[metric].more)
     return rows
 
 
