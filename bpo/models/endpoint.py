@@ -12,7 +12,6 @@ from typing import Any
 
 from bpo.params import Refusal
 
-LONGEST_LINE = 300  # characters of a server's message that are shown
 URL = r"https?://(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d+)?(/[^\s@?#]*)?"
 LOCAL = r"https?://(localhost|127(\.\d+){3}|\[::1\])([:/].*)?"
 MAY_PASS = (408, 409, 429)  # of HTTP's 4xx, those that are worth another try
@@ -20,10 +19,6 @@ REMEDIES = {401: "put a valid key into the environment variable {}",
             403: "put a key that may use it into the environment variable {}",
             404: "the url must end before /chat/completions, often in /v1, and the model must be "
                  "one that the server has"}
-
-
-class NoAnswer(Refusal):
-    """A request had no answer now but may have one later, unlike a request that is refused."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Endpoint:
 
     def answers(self, prompts: Sequence[Sequence[Mapping[str, str]]], *, temperature: float,
                 top_p: float, max_new_tokens: int, seeds: Sequence[int],
-                keep: Callable[[int, str], None] | None = None) -> list[str]:
+                keep: Callable[[int, str], None] = lambda place, text: None) -> list[str]:
         """One answer a prompt, in the prompts' order; "" where the model said nothing.
 
         prompts: messages {role, content} that end with the question.  seeds: one a prompt.
@@ -69,14 +64,20 @@ class Endpoint:
         """
         import openai  # takes a second, and few studies ask an endpoint
 
-        key, texts, failed, lock = self._key(), [None] * len(prompts), [], threading.Lock()
-        # A proxy cannot reach this machine's own servers.
-        http = openai.DefaultHttpxClient(trust_env=not re.fullmatch(LOCAL, self.url))
-        client = openai.OpenAI(base_url=self.url, api_key=key or "none", timeout=self.timeout,
-                               max_retries=self.retries, http_client=http)
+        local = re.fullmatch(LOCAL, self.url)
+        key = os.environ.get(self.key_variable, "").strip()
+        if not re.fullmatch("[!-~]*" if local else "[!-~]+", key):
+            raise Refusal(f"{self.url}: no key: put one without spaces, line breaks or accented "
+                          f"letters into the environment variable {self.key_variable}")
+        client = openai.OpenAI(
+            base_url=self.url, api_key=key or "none", timeout=self.timeout,
+            max_retries=self.retries,
+            # A proxy cannot reach this machine's own servers.
+            http_client=openai.DefaultHttpxClient(trust_env=not local))
+        texts, failures, lock = [None] * len(prompts), [], threading.Lock()
 
         def ask(place: int, messages: Sequence[Mapping[str, str]], seed: int) -> None:
-            if failed:
+            if failures:
                 return
             try:
                 reply = client.chat.completions.create(
@@ -86,11 +87,10 @@ class Endpoint:
                     raise ValueError(_first_line(getattr(reply, "error", reply), key))
                 text = (reply.choices[0].message.content or "").strip()
                 with lock:
-                    if keep is not None:
-                        keep(place, text)
+                    keep(place, text)
                 texts[place] = text
             except Exception as error:
-                failed.append(error)
+                failures.append(error)
 
         pool = ThreadPoolExecutor(self.at_once)
         try:
@@ -99,11 +99,12 @@ class Endpoint:
         finally:  # an interrupt does not wait
             pool.shutdown(wait=False, cancel_futures=True)
             client.close()
-        if failed:
-            raise self._refusal(failed[0], key, len(texts) - texts.count(None), len(texts))
+        if failures:
+            answered = f"{len(texts) - texts.count(None)} of this batch's {len(texts)}"
+            raise self._refusal(failures[0], key, answered)
         return texts
 
-    def _refusal(self, error: Exception, key: str, answered: int, count: int) -> Exception:
+    def _refusal(self, error: Exception, key: str, answered: str) -> Exception:
         """What is raised in place of an error of openai, which holds the request and so the key."""
         import openai
 
@@ -120,17 +121,9 @@ class Endpoint:
             seen = f"no usable reply: {_first_line(error.__cause__ or error, key)}"
         else:
             return error  # of `keep`
-        return NoAnswer(f"{where}: gave up (retries: {self.retries}), {seen}; {answered} of this "
-                        f"batch's {count} had been answered, and what was written so far is kept: "
-                        "the same command goes on from there")
-
-    def _key(self) -> str:
-        """The key, or "" for a server on this machine that may want none."""
-        key = os.environ.get(self.key_variable, "").strip()
-        if not re.fullmatch("[!-~]*" if re.fullmatch(LOCAL, self.url) else "[!-~]+", key):
-            raise Refusal(f"{self.url}: no key: put one without spaces, line breaks or accented "
-                          f"letters into the environment variable {self.key_variable}")
-        return key
+        return Refusal(f"{where}: gave up (retries: {self.retries}), {seen}; {answered} had been "
+                       "answered, and what was written so far is kept: the same command goes on "
+                       "from there")
 
 
 def _first_line(message: Any, key: str) -> str:
@@ -139,4 +132,4 @@ def _first_line(message: Any, key: str) -> str:
             (message[n] for n in ("error", "message", "detail") if message.get(n)), None)):
         message = inner
     text = str(message).replace(key, "<key>") if key else str(message)
-    return (text.strip().splitlines() or ["nothing"])[0][:LONGEST_LINE].strip().rstrip(".")
+    return (text.strip().splitlines() or ["nothing"])[0][:300].strip().rstrip(".")
