@@ -91,32 +91,32 @@ def ask(endpoint: Endpoint, folder: Path, benchmark: Judged, prompts: Sequence[M
     twice, and with all replies there no server and no key is needed. Raises Refusal as `endpoint`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file, scores = folder / REPLIES, {}
+    file = folder / REPLIES
+    scores = dict.fromkeys((n, r) for n in range(len(prompts)) for r in range(repeats))
+    settings = {"temperature": float(temperature), "top_p": TOP_P,
+                "max_new_tokens": benchmark.reply_tokens}
     with stages.locked(folder / ".replies.lock", f"{folder}: another process asks a judge and "
                        "writes its replies here; wait until it has ended"):
         replies = _read_replies(file)
-        left = [(n, r) for n in range(len(prompts)) for r in range(repeats)]
         for attempt in range(attempts):
-            # sha256 of all that a reply depends on; not the url, where the same judge may move
+            # all that a reply depends on; not the url, where the same judge may move
             keys = {(n, r): hashlib.sha256(json.dumps({
-                "model": endpoint.model, "messages": [dict(m) for m in prompts[n]],
-                "temperature": float(temperature), "top_p": TOP_P,
-                "max_new_tokens": benchmark.reply_tokens, "repeat": r, "attempt": attempt},
-                sort_keys=True).encode()).hexdigest() for n, r in left}
+                "model": endpoint.model, "messages": [dict(m) for m in prompts[n]], **settings,
+                "repeat": r, "attempt": attempt}, sort_keys=True).encode()).hexdigest()
+                for (n, r), score in scores.items() if score is None}
             # By key: a prompt that comes twice is asked once.
             new = {key: prompts[n] for (n, _), key in keys.items() if key not in replies}
-            if new:
-                _ask_new(endpoint, file, replies, new, temperature=temperature,
-                         max_new_tokens=benchmark.reply_tokens)
+            _ask_new(endpoint, file, replies, new, settings)
             scores |= {place: benchmark.parse(replies[key]) for place, key in keys.items()}
-            left = [place for place in left if scores[place] is None]
     return [[s for r in range(repeats) if (s := scores[n, r]) is not None]
             for n in range(len(prompts))]
 
 
 def _ask_new(endpoint: Endpoint, file: Path, replies: dict[str, str], new: Mapping[str, Messages],
-             **settings: float) -> None:
+             settings: Mapping[str, float]) -> None:
     """Adds the replies to `new` (key -> prompt) to the file and to `replies` as they come."""
+    if not new:
+        return
     keys = list(new)
     with tqdm(total=len(new), desc="judge's replies", unit="reply", leave=False) as bar:
         def keep(place: int, text: str) -> None:
@@ -128,7 +128,7 @@ def _ask_new(endpoint: Endpoint, file: Path, replies: dict[str, str], new: Mappi
             replies[keys[place]] = text
             bar.update()
 
-        endpoint.answers(list(new.values()), top_p=TOP_P, keep=keep, **settings,
+        endpoint.answers(list(new.values()), keep=keep, **settings,
                          seeds=[seed_for(0, "judge", k) % 2**31 for k in keys])
 
 
@@ -171,9 +171,9 @@ def one_score(reply: str, *, label: str, low: float, high: float, step: float = 
     """The number behind "<label>:", or that the first line consists of; None where there is none,
     where there are several, or where it is out of bounds or no multiple of `step`."""
     text = _verdict(reply)
-    found = (re.findall(rf"(?i)\b{label}\s*[:=]\s*{NUMBER}{ENDS}", text)
-             or re.findall(rf"\A{NUMBER}\.?\s*(?:\n|\Z)", text))
-    scores = {_number(*number, low=low, high=high) for number in found}
+    numbers = (re.findall(rf"(?i)\b{label}\s*[:=]\s*{NUMBER}{ENDS}", text)
+               or re.findall(rf"\A{NUMBER}\.?\s*(?:\n|\Z)", text))
+    scores = {_number(*number, low=low, high=high) for number in numbers}
     score = scores.pop() if len(scores) == 1 else None
     return None if score is None or step and score % step else (score,)
 
@@ -181,10 +181,10 @@ def one_score(reply: str, *, label: str, low: float, high: float, step: float = 
 def two_scores(reply: str, *, low: float, high: float) -> Score | None:
     """The two numbers that the first line consists of: the reference's and the answer's."""
     first = _verdict(reply).partition("\n")[0].strip()
-    found = re.fullmatch(rf"(?i)(?:scores?\s*[:=]\s*)?{NUMBER}[\s,;]+{NUMBER}\.?", first)
-    if found is None:
+    line = re.fullmatch(rf"(?i)(?:scores?\s*[:=]\s*)?{NUMBER}[\s,;]+{NUMBER}\.?", first)
+    if line is None:
         return None
-    scores = tuple(_number(found[n], found[n + 1], low=low, high=high) for n in (1, 3))
+    scores = tuple(_number(line[n], line[n + 1], low=low, high=high) for n in (1, 3))
     return None if None in scores else scores
 
 
@@ -219,11 +219,10 @@ def _mm_vet_questions(folder: Path) -> tuple[JudgedQuestion, ...]:
     except (ValueError, TypeError):
         raise Refusal(f"{file}: is not the JSON of the official file; fetch it again") from None
     for name, record in records.items():
-        where = f"{file}, {name}"
         image, text, answer, abilities = _fields(
-            record, where, imagename=str, question=str, answer=str, capability=list)
+            record, f"{file}, {name}", imagename=str, question=str, answer=str, capability=list)
         for ability in abilities:
-            _fields({"capability": ability}, where, capability=ABILITIES)
+            _fields({"capability": ability}, f"{file}, {name}", capability=ABILITIES)
         questions.append(JudgedQuestion(
             name, image, text, kind=" ".join(a for a in ABILITIES if a in abilities),
             label=re.sub(r"\s*<(AND|OR)>\s*", r" <\1> ", answer)))
@@ -279,28 +278,26 @@ def _mmhal_marks(question: Question, scores: Sequence[Score]) -> Counts:
 
 UNSCORED = {"unscored": Metric("questions without a score", False)}
 
+# 218 questions that need up to six abilities at once; a judge marks each answer from 0 to 1
+# (arXiv 2308.02490).
 MM_VET = Judged(
-    name="mm-vet", title="MM-Vet",
-    about="218 questions that need up to six abilities at once; a judge marks each answer from 0 "
-          "to 1 (arXiv 2308.02490).",
-    files={"questions": "mm-vet.json"}, images="images",
+    name="mm-vet", title="MM-Vet", files={"questions": "mm-vet.json"}, images="images",
     fetch="get mm-vet.zip of the MM-Vet project, which holds mm-vet.json and images/",
-    licence="CC BY-NC 4.0", max_new_tokens=1024, reply_tokens=64,
-    template=PROMPTS / "judge_mm_vet.txt",
+    licence="CC BY-NC 4.0", reply_tokens=64, template=PROMPTS / "judge_mm_vet.txt",
     metrics={"total": Metric("MM-Vet", True),
              **{n: Metric(label, True) for n, label in ABILITIES.items()}, **UNSCORED},
     load=_mm_vet_questions, parse=partial(one_score, label="score", low=0, high=1),
     marks=_mm_vet_marks)
 
+# 60 questions about 24 images; a judge rates GPT-4's answer, which was written from a description
+# of the image, and the model's from 1 to 10 (arXiv 2304.08485).
 LLAVA_BENCH = Judged(
     name="llava-bench", title="LLaVA-Bench (in the Wild)",
-    about="60 questions about 24 images; a judge rates GPT-4's answer, which was written from a "
-          "description of the image, and the model's from 1 to 10 (arXiv 2304.08485).",
     files={"questions": "questions.jsonl", "references": "answers_gpt4.jsonl",
            "contexts": "context.jsonl"}, images="images",
     fetch="get the data set llava-bench-in-the-wild of the LLaVA project, all of it",
-    licence="not stated in its files: see the data set's page",
-    max_new_tokens=1024, reply_tokens=1024, template=PROMPTS / "judge_llava_bench.txt",
+    licence="not stated in its files: see the data set's page", reply_tokens=1024,
+    template=PROMPTS / "judge_llava_bench.txt",
     metrics={"total": Metric("LLaVA-Bench", True),
              **{n: Metric(label, True) for n, label in CATEGORIES.items()},
              "answer_score": Metric("score of the answers, 1 to 10", True),
@@ -308,14 +305,14 @@ LLAVA_BENCH = Judged(
     load=_llava_bench_questions, parse=partial(two_scores, low=1, high=10),
     marks=_llava_bench_marks)
 
+# 96 questions of eight types that invite hallucination; a judge rates each answer from 0 to 6,
+# below 3 if it hallucinates (arXiv 2309.14525).
 MMHAL = Judged(
-    name="mmhal", title="MMHal-Bench",
-    about="96 questions of eight types that invite hallucination; a judge rates each answer from 0 "
-          "to 6, below 3 if it hallucinates (arXiv 2309.14525).",
-    files={"questions": "response_template.json"}, images="images",
+    name="mmhal", title="MMHal-Bench", files={"questions": "response_template.json"},
+    images="images",
     fetch="get response_template.json and images/ of the data set MMHal-Bench (rename the file "
           "where it is called mmhal-bench_answer_template.json)",
-    licence="Apache-2.0, without the images", max_new_tokens=1024, reply_tokens=1024,
+    licence="Apache-2.0, without the images", reply_tokens=1024,
     template=PROMPTS / "judge_mmhal.txt",
     metrics={"rating": Metric("rating, 0 to 6", True),
              "hallucination": Metric("answers that hallucinate", False),
