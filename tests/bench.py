@@ -124,7 +124,7 @@ def _weakening(checkpoint: checkpoints.Checkpoint, rows: list[Row]) -> dict[str,
 
     def file_order() -> None:
         for at in range(0, len(requests), FILE_BATCH):
-            batch = generate.encode_view(checkpoint, requests[at:at + FILE_BATCH], NOISY, seed=0)
+            batch = generate.encode_batch(checkpoint, requests[at:at + FILE_BATCH], NOISY, seed=0)
             with torch.no_grad():
                 tokens = checkpoint.model.generate(
                     **batch, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=TOKENS)
@@ -153,7 +153,7 @@ def _weakening(checkpoint: checkpoints.Checkpoint, rows: list[Row]) -> dict[str,
 def one_at_a_time(checkpoint: checkpoints.Checkpoint, request: Request) -> str:
     """An answer as the release decodes it: batch 1, a clean and a noisy forward pass a token, each
     branch with its own cache, sampled from the contrast of both."""
-    branches = [generate.encode_view(checkpoint, [request], view, seed=0)
+    branches = [generate.encode_batch(checkpoint, [request], view, seed=0)
                 for view in (None, NOISY)]
     caches = [DynamicCache(), DynamicCache()]
     masks = [b.pop("attention_mask") for b in branches]

@@ -71,6 +71,10 @@ def requests(data_file):
             for r in data_rows.read_rows(data_file)[0]]
 
 
+def pixels(checkpoint, requests, view=None, seed=0):
+    return generate.encode_batch(checkpoint, requests, view, seed=seed)["pixel_values"]
+
+
 def answers(checkpoint, requests, **options):
     return generate.decode(checkpoint, generate.encode_batch(checkpoint, requests, **options),
                            max_new_tokens=6)
@@ -95,9 +99,9 @@ def test_every_token_of_a_prompt_is_known(checkpoint, requests):
 
 @pytest.mark.parametrize("step", (0, 700))
 def test_a_row_s_pixels_are_the_same_alone_as_in_a_batch(checkpoint, requests, step):
-    batch = generate.encode_batch(checkpoint, requests, noise_step=step, seed=3)["pixel_values"]
+    batch = generate.encode_batch(checkpoint, requests, View("noisy", step), seed=3)["pixel_values"]
     for i in (0, 5, len(requests) - 1):
-        alone = generate.encode_batch(checkpoint, [requests[i]], noise_step=step, seed=3)
+        alone = generate.encode_batch(checkpoint, [requests[i]], View("noisy", step), seed=3)
         assert torch.equal(alone["pixel_values"][0], batch[i])
 
 
@@ -106,12 +110,11 @@ def test_each_row_has_its_own_draw_of_noise(checkpoint, requests):
     assert same_image[0].image == same_image[1].image
     clean = generate.encode_batch(checkpoint, same_image)["pixel_values"]
     assert torch.equal(clean[0], clean[1])
-    noised = generate.encode_batch(checkpoint, same_image, noise_step=500, seed=3)["pixel_values"]
+    noised = pixels(checkpoint, same_image, View("noisy", 500), seed=3)
     assert not torch.allclose(noised[0], noised[1])
     draw = torch_generator(3, "noise", same_image[0].id, 500, 0)
     assert torch.equal(noised[0], add_noise(clean[:1], 500, draw)[0])
-    other = generate.encode_batch(checkpoint, same_image, noise_step=500, seed=4)["pixel_values"]
-    assert not torch.allclose(noised, other)
+    assert not torch.allclose(noised, pixels(checkpoint, same_image, View("noisy", 500), seed=4))
 
 
 def test_greedy_answers_are_the_same_every_time_and_alone(checkpoint, requests):
@@ -180,10 +183,6 @@ def test_a_text_model_answers_without_an_image(text_checkpoint):
 
 
 # --- weakening ----------------------------------------------------------------------------------
-
-def pixels(checkpoint, requests, view):
-    return generate.encode_view(checkpoint, requests, view, seed=0)["pixel_values"]
-
 
 def test_every_mode_weakens_the_image_in_its_own_way(checkpoint, requests):
     asked = [replace(requests[0], other=requests[3].image)]
@@ -275,13 +274,13 @@ def test_both_branches_of_a_contrast_stay_apart_beyond_the_first_token(checkpoin
 @torch.no_grad()
 def test_a_contrast_decodes_what_two_plain_forward_passes_a_token_give(checkpoint, requests):
     asked, view, steps = requests[:3], View("reverse_contrast", 900), 6
-    clean = generate.encode_view(checkpoint, asked, None, seed=0)
-    dull = generate.encode_view(checkpoint, asked, view, seed=0)
+    clean = generate.encode_batch(checkpoint, asked, None, seed=0)
+    dull = generate.encode_batch(checkpoint, asked, view, seed=0)
     both = {n: torch.cat([clean[n], v]) for n, v in dull.items()}
     found = generate.decode(checkpoint, both, max_new_tokens=steps, contrast=generate.Contrast(
         "reverse_contrast", strength=1.0, cutoff=0.1))
     for i, text in enumerate(found):
-        rows = [generate.encode_view(checkpoint, [asked[i]], v, seed=0) for v in (None, view)]
+        rows = [generate.encode_batch(checkpoint, [asked[i]], v, seed=0) for v in (None, view)]
         ids = rows[0]["input_ids"]
         for _ in range(steps):
             sharp, noised = (torch.log_softmax(checkpoint.model(

@@ -188,7 +188,7 @@ def test_scores_are_the_model_s_log_probs_under_both_images(uninterrupted, param
     text = encoding.answer_text(checkpoint, request.messages, line["candidates"][0]["text"],
                                 image=True)
     for name, seen in (("logp_clean", None), ("logp_noisy", view)):
-        inputs = generate.encode_view(checkpoint, [request], seen, seed=parameters.seed)
+        inputs = generate.encode_batch(checkpoint, [request], seen, seed=parameters.seed)
         [[alone]] = logprobs.weigh_unpacked(checkpoint, inputs,
                                             [[encoding.answer_ids(checkpoint, text)]])
         assert line["candidates"][0]["scores"][name] == pytest.approx(

@@ -376,7 +376,7 @@ def test_images_of_other_sizes_decode_in_a_batch_as_alone(qwen, asked, view):
 
 
 def test_all_frames_of_a_still_image_get_the_same_noise_at_its_full_strength(qwen, asked):
-    clean, noised = (generate.encode_view(qwen, asked[:1], v, seed=0)["pixel_values"]
+    clean, noised = (generate.encode_batch(qwen, asked[:1], v, seed=0)["pixel_values"]
                      for v in (None, View("noisy", 900)))
     share = noise.alpha_bars()[900].item()
     frames = (noised - share**0.5 * clean).unflatten(1, (3, 2, -1))
@@ -391,7 +391,7 @@ def test_positions_in_three_dimensions_are_packed_with_the_log_probs_of_trl_s_co
     answers = ["A cat.", "No dog is here"]
     ids = [[encoding.answer_tokens(qwen, r.messages, a)
             for a in answers] for r in asked]
-    batch = generate.encode_view(qwen, asked, None, seed=0)
+    batch = generate.encode_batch(qwen, asked, None, seed=0)
     assert logprobs.choose(qwen, batch, ids) is logprobs.weigh
     assert capsys.readouterr().out == ""
     # TRL's collator, with its own padding, comes to the same log-probs.

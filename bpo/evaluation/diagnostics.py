@@ -58,10 +58,10 @@ def weigh(checkpoint: Checkpoint, methods: Sequence[str], rows: Mapping[str, Row
     """
     tokens = [[encoding.answer_tokens(checkpoint, r.messages, rows[r.id].answer)] for r in batch]
     blind = [Request(r.id, r.messages, None, r.length) for r in batch]
-    inputs = {"right": generate.encode_view(checkpoint, batch, None, seed=seed),
-              "swapped": generate.encode_view(checkpoint, batch, View("swapped"), seed=seed),
-              "none": generate.encode_view(checkpoint, blind, None, seed=seed),
-              "noisy": generate.encode_view(checkpoint, batch, View("noisy", step), seed=seed)}
+    inputs = {"right": generate.encode_batch(checkpoint, batch, None, seed=seed),
+              "swapped": generate.encode_batch(checkpoint, batch, View("swapped"), seed=seed),
+              "none": generate.encode_batch(checkpoint, blind, None, seed=seed),
+              "noisy": generate.encode_batch(checkpoint, batch, View("noisy", step), seed=seed)}
     lines = [{"id": r.id, "image": rows[r.id].image_name, "category": rows[r.id].category,
               "question": rows[r.id].question, "answer": rows[r.id].answer,
               "tokens": [checkpoint.tokenizer.decode([t]) for t in ids], "logprobs": {}}

@@ -1,8 +1,7 @@
 """Decoding of many answers: clean, from weakened images, or two branches against each other.
 
 Draws are seeded by row, so they do not depend on the batch that a row sits in. Logits may differ in
-their last bits between batches of another make-up, so bytes are promised for one plan of batches,
-however it is interrupted or dealt out to processes (`shards`).
+their last bits between other batches, so bytes are promised for one plan of batches (`shards`).
 """
 
 import functools
@@ -37,15 +36,8 @@ class Request:
     other: Path | None = None
 
 
-def encode_batch(checkpoint: Checkpoint, requests: Sequence[Request], *, noise_step: int = 0,
+def encode_batch(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None = None, *,
                  seed: int = 0) -> dict[str, torch.Tensor]:
-    """The requests' prompts as one left-padded batch, each image noised by its row's own draw."""
-    view = View("noisy", noise_step) if noise_step else None
-    return encode_view(checkpoint, requests, view, seed=seed)
-
-
-def encode_view(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None, *,
-                seed: int) -> dict[str, torch.Tensor]:
     """The requests' prompts as one left-padded batch with their images weakened, or clean (None).
 
     A view of two branches gives its weakened one.
@@ -55,30 +47,23 @@ def encode_view(checkpoint: Checkpoint, requests: Sequence[Request], view: View 
 
 def encode_views(checkpoint: Checkpoint, requests: Sequence[Request],
                  views: Sequence[View | None], *, seed: int) -> list[dict[str, torch.Tensor]]:
-    """A batch a view, as `encode_view` gives it; views that differ in the processor's pixels alone
+    """A batch a view, as `encode_batch` gives it; views that differ in the processor's pixels alone
     share its work."""
-    encoded = functools.partial(_encoded, checkpoint, requests, seed=seed)
-    clean = functools.cache(lambda: encoded(None))
-    batches = []
-    for view in views:
-        if view is None:
-            rows = clean()
-        elif view.way.pixels is None:
-            rows = encoded(view)
-        else:
-            rows = [row | {"pixel_values": view.way.pixels(
-                row["pixel_values"], Draw(view, request.id, seed, checkpoint.processor))}
-                for row, request in zip(clean(), requests, strict=True)]
-        batches.append(encoding.collate(checkpoint, rows))
-    return batches
+    @functools.cache
+    def encoded(view: View | None) -> list[dict[str, torch.Tensor]]:
+        pictures = [_picture(checkpoint.processor, r, view, seed=seed) for r in requests]
+        texts = [encoding.prompt_text(checkpoint, r.messages, image=i is not None)
+                 for r, i in zip(requests, pictures, strict=True)]
+        return encoding.encode_all(checkpoint, texts, pictures)
 
+    def rows(view: View | None) -> list[dict[str, torch.Tensor]]:
+        if view is None or view.way.pixels is None:
+            return encoded(view)
+        return [row | {"pixel_values": view.way.pixels(
+            row["pixel_values"], Draw(view, request.id, seed, checkpoint.processor))}
+            for row, request in zip(encoded(None), requests, strict=True)]
 
-def _encoded(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None, *,
-             seed: int) -> list[dict[str, torch.Tensor]]:
-    pictures = [_picture(checkpoint.processor, r, view, seed=seed) for r in requests]
-    texts = [encoding.prompt_text(checkpoint, r.messages, image=i is not None)
-             for r, i in zip(requests, pictures, strict=True)]
-    return encoding.encode_all(checkpoint, texts, pictures)
+    return [encoding.collate(checkpoint, rows(view)) for view in views]
 
 
 def _picture(processor: Any, request: Request, view: View | None, *, seed: int
@@ -184,12 +169,12 @@ def sample_answers(checkpoint: Checkpoint, requests: Sequence[Request],
     Draws are seeded by (seed, purpose, row id, number of the sample). temperature 0: the likeliest
     tokens, one answer a request.
     """
-    draws = [torch_generator(seed, purpose, r.id, k) for r in requests for k in range(samples)]
-    contrast = None
+    contrast, branches = None, 1
     if view is not None and view.two_branches:
         contrast = Contrast(view.mode, strength=contrast_strength, cutoff=contrast_cutoff)
-        # The branches take the same draws: the same token comes out for both.
-        draws += [torch_generator(seed, purpose, r.id, k) for r in requests for k in range(samples)]
+        branches = 2  # that take the same draws: the same token comes out for both
+    draws = [torch_generator(seed, purpose, r.id, k)
+             for _ in range(branches) for r in requests for k in range(samples)]
     sampling = SeededSampling(draws, temperature=temperature, top_p=top_p) if temperature else None
     texts = decode(checkpoint, inputs, max_new_tokens=max_new_tokens, samples=samples,
                    sampling=sampling, contrast=contrast)

@@ -180,8 +180,8 @@ def _lengths(checkpoint: Checkpoint, rows: LineFile, root: Path) -> tuple[np.nda
     largest = 0
     for number in np.unique(np.linspace(0, len(rows) - 1, MEASURED_IMAGES).astype(int)).tolist():
         row = Row.from_line(rows[number], root)
-        whole = generate.encode_view(checkpoint, [Request(row.id, row.prompt, row.image)], None,
-                                     seed=0)["input_ids"].shape[1]
+        whole = generate.encode_batch(
+            checkpoint, [Request(row.id, row.prompt, row.image)])["input_ids"].shape[1]
         largest = max(largest, whole - int(prompts[number]))
     return prompts + largest, answers
 
@@ -265,7 +265,7 @@ def _ids(checkpoint: Checkpoint, asked: Sequence[_Asked]) -> list[list[list[int]
 
 @torch.no_grad()
 def _scorer(checkpoint: Checkpoint, asked: Sequence[_Asked]) -> logprobs.Scorer:
-    inputs = generate.encode_view(checkpoint, [r for r, _, _ in asked], None, seed=0)
+    inputs = generate.encode_batch(checkpoint, [r for r, _, _ in asked])
     return logprobs.choose(checkpoint, inputs, _ids(checkpoint, asked))
 
 
