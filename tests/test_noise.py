@@ -27,13 +27,7 @@ def test_the_schedule_falls_strictly_from_almost_one():
     assert (shares[1:] < shares[:-1]).all()
 
 
-@pytest.mark.parametrize("step, decibels", {500: 4.7, 700: -2.7, 900: -8.1}.items())
-def test_the_signal_to_noise_ratio_is_in_decibels(step, decibels):
-    assert round(noise.signal_to_noise(step), 1) == decibels
-
-
 def test_the_clean_image_has_no_noise_at_all():
-    assert noise.signal_to_noise(0) == float("inf")
     pixels = torch.rand(1, 3, 8, 8)
     assert noise.add_noise(pixels, 0, generator()) is pixels
 
@@ -81,8 +75,6 @@ def test_the_number_format_of_the_pixels_is_kept():
 def test_steps_outside_the_schedule_are_refused(step):
     with pytest.raises(ValueError, match=f"noise step {step} is outside"):
         noise.add_noise(torch.zeros(1), step, generator())
-    with pytest.raises(ValueError, match=f"noise step {step} is outside"):
-        noise.signal_to_noise(step)
 
 
 def test_a_name_always_gives_the_same_seed():

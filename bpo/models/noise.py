@@ -21,14 +21,6 @@ def alpha_bars() -> torch.Tensor:
     return torch.cumprod(1 - (ramp * (0.5e-2 - 1e-5) + 1e-5), dim=0)
 
 
-def signal_to_noise(step: int) -> float:
-    """abar_t / (1 - abar_t) in decibels; infinite at step 0, the clean image."""
-    if step == 0:
-        return float("inf")
-    share = alpha_bars()[_checked(step)]
-    return float(10 * torch.log10(share / (1 - share)))
-
-
 def add_noise(pixels: torch.Tensor, step: int, generator: torch.Generator) -> torch.Tensor:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps on the processor's normalised pixels.
 
@@ -36,14 +28,10 @@ def add_noise(pixels: torch.Tensor, step: int, generator: torch.Generator) -> to
     step: 0 .. 999; 0 returns the clean pixels themselves, so that "no noise" is exactly that.
     generator: a CPU generator; eps is drawn in float32, so it is the same on every device.
     """
-    if _checked(step) == 0:
+    if not 0 <= step < STEPS:
+        raise ValueError(f"noise step {step} is outside 0 .. {STEPS - 1}")
+    if step == 0:
         return pixels
     share = float(alpha_bars()[step])
     eps = torch.randn(pixels.shape, generator=generator, dtype=torch.float32)
     return share**0.5 * pixels + (1 - share) ** 0.5 * eps.to(pixels)
-
-
-def _checked(step: int) -> int:
-    if not 0 <= step < STEPS:
-        raise ValueError(f"noise step {step} is outside 0 .. {STEPS - 1}")
-    return step
