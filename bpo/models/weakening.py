@@ -42,10 +42,8 @@ class Weakening:
 
 @dataclass(frozen=True)
 class View:
-    """A way of weakening an image, for noise its step, and the number of the draw.
-
-    crop_share: of each side, for crop.
-    """
+    """A way of weakening an image with its draw's number, for noise its step, and for crop the
+    share of each side that is left."""
 
     mode: str
     step: int = 0
@@ -58,9 +56,9 @@ class View:
 
     @property
     def name(self) -> str:
-        step = [str(self.step)] if self.way.stepped else []
-        draw = [str(self.draw)] if self.way.drawn else []
-        return "-".join([self.mode, *step, *draw])
+        step = f"-{self.step}" if self.way.stepped else ""
+        draw = f"-{self.draw}" if self.way.drawn else ""
+        return self.mode + step + draw
 
     @property
     def two_branches(self) -> bool:
@@ -88,7 +86,7 @@ def noise(pixels: "Tensor", draw: Draw) -> "Tensor":
 
 
 def crop(image: Image.Image, draw: Draw) -> Image.Image:
-    """A piece of the image at a random place, `crop_share` of each side, in the image's size."""
+    """A piece of the image at a random place, in the image's size."""
     rng = numpy_generator(draw.seed, "crop", draw.row, draw.view.draw)
     width, height = (max(1, round(side * draw.view.crop_share)) for side in image.size)
     left = int(rng.integers(0, image.width - width + 1))
@@ -102,11 +100,6 @@ def blank(image: Image.Image, draw: Draw) -> Image.Image:
     from bpo.models import encoding  # here: it loads torch
 
     return Image.new("RGB", image.size, encoding.mean_colour(draw.processor))
-
-
-def no_pixels(pixels: "Tensor", draw: Draw) -> "Tensor":
-    """Zeros: what `blank` is but for the rounding to 256 levels."""
-    return pixels.new_zeros(pixels.shape)
 
 
 def swap(image: Image.Image, draw: Draw) -> Image.Image:
@@ -140,6 +133,7 @@ WEAKENINGS = {way.name: way for way in (
               pixels=noise, mix=less_weakened, stepped=True),
     Weakening("crop", "a piece of the image at a random place, crop_share of each side",
               picture=crop),
+    # Zeros are what `blank` gives but for the rounding to 256 levels.
     Weakening("blank", "the processor's mean colour: no image at all", picture=blank,
-              pixels=no_pixels, drawn=False),
+              pixels=lambda pixels, draw: pixels.new_zeros(pixels.shape), drawn=False),
     Weakening("swapped", "another row's image: the wrong one", picture=swap, other=True))}
