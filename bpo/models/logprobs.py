@@ -1,5 +1,5 @@
 """The log-probs of several answers to one prompt: all in one pass over it, where the model allows
-(`branches`), or each in a pass of its own."""
+(`prefix`), or each in a pass of its own."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,70 +22,63 @@ class Weighed:
     state: torch.Tensor
 
 
-# (checkpoint, left-padded prompts, answers' token ids [b][k]) -> [b][k]
-Scorer = Callable[..., list[list[Weighed]]]
+Answers = Sequence[Sequence[Sequence[int]]]  # [b][k]: the token ids of an answer to prompt b
+# (checkpoint, prompts (B, S) as `encoding.collate` gives them, answers) -> [b][k]
+Scorer = Callable[[Checkpoint, dict[str, torch.Tensor], Answers], list[list[Weighed]]]
 
 
-def weigh(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
-          answers: Sequence[Sequence[Sequence[int]]]) -> list[list[Weighed]]:
-    """Every answer of every row, all answers of a row in one pass over its prompt.
-
-    batch: left-padded prompts (B, S) as `encoding.collate` gives them.
-    answers[b]: token ids of each answer to prompt b; rows may have different numbers of answers.
-    Not exact for every family; see `choose`, which tries on the data at hand.
-    """
-    prompt, longest = batch["input_ids"], max(len(a) for row in answers for a in row)
+def weigh(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], answers: Answers
+          ) -> list[list[Weighed]]:
+    """Every answer of every row, all answers of a row in one pass over its prompt. Not exact for
+    every family; see `choose`, which tries on the data at hand."""
+    prompt = batch["input_ids"]
     begins = (prompt.shape[1] - batch["attention_mask"].sum(1)).tolist()
-    rows, spans, owners, tails = [], [], [], []
-    for b, mine in enumerate(answers):
-        for k, answer in enumerate(mine):
-            rows.append(b)
-            owners.append((b, k))
-            spans.append((begins[b], prompt.shape[1], prompt.shape[1] + len(answer)))
-            tails.append([*answer, *[0] * (longest - len(answer))])
-    width = prompt.shape[1] + longest
-    placed = prefix.layout(spans, owners, width=width,
+    sequences = [(b, k, answer) for b, row in enumerate(answers) for k, answer in enumerate(row)]
+    longest = max(len(answer) for _, _, answer in sequences)
+    spans = [(begins[b], prompt.shape[1], prompt.shape[1] + len(answer))
+             for b, _, answer in sequences]
+    placed = prefix.layout(spans, [(b, k) for b, k, _ in sequences],
+                           width=prompt.shape[1] + longest,
                            rows=not prefix.in_use(checkpoint.base))
     placed = {n: v.to(checkpoint.device) if isinstance(v, torch.Tensor) else v
               for n, v in placed.items()}
-    tails = torch.tensor(tails, device=checkpoint.device)
+    rows = [b for b, _, _ in sequences]
     padded = {n: torch.nn.functional.pad(v[rows], (0, longest), value=int(n == "attention_mask"))
               if v.shape == prompt.shape else v for n, v in batch.items()}
-    padded["input_ids"][:, prompt.shape[1]:] = tails
+    padded["input_ids"][:, prompt.shape[1]:] = torch.tensor(
+        [[*answer, *[0] * (longest - len(answer))] for _, _, answer in sequences])
     hidden = checkpoint.base.base_model(
         **prefix.inputs(checkpoint.base, placed, padded), use_cache=False).last_hidden_state
-    hidden = hidden.flatten(0, 1)[placed["answers"]]
-    weighed = iter(_weighed(checkpoint, hidden, [a for row in answers for a in row]))
+    weighed = iter(_weighed(checkpoint, hidden.flatten(0, 1)[placed["answers"]],
+                            [answer for _, _, answer in sequences]))
     return [[next(weighed) for _ in row] for row in answers]
 
 
-def weigh_unpacked(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
-                   answers: Sequence[Sequence[Sequence[int]]]) -> list[list[Weighed]]:
+def weigh_unpacked(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], answers: Answers
+                   ) -> list[list[Weighed]]:
     """The same numbers with each answer in a pass of its own: right for all families, slower."""
+    prompt = batch["input_ids"]
     out: list[list[Weighed]] = [[] for _ in answers]
     for k in range(max(map(len, answers))):
         # Rows with fewer answers repeat their last one, so that the images stay a whole batch.
         tokens = [a[min(k, len(a) - 1)] for a in answers]
         longest = max(map(len, tokens))
-        tail = torch.full((len(tokens), longest), checkpoint.tokenizer.pad_token_id)
-        seen = torch.zeros_like(tail)
+        inputs = {n: torch.nn.functional.pad(v, (0, longest)) if v.shape == prompt.shape else v
+                  for n, v in batch.items()}
+        inputs["input_ids"][:, prompt.shape[1]:] = checkpoint.tokenizer.pad_token_id
         for b, answer in enumerate(tokens):
-            tail[b, :len(answer)], seen[b, :len(answer)] = torch.tensor(answer), 1
-        ids = torch.cat([batch["input_ids"], tail.to(checkpoint.device)], dim=1)
-        mask = torch.cat([batch["attention_mask"], seen.to(checkpoint.device)], dim=1)
-        others = {n: torch.nn.functional.pad(v, (0, longest)) if v.shape == batch["input_ids"].shape
-                  else v for n, v in batch.items() if n not in ("input_ids", "attention_mask")}
-        hidden = checkpoint.base.base_model(
-            input_ids=ids, attention_mask=mask, use_cache=False, **others).last_hidden_state
-        hidden = hidden[:, batch["input_ids"].shape[1] - 1:-1]
+            end = prompt.shape[1] + len(answer)
+            inputs["input_ids"][b, prompt.shape[1]:end] = torch.tensor(answer)
+            inputs["attention_mask"][b, prompt.shape[1]:end] = 1
+        hidden = checkpoint.base.base_model(**inputs, use_cache=False).last_hidden_state
+        hidden = hidden[:, prompt.shape[1] - 1:-1]
         for b, answer in enumerate(answers):
             if k < len(answer):
                 out[b] += _weighed(checkpoint, hidden[b], [answer[k]])
     return out
 
 
-def choose(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
-           answers: Sequence[Sequence[Sequence[int]]]) -> Scorer:
+def choose(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], answers: Answers) -> Scorer:
     """`weigh` if it is exact for this model on this batch, else the unpacked way, said.
 
     The bound is what float rounding leaves: 1e-3 nats a token in float32, 0.1 in bfloat16.
@@ -107,14 +100,14 @@ def choose(checkpoint: Checkpoint, batch: dict[str, torch.Tensor],
     return weigh_unpacked
 
 
-def _weighed(checkpoint: Checkpoint, hidden: torch.Tensor,
-             answers: Sequence[Sequence[int]]) -> list[Weighed]:
+def _weighed(checkpoint: Checkpoint, hidden: torch.Tensor, answers: Sequence[Sequence[int]]
+             ) -> list[Weighed]:
     """Answers from the hidden states that predict their tokens, end to end (only those go through
     the output layer)."""
     sizes = [len(a) for a in answers]
     hidden = hidden[:sum(sizes)]
     logits = checkpoint.base.get_output_embeddings()(hidden).float()
     targets = torch.tensor([t for a in answers for t in a], device=logits.device)
-    chains = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0].cpu()
-    return [Weighed(c, h.mean(0)) for c, h in zip(chains.split(sizes),
+    logps = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0].cpu()
+    return [Weighed(c, h.mean(0)) for c, h in zip(logps.split(sizes),
                                                   hidden.float().cpu().split(sizes), strict=True)]
