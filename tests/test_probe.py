@@ -8,6 +8,7 @@ import pytest
 from bpo.data import rows as data_rows
 from bpo.evaluation import probe
 from bpo.models import generate, logprobs
+from bpo.models.weakening import View
 from bpo.params import NoiseProbability, Refusal
 from bpo.reports import tables
 
@@ -166,7 +167,7 @@ def test_without_a_truth_file_the_prior_s_answer_is_what_the_model_says_blindly(
     for row_id, known in candidates.items():
         assert known["true"] == [rows[row_id].answer]
         request = generate.Request(row_id, rows[row_id].prompt, rows[row_id].image)
-        blind = generate.encode_batch(checkpoint, [request], noise_step=999, seed=p.seed)
+        blind = generate.encode_batch(checkpoint, [request], View("noisy", 999), seed=p.seed)
         assert known["prior"] == generate.decode(checkpoint, blind, max_new_tokens=5)
 
 
@@ -221,12 +222,13 @@ def test_sampled_answers_are_counted_by_kind():
 
 
 def test_candidates_of_a_kind_are_summed_and_a_shared_first_token_counts_once():
-    line = look("a", 0, 0.2, 0.1)
+    line = look("a", 0, 0.2, 0.1, sampled="red")
     line["answers"].append({**line["answers"][0], "text": "red one", "logp": math.log(0.05),
                             "tokens": 4})
-    assert probe._value(line, "p", "true") == pytest.approx(0.25)
-    assert probe._value(line, "p_first", "true") == pytest.approx(0.4)
-    assert probe._value(line, "logp", "true") == pytest.approx(math.log(0.05) / 4)
+    found = probe.summary([line], [0], seed=0)
+    assert found["p_true"] == [pytest.approx(0.25, abs=1e-6)]
+    assert found["p_true_first"] == [pytest.approx(0.4, abs=1e-6)]
+    assert found["logp_true"] == [pytest.approx(math.log(0.05) / 4, abs=1e-6)]
 
 
 def test_curves_are_named_for_people():

@@ -1,8 +1,7 @@
 """Notebook 1's work: the probability of given answers while the image drowns in noise.
 
 For each image the candidates are the true answers and those that the language prior suggests. All
-candidates of an image share one pass over its prefix (`branches`); a first batch is computed both
-ways, and a model for which packing is not exact is probed without it.
+candidates of an image share one pass over its prompt (`logprobs`), where that is exact.
 """
 
 import json
@@ -23,6 +22,7 @@ from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
+from bpo.models.weakening import View
 from bpo.params import NoiseProbability, Refusal
 from bpo.study import results, seeds, shards
 from bpo.study import stage as stages
@@ -31,6 +31,7 @@ from bpo.study.results import Estimate, Result
 
 RESAMPLES = 2000
 KINDS = ("true", "prior")
+MEASURES = ("p_{}", "p_{}_first", "logp_{}")  # of the answers of a kind, see `summary`
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Look:
     row: Row
     step: int
     draw: int
-    length: int
+    length: int = 0
 
 
 def run(p: NoiseProbability) -> stages.Result:
@@ -55,28 +56,32 @@ def run(p: NoiseProbability) -> stages.Result:
 
 def work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
     """Writes the looks and answers of notebook 1 into a folder, and returns its metrics."""
-    rows, skipped = data_rows.list_rows(p.path(p.data), p.optional_path(p.image_folder))
+    data = p.path(p.data)
+    rows, skipped = data_rows.list_rows(data, p.optional_path(p.image_folder))
     rows = [r for r in rows if not p.category or r.category == p.category]
     if p.question:
-        rows = _one_question(rows, p.question)
+        rows = [asked(p, r) for r in {r.image: r for r in reversed(rows)}.values()]
     if not rows:
-        raise Refusal(f"{p.path(p.data)}: no row has the category {p.category!r}; "
-                      "set category to an empty text to use all")
+        raise Refusal(f"{data}: no row has the category {p.category!r}; set category to an empty "
+                      "text to use all")
     rows, bad = data_rows.open_images(
         data_rows.draw_rows(rows, p.rows, p.seed, purpose="probe rows"))
     if not rows:
-        raise Refusal(f"{p.path(p.data)}: no image can be used: {data_rows.told(bad)}")
-    skipped += bad
+        raise Refusal(f"{data}: no image can be used: {data_rows.told(bad)}")
     checkpoint = checkpoints.load(p.path(p.model), precision=p.precision,
                                   transform=p.image_transform)
     candidates, unused = _candidates(p, checkpoint, rows)
     rows = [r for r in rows if r.id in candidates]
     if not rows:
-        raise Refusal(f"{p.path(p.data)}: no row is left to analyse: " + ", ".join(
-            f"{n} {r}" for r, n in unused.items()))
+        raise Refusal(f"{data}: no row is left to analyse: {data_rows.told(unused)}")
     write_whole(folder / "candidates.json", to_json(candidates, indent=1))
-    score = _scorer(p, checkpoint, rows, candidates)
-    looks = _looks(rows, p)
+    # A row's looks stay together; step 0 has no noise and so a single draw.
+    looks = [Look(f"{row.id}|{step}|{draw}", row, step, draw, len(rows) - number)
+             for number, row in enumerate(rows) for step in p.noise_steps
+             for draw in range(p.draws if step else 1)]
+    with torch.no_grad():
+        score = logprobs.choose(checkpoint, _encode(p, checkpoint, looks[:4]),
+                                _answer_ids(checkpoint, looks[:4], candidates))
     sampled = {r.id for r in rows[:p.sampled_answers]}
     lines = shards.run_on(
         folder / "looks.jsonl", looks, p.batch_size,
@@ -84,15 +89,14 @@ def work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
         label="noise steps")
     curves = summary(lines, p.noise_steps, seed=p.seed)
     results.write(folder, tidy(curves, images=len(rows)))
-    return {**curves, "images": len(rows),
-            "prefix_shared": score is logprobs.weigh,
-            "rows_skipped": dict(sorted((skipped + unused).items()))}
+    return {**curves, "images": len(rows), "prefix_shared": score is logprobs.weigh,
+            "rows_skipped": dict(sorted((skipped + bad + unused).items()))}
 
 
-def _one_question(rows: Sequence[Row], question: str) -> list[Row]:
-    """One row an image, asking the question that the user set."""
-    firsts = {r.image: r for r in reversed(rows)}
-    return [replace(r, prompt=({"role": "user", "content": question},)) for r in firsts.values()]
+def asked(p: NoiseProbability, row: Row) -> Row:
+    """The row with the question that the user set, where there is one."""
+    prompt = ({"role": "user", "content": p.question},)
+    return replace(row, prompt=prompt) if p.question else row
 
 
 def _candidates(p: NoiseProbability, checkpoint: Checkpoint, rows: Sequence[Row]
@@ -103,36 +107,23 @@ def _candidates(p: NoiseProbability, checkpoint: Checkpoint, rows: Sequence[Row]
     annotated answer against what the model itself says at the last noise step, decoded greedily.
     """
     if p.question:
-        both = {"true": p.true_answers, "prior": p.prior_answers}
-        return {r.id: both for r in rows}, Counter()
+        return {r.id: {"true": p.true_answers, "prior": p.prior_answers} for r in rows}, Counter()
     truth = data_rows.read_truth(p.path(p.data))["rows"]
-    known = {r.id: {k: truth[r.id][k] for k in KINDS} for r in rows
-             if r.id in truth and truth[r.id]["true"] and truth[r.id]["prior"]}
-    asked = [r for r in rows if r.id not in truth]
-    unused = Counter({"the prior has no answer": len(rows) - len(known) - len(asked)})
-    requests = [_request(r) for r in asked]
+    candidates = {r.id: {k: truth[r.id][k] for k in KINDS} for r in rows
+                  if r.id in truth and truth[r.id]["true"] and truth[r.id]["prior"]}
+    unknown = [r for r in rows if r.id not in truth]
+    unused = Counter(["the prior has no answer"] * (len(rows) - len(candidates) - len(unknown)))
+    requests = [Request(r.id, r.prompt, r.image, len(r.answer.split())) for r in unknown]
     for places in shards.by_length(requests, p.batch_size):
-        batch = [requests[i] for i in places]
-        inputs = generate.encode_batch(checkpoint, batch, noise_step=p.noise_steps[-1], seed=p.seed)
+        inputs = generate.encode_batch(checkpoint, [requests[i] for i in places],
+                                       View("noisy", p.noise_steps[-1]), seed=p.seed)
         blind = generate.decode(checkpoint, inputs, max_new_tokens=p.max_new_tokens)
-        for request, answer in zip(batch, blind, strict=True):
-            annotated = next(r.answer for r in asked if r.id == request.id)
-            if not answer or metrics.normalised(answer) == metrics.normalised(annotated):
+        for row, answer in zip([unknown[i] for i in places], blind, strict=True):
+            if not answer or metrics.normalised(answer) == metrics.normalised(row.answer):
                 unused["the noisy answer is the annotated one"] += 1
             else:
-                known[request.id] = {"true": [annotated], "prior": [answer]}
-    return {r.id: known[r.id] for r in rows if r.id in known}, +unused
-
-
-def _request(row: Row) -> Request:
-    return Request(row.id, row.prompt, row.image, len(row.answer.split()))
-
-
-def _looks(rows: Sequence[Row], p: NoiseProbability) -> list[Look]:
-    """All looks; step 0 has no noise and so a single draw. A row's looks stay together."""
-    return [Look(f"{row.id}|{step}|{draw}", row, step, draw, len(rows) - number)
-            for number, row in enumerate(rows) for step in p.noise_steps
-            for draw in range(p.draws if step else 1)]
+                candidates[row.id] = {"true": [row.answer], "prior": [answer]}
+    return {r.id: candidates[r.id] for r in rows if r.id in candidates}, unused
 
 
 def _encode(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look]
@@ -140,66 +131,46 @@ def _encode(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look]
     """A batch of prompts with noised images. A draw uses the same eps at every step, so that a
     curve along the steps does not wander with the draw."""
     clean = {}
-    for look in batch:
-        if look.row.id not in clean:
-            text = encoding.prompt_text(checkpoint, look.row.prompt, image=True)
-            clean[look.row.id] = encoding.encode(checkpoint, text, images.load(look.row.image))
-    rows = []
-    for look in batch:
-        draw = seeds.torch_generator(p.seed, "probe noise", look.row.id, look.draw)
-        row = clean[look.row.id]
-        rows.append({**row, "pixel_values": encoding.noised(
-            checkpoint.processor, row["pixel_values"], look.step, draw)})
-    return encoding.collate(checkpoint, rows)
+    for row in {x.row.id: x.row for x in batch}.values():
+        text = encoding.prompt_text(checkpoint, row.prompt, image=True)
+        clean[row.id] = encoding.encode(checkpoint, text, images.load(row.image))
+    return encoding.collate(checkpoint, [clean[x.row.id] | {"pixel_values": encoding.noised(
+        checkpoint.processor, clean[x.row.id]["pixel_values"], x.step,
+        seeds.torch_generator(p.seed, "probe noise", x.row.id, x.draw))} for x in batch])
 
 
 def _answer_ids(checkpoint: Checkpoint, batch: Sequence[Look], candidates: dict
                 ) -> list[list[list[int]]]:
-    return [[encoding.answer_tokens(checkpoint, look.row.prompt, text)
-             for kind in KINDS for text in candidates[look.row.id][kind]] for look in batch]
-
-
-@torch.no_grad()
-def _scorer(p: NoiseProbability, checkpoint: Checkpoint, rows: Sequence[Row],
-            candidates: dict) -> logprobs.Scorer:
-    first = _looks(rows[:2], p)[:4]
-    return logprobs.choose(checkpoint, _encode(p, checkpoint, first),
-                           _answer_ids(checkpoint, first, candidates))
+    return [[encoding.answer_tokens(checkpoint, x.row.prompt, text)
+             for kind in KINDS for text in candidates[x.row.id][kind]] for x in batch]
 
 
 @torch.no_grad()
 def look(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look], candidates: dict, *,
          score: logprobs.Scorer, sampled: set[str]) -> list[dict]:
-    """A line of looks.jsonl for each look, logps in nats. sampled: ids of rows to sample for."""
-    inputs = _encode(p, checkpoint, batch)
-    tokens = _answer_ids(checkpoint, batch, candidates)
-    weighed = score(checkpoint, inputs, tokens)
-    said = _sampled(p, checkpoint, batch, sampled)
-    lines = []
-    for look, ids, row_weighed in zip(batch, tokens, weighed, strict=True):
-        kinds = [(k, t) for k in KINDS for t in candidates[look.row.id][k]]
-        lines.append({
-            "id": look.id, "row": look.row.id, "image": look.row.image_name, "step": look.step,
-            "draw": look.draw, "sampled": said.get(look.id),
-            "answers": [{"kind": kind, "text": text, "logp": round(w.logprobs.sum().item(), 5),
-                         "logp_first": round(w.logprobs[0].item(), 5), "first_token": answer[0],
-                         "tokens": len(answer)}
-                        for (kind, text), answer, w in zip(kinds, ids, row_weighed, strict=True)]})
-    return lines
-
-
-def _sampled(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look],
-             sampled: set[str]) -> dict[str, str]:
-    """look id -> one answer drawn from the model as it is (temperature 1), for the chosen rows."""
-    wanted = [i for i, look in enumerate(batch) if look.row.id in sampled and look.draw == 0]
-    if not wanted:
-        return {}
-    looks = [batch[i] for i in wanted]
-    draws = [seeds.torch_generator(p.seed, "probe answer", look.id) for look in looks]
+    """A line of looks.jsonl for each look, logps in nats. sampled: ids of the rows for whose first
+    draw an answer is sampled, from the model as it is (temperature 1)."""
+    ids = _answer_ids(checkpoint, batch, candidates)
+    weighed = score(checkpoint, _encode(p, checkpoint, batch), ids)
+    spoken = [x for x in batch if x.row.id in sampled and x.draw == 0]
     texts = generate.decode(
-        checkpoint, _encode(p, checkpoint, looks), max_new_tokens=p.max_new_tokens,
-        sampling=generate.SeededSampling(draws, temperature=1.0, top_p=1.0))
-    return {look.id: t for look, t in zip(looks, texts, strict=True)}
+        checkpoint, _encode(p, checkpoint, spoken), max_new_tokens=p.max_new_tokens,
+        sampling=generate.SeededSampling(
+            [seeds.torch_generator(p.seed, "probe answer", x.id) for x in spoken],
+            temperature=1.0, top_p=1.0)) if spoken else []
+    said = {x.id: text for x, text in zip(spoken, texts, strict=True)}
+    lines = []
+    for x, row_ids, row_weighed in zip(batch, ids, weighed, strict=True):
+        answers = [(kind, text) for kind in KINDS for text in candidates[x.row.id][kind]]
+        lines.append({
+            "id": x.id, "row": x.row.id, "image": x.row.image_name, "step": x.step,
+            "draw": x.draw, "sampled": said.get(x.id),
+            "answers": [{"kind": kind, "text": text, "logp": round(w.logprobs.sum().item(), 5),
+                         "logp_first": round(w.logprobs[0].item(), 5), "first_token": tokens[0],
+                         "tokens": len(tokens)}
+                        for (kind, text), tokens, w in zip(answers, row_ids, row_weighed,
+                                                           strict=True)]})
+    return lines
 
 
 def summary(lines: Sequence[dict], steps: Sequence[int], *, seed: int) -> dict[str, Any]:
@@ -207,72 +178,59 @@ def summary(lines: Sequence[dict], steps: Sequence[int], *, seed: int) -> dict[s
 
     p_*: probability of the whole answer with its end, candidates of a kind summed; p_*_first: of
     its first token; logp_*: log-probability a token of the likeliest candidate, for long answers.
-    The answers that were sampled are counted as shares of true, prior's and other ones.
+    change_*: of p_* from the first to the last step, paired by image. sampled: the shares of
+    sampled answers that are true, the prior's and other ones.
     """
-    weights = None
+    weights = metrics.bootstrap_weights(len({x["image"] for x in lines}), RESAMPLES,
+                                        seeds.numpy_generator(seed, "probe interval"))
     out: dict[str, Any] = {"noise_steps": list(steps)}
-    for measure in ("p", "p_first", "logp"):
+    for measure in MEASURES:
         for kind in KINDS:
-            points, ratios = [], {}
-            for step in steps:
-                ratios[step] = metrics.by_image(
-                    [(x["image"], (_value(x, measure, kind), 1)) for x in lines
-                     if x["step"] == step])
-                if weights is None:
-                    weights = metrics.bootstrap_weights(
-                        len(ratios[step]), RESAMPLES, seeds.numpy_generator(seed, "probe interval"))
-                points.append(metrics.estimate(ratios[step], weights))
-            name = f"{measure.split('_')[0]}_{kind}" + ("_first" if "first" in measure else "")
+            ratios = [metrics.by_image([(x["image"], (_value(x, measure, kind), 1))
+                                        for x in lines if x["step"] == step]) for step in steps]
+            points = [metrics.estimate(r, weights) for r in ratios]
+            name = measure.format(kind)
             out[name] = [e["value"] for e in points]
             out[f"{name}_interval"] = [[e["low"], e["high"]] for e in points]
-            if measure == "p":
-                out[f"change_{kind}"] = metrics.difference(
-                    ratios[steps[-1]], ratios[steps[0]], weights)
-    out["sampled"] = _shares(lines, steps)
-    return out
+            if measure == "p_{}":
+                out[f"change_{kind}"] = metrics.difference(ratios[-1], ratios[0], weights)
+    shares: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "other")}
+    for step in steps:
+        kinds = Counter(_kind(x) for x in lines if x["step"] == step and x["sampled"] is not None)
+        for kind, share in shares.items():
+            share.append(round(kinds[kind] / kinds.total(), 6))
+    return {**out, "sampled": shares}
+
+
+def _value(line: dict, measure: str, kind: str) -> float:
+    answers = [a for a in line["answers"] if a["kind"] == kind]
+    if measure == "logp_{}":
+        return max(a["logp"] / a["tokens"] for a in answers)
+    if measure == "p_{}":
+        return float(sum(np.exp(a["logp"]) for a in answers))
+    # Candidates may begin with the same token: its probability counts once.
+    firsts = {a["first_token"]: a["logp_first"] for a in answers}
+    return float(sum(np.exp(logp) for logp in firsts.values()))
+
+
+def _kind(line: dict) -> str:
+    """Of which candidates a sampled answer is."""
+    text = metrics.normalised(line["sampled"])
+    return next((a["kind"] for a in line["answers"] if metrics.normalised(a["text"]) == text),
+                "other")
 
 
 def tidy(curves: Mapping[str, Any], *, images: int) -> list[Result]:
     """The curves as results, a split a noise step; and the paired change to the last step."""
-    steps, out = curves["noise_steps"], []
-    for metric, more in {"p_true": True, "p_prior": False, "p_true_first": True,
-                         "p_prior_first": False, "logp_true": True, "logp_prior": False}.items():
-        for step, value, (low, high) in zip(steps, curves[metric], curves[f"{metric}_interval"],
-                                            strict=True):
-            out.append(Result(f"step {step}", "noise", "base", "", metric,
-                              Estimate(value, low, high, images, more_is_better=more)))
-    for kind in KINDS:
-        change = Estimate(**curves[f"change_{kind}"], more_is_better=kind == "true")
-        out.append(Result(f"step {steps[-1]}", "noise", "base", f"step {steps[0]}", f"p_{kind}",
-                          change))
-    return out
-
-
-def _value(line: dict, measure: str, kind: str) -> float:
-    mine = [a for a in line["answers"] if a["kind"] == kind]
-    if measure == "logp":
-        return max(a["logp"] / a["tokens"] for a in mine)
-    if measure == "p":
-        return float(sum(np.exp(a["logp"]) for a in mine))
-    # Candidates may begin with the same token: its probability counts once.
-    return float(sum(np.exp(v) for v in
-                     {a["first_token"]: a["logp_first"] for a in mine}.values()))
-
-
-def _shares(lines: Sequence[dict], steps: Sequence[int]) -> dict[str, list[float]]:
-    shares: dict[str, list[float]] = {"true": [], "prior": [], "other": []}
-    for step in steps:
-        said = [x for x in lines if x["step"] == step and x["sampled"] is not None]
-        kinds = Counter(_kind(x) for x in said)
-        for kind, share in shares.items():
-            share.append(round(kinds[kind] / len(said), 6))
-    return shares
-
-
-def _kind(line: dict) -> str:
-    text = metrics.normalised(line["sampled"])
-    return next((a["kind"] for a in line["answers"] if metrics.normalised(a["text"]) == text),
-                "other")
+    steps = curves["noise_steps"]
+    out = [Result(f"step {step}", "noise", "base", "", name,
+                  Estimate(value, *interval, images, more_is_better=kind == "true"))
+           for measure in MEASURES for kind in KINDS for name in [measure.format(kind)]
+           for step, value, interval in zip(steps, curves[name], curves[f"{name}_interval"],
+                                            strict=True)]
+    return out + [Result(f"step {steps[-1]}", "noise", "base", f"step {steps[0]}", f"p_{kind}",
+                         Estimate(**curves[f"change_{kind}"], more_is_better=kind == "true"))
+                  for kind in KINDS]
 
 
 def load(result: stages.Result) -> tuple[list[dict], dict[str, dict[str, list[str]]]]:
@@ -281,29 +239,19 @@ def load(result: stages.Result) -> tuple[list[dict], dict[str, dict[str, list[st
             json.loads((result.folder / "candidates.json").read_text(encoding="utf-8")))
 
 
-def example_row(p: NoiseProbability, result: stages.Result) -> Row:
-    """The first row, by its id, for which answers were sampled."""
-    first = min(x["row"] for x in load(result)[0] if x["sampled"] is not None)
-    rows, _ = data_rows.list_rows(p.path(p.data), p.optional_path(p.image_folder))
-    row = next(r for r in rows if r.id == first)
-    return _one_question([row], p.question)[0] if p.question else row
-
-
-def stored(looks: Sequence[dict], row: Row, step: int, text: str) -> float:
-    """The probability that the stage computed for an answer to a row, at the first draw."""
-    line = next(x for x in looks if (x["row"], x["step"], x["draw"]) == (row.id, step, 0))
-    return next(float(np.exp(a["logp"])) for a in line["answers"] if a["text"] == text)
-
-
 def example(p: NoiseProbability, result: stages.Result) -> dict[str, Any]:
-    """One analysed image for the strip: its picture at each step, what was sampled there, its
-    question and its candidates."""
+    """One analysed image, the first row by its id for which answers were sampled: {row, question,
+    true, prior}, and at each step {images, answers: the sampled ones, p_true: the stored
+    probability of the first true answer}, at the first draw."""
     lines, candidates = load(result)
-    row = example_row(p, result)
+    first = min(x["row"] for x in lines if x["sampled"] is not None)
+    rows, _ = data_rows.list_rows(p.path(p.data), p.optional_path(p.image_folder))
+    row = asked(p, next(r for r in rows if r.id == first))
+    looks = {x["step"]: x for x in lines if x["row"] == first and x["draw"] == 0}
     processor = checkpoints.load_processor(p.path(p.model))
     image = encoding.transformed(images.load(row.image), p.image_transform, processor)
-    said = {x["step"]: x["sampled"] for x in lines if x["row"] == row.id and x["draw"] == 0}
     pictures = [encoding.noised_picture(processor, image, step, seeds.torch_generator(
         p.seed, "probe noise", row.id, 0)) for step in p.noise_steps]
-    return {"images": pictures, "answers": [said[s] for s in p.noise_steps],
-            "question": p.question or row.question, **candidates[row.id]}
+    return {"row": row, "images": pictures, "question": row.question, **candidates[row.id],
+            "answers": [looks[step]["sampled"] for step in p.noise_steps],
+            "p_true": [float(np.exp(looks[step]["answers"][0]["logp"])) for step in p.noise_steps]}

@@ -74,22 +74,27 @@ def noise(p: NoiseProbability, result: stages.Result, checkpoint: Checkpoint) ->
     lines, candidates = probe.load(result)
     sampled = {x["row"] for x in lines if x["sampled"] is not None}
     rows, _ = data_rows.list_rows(p.path(p.data), p.optional_path(p.image_folder))
-    rows = [_asking(r, p.question or r.question) for r in rows if r.id in sampled]
+    rows = [probe.asked(p, r) for r in rows if r.id in sampled]
 
     def show(row: Row, step: int) -> Shown:
         answers = {x["step"]: x["answers"] for x in lines if (x["row"], x["draw"]) == (row.id, 0)}
         source = "from the stored result" if step in answers else "computed just now by the model"
         if step not in answers:
-            look = probe.Look(row.id, row, step, draw=0, length=0)
-            answers[step] = probe.look(p, checkpoint, [look], candidates, sampled=set(),
-                                       score=logprobs.weigh_unpacked)[0]["answers"]
-        processor = checkpoint.processor
-        clean = encoding.transformed(images.load(row.image), p.image_transform, processor)
-        pictures = cards.sample_gallery([
-            {"lines": [f"noise step {s}", *_probabilities(answers[s])],
-             "image": encoding.noised_picture(processor, clean, s, seeds.torch_generator(
-                 p.seed, "probe noise", row.id, 0))}
-            for s in sorted({0, step, p.noise_steps[-1]})])
+            answers[step] = probe.look(
+                p, checkpoint, [probe.Look(row.id, row, step, draw=0)], candidates, sampled=set(),
+                score=logprobs.weigh_unpacked)[0]["answers"]
+        clean = encoding.transformed(images.load(row.image), p.image_transform,
+                                     checkpoint.processor)
+        examples = []
+        for at in sorted({0, step, p.noise_steps[-1]}):
+            draw = seeds.torch_generator(p.seed, "probe noise", row.id, 0)
+            chances = [np.exp(a["logp"]) for a in answers[at]]
+            examples.append({
+                "image": encoding.noised_picture(checkpoint.processor, clean, at, draw),
+                "lines": [f"noise step {at}",
+                          *(f"{LABELS[a['kind']]} “{a['text']}”: {chance:.3g}"
+                            for a, chance in zip(answers[at], chances, strict=True)),
+                          f"any other answer: {max(0, 1 - sum(chances)):.3g}"]})
         steps, curves = sorted(answers), {}
         for kind, label in LABELS.items():
             mean = [sum(np.exp(a["logp"]) for a in answers[s] if a["kind"] == kind) for s in steps]
@@ -98,19 +103,12 @@ def noise(p: NoiseProbability, result: stages.Result, checkpoint: Checkpoint) ->
         fig.axes[0].axvline(step, color=figures.QUIET, linewidth=1)
         curve = page.figure(fig, alt="Probability of the answers of one image by noise step",
                             caption=f"{row.question} At step {step}, {source}.")
-        return Shown(pictures.html + curve.html, curve.plain)
+        return Shown(cards.sample_gallery(examples).html + curve.html, curve.plain)
 
     return Explorer(show, row=_picker([(r.question, r) for r in rows[:CHOICES]]),
                     step=widgets.IntSlider(
                         p.noise_steps[len(p.noise_steps) // 2], 0, STEPS - 1, layout=WIDE,
                         description="Noise step", continuous_update=False))
-
-
-def _probabilities(answers: Sequence[dict]) -> list[str]:
-    chances = [np.exp(a["logp"]) for a in answers]
-    said = [f"{LABELS[a['kind']]} “{a['text']}”: {chance:.3g}"
-            for a, chance in zip(answers, chances, strict=True)]
-    return [*said, f"any other answer: {max(0, 1 - sum(chances)):.3g}"]
 
 
 def ask(p: QualitativeComparison, result: stages.Result) -> Explorer:
@@ -124,16 +122,17 @@ def ask(p: QualitativeComparison, result: stages.Result) -> Explorer:
 
     def show(row: tuple[str, Row], question: str) -> Shown:
         (split, chosen), question = row, question.strip()
-        line, truth = lines[split][chosen.id], splits[split][1]
+        truth = splits[split][1]
         if question:
-            example = {"question": question, "verdict": "answered just now",
-                       **_answered(p, result, _asking(chosen, question), truth)}
+            asked = (*chosen.prompt[:-1], {"role": "user", "content": question})
+            example = _answered(p, result, replace(chosen, prompt=asked), truth)
         else:
-            example = {"question": chosen.question, "verdict": "from the stored result",
-                       "truth": line["annotated"],
+            line = lines[split][chosen.id]
+            example = {"verdict": "from the stored result", "truth": line["annotated"],
                        "answers": {m: (text, tables.wrong_words(line, m, truth))
                                    for m, text in line["answers"].items()}}
-        return cards.comparison_gallery([{"image": images.load(chosen.image), **example}])
+        return cards.comparison_gallery([{"image": images.load(chosen.image),
+                                          "question": question or chosen.question, **example}])
 
     return Explorer(show, row=_picker(choices), question=widgets.Text(
         description="Question", continuous_update=False, layout=WIDE,
@@ -143,8 +142,8 @@ def ask(p: QualitativeComparison, result: stages.Result) -> Explorer:
 @torch.no_grad()
 def _answered(p: QualitativeComparison, result: stages.Result, row: Row, truth: dict[str, Any]
               ) -> dict[str, Any]:
-    """{truth, answers} to a new question, decoded as notebook 4 does. Words for objects that are
-    not in the image are marked, where the truth file says what is in it."""
+    """{verdict, truth, answers} to a new question, decoded as notebook 4 does. Words for objects
+    that are not in the image are marked, where the truth file says what is in it."""
     key = to_json([result.manifest["parameters"], result.manifest["inputs"]])
     if key not in _loaded:
         _loaded.clear()
@@ -159,12 +158,8 @@ def _answered(p: QualitativeComparison, result: stages.Result, row: Row, truth: 
             text = generate.decode(checkpoint, inputs, max_new_tokens=p.max_new_tokens)[0]
         answers[method] = text, metrics.wrong_object_words(
             text, truth["vocabulary"]["objects"], present) if known else set()
-    return {"answers": answers,
+    return {"verdict": "answered just now", "answers": answers,
             "truth": f"in the image: {', '.join(sorted(present))}" if known else "not known"}
-
-
-def _asking(row: Row, question: str) -> Row:
-    return replace(row, prompt=(*row.prompt[:-1], {"role": "user", "content": question}))
 
 
 def _picker(choices: Sequence[tuple[str, Any]]) -> widgets.Dropdown:
