@@ -56,7 +56,7 @@ def shown_objects() -> list[cards.Shown]:
             "category": HOSTILE, "rejected": [{"source": HOSTILE, "text": HOSTILE}]}]),
         cards.comparison_gallery([{
             "image": picture(), "question": HOSTILE, "truth": HOSTILE, "verdict": "win",
-            "answers": {"base": HOSTILE, HOSTILE: (HOSTILE, {"code"})}}]),
+            "answers": {"base": (HOSTILE, set()), HOSTILE: (HOSTILE, {"code"})}}]),
         cards.sample_gallery([{"image": picture(), "lines": [HOSTILE]}]),
     ]
 

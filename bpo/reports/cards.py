@@ -41,15 +41,7 @@ class Shown:
         return self.plain
 
 
-
-
-
-
-
-
-
-
-def mark_differences(text: str, reference: str) -> str:
+def mark_differences(text: str, reference: str) -> Markup:
     """Escaped `text` with each run of words that `reference` has not at that place in <mark>."""
     # Both are cut at one length, so that what differs beyond it marks nothing; matching is slow.
     (text, rest), (reference, _) = cut(text), cut(reference)
@@ -63,22 +55,20 @@ def mark_differences(text: str, reference: str) -> str:
     # the space between two new words belongs to their run
     new |= {place for place in range(len(pieces)) if {place - 1, place + 1} <= new
             and pieces[place].isspace()}
-    runs = itertools.groupby(enumerate(pieces), key=lambda item: item[0] in new)
-    return Markup("".join(
-        f"<mark>{text}</mark>" if marked else text
-        for marked, run in runs for text in [html.escape("".join(piece for _, piece in run))]
-    ) + rest)
+    runs = []
+    for marked, run in itertools.groupby(range(len(pieces)), key=new.__contains__):
+        escaped = html.escape("".join(pieces[place] for place in run))
+        runs.append(f"<mark>{escaped}</mark>" if marked else escaped)
+    return Markup("".join(runs) + rest)
 
 
-def mark_words(text: str, wrong: set[str]) -> str:
+def mark_words(text: str, wrong: set[str]) -> Markup:
     """Escaped `text` with every word or phrase of `wrong`, in any case, in <mark class="wrong">."""
     text, rest = cut(text)
-    text = visible(text)
     phrases = sorted((re.escape(visible(w)) for w in wrong if w.strip()), key=len, reverse=True)
-    if not phrases:
-        return Markup(html.escape(text) + rest)
-    # re.split with one group: odd places hold what matched
-    pieces = re.split(rf"(?<!\w)({'|'.join(phrases)})(?!\w)", text, flags=re.IGNORECASE)
+    # re.split with one group: odd places hold what matched, nothing where there are no phrases
+    pieces = re.split(rf"(?<!\w)({'|'.join(phrases) or '(?!)'})(?!\w)", visible(text),
+                      flags=re.IGNORECASE)
     escaped = [html.escape(piece) for piece in pieces]
     escaped[1::2] = [f'<mark class="wrong">{piece}</mark>' for piece in escaped[1::2]]
     return Markup("".join(escaped) + rest)
@@ -112,9 +102,9 @@ def image_uri(image: Image.Image | Path, width: int = 160) -> str:
     return data_uri(jpeg.getvalue(), "image/jpeg")
 
 
-def _picture(image: Image.Image | Path, alt: object, width: int = 192) -> str:
+def _picture(image: Image.Image | Path, alt: object) -> str:
     words = html.escape(visible(shortened(alt, LONGEST_ALT)))
-    return f'<img alt="{words}" src="{image_uri(image, width)}">'
+    return f'<img alt="{words}" src="{image_uri(image, 192)}">'
 
 
 def _labelled(label: object, text: object) -> str:
@@ -133,60 +123,48 @@ def pair_gallery(examples: list[dict[str, Any]]) -> Shown:
     "chosen", "rejected": [{"source", "text", perhaps "mode"}]}; words that the chosen answer has
     not are marked.
     """
-    return _cards([_pair(example) for example in examples], "preference pairs")
-
-
-def _pair(example: dict[str, Any]) -> str:
-    question, chosen = example["question"], example["chosen"]
-    pictures = {"clean": example["image"], "weakened": example.get("weakened")}
-    figures = "".join(
-        f"<figure>{_picture(picture, f'{name} image for: {question}')}"
-        f"<figcaption>{name}</figcaption></figure>"
-        for name, picture in pictures.items() if picture is not None
-    )
-    rejected = "".join(
-        _labelled(", ".join(["rejected", *_origin(answer)]),
-                  mark_differences(answer["text"], chosen))
-        for answer in example["rejected"]
-    )
-    return (f'<div class="head"><span class="label">{as_text(example["category"])}</span></div>'
-            f'<div class="images">{figures}</div><p class="question">{as_text(question)}</p>'
-            f"{_labelled('chosen', chosen)}{rejected}")
-
-
-def _origin(answer: dict[str, Any]) -> list[str]:
-    """Where a rejected answer came from: its source, and its mode where that says more."""
-    mode = answer.get("mode", answer["source"])
-    return [answer["source"], *([] if mode == answer["source"] else [mode.replace("_", " ")])]
+    cards = []
+    for example in examples:
+        question, chosen = example["question"], example["chosen"]
+        card = (f'<div class="head"><span class="label">{as_text(example["category"])}</span></div>'
+                '<div class="images">')
+        for name, picture in (("clean", example["image"]), ("weakened", example.get("weakened"))):
+            if picture is not None:
+                card += (f"<figure>{_picture(picture, f'{name} image for: {question}')}"
+                         f"<figcaption>{name}</figcaption></figure>")
+        card += f'</div><p class="question">{as_text(question)}</p>{_labelled("chosen", chosen)}'
+        for answer in example["rejected"]:
+            # where it came from: its source, and its mode where that says more
+            origin = dict.fromkeys((answer["source"], answer.get("mode", answer["source"])))
+            label = ", ".join(["rejected", *origin]).replace("_", " ")
+            card += _labelled(label, mark_differences(answer["text"], chosen))
+        cards.append(card)
+    return _cards(cards, "preference pairs")
 
 
 def comparison_gallery(examples: list[dict[str, Any]]) -> Shown:
     """A card a question: picture, truth, every method's answer, the verdict as a word.
 
-    examples: {"image", "question", "truth", "answers": {method: answer}, "verdict": "win", "loss",
-    "tie" or where the answers come from}. An answer is (text, set of wrong words), what
-    `mark_words` returned, or plain text.
+    examples: {"image", "question", "truth", "answers": {method: (text, set of wrong words)},
+    "verdict": "win", "loss", "tie" or where the answers come from}.
     """
-    return _cards([_comparison(example) for example in examples], "compared answers")
-
-
-def _comparison(example: dict[str, Any]) -> str:
-    verdict = html.escape(example["verdict"])
-    answers = "".join(
-        _labelled(method, mark_words(*answer) if isinstance(answer, tuple) else answer)
-        for method, answer in example["answers"].items()
-    )
-    return (f'<div class="head"><span class="question">{as_text(example["question"])}</span>'
+    cards = []
+    for example in examples:
+        verdict = html.escape(example["verdict"])
+        answers = "".join(
+            _labelled(method, mark_words(text, wrong))
+            for method, (text, wrong) in example["answers"].items())
+        cards.append(
+            f'<div class="head"><span class="question">{as_text(example["question"])}</span>'
             f'<span><span class="verdict {verdict}">{verdict}</span></span></div>'
             f"{_picture(example['image'], example['question'])}"
             f"{_labelled('truth', example['truth'])}{answers}")
+    return _cards(cards, "compared answers")
 
 
 def sample_gallery(examples: list[dict[str, Any]]) -> Shown:
     """A small card a picture; examples: {"image", "lines": texts under it}."""
-    cards = [
-        _picture(example["image"], " ".join(map(str, example["lines"])))
-        + "".join(f"<p>{as_text(line)}</p>" for line in example["lines"])
-        for example in examples
-    ]
+    cards = [_picture(example["image"], " ".join(map(str, example["lines"])))
+             + "".join(f"<p>{as_text(line)}</p>" for line in example["lines"])
+             for example in examples]
     return _cards(cards, "samples", kind="small")
