@@ -1,6 +1,5 @@
-"""The benchmarks whose answers a judge scores, from their official files: MM-Vet, LLaVA-Bench (in
-the Wild) and MMHal-Bench; and asking a judge, a model behind an endpoint, whose replies stay on
-disk.
+"""The benchmarks whose answers a judge scores, from their official files; and asking the judge, a
+model behind an endpoint, whose replies stay on disk.
 
 A judged number belongs to its judge, prompt and temperature: it compares methods under that judge
 alone, and no published number, for which GPT-4 was the judge with other prompts. A question without
@@ -33,13 +32,11 @@ Messages = Sequence[Mapping[str, str]]
 
 REPLIES = "replies.jsonl"
 TOP_P = 1.0
-PROMPTS = Path(__file__).parent / "prompts"
 ABILITIES = {"rec": "recognition", "ocr": "OCR", "know": "knowledge",
              "gen": "language generation", "spat": "spatial awareness", "math": "math"}
 CATEGORIES = {"conv": "conversation", "detail": "description", "complex": "reasoning"}
 TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment",
          "holistic", "other")
-HALLUCINATED_BELOW = 3  # of MMHal-Bench's ratings 0 .. 6
 
 
 @dataclass(frozen=True)
@@ -54,33 +51,34 @@ class Judged(Benchmark):
     """A benchmark whose answers are scored by a judge.
 
     load: folder -> its questions; raises Refusal where a file is not as the official one.
-    template: the judge's prompt, with {question}, {reference}, {answer} and {context}.
     reply_tokens: enough for a judge's reply in the form asked for.
     parse: a judge's reply -> its score, None if there is no single one in it.
     marks: a question and its scores, one a readable repeat -> (counted, out of) of each metric.
     """
 
     load: Callable[[Path], tuple[JudgedQuestion, ...]]
-    template: Path
     reply_tokens: int
     parse: Callable[[str], Score | None]
     marks: Callable[[Question, Sequence[Score]], Counts]
+
+    @property
+    def template(self) -> Path:
+        """The judge's prompt, with {question}, {reference}, {answer} and {context}."""
+        return Path(__file__).parent / "prompts" / f"judge_{self.name.replace('-', '_')}.txt"
 
     def prompt(self, question: JudgedQuestion, answer: str) -> Messages:
         """The messages that ask for a judgement; other braces of the template stay as they are."""
         parts = {"question": question.text, "reference": question.label, "answer": answer,
                  "context": question.context}
-        text = re.sub(r"\{(question|reference|answer|context)\}", lambda place: parts[place[1]],
+        text = re.sub(rf"\{{({'|'.join(parts)})\}}", lambda place: parts[place[1]],
                       self.template.read_text(encoding="utf-8"))
         return ({"role": "user", "content": text.strip()},)
 
     def counts(self, question: Question, scores: Sequence[Score]) -> Counts:
         """What an answer adds to each metric; without a score it adds to `unscored` alone."""
-        return {"unscored": (0, 1), **self.marks(question, scores)} if scores else {
-            "unscored": (1, 1)}
+        marks = self.marks(question, scores) if scores else {}
+        return {"unscored": (int(not scores), 1), **marks}
 
-
-# --- asking a judge ------------------------------------------------------------------------------
 
 def ask(endpoint: Endpoint, folder: Path, benchmark: Judged, prompts: Sequence[Messages], *,
         temperature: float, repeats: int, attempts: int) -> list[list[Score]]:
@@ -106,7 +104,8 @@ def ask(endpoint: Endpoint, folder: Path, benchmark: Judged, prompts: Sequence[M
                 for (n, r), score in scores.items() if score is None}
             # By key: a prompt that comes twice is asked once.
             new = {key: prompts[n] for (n, _), key in keys.items() if key not in replies}
-            _ask_new(endpoint, file, replies, new, settings)
+            if new:
+                _ask_new(endpoint, file, replies, new, settings)
             scores |= {place: benchmark.parse(replies[key]) for place, key in keys.items()}
     return [[s for r in range(repeats) if (s := scores[n, r]) is not None]
             for n in range(len(prompts))]
@@ -115,8 +114,6 @@ def ask(endpoint: Endpoint, folder: Path, benchmark: Judged, prompts: Sequence[M
 def _ask_new(endpoint: Endpoint, file: Path, replies: dict[str, str], new: Mapping[str, Messages],
              settings: Mapping[str, float]) -> None:
     """Adds the replies to `new` (key -> prompt) to the file and to `replies` as they come."""
-    if not new:
-        return
     keys = list(new)
     with tqdm(total=len(new), desc="judge's replies", unit="reply", leave=False) as bar:
         def keep(place: int, text: str) -> None:
@@ -147,8 +144,6 @@ def _read_replies(file: Path) -> dict[str, str]:
         os.truncate(file, file.stat().st_size - len(torn))
     return replies
 
-
-# --- replies -------------------------------------------------------------------------------------
 
 NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+)(?:\.0)?)?"  # and what it is out of, as in 4/6
 ENDS = r"(?!\w|[.,]\d|\s*[-–/]\s*\d)"  # behind it: no longer number, no range, no other fraction
@@ -187,8 +182,6 @@ def two_scores(reply: str, *, low: float, high: float) -> Score | None:
     scores = tuple(_number(line[n], line[n + 1], low=low, high=high) for n in (1, 3))
     return None if None in scores else scores
 
-
-# --- official files ------------------------------------------------------------------------------
 
 def _fields(record: Any, where: str, **kinds: Any) -> list[Any]:
     """The named fields of a record, each of its type or one of the values listed for it."""
@@ -230,19 +223,19 @@ def _mm_vet_questions(folder: Path) -> tuple[JudgedQuestion, ...]:
 
 
 def _llava_bench_questions(folder: Path) -> tuple[JudgedQuestion, ...]:
-    files = {role: folder / path for role, path in LLAVA_BENCH.files.items()}
+    file, answered, described = (folder / path for path in LLAVA_BENCH.files.values())
     # Official readers go by line; by number, a file in another order is no danger.
-    references = {n: text for _, n, text in _rows(files["references"], question_id=int, text=str)}
-    contexts = {i: text for _, i, text in _rows(files["contexts"], image=str, caption=str)}
+    references = {n: text for _, n, text in _rows(answered, question_id=int, text=str)}
+    contexts = {i: text for _, i, text in _rows(described, image=str, caption=str)}
     questions = []
-    for where, number, image, text, kind in _rows(
-            files["questions"], question_id=int, image=str, text=str, category=CATEGORIES):
+    for where, number, image, text, kind in _rows(file, question_id=int, image=str, text=str,
+                                                  category=CATEGORIES):
         if number not in references or image not in contexts:
-            raise Refusal(f"{where}: {files['references']} has nothing for {number}, or "
-                          f"{files['contexts']} for {image}; fetch both files again")
+            raise Refusal(f"{where}: {answered} has nothing for {number}, or {described} for "
+                          f"{image}; fetch both files again")
         questions.append(JudgedQuestion(str(number), image, text, kind, references[number],
                                         contexts[image]))
-    return _unique(questions, files["questions"])
+    return _unique(questions, file)
 
 
 def _mmhal_questions(folder: Path) -> tuple[JudgedQuestion, ...]:
@@ -253,8 +246,6 @@ def _mmhal_questions(folder: Path) -> tuple[JudgedQuestion, ...]:
             file, image_id=str, image_src=str, question=str, question_type=TYPES, gt_answer=str,
             image_content=list)], file)
 
-
-# --- what scores count as ------------------------------------------------------------------------
 
 def _mm_vet_marks(question: Question, scores: Sequence[Score]) -> Counts:
     """Mean mark, over all questions and over those that need an ability."""
@@ -272,32 +263,30 @@ def _llava_bench_marks(question: Question, scores: Sequence[Score]) -> Counts:
 def _mmhal_marks(question: Question, scores: Sequence[Score]) -> Counts:
     """Mean rating, in all and of a type of question, and the share of ratings below 3."""
     rating = fmean(s for s, in scores)
-    below = fmean(s < HALLUCINATED_BELOW for s, in scores)
+    below = fmean(s < 3 for s, in scores)
     return {"rating": (rating, 1), question.kind: (rating, 1), "hallucination": (below, 1)}
 
 
 UNSCORED = {"unscored": Metric("questions without a score", False)}
 
-# 218 questions that need up to six abilities at once; a judge marks each answer from 0 to 1
-# (arXiv 2308.02490).
+# 218 questions that need up to six abilities; marks from 0 to 1 (arXiv 2308.02490).
 MM_VET = Judged(
     name="mm-vet", title="MM-Vet", files={"questions": "mm-vet.json"}, images="images",
     fetch="get mm-vet.zip of the MM-Vet project, which holds mm-vet.json and images/",
-    licence="CC BY-NC 4.0", reply_tokens=64, template=PROMPTS / "judge_mm_vet.txt",
+    licence="CC BY-NC 4.0", reply_tokens=64,
     metrics={"total": Metric("MM-Vet", True),
              **{n: Metric(label, True) for n, label in ABILITIES.items()}, **UNSCORED},
     load=_mm_vet_questions, parse=partial(one_score, label="score", low=0, high=1),
     marks=_mm_vet_marks)
 
-# 60 questions about 24 images; a judge rates GPT-4's answer, which was written from a description
-# of the image, and the model's from 1 to 10 (arXiv 2304.08485).
+# 60 questions about 24 images; ratings from 1 to 10 of GPT-4's answer, which was written from a
+# description of the image, and of the model's (arXiv 2304.08485).
 LLAVA_BENCH = Judged(
     name="llava-bench", title="LLaVA-Bench (in the Wild)",
     files={"questions": "questions.jsonl", "references": "answers_gpt4.jsonl",
            "contexts": "context.jsonl"}, images="images",
     fetch="get the data set llava-bench-in-the-wild of the LLaVA project, all of it",
     licence="not stated in its files: see the data set's page", reply_tokens=1024,
-    template=PROMPTS / "judge_llava_bench.txt",
     metrics={"total": Metric("LLaVA-Bench", True),
              **{n: Metric(label, True) for n, label in CATEGORIES.items()},
              "answer_score": Metric("score of the answers, 1 to 10", True),
@@ -305,15 +294,12 @@ LLAVA_BENCH = Judged(
     load=_llava_bench_questions, parse=partial(two_scores, low=1, high=10),
     marks=_llava_bench_marks)
 
-# 96 questions of eight types that invite hallucination; a judge rates each answer from 0 to 6,
-# below 3 if it hallucinates (arXiv 2309.14525).
+# 96 questions of eight types; ratings from 0 to 6, below 3 for hallucination (arXiv 2309.14525).
 MMHAL = Judged(
     name="mmhal", title="MMHal-Bench", files={"questions": "response_template.json"},
-    images="images",
-    fetch="get response_template.json and images/ of the data set MMHal-Bench (rename the file "
-          "where it is called mmhal-bench_answer_template.json)",
+    images="images", fetch="get response_template.json and images/ of the data set MMHal-Bench "
+    "(rename the file where it is called mmhal-bench_answer_template.json)",
     licence="Apache-2.0, without the images", reply_tokens=1024,
-    template=PROMPTS / "judge_mmhal.txt",
     metrics={"rating": Metric("rating, 0 to 6", True),
              "hallucination": Metric("answers that hallucinate", False),
              **{n: Metric(f"rating, {n}", True) for n in TYPES}, **UNSCORED},
