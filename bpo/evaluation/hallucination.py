@@ -13,13 +13,13 @@ from bpo.evaluation.words import Lexicon, words
 Counts = dict[str, tuple[float, float]]
 
 SHORT = 3  # words: an answer up to this long counts as one without an object (Object HalBench)
-NEGATORS = frozenset(("no", "without", "nor", "neither"))
-ARTICLES = frozenset(("a", "an", "any"))  # after a "not": "not a dog", "there aren't any dogs"
-DENIALS = frozenset(("not", "isn't", "aren't", "doesn't", "don't"))
+NEGATORS = frozenset("no without nor neither".split())
+ARTICLES = frozenset("a an any".split())  # after a "not": "not a dog", "there aren't any dogs"
+DENIALS = frozenset("not isn't aren't doesn't don't".split())
 UNSURE = re.compile(r"\b(not|isn't|don't) (sure|certain|clear|know|possible)\b")
 STOPS = frozenset(".,;:!?\n")
-TURNS = frozenset(("but", "while", "although", "though", "however", "except", "instead", "only"))
-STARTS = frozenset(("a", "an", "the", "some", "there"))  # after an "and": "no dog and a cat"
+TURNS = frozenset("but while although though however except instead only".split())
+STARTS = frozenset("a an the some there".split())  # after an "and": "no dog and a cat"
 
 IRREGULAR = {"men": "man", "women": "woman", "children": "child", "mice": "mouse",
              "geese": "goose", "knives": "knife", "shelves": "shelf", "leaves": "leaf",
@@ -27,12 +27,11 @@ IRREGULAR = {"men": "man", "women": "woman", "children": "child", "mice": "mouse
              "policemen": "policeman", "gentlemen": "gentleman", "fishermen": "fisherman",
              "businessmen": "businessman", "cameramen": "cameraman", "horsemen": "horseman"}
 # Words of AMBER's list that are often no noun: they count behind a word of BEFORE_A_NOUN alone.
-ALSO_VERBS = frozenset(("can", "hot", "leave", "note", "sound", "support", "switch", "watch",
-                        "drink", "drain", "lock", "pack", "spray", "tap", "warp", "sailing"))
-BEFORE_A_NOUN = frozenset(("a", "an", "the", "this", "that", "these", "those", "its", "his", "her",
-                           "their", "one", "two", "three", "four", "five", "some", "several",
-                           "many", "another", "each", "black", "white", "red", "blue", "green",
-                           "large", "small"))
+ALSO_VERBS = frozenset("can hot leave note sound support switch watch drink drain lock pack spray "
+                       "tap warp sailing".split())
+BEFORE_A_NOUN = frozenset(
+    "a an the this that these those its his her their one two three four five some several many "
+    "another each black white red blue green large small".split())
 
 
 def chair(text: str, present: Collection[str], lexicon: Lexicon) -> Counts:
