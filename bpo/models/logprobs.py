@@ -46,7 +46,8 @@ def weigh(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], answers: Answe
     padded = {n: torch.nn.functional.pad(v[rows], (0, longest), value=int(n == "attention_mask"))
               if v.shape == prompt.shape else v for n, v in batch.items()}
     padded["input_ids"][:, prompt.shape[1]:] = torch.tensor(
-        [[*answer, *[0] * (longest - len(answer))] for _, _, answer in sequences])
+        [[*answer, *[0] * (longest - len(answer))] for _, _, answer in sequences],
+        device=checkpoint.device)
     hidden = checkpoint.base.base_model(
         **prefix.inputs(checkpoint.base, placed, padded), use_cache=False).last_hidden_state
     weighed = iter(_weighed(checkpoint, hidden.flatten(0, 1)[placed["answers"]],
@@ -68,7 +69,8 @@ def weigh_unpacked(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], answe
         inputs["input_ids"][:, prompt.shape[1]:] = checkpoint.tokenizer.pad_token_id
         for b, answer in enumerate(tokens):
             end = prompt.shape[1] + len(answer)
-            inputs["input_ids"][b, prompt.shape[1]:end] = torch.tensor(answer)
+            inputs["input_ids"][b, prompt.shape[1]:end] = torch.tensor(
+                answer, device=checkpoint.device)
             inputs["attention_mask"][b, prompt.shape[1]:end] = 1
         hidden = checkpoint.base.base_model(**inputs, use_cache=False).last_hidden_state
         hidden = hidden[:, prompt.shape[1] - 1:-1]
