@@ -45,20 +45,19 @@ def mark_differences(text: str, reference: str) -> Markup:
     """Escaped `text` with each run of words that `reference` has not at that place in <mark>."""
     # Both are cut at one length, so that what differs beyond it marks nothing; matching is slow.
     (text, rest), (reference, _) = cut(text), cut(reference)
-    pieces, expected = (re.findall(r"\w+|\s+|[^\w\s]", visible(t)) for t in (text, reference))
-    places = [place for place, piece in enumerate(pieces) if not piece.isspace()]
-    matcher = difflib.SequenceMatcher(None, [piece for piece in expected if not piece.isspace()],
-                                      [pieces[place] for place in places], autojunk=False)
-    new = set(places)
-    for _, start, size in matcher.get_matching_blocks():
-        new -= set(places[start:start + size])
-    # the space between two new words belongs to their run
-    new |= {place for place in range(len(pieces)) if {place - 1, place + 1} <= new
-            and pieces[place].isspace()}
-    runs = []
-    for marked, run in itertools.groupby(range(len(pieces)), key=new.__contains__):
-        escaped = html.escape("".join(pieces[place] for place in run))
-        runs.append(f"<mark>{escaped}</mark>" if marked else escaped)
+    # words and signs, each with the space behind it
+    text, reference = visible(text), visible(reference)
+    expected, pieces = (re.findall(r"(?:\w+|[^\w\s])\s*", t) for t in (reference, text))
+    matcher = difflib.SequenceMatcher(None, [piece.strip() for piece in expected],
+                                      [piece.strip() for piece in pieces], autojunk=False)
+    same = {place for _, start, size in matcher.get_matching_blocks()
+            for place in range(start, start + size)}
+    runs = [text[:len(text) - len(text.lstrip())]]
+    for agrees, places in itertools.groupby(range(len(pieces)), key=same.__contains__):
+        run = "".join(pieces[place] for place in places)
+        words = run.rstrip()
+        marked = html.escape(words) if agrees else f"<mark>{html.escape(words)}</mark>"
+        runs.append(marked + run[len(words):])
     return Markup("".join(runs) + rest)
 
 
