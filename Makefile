@@ -20,7 +20,7 @@ PAGES = $(wildcard outputs/$(STUDY)/*.html)
 help:
 	@echo "make report     install, run the tiny study, write outputs/tiny/index.html"
 	@echo "make replicate  install, run the tiny study for five seeds, write outputs/tiny/7_replication.html"
-	@echo "make test       install, run all tests that a CPU can (make test ARGS='-m \"not slow\"' for the quick ones)"
+	@echo "make test       install, run all tests that a CPU can (make test ARGS='-m fast' for the quick ones, under a minute)"
 	@echo "make lab        install, open the notebooks in JupyterLab"
 	@echo "make pdf        print the reports of a study (STUDY=tiny) to outputs/tiny/pdf/, needs Chromium"
 	@echo "make bench      install, measure the speed ratios, write them into outputs/README.md"

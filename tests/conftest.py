@@ -70,11 +70,21 @@ LITTLE = {"tower_steps": 30, "text_steps": 40, "text_documents": 800, "caption_s
           "development_images": 12, "test_images": 20, "natural_images": 12,
           "noise_steps": "[0, 500, 999]", "steps": 4, "save_every": 2, "lora_rank": 4,
           "resamples": 200, "benchmark_images": 12, "probe_rows": 30}
+# Fixtures that make or load a model.
+LOADED = {"little_study", "model_folder", "text_folder"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that processes which share the files end at one time; and
-    while the first of those that need the little study makes it, the others do not wait for it."""
+    """Each test's ring, and their order.
+
+    Rings: `slow` by its own mark, `study` where it loads a model or reads the little study, `fast`
+    otherwise. Files with slow tests come first, so that processes which share the files end at one
+    time; while the first file that needs the little study makes it, the others do not wait for it.
+    """
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            loads = item.get_closest_marker("study") or not LOADED.isdisjoint(item.fixturenames)
+            item.add_marker("study" if loads else "fast")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     needing = slow & {item.path for item in items if "little_study" in item.fixturenames}
     first = min(needing, default=None)

@@ -9,6 +9,8 @@ import pytest
 
 from bpo.pairs import audit
 
+pytestmark = pytest.mark.study  # classifiers are fitted
+
 WORDS = [f"word{n}" for n in range(30)]
 
 

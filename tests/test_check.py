@@ -43,6 +43,7 @@ def test_weights_are_counted_as_the_model_itself_counts_them(model_folder):
     assert check.adapter_weights(skeleton, 3) == trained
 
 
+@pytest.mark.study
 def test_a_config_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(Refusal, match="is not that of a vision-language model"):

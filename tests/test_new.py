@@ -346,6 +346,7 @@ def test_answers_have_room_and_few_rows_get_several_candidates(ten, model_folder
     assert (train.precision, train.image_transform) == ("float32", "pad")
 
 
+@pytest.mark.study
 def test_large_pictures_make_room_for_their_tokens(tmp_path, ten):
     qwen = tmp_path / "qwen"
     qwen.mkdir()

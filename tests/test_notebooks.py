@@ -324,6 +324,7 @@ def _kill_when(root: Path, watched: Path, ready) -> None:
     process.wait()
 
 
+@pytest.mark.study
 def test_a_misspelt_parameter_is_refused_before_anything_is_loaded(tmp_path):
     done = _papermill("3_dpo_training", tmp_path / "out.ipynb", tmp_path, tmp_path, "-p", "bata",
                       "0.3")
@@ -337,12 +338,14 @@ def test_a_misspelt_parameter_is_refused_before_anything_is_loaded(tmp_path):
     assert not list(tmp_path.glob("*/3_dpo_training"))
 
 
+@pytest.mark.study
 def test_a_missing_earlier_stage_names_the_notebook_to_run(tmp_path):
     done = _papermill("1_noise_probability", tmp_path / "out.ipynb", tmp_path, tmp_path)
     assert done.returncode == 1
     assert "run notebooks/0_tiny_world.ipynb first" in done.stderr
 
 
+@pytest.mark.study
 def test_a_failed_run_leaves_a_readable_page_and_a_non_zero_exit(tmp_path):
     done = subprocess.run(command("run", "tiny", "--only", "2"), env=environment(tmp_path),
                           text=True, capture_output=True)

@@ -46,6 +46,8 @@ from bpo.models import checkpoint as checkpoints
 from bpo.models import prefix
 from bpo.training.packed.trainer import PackedDPOTrainer
 
+pytestmark = pytest.mark.study  # a model of each family
+
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 CELLS = [f"<row_{r + 1}_col_{c + 1}>" for r in range(6) for c in range(6)]
 TILED = ["<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *CELLS]  # Idefics3's

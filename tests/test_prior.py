@@ -13,6 +13,8 @@ from bpo import params
 from bpo.reports import page as report
 from bpo.tiny import build, language, prior, prior_tables, world
 
+pytestmark = pytest.mark.study  # worlds are made and models trained
+
 LITTLE = {"text_documents": 700, "alignment_images": 16, "tower_steps": 2, "text_steps": 4,
           "caption_steps": 2, "mixed_steps": 2, "images": 8, "noise_steps": [0, 999], "repeats": 1,
           "resamples": 200, "image_levels": {"uniform": [0.125, 0.106], "biased": [0.77, 0.55]}}

@@ -389,6 +389,7 @@ def test_only_images_of_drawn_rows_are_opened(folder, monkeypatch):
     assert skipped == {"image file is empty": 6 - len(rows)}
 
 
+@pytest.mark.study
 def test_streaming_does_not_hold_the_rows(folder):
     peaks = {}
     for count in (500, 8000):

@@ -77,6 +77,7 @@ def test_its_trainer_is_imported_as_it_says():
     exec("\n".join(x for x in snippet.splitlines() if x.startswith("from ")), {})
 
 
+@pytest.mark.study
 def test_make_says_what_the_readme_says():
     def recipe(target: str) -> str:
         return subprocess.run(["make", "-n", target], cwd=ROOT, text=True, check=True,

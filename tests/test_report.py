@@ -117,6 +117,7 @@ class Elements(html.parser.HTMLParser):
         return [attrs for tag, attrs in self.elements if tag == name]
 
 
+@pytest.mark.study
 def test_page_loads_nothing_and_runs_nothing(page):
     text = page.read_text(encoding="utf-8")
     parsed = Elements(text)
@@ -235,6 +236,7 @@ def test_index_lists_and_escapes(tmp_path):
     assert words.count("<script>alert(1)</script>") == 2
 
 
+@pytest.mark.study
 def test_figures_are_the_same_bytes_each_time():
     for first, second in zip(all_figures().items(), all_figures().items(), strict=True):
         (name, one), (_, two) = first, second
@@ -332,6 +334,7 @@ def test_long_text_is_cut_wherever_it_stands(tmp_path):
         assert "w" * 4_001 not in page.read_text() and " more characters" in page.read_text()
 
 
+@pytest.mark.study
 def test_browser_opens_pages_without_a_request_or_error(page, browser):
     index = report.index_page(page.parent, [{"name": "3_run", "title": "x", "status": "complete"}])
     for path in (page, index):

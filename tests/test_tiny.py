@@ -18,6 +18,8 @@ from bpo.tiny import data, language, model, overview, training, world
 from bpo.tiny.build import build
 from bpo.tiny.drawing import draw_scene, scene_array
 
+pytestmark = pytest.mark.study  # small worlds are made and models trained
+
 SPLITS = ("preference", "development", "counterfactual", "natural")
 SHORT = {
     "tower_steps": 3, "text_documents": 700, "text_steps": 3, "caption_steps": 2, "mixed_steps": 2,
