@@ -2,6 +2,7 @@
 kernel. What counts is the saved notebook, and a notebook that must fail shows that it would tell.
 """
 
+import itertools
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from bpo import params
 from bpo.reports.template.executed import WIDGET
 
 pytestmark = pytest.mark.slow
-PATIENCE = 150  # seconds for one notebook
+PATIENCE = 400  # seconds for what a busy machine may be slow with
 STUDY = list(params.study_files("tiny"))
 # All cells stay in the page, so that what is below the fold can be looked at.
 SETTINGS = {"@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"}}
@@ -96,7 +97,7 @@ class Lab:
     def idle(self) -> None:
         self.page.wait_for_selector(
             '.jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook-ExecutionIndicator'
-            '[data-status="idle"]', timeout=60_000)
+            '[data-status="idle"]', timeout=PATIENCE * 1000)
 
     def menu(self, *names: str) -> None:
         self.page.locator(f'.lm-MenuBar-itemLabel:text-is("{names[0]}")').click()
@@ -109,16 +110,20 @@ class Lab:
         before = [c.execution_count or 0 for c in code_cells(file)]
         self.menu("Run", "Run All Cells")
         deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
+        for look in itertools.count(1):
             time.sleep(0.5)
             self.idle()
             self.page.keyboard.press("Control+s")
             time.sleep(0.5)
             saved = code_cells(file)
             counts = [c.execution_count or 0 for c in saved]
-            ran = all(c > max(before) for c in counts)
-            if errors(saved) or ran:
+            ran = [c > max(before) for c in counts]
+            if errors(saved) or all(ran):
                 return nbformat.read(file, 4)
+            if time.monotonic() > deadline:
+                break
+            if not any(ran) and look % 20 == 0:  # a busy machine may lose a click on the menu
+                self.menu("Run", "Run All Cells")
         raise AssertionError(f"{name} did not end: cells ran {counts}")
 
     def close(self) -> None:
@@ -229,14 +234,14 @@ def test_the_noise_can_be_moved_and_a_parameter_changed(lab):
         handle.press(key)
     lab.page.wait_for_function(
         "() => document.querySelector('.jp-OutputArea-output:has(.widget-slider)').innerText"
-        ".includes('At step 998, computed just now by the model.')", timeout=60_000)
+        ".includes('At step 998, computed just now by the model.')", timeout=PATIENCE * 1000)
     assert picture.get_attribute("src") != before
     assert "any other answer: " in told and "noise step 998" in view.inner_text()
     view.locator("select").select_option(index=1)
     lab.page.wait_for_function(
         "image => document.querySelector('.jp-OutputArea-output:has(.widget-slider) "
         ".card img').src != image", arg=view.locator(".card img").first.get_attribute("src"),
-        timeout=60_000)
+        timeout=PATIENCE * 1000)
 
     # A changed parameter and Run All again, in the same kernel.
     cell = lab.page.locator(".jp-CodeCell").first
@@ -268,10 +273,10 @@ def test_a_question_can_be_asked(lab):
     view.locator("select").select_option(index=3)
     lab.page.wait_for_function(
         "old => document.querySelector('.jp-OutputArea-output:has(.widget-text) img').src != old",
-        arg=before, timeout=60_000)
+        arg=before, timeout=PATIENCE * 1000)
     view.locator("input[type=text]").fill("is there a banana ?")
     view.locator("input[type=text]").press("Enter")
-    view.get_by_text("answered just now").wait_for(timeout=90_000)
+    view.get_by_text("answered just now").wait_for(timeout=PATIENCE * 1000)
     assert "is there a banana ?" in view.inner_text()
     names = view.locator("p .label").all_inner_texts()
     assert names[-7:] == ["base", *params.METHODS][:7]

@@ -54,7 +54,8 @@ class Explorer(widgets.VBox):
         return self.show(**{name: c.value for name, c in self.controls.items()})
 
     def _update(self, _: Any) -> None:
-        self.view.value = page.say("The model is asked …")._repr_html_()
+        # The old view stays below until the new one is there: the page does not jump.
+        self.view.value = page.say("The model is asked …")._repr_html_() + self.view.value
         try:
             shown = self._shown()
         except Exception as error:  # what a callback raises is otherwise seen by nobody
