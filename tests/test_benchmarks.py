@@ -8,13 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.server import completion
+from pandas import DataFrame
 
 from bpo import params
-from bpo.evaluation import benchmarks, official
+from bpo.evaluation import benchmarks, diagnostics, official
 from bpo.models import encoding, generate, logprobs
 from bpo.models.generate import Request
 from bpo.params import Benchmarks, Refusal
-from bpo.reports import benchmark_figures, benchmark_tables
+from bpo.reports import benchmark_figures, benchmark_tables, tables
+from bpo.study import results
 from bpo.study.files import write_lines
 
 THINGS = ("disc", "box", "cat", "dog")
@@ -121,10 +123,9 @@ def test_the_scores_are_the_sums_of_what_the_answers_count(result, folders):
 def test_without_a_judge_answers_are_written_and_nothing_is_scored(result):
     assert "mm-vet" not in result.metrics["benchmarks"]
     assert "judge" not in result.metrics["settings"]["mm-vet"]
-    rows = benchmark_tables.settings_table(
-        Benchmarks(study="s", folders={"mm-vet": "x"}), result.metrics)
-    assert rows[0]["scored by"] == "not scored: no judge"
-    assert rows[0]["decoding"] == "greedy, up to 5 tokens"
+    rows = benchmark_tables.settings(Benchmarks(study="s", folders={"mm-vet": "x"}), result)
+    assert rows["scored by"][0] == "not scored: no judge"
+    assert rows["decoding"][0] == "greedy, up to 5 tokens"
 
 
 def test_a_judge_scores_what_it_can_read_and_is_named(
@@ -204,86 +205,101 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(result, parameters, output
 
 # --- what the page says -------------------------------------------------------------------------
 
-def test_differences_are_corrected_for_all_that_are_looked_at(parameters, result):
-    rows = benchmark_tables.differences(parameters, result.metrics, "bpo", "base")
-    assert {r["benchmark"] for r in rows} == {"CHAIR", "POPE"}
-    assert not {"accuracy random", "F1 popular"} & {r["metric"] for r in rows}
-    assert all(r["holm"] >= r["p"] for r in rows) and any(r["holm"] > r["p"] for r in rows)
-    assert not {"words an answer", "yes answers"} & {r["metric"] for r in rows}
-    assert f"of {len(rows)} differences" in benchmark_tables.reading(rows)
-    assert len(benchmark_tables.difference_table(rows)) == len(rows)
+@pytest.fixture(scope="module")
+def frame(result):
+    return results.read(result.folder)
+
+
+def test_differences_are_corrected_for_all_that_are_looked_at(frame):
+    rows = tables.differences(frame.query("category == 'all'")).query("against == 'base'")
+    assert set(rows["title"]) == {"CHAIR", "POPE"}
+    assert not {"accuracy random", "F1 popular", "words an answer", "yes answers"} & set(rows.label)
+    assert (rows["p_holm"] >= rows["p"]).all() and (rows["p_holm"] > rows["p"]).any()
+    assert f"of {len(rows)} differences" in benchmark_tables.reading(frame, "base")
+    table, figure, *_ = benchmark_tables.difference_tables(frame)
+    assert len(table.plain.splitlines()) == len(rows) + 2 and "<img" in figure.html
 
 
 @pytest.mark.parametrize("metric, low, high, reading", [
-    ("chair_i", 0.1, 0.2, "worse"), ("chair_i", -0.2, -0.1, "better"),
-    ("cover", 0.1, 0.2, "better"),
-    ("cover", -0.2, -0.1, "worse"), ("cover", -0.1, 0.1, "cannot be told")])
-def test_a_difference_is_better_or_worse_by_what_is_measured(metric, low, high, reading):
+    ("chair_i", 0.1, 0.2, "worse in 1"), ("chair_i", -0.2, -0.1, "better in 1"),
+    ("cover", 0.1, 0.2, "better in 1"), ("cover", -0.2, -0.1, "worse in 1"),
+    ("cover", -0.1, 0.1, "better in 0, worse in 0")])
+def test_a_difference_is_better_or_worse_by_what_is_measured(metric, low, high, reading, tmp_path):
+    values = {m: {metric: {"value": 0.5}} for m in ("base", "bpo")}
     change = {"value": (low + high) / 2, "low": low, "high": high, "n": 9, "p": 0.01}
-    found = {"benchmarks": {"chair": {"base": {metric: {"value": 0.5}}}},
-             "differences": {"chair": {"base": {"bpo": {metric: change}}}}}
-    row, = benchmark_tables.differences(Benchmarks(study="s"), found, "bpo", "base")
-    assert row["reading"] == reading
+    results.write(tmp_path, results.compared("chair", values, {"base": {"bpo": {metric: change}}},
+                                             benchmarks.described("chair")))
+    assert reading in benchmark_tables.reading(results.read(tmp_path), "base")
 
 
-def test_reading_names_what_survives_the_correction():
-    row = {"benchmark": "CHAIR", "metric": "CHAIRi", "holm": 0.01, "reading": "better"}
-    text = benchmark_tables.reading([row, row | {"holm": 0.2, "metric": "CHAIRs"},
-                                     row | {"reading": "worse", "holm": 0.9}])
-    assert text == ("better in 2, worse in 1 of 3 differences; corrected for all 3 (Holm, 5 %) "
-                    "there remain: CHAIR CHAIRi (better)")
+def test_reading_names_what_survives_the_correction(tmp_path):
+    values = {m: {n: {"value": 0.5} for n in ("chair_i", "chair_s", "cover")}
+              for m in ("base", "bpo")}
+    changes = {"chair_i": {"value": -0.2, "low": -0.3, "high": -0.1, "p": 0.001},
+               "chair_s": {"value": -0.2, "low": -0.3, "high": -0.1, "p": 0.04},
+               "cover": {"value": -0.2, "low": -0.3, "high": -0.1, "p": 0.03}}
+    results.write(tmp_path, results.compared("chair", values, {"base": {"bpo": changes}},
+                                             benchmarks.described("chair")))
+    assert benchmark_tables.reading(results.read(tmp_path), "base") == (
+        "better in 2, worse in 1 of 3 differences; corrected for all 3 (Holm, 5 %) there remain: "
+        "CHAIR CHAIRi (better)")
 
 
 def test_wrong_objects_are_counted_by_their_place(parameters, result, tmp_path):
-    said = ["a disc and a cat", "two boxes", "nothing", "a cat , a dog and dogs"]
+    texts = ["a disc and a cat", "two boxes", "nothing", "a cat , a dog and dogs"]
     write_lines(tmp_path / "answers-chair.jsonl", (
         {"id": str(k), "image": f"{k}.png", "answers": {"bpo": text}}
-        for k, text in enumerate(said)))
-    mine = replace(result, folder=tmp_path)
-    curve = benchmark_tables.by_place(parameters, mine, "chair", ["bpo"], least=1)["bpo"]
+        for k, text in enumerate(texts)))
+    moved = replace(result, folder=tmp_path)
+    curve = benchmarks.by_place(parameters, moved, "chair", ["bpo"], least=1)
     # 0.png shows a disc, 1.png a box, 2.png a cat, 3.png a dog
-    assert [(c["place"], c["value"], c["n"]) for c in curve] == [
-        (1, pytest.approx(1 / 3, abs=1e-6), 3), (2, 0.5, 2), (3, 0.0, 1)]
-    assert benchmark_tables.by_place(parameters, mine, "chair", ["bpo"]) == {"bpo": []}
+    assert curve[["place", "value", "n"]].values.tolist() == [
+        [1, pytest.approx(1 / 3, abs=1e-6), 3], [2, 0.5, 2], [3, 0.0, 1]]
+    assert benchmarks.by_place(parameters, moved, "chair", ["bpo"]).empty
 
 
-def test_kinds_of_questions_stand_in_a_table_of_their_own(result):
-    pope, values = official.BENCHMARKS["pope"], result.metrics["benchmarks"]["pope"]
-    apart = benchmark_tables.of_kinds(pope, values)
-    assert {"accuracy_random", "f1_adversarial"} <= set(apart)
-    whole = benchmark_tables.whole(pope, values)
-    assert "accuracy" in whole and not set(whole) & set(apart)
-    rows = benchmark_tables.score_table(pope, values, ["accuracy"])
-    assert [r["method"] for r in rows] == METHODS and "[" in rows[0]["accuracy"]
-    assert benchmark_tables.counts_note(pope, values, ["accuracy"]).endswith("accuracy 24")
+def test_kinds_of_questions_stand_in_a_table_of_their_own(frame):
+    chair, whole, kinds = tables.level_tables(frame.query("category in ('all', 'kind')"))
+    assert "POPE" in whole.plain and "POPE" in kinds.plain and "CHAIRs" in chair.plain
+    head = whole.plain.splitlines()[1]
+    assert "accuracy" in head and "accuracy random" not in head
+    assert "accuracy random" in kinds.plain and "F1 adversarial" in kinds.plain
+    assert [line.split()[0] for line in whole.plain.splitlines()[2:]] == METHODS
+    assert "out of (base): accuracy 24," in whole.html
 
 
-def test_the_figures_hold_every_method_and_token(parameters, result):
-    found = result.metrics
-    assert benchmark_tables.few(found) == ["base", "sft", "bpo"]
-    gains = benchmark_figures.image_gains(benchmark_tables.gain_rows(found))
-    assert [t.get_text() for t in gains.axes[0].get_yticklabels()] == METHODS
-    line = benchmark_tables.drawn_captions(parameters, result)[0]
-    assert line["category"] == "caption"
-    drawn = benchmark_figures.token_gaps(benchmark_tables.token_gaps(line, ["base", "bpo"]))
-    labels = [t.get_text() for a in drawn.axes for t in a.get_xticklabels()]
+def test_the_figures_hold_every_method_and_token(parameters, result, frame):
+    assert benchmark_tables.few(frame) == ["base", "sft", "bpo"]
+    gains = frame.query("split_or_benchmark == 'image' and against == ''").assign(label="over none")
+    drawn = benchmark_figures.image_gains(gains)
+    assert [t.get_text() for t in drawn.axes[0].get_yticklabels()] == METHODS
+    line = benchmarks.probed(result)[0]
+    gaps = DataFrame({"base": diagnostics.token_gaps(line, "base")}, index=line["tokens"])
+    labels = [t.get_text() for a in benchmark_figures.token_gaps(gaps).axes
+              for t in a.get_xticklabels()]
     assert labels == line["tokens"]
-    bins = benchmark_tables.reliability(found, "pope")
-    assert sum(b["n"] for b in bins["base"]) == 24
-    assert len(benchmark_figures.reliability(bins).axes) == 2
-    points = benchmark_tables.trade_off(found, "chair")
-    values = found["benchmarks"]["chair"]
-    assert {(x["method"], x["metric"]) for x in points} == {
-        (m, label) for m in METHODS for n, label in (("chair_s", "CHAIRs"), ("chair_i", "CHAIRi"))
-        if values[m][n]["value"] is not None}  # who names nothing has no CHAIRi
-    assert ("base", "CHAIRs") in {(x["method"], x["metric"]) for x in points}
+    assert len(benchmark_tables.token_gaps(parameters, result, frame)) == parameters.gallery
+    table, figure = benchmark_tables.calibrations(result, frame)
+    assert "POPE: calibration" in table.plain and "calibration error" in table.plain
+    rows = tables.levels(frame.query("split_or_benchmark == 'chair'")).dropna(subset="value")
+    across, up = benchmark_figures.trade_off(rows, "cover", ["chair_s", "chair_i"]).axes
+    assert (across.get_title(), up.get_title()) == ("CHAIRs", "CHAIRi")
+    assert len(benchmark_tables.trade_offs(frame)) == 1
     # Few questions may hold none that asks for a description, as of AMBER's.
-    undescribed = {m: {n: e for n, e in mine.items() if n not in ("cover", "chair_i")}
-                   for m, mine in values.items()}
-    assert benchmark_tables.trade_off({"benchmarks": {"chair": undescribed}}, "chair") == []
+    undescribed = frame.query("metric not in ('cover', 'chair_i')")
+    assert benchmark_tables.trade_offs(undescribed) == []
 
 
-def test_gains_are_read_with_their_intervals(result):
-    text = benchmark_tables.gain_reading(result.metrics, "sft", "base")
-    assert "caption +0.00 [+0.00, +0.00], cannot be told from none" in text
-    assert benchmark_tables.gain_reading({"image": {}}, "bpo", "base") == "nothing was weighed"
+def test_gains_are_read_with_their_intervals(frame):
+    *_, said = benchmark_tables.image_gains(frame.query("method in ('base', 'sft')"))
+    assert "sft minus base" in said.plain
+    assert "caption +0.00 [+0.00, +0.00], cannot be told from none" in said.plain
+    assert benchmark_tables.image_gains(frame.query("category == 'all'")) == []
+
+
+def test_a_page_of_answers_that_nothing_scored_says_so(frame):
+    nothing = frame.iloc[:0]
+    assert benchmark_tables.reading(nothing, "base") == "nothing was scored"
+    for shown in (tables.level_tables, benchmark_tables.difference_tables,
+                  benchmark_tables.trade_offs, benchmark_tables.readings):
+        assert shown(nothing) == []

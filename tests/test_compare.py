@@ -3,6 +3,7 @@ whole stage on a small random model with random adapters."""
 
 import json
 
+import pandas
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from bpo.models import encoding, generate
 from bpo.models.generate import Request
 from bpo.params import QualitativeComparison, Refusal
 from bpo.reports import tables
+from bpo.study import results
 from bpo.study.files import read_lines
 
 TRUTH = {
@@ -150,18 +152,20 @@ def test_wrong_words_are_marked(row_id, text, words):
 
 # --- what may be said ---------------------------------------------------------------------------
 
-def estimate(value, low=None, high=None):
-    return {"value": value, "low": value if low is None else low,
-            "high": value if high is None else high, "n": 9}
+def written(folder, values, contrasts, split="natural"):
+    """The results of a comparison as notebook 4 reads them."""
+    folder = folder / QualitativeComparison.notebook
+    folder.mkdir(exist_ok=True)
+    results.write(folder, results.compared(split, values, contrasts, comparison.METRICS))
+    return results.read(folder)
 
 
-def found_with(**differences):
-    """Metrics of a finished comparison whose differences of bpo to base are these intervals."""
-    mine = {n: estimate(0.5) for n in differences}
-    return {"natural": {"base": mine, "bpo": mine},
-            "differences": {"natural": {"base": {"bpo": {
-                n: estimate((low + high) / 2, low, high) for n, (low, high) in
-                differences.items()}}}}}
+def with_differences(folder, **intervals):
+    """The results of a comparison whose differences of bpo to base are these intervals."""
+    levels = {n: {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9} for n in intervals}
+    contrasts = {n: {"value": (low + high) / 2, "low": low, "high": high, "n": 9}
+                 for n, (low, high) in intervals.items()}
+    return written(folder, {"base": levels, "bpo": levels}, {"base": {"bpo": contrasts}})
 
 
 @pytest.mark.parametrize("name, interval, reading", [
@@ -169,57 +173,61 @@ def found_with(**differences):
     ("chair_i", (0.1, 0.2), "worse"), ("chair_i", (-0.2, -0.1), "better"),
     ("cover", (-0.1, 0.2), "cannot be told"), ("chair_i", (0, 0.2), "cannot be told"),
     ("p_prior", (-0.3, -0.2), "better"), ("words", (0.1, 0.2), "")])
-def test_an_interval_is_read_by_whether_more_is_better(name, interval, reading):
-    rows = tables.differences(found_with(**{name: interval}), "natural", "bpo", "base")
-    assert [r["reading"] for r in rows] == [reading]
-    assert rows[0]["metric"] == comparison.METRICS[name][0]
+def test_an_interval_is_read_by_whether_more_is_better(name, interval, reading, tmp_path):
+    rows = tables.differences(with_differences(tmp_path, **{name: interval}))
+    assert rows[["label", "reading"]].values.tolist() == [[comparison.METRICS[name][0], reading]]
 
 
-def test_the_reading_is_one_phrase():
-    found = found_with(cover=(0.1, 0.2), chair_i=(0.1, 0.2), colour_accuracy=(-0.1, 0.1),
-                       chair_s=(-0.2, -0.1))
-    assert tables.reading(found, "natural", "bpo", "base") == (
-        "better in cover, CHAIRs, worse in CHAIRi; 1 of 4 metrics cannot be told apart")
-    assert tables.reading(found_with(cover=(-0.2, -0.1)), "natural", "bpo", "base") == (
-        "better in nothing, worse in cover; 0 of 1 metrics cannot be told apart")
-    assert tables.reading(found_with(words=(0.1, 0.2)), "natural", "bpo", "base") == \
-        "not to be judged without a truth file"
+@pytest.mark.parametrize("intervals, reading", [
+    ({"cover": (0.1, 0.2), "chair_i": (0.1, 0.2), "colour_accuracy": (-0.1, 0.1),
+      "chair_s": (-0.2, -0.1)},
+     "better in cover, CHAIRs, worse in CHAIRi; 1 of 4 metrics cannot be told apart"),
+    ({"cover": (-0.2, -0.1)},
+     "better in nothing, worse in cover; 0 of 1 metrics cannot be told apart"),
+    ({"words": (0.1, 0.2)}, "not to be judged without a truth file")])
+def test_the_reading_is_one_phrase(intervals, reading, tmp_path):
+    frame = with_differences(tmp_path, **intervals)
+    assert tables.reading(frame, "natural", "base") == reading
+    said, = tables.readings(frame)
+    assert said.plain == f"bpo against base, natural images: {reading}."
 
 
-def test_the_changes_stand_in_a_table_with_a_column_a_baseline():
-    table = tables.change_table(found_with(cover=(0.1, 0.2), words=(0.1, 0.2)), "natural", "bpo")
-    assert table == [{"metric": "cover", "minus base": "+0.150 [+0.100, +0.200] better"}]
+def test_the_changes_stand_in_a_table_with_a_column_a_baseline(tmp_path):
+    table, = tables.change_tables(with_differences(tmp_path, cover=(0.1, 0.2), words=(0.1, 0.2)))
+    assert "bpo minus each baseline, natural images" in table.plain
+    assert table.plain.split() [-8:] == [
+        "metric", "minus", "base", "cover", "+0.150", "[+0.100,", "+0.200]", "better"]
 
 
-def test_the_page_is_about_bpo_on_counterfactual_images_where_there_are():
-    base = {"natural": {"base": {}, "sft": {}}, "differences": {}}
-    assert (tables.main_split(base), tables.main_method(base)) == ("natural", "sft")
-    both = {"natural": {"base": {}, "bpo": {}, "sft": {}},
-            "counterfactual": {"base": {}, "bpo": {}, "sft": {}}, "differences": {}}
-    assert (tables.main_split(both), tables.main_method(both)) == ("counterfactual", "bpo")
-    assert tables.baselines(both, "natural") == ["base", "sft"]
+LEVEL = {"cover": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}}
 
 
-def test_the_sharpest_control_comes_first():
-    def control(*methods):
-        return tables.control({"x": dict.fromkeys(methods)}, "x")
+def test_the_page_is_about_bpo_on_counterfactual_images_where_there_are(tmp_path):
+    frame = written(tmp_path, {"base": LEVEL, "sft": LEVEL}, {})
+    assert (comparison.main_split(frame), tables.main_method(frame)) == ("natural", "sft")
+    other = written(tmp_path, dict.fromkeys(("base", "bpo", "sft"), LEVEL), {}, "counterfactual")
+    both = pandas.concat([frame, other])
+    assert (comparison.main_split(both), tables.main_method(both)) == ("counterfactual", "bpo")
+    assert tables.baselines(both) == ["base", "sft"]
 
-    assert control("base", "sft", "sft_compute", "sft_matched") == "sft_matched"
-    assert control("base", "sft_compute", "sft") == "sft"
-    assert control("base", "bpo") == "base"
+
+@pytest.mark.parametrize("methods, control", [
+    (("sft", "sft_compute", "sft_matched"), "sft_matched"), (("sft_compute", "sft"), "sft"),
+    (("bpo",), "base")])
+def test_the_sharpest_control_comes_first(methods, control, tmp_path):
+    assert tables.control(written(tmp_path, dict.fromkeys(("base", *methods), LEVEL), {})) == control
 
 
-def test_tables_show_values_with_intervals_and_counts(scored):
-    values, contrasts = scored
-    found = {"natural": values, "differences": {"natural": contrasts}}
-    assert tables.categories(found, "natural") == ["caption", "attribute", "presence", "any"]
-    rows = tables.wide_table(found, "natural", "attribute")
-    assert [r["method"] for r in rows] == ["base", "bpo"]
-    assert rows[1]["P(true answer)"] == "0.900 [0.900, 0.900]"
-    assert "yes answers 2" in tables.counts_note(found, "natural", "presence")
-    long = tables.table(found, "natural")
-    assert {(r["method"], r["metric"]) for r in long} >= {("base", "CHAIRi"), ("bpo", "cover")}
-    assert "yes_rate" not in tables.shown_metrics(found, "natural")
+def test_tables_show_values_with_intervals_and_counts(scored, tmp_path):
+    frame = written(tmp_path, *scored)
+    shown = {t.plain.splitlines()[0]: t for t in tables.level_tables(frame)}
+    assert list(shown) == [f"Table: natural images, {category} questions"
+                           for category in ("caption", "attribute", "presence", "any")]
+    rows = tables.pivoted(tables.levels(frame).query("category == 'attribute'"), "method", "label")
+    assert list(rows["method"]) == ["base", "bpo"]
+    assert rows["P(true answer)"][1] == "0.900 [0.900, 0.900]"
+    assert "yes answers 2" in shown["Table: natural images, presence questions"].html
+    assert "yes answers" not in set(tables.judged(tables.levels(frame))["label"])
 
 
 # --- the stage ----------------------------------------------------------------------------------
@@ -305,8 +313,9 @@ def test_the_metrics_are_the_scores_of_the_answers(result, lines, data_file):
 
 
 def test_a_method_that_changes_nothing_is_told_apart_in_nothing(result):
-    rows = tables.differences(result.metrics, "natural", "sft", "base")
-    assert rows and all(r["reading"] in ("cannot be told", "") for r in rows)
+    rows = results.read(result.folder).query("method == 'sft' and against == 'base'").dropna(
+        subset="value")
+    assert {e.reading() for e in results.estimates(rows)} == {"cannot be told", ""}
     assert result.metrics["natural"]["sft"]["changed"]["value"] == 0
     assert result.metrics["natural"]["bpo"]["changed"]["value"] > 0
 
@@ -364,8 +373,10 @@ def test_data_without_a_truth_file_is_measured_by_length_and_change(parameters, 
     found = comparison.run(p)
     assert set(found.metrics["held_out"]["base"]) == {"answer_words", "changed"}
     assert found.metrics["held_out"]["base"]["changed"]["n"] == 5
-    assert tables.main_split(found.metrics) == "held_out"
-    assert tables.categories(found.metrics, "held_out") == ["any"]
+    frame = results.read(found.folder)
+    assert comparison.main_split(frame) == "held_out"
+    assert set(tables.levels(frame)["category"]) == {"any"}
+    assert tables.difference_figures(frame, "held_out") and tables.level_figure(frame, "held_out")
 
 
 def test_the_gallery_shows_wins_and_losses_and_counts_them_all(parameters, result, data_file):

@@ -73,7 +73,7 @@ def test_gains_are_differences_of_sums():
         "noisy": [-1.0, -1.5]}}}
     assert diagnostics.gains(line, "m") == {"right": (-3.0, 1), "over_swapped": (2.5, 1),
                                             "over_none": (3.0, 1), "over_noisy": (-0.5, 1)}
-    assert diagnostics.token_gaps(line, "m") == [("a", 0.0), ("b", -0.5)]
+    assert diagnostics.token_gaps(line, "m") == [0.0, -0.5]
 
 
 def test_the_share_of_yes_is_a_softmax_over_the_two():

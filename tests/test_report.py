@@ -22,8 +22,9 @@ HOSTILE = ("<script>alert(1)</script> **bold** $x^2$ `code` <img src='http://192
 CURVE = {"mean": [0.9, 0.2], "low": [0.8, 0.1], "high": [1.0, 0.3]}
 HISTORY = [{"step": s, "loss": 1 / s, "rewards/margins": s, "rewards/accuracies": 0.5,
             "chosen": -5.0, "rejected": -5.0 - s} for s in (1, 2, 3)]
-ROWS = [{"method": m, "against": "base", "metric": k, "value": 0.1, "low": low, "high": 0.2}
-        for m, low in (("SFT", -0.1), (HOSTILE, 0.05)) for k in ("accuracy", "yes share")]
+ROWS = pandas.DataFrame([
+    {"method": m, "label": k, "value": 0.1, "low": low, "high": 0.2, "reading": "better"}
+    for m, low in (("SFT", -0.1), (HOSTILE, 0.05)) for k in ("accuracy", "yes share")])
 SHARES = pandas.DataFrame({"object": ["banana", "sky"], "text": [0.9, 0.8], "pictures": [0.1, 0.2]})
 
 
@@ -38,8 +39,10 @@ def all_figures() -> dict[str, object]:
         "strip": figures.noise_strip([picture()] * 7, list(range(7)), [HOSTILE] * 7),
         "curves": figures.noise_curves({"a": CURVE, "$b$": CURVE}, [0, 900], "probability"),
         "training": figures.training_curves({"BPO": HISTORY, "SFT": [{"step": 1, "loss": 2.0}]}),
-        "metrics": figures.metric_bars(ROWS, ["accuracy", "yes share"]),
-        "differences": figures.differences(ROWS),
+        "metrics": figures.metric_bars(ROWS),
+        "differences": figures.differences({HOSTILE: ROWS}),
+        "forest": figures.differences({n: ROWS.assign(label=["seed 0", "seed 1", HOSTILE, "mean"])
+                                       for n in (HOSTILE, "cover")}),
         "statistics": figures.statistics_bars(SHARES),
     }
 
@@ -250,10 +253,10 @@ def test_figures_show_what_was_measured():
     loss, margin, _, change = training.axes
     assert [len(axes.lines) for axes in (loss, margin, change)] == [2, 1, 2]
     assert [list(line.get_ydata()) for line in change.lines] == [[-5, -5, -5], [-6, -7, -8]]
-    forest = figures.differences(ROWS)
-    dots = [line for line in forest.axes[0].lines if line.get_marker() == "o"]
+    apart = figures.differences({"SFT - base": ROWS})
+    dots = [line for line in apart.axes[0].lines if line.get_marker() == "o"]
     fills = [dot.get_markerfacecolor() for dot in dots]
-    assert fills[0] == "white" and fills[1] != "white"
+    assert fills[0] == "white" and fills[2] != "white"
     bars = figures.statistics_bars(SHARES).axes[0].containers
     assert [[round(bar.get_width(), 3) for bar in group] for group in bars] == [[0.9, 0.8],
                                                                                 [0.1, 0.2]]

@@ -32,27 +32,30 @@ DIFFERENCES = {"base": {"bpo": {
     "chair_i": {"value": None, "low": None, "high": None, "n": 0, "p": None},
     "chair_s": {"value": -0.1, "low": -0.2, "high": 0.1, "n": 9, "p": 0.3},
     "words": {"value": 1.0, "low": 0.5, "high": 2.0, "n": 9, "p": 0.001}}}}
-DIRECTIONS = {"cover": ("caption", True), "chair_i": ("caption", False),
-              "chair_s": ("caption", False), "words": ("caption", None)}
+METRICS = {"cover": ("cover", "caption", True), "chair_i": ("CHAIRi", "caption", False),
+           "chair_s": ("CHAIRs", "caption", False), "words": ("words", "caption", None)}
 
 
 def test_what_is_written_is_read_again(tmp_path):
-    rows = results.compared("natural", VALUES, DIFFERENCES, DIRECTIONS)
+    rows = results.compared("natural", VALUES, DIFFERENCES, METRICS)
     results.write(tmp_path, rows)
     frame = results.read(tmp_path)
-    assert tuple(frame.columns) == results.COLUMNS
+    assert tuple(frame.columns) == (*results.COLUMNS, "notebook")
     assert list(frame.metric) == ["cover", "words", "cover", "chair_i", "chair_s", "words"]
     assert list(frame.against) == ["", "", *["base"] * 4]
     assert set(frame.split_or_benchmark) == {"natural"}
-    again = [results.estimate(row) for _, row in frame.iterrows()]
+    again = results.estimates(frame)
     # two differences have a better and a worse and were measured: 0.02 x 2, then 0.3
     assert [e.p_holm for e in again] == [None, None, 0.04, None, 0.3, None]
     assert [e.reading() for e in again[2:]] == ["better", "", "cannot be told", ""]
     assert again[2] == Estimate(0.1, 0.01, 0.2, 9, 0.02, 0.04, True)
     assert again[3] == Estimate(None, None, None, 0, None, None, False)
+    assert list(results.texts(frame)) == [
+        "0.500 [0.400, 0.600]", "3.000 [2.000, 4.000]", "+0.100 [+0.010, +0.200] better", "none",
+        "-0.100 [-0.200, +0.100]", "+1.000 [+0.500, +2.000]"]
 
 
-def test_families_are_corrected_apart():
+def test_families_are_corrected_apart(tmp_path):
     def result(method, against, category, p):
         return Result("s", category, method, against, "m",
                       Estimate(0.1, 0.0, 0.2, 5, p, more_is_better=True))
@@ -60,7 +63,9 @@ def test_families_are_corrected_apart():
     rows = [result("bpo", "base", "caption", 0.01), result("bpo", "base", "caption", 0.04),
             result("bpo", "sft", "caption", 0.03), result("bpo", "base", "presence", 0.02),
             result("bpo", "", "caption", None)]
-    assert [r.estimate.p_holm for r in results.corrected(rows)] == [0.02, 0.04, 0.03, 0.02, None]
+    results.write(tmp_path, rows)
+    assert [e.p_holm for e in results.estimates(results.read(tmp_path))] == [0.02, 0.04, 0.03, 0.02,
+                                                                             None]
 
 
 def test_a_stage_without_results_names_its_notebook(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import nbformat
@@ -13,35 +14,42 @@ from bpo.evaluation import comparison
 from bpo.reports import index as studies
 from bpo.reports import page as report
 from bpo.reports import verify
+from bpo.study import results
+from bpo.study.results import Estimate, Result
 
 
-def estimate(value: float, half: float = 0.05, **more: object) -> dict:
-    return {"value": value, "low": value - half, "high": value + half, "n": 40, **more}
+def estimate(value: float, half: float = 0.05) -> Estimate:
+    return Estimate(value, value - half, value + half, 40)
 
 
-def noise_metrics(rise: float) -> dict:
-    return {"noise_steps": [0, 999], "images": 40, "change_true": estimate(-0.2),
-            "change_prior": estimate(rise)}
+def noise(rise: float) -> list[Result]:
+    return [Result("step 999", "noise", "base", "", "p_true", estimate(0.5)),
+            Result("step 999", "noise", "base", "step 0", "p_true", estimate(-0.2)),
+            Result("step 999", "noise", "base", "step 0", "p_prior", estimate(rise))]
 
 
-def compared_metrics(gain: float) -> dict:
+def compared(gain: float) -> list[Result]:
     """base and bpo on one split; P(true answer) of bpo is `gain` above base's."""
-    levels = {m: {n: estimate(0.5 + (gain if m == "bpo" else 0)) for n in studies.COMPARED}
-              for m in ("base", "sft_matched", "bpo")}
-    apart = {"p_true": estimate(gain, 0.01, p=0.01), "p_prior": estimate(gain, 0.01, p=0.01),
-             "cover": estimate(0.0004, 0.01, p=0.9),
-             "chair_i": {"value": None, "low": None, "high": None, "n": 0}}
-    return {"counterfactual": levels,
-            "differences": {"counterfactual": {"base": {"bpo": apart}}}}
+    def result(method: str, against: str, metric: str, e: Estimate) -> Result:
+        _, category, more = comparison.METRICS[metric]
+        return Result("counterfactual", category, method, against, metric,
+                      replace(e, more_is_better=more))
+
+    levels = [result(m, "", n, estimate(0.5 + (gain if m == "bpo" else 0)))
+              for m in ("base", "sft_matched", "bpo") for n in studies.COMPARED]
+    apart = {"p_true": estimate(gain, 0.01), "p_prior": estimate(gain, 0.01),
+             "cover": estimate(0.0004, 0.01), "chair_i": Estimate(None)}
+    return levels + [result("bpo", "base", n, e) for n, e in apart.items()]
 
 
-def write_stage(folder, notebook: str, metrics: dict, **parameters: object) -> None:
+def write_stage(folder, notebook: str, table: list[Result], **parameters: object) -> None:
     (folder / notebook).mkdir(parents=True)
+    results.write(folder / notebook, table)
     (folder / notebook / "manifest.json").write_text(json.dumps({
-        "stage": notebook, "study": folder.name, "metrics": metrics, "outputs": {},
+        "stage": notebook, "study": folder.name, "metrics": {}, "outputs": {},
         "parameters": {"seed": 3, **parameters}, "inputs": {"model": "ab" * 32},
-        "modules": {"bpo.evaluation.probe": "cd" * 32}, "versions": {"torch": "2.13.0"}, "python": "3.11",
-        "device": "CPU", "processes": 1, "commit": "abc", "seconds": 61.0,
+        "modules": {"bpo.evaluation.probe": "cd" * 32}, "versions": {"torch": "2.13.0"},
+        "python": "3.11", "device": "CPU", "processes": 1, "commit": "abc", "seconds": 61.0,
         "finished": "2026-01-31 10:00 UTC"}))
     said = report.say("it came to {x}", x="<b>pass</b>")
     nbformat.write(new_notebook(cells=[new_code_cell("x", outputs=[new_output(
@@ -52,8 +60,8 @@ def write_stage(folder, notebook: str, metrics: dict, **parameters: object) -> N
 @pytest.fixture
 def study(outputs):
     """A study of notebooks 1 and 4, whose rise is 0.125 and whose gain is 0.1."""
-    write_stage(outputs / "one", "1_noise_probability", noise_metrics(0.125), draws=5)
-    write_stage(outputs / "one", "4_qualitative_comparison", compared_metrics(0.1))
+    write_stage(outputs / "one", "1_noise_probability", noise(0.125), draws=5)
+    write_stage(outputs / "one", "4_qualitative_comparison", compared(0.1))
     return outputs / "one"
 
 
@@ -105,14 +113,15 @@ def test_the_index_shows_numbers_with_intervals_and_the_facts(study):
     assert verify.problems(study) == []
 
 
-def test_better_and_worse_follow_the_metric(study):
-    more = {n: comparison.METRICS[n][2] for n in studies.COMPARED}
-    assert more == {"chair_i": False, "cover": True, "p_true": True, "p_prior": False,
-                    "pope_adversarial": True}
+def test_a_study_without_tables_of_results_says_which_notebook_to_run(study, outputs):
+    (study / "4_qualitative_comparison" / "results.csv").unlink()
+    for page in (Rows(studies.index(study)), Rows(outputs / "index.html")):
+        words = re.sub(r"\s+", " ", page.words)
+        assert "results.csv is not there: run notebooks/4_qualitative_comparison.ipynb" in words
 
 
 def test_the_list_of_studies_names_each_and_the_failed(study, outputs):
-    write_stage(outputs / "two", "1_noise_probability", noise_metrics(-0.4))
+    write_stage(outputs / "two", "1_noise_probability", noise(-0.4))
     error = new_output("error", ename="Refusal", evalue="bad", traceback=[])
     nbformat.write(new_notebook(cells=[new_code_cell("x", outputs=[error])]),
                    outputs / "two" / "1_noise_probability.ipynb")
@@ -144,9 +153,3 @@ def test_a_study_that_only_failed_is_listed(outputs):
 
 def test_every_notebook_has_a_title():
     assert studies.TITLES.keys() == params.SCHEMAS.keys()
-
-
-def test_signs():
-    assert studies.signed({"value": -0.0001, "low": -0.01, "high": 0.01}) == (
-        "0.000 [-0.010, +0.010]")
-    assert studies.signed({"value": None}) == "–" == studies.plain({"value": None})

@@ -9,13 +9,13 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bpo import params
 from bpo.data import rows as data_rows
-from bpo.evaluation import comparison, diagnostics, judged, metrics, official
+from bpo.evaluation import comparison, diagnostics, judged, metrics, official, words
 from bpo.evaluation.judged import Judged, JudgedQuestion
 from bpo.evaluation.official import Benchmark, Question
 from bpo.models import checkpoint as checkpoints
@@ -29,13 +29,17 @@ from bpo.study import stage as stages
 from bpo.study.files import read_lines
 from bpo.study.results import Result
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 PROBED = "probed.jsonl"
 KNOWN = {**official.BENCHMARKS, **judged.JUDGED}  # by name, those that rules score first
 REPLIES = "judge_replies"  # the folder of them, beside the studies
+FEWEST = 20  # captions that a place needs
 
-# metric of P(yes) -> (category, whether more is better)
-CALIBRATION = {"brier": ("calibration", False), "ece": ("calibration", False),
-               "mean_p_yes": ("calibration", None)}
+CALIBRATION: results.Metrics = {"brier": ("Brier score", "calibration", False),
+                                "ece": ("calibration error", "calibration", False),
+                                "mean_p_yes": ("mean P(yes)", "calibration", None)}
 
 
 def run(p: Benchmarks) -> stages.Result:
@@ -67,7 +71,9 @@ def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
     lines: dict[str, list[dict]] = {}
     for name, benchmark in chosen(p).items():
         loaded = benchmark.load(p.path(p.folders[name]))
-        questions = _drawn(p, name, loaded if isinstance(benchmark, Judged) else loaded.questions)
+        questions = data_rows.draw_rows(
+            loaded if isinstance(benchmark, Judged) else loaded.questions, p.questions, p.seed,
+            purpose=f"{name} questions")
         lines[name] = _answers(p, folder, checkpoint, methods, benchmark, questions)
         found["settings"][name] = {
             "questions": len(questions), "images": len({q.image for q in questions}),
@@ -83,31 +89,47 @@ def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
             continue
         found["benchmarks"][name], found["differences"][name] = comparison.scored(
             counted, benchmark.metrics, seed=p.seed, resamples=p.resamples, made=benchmark.combined)
-    found |= _calibrated(p, lines, methods) | _probed(p, folder, checkpoint, methods)
+    found["calibration"] = _calibrated(p, lines, methods)
+    found["image"] = _probed(p, folder, checkpoint, methods)
     results.write(folder, tidy(found))
     return found
 
 
+def described(name: str) -> results.Metrics:
+    """The metrics of a benchmark, those that are made of others last; one of questions of a kind
+    alone, such as accuracy_random, has the category "kind"."""
+    benchmark = KNOWN[name]
+    return {n: (m.label, "kind" if n.rpartition("_")[0] in benchmark.metrics else "all", m.more)
+            for n, m in benchmark.metrics.items()}
+
+
+def title(where: str) -> str:
+    """A benchmark's title; a split's own name."""
+    return KNOWN[where].title if where in KNOWN else where
+
+
+def label(where: str, metric: str) -> str:
+    """A metric's name on a page; where: a split or a benchmark's name."""
+    metrics = described(where) if where in KNOWN else {}
+    return {**comparison.METRICS, **CALIBRATION, **metrics}.get(metric, (metric,))[0]
+
+
+def labels(frame: "DataFrame") -> list[str]:
+    """`label` of each row of results."""
+    return list(map(label, frame["split_or_benchmark"], frame["metric"]))
+
+
 def tidy(found: Mapping[str, Any]) -> list[Result]:
-    """Everything measured as results; a metric of questions of one kind alone, such as
-    accuracy_random, has the category "kind"."""
+    """Everything measured as results."""
     out = []
     for name, values in found["benchmarks"].items():
-        whole = KNOWN[name].metrics
-        directions = {n: ("kind" if n.rpartition("_")[0] in whole else "all", m.more)
-                      for n, m in KNOWN[name].metrics.items()}
-        out += results.compared(name, values, found["differences"][name], directions)
+        out += results.compared(name, values, found["differences"][name], described(name))
     for name, both in found["calibration"].items():
         out += results.compared(name, both["values"], both["differences"], CALIBRATION)
     for category, both in found["image"].items():
-        gains = {n: (category, more) for n, (_, more) in diagnostics.GAINS.items()}
+        gains = {n: (text, category, more) for n, (text, more) in diagnostics.GAINS.items()}
         out += results.compared("image", both["values"], both["differences"], gains)
     return out
-
-
-def _drawn(p: Benchmarks, name: str, questions: Sequence[Question]) -> list[Question]:
-    """`questions` of them, chosen by a hash of seed and id, in their own order; 0: all."""
-    return data_rows.draw_rows(questions, p.questions, p.seed, purpose=f"{name} questions")
 
 
 def _answers(p: Benchmarks, folder: Path, checkpoint: Checkpoint, methods: Sequence[str],
@@ -156,7 +178,7 @@ def _ask(p: Benchmarks, checkpoint: Checkpoint, methods: Sequence[str],
 def _judged(p: Benchmarks, benchmark: Judged, questions: Sequence[Question],
             lines: Sequence[Mapping[str, Any]], methods: Sequence[str]
             ) -> tuple[dict[str, list], dict[str, Any]]:
-    """What each answer counts by the judge's scores, as `held_out.scored` takes it, and what
+    """What each answer counts by the judge's scores, as `comparison.scored` takes it, and what
     stands beside the numbers."""
     endpoint = Endpoint(p.judge, p.judge_model, p.judge_key_variable, p.judge_requests,
                         p.judge_retries, p.judge_timeout)
@@ -178,7 +200,7 @@ def _calibrated(p: Benchmarks, lines: Mapping[str, Sequence[dict]], methods: Seq
                 ) -> dict[str, Any]:
     """Of every benchmark with yes/no questions: Brier score and mean P(yes), their differences, and
     expected calibration error with its bins."""
-    out: dict[str, Any] = {}
+    out = {}
     for name, mine in lines.items():
         asked = [line for line in mine if line["p_yes"]]
         if not asked:
@@ -187,21 +209,21 @@ def _calibrated(p: Benchmarks, lines: Mapping[str, Sequence[dict]], methods: Seq
             {m: [(x["image"], diagnostics.yes_no_counts(x["p_yes"][m], x["label"] == "yes"))
                  for x in asked] for m in methods},
             ("brier", "mean_p_yes"), seed=p.seed, resamples=p.resamples)
-        images = len({x["image"] for x in asked})
-        weights = metrics.bootstrap_weights(images, p.resamples, seeds.numpy_generator(
-            p.seed, "comparison interval"))
+        weights = metrics.bootstrap_weights(
+            len({x["image"] for x in asked}), p.resamples,
+            seeds.numpy_generator(p.seed, "comparison interval"))
         for m in methods:
             values[m] |= diagnostics.calibration(
                 [(x["image"], x["p_yes"][m], x["label"] == "yes") for x in asked], weights)
         out[name] = {"values": values, "differences": differences}
-    return {"calibration": out}
+    return out
 
 
 def _probed(p: Benchmarks, folder: Path, checkpoint: Checkpoint, methods: Sequence[str]
             ) -> dict[str, Any]:
     """How much the annotated answers owe to their image, by category of question."""
     if not p.probe_data:
-        return {"image": {}}
+        return {}
     rows, _ = data_rows.read_rows(p.path(p.probe_data), p.optional_path(p.probe_image_folder),
                                   count=p.probe_rows, seed=p.seed, purpose="probed rows")
     work = functools.partial(diagnostics.weigh, checkpoint, methods, {r.id: r for r in rows},
@@ -215,7 +237,7 @@ def _probed(p: Benchmarks, folder: Path, checkpoint: Checkpoint, methods: Sequen
             {m: [(x["image"], diagnostics.gains(x, m)) for x in mine] for m in methods},
             diagnostics.GAINS, seed=p.seed, resamples=p.resamples)
         out[category] = {"values": values, "differences": differences}
-    return {"image": out}
+    return out
 
 
 def answers(result: stages.Result, name: str) -> list[dict[str, Any]]:
@@ -227,3 +249,25 @@ def probed(result: stages.Result) -> list[dict[str, Any]]:
     """The lines of the weighed answers of a finished stage; none without probe_data."""
     file = result.folder / PROBED
     return read_lines(file) if file.is_file() else []
+
+
+def by_place(p: Benchmarks, result: stages.Result, name: str, methods: Sequence[str], *,
+             least: int = FEWEST) -> "DataFrame":
+    """{method, place, value, low, high, n}: of the objects that captions name first, second, ...,
+    the share that is not in the image, at the places that `least` captions have or more. A model
+    that says less has fewer late ones, and late ones are wrong more often."""
+    from pandas import DataFrame
+
+    folder = p.path(p.folders[name])
+    lexicon = official.read_lexicon(folder)
+    scenes = official.read_scenes(folder, lexicon)
+    counted: dict[str, list] = {m: [] for m in methods}
+    for line in answers(result, name):
+        present = scenes[words.image_key(line["image"])].present
+        for m in methods:
+            named = enumerate(lexicon.objects(line["answers"][m]), start=1)
+            counted[m].append((line["image"], {k: (float(o not in present), 1) for k, o in named}))
+    places = sorted({k for of_method in counted.values() for _, wrong in of_method for k in wrong})
+    values, _ = comparison.scored(counted, places, seed=p.seed, resamples=p.resamples)
+    return DataFrame([{"method": m, "place": k, **e} for m, of_method in values.items()
+                      for k, e in of_method.items() if e["n"] >= least])

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,9 +24,12 @@ from bpo.models.generate import Request
 from bpo.params import QualitativeComparison, Refusal
 from bpo.study import results, seeds, shards
 from bpo.study import stage as stages
+from bpo.study.results import Estimate, Result
 
-# name: (label, category of question, whether more is better; None: neither)
-METRICS = {
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+METRICS: results.Metrics = {  # their category is that of the question
     "chair_s": ("CHAIRs", "caption", False), "chair_i": ("CHAIRi", "caption", False),
     "cover": ("cover", "caption", True), "objects": ("objects a caption", "caption", None),
     "words": ("words a caption", "caption", None),
@@ -57,34 +60,32 @@ def run(p: QualitativeComparison) -> stages.Result:
 
 def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
     checkpoint, methods = load_methods(p)
-    out: dict[str, Any] = {}
-    contrasts: dict[str, Any] = {}
-    gained: dict[str, Any] = {}
+    levels, differences, table = {}, {}, []
     for split in p.splits:
         rows, truth = read_split(p, split)
-        asked = {r.id: r for r in rows}
         requests = [Request(r.id, r.prompt, r.image, len(r.answer.split())) for r in rows]
         score_answers = _scorer(checkpoint, requests, truth)
         lines = shards.run_on(
             folder / f"answers-{split}.jsonl", requests, p.batch_size,
-            functools.partial(_ask, p, checkpoint, methods, asked, truth, score_answers),
+            functools.partial(_ask, p, checkpoint, methods, {r.id: r for r in rows}, truth,
+                              score_answers),
             label=f"{split} questions")
-        out[split], contrasts[split] = score(lines, truth, methods, seed=p.seed,
-                                             resamples=p.resamples)
-        gained[split] = wins(lines, truth, methods[1:], seed=p.seed, resamples=p.resamples)
-    directions = {name: (category, more) for name, (_, category, more) in METRICS.items()}
-    table = [r for split in out for r in results.compared(split, out[split], contrasts[split],
-                                                          directions)]
-    results.write(folder, table + [
-        results.Result(split, "any", m, "base", "wins", results.Estimate(**e, more_is_better=True))
-        for split, of_split in gained.items() for m, e in of_split.items()])
-    return {**out, "differences": contrasts}
+        levels[split], differences[split] = score(lines, truth, methods, seed=p.seed,
+                                                  resamples=p.resamples)
+        table += results.compared(split, levels[split], differences[split], METRICS)
+        table += [Result(split, "any", method, "base", "wins", Estimate(**e, more_is_better=True))
+                  for method, e in wins(lines, truth, methods[1:], seed=p.seed,
+                                        resamples=p.resamples).items()]
+    results.write(folder, table)
+    return {**levels, "differences": differences}
 
 
-def main_split(splits: Sequence[str]) -> str:
-    """The split that pages and verdicts are about: counterfactual where there is one, else the
-    first."""
-    return "counterfactual" if "counterfactual" in splits or not splits else splits[0]
+def main_split(frame: "DataFrame") -> str:
+    """The split of notebook 4's results that pages and verdicts are about: counterfactual where
+    there is one, else the first."""
+    splits = frame.loc[frame["notebook"] == QualitativeComparison.notebook, "split_or_benchmark"]
+    first = splits.iloc[0] if len(splits) else "counterfactual"
+    return "counterfactual" if "counterfactual" in set(splits) else first
 
 
 def read_split(p: QualitativeComparison, split: str) -> tuple[list[Row], dict[str, Any]]:
@@ -210,8 +211,7 @@ def quality(line: dict, method: str, truth: dict[str, Any]) -> float | None:
     if known["category"] == "caption":
         return added["cover"][0] / max(added["cover"][1], 1) - added["chair_i"][0]
     if known["category"] == "presence":
-        said = hallucination.yes_or_no(line["answers"][method])
-        return float(said == known["true"][0])
+        return float(hallucination.yes_or_no(line["answers"][method]) == known["true"][0])
     return added["colour_accuracy"][0]
 
 
@@ -222,17 +222,14 @@ def wins(lines: Sequence[dict], truth: dict[str, Any], methods: Sequence[str], *
     Empty where nothing can be judged."""
     out = {}
     for method in methods:
-        won, lost = [], []
-        for line in lines:
-            tuned, base = (quality(line, m, truth) for m in (method, "base"))
-            if tuned is not None and base is not None:
-                won.append((line["image"], (float(tuned > base), 1)))
-                lost.append((line["image"], (float(tuned < base), 1)))
-        if won:
-            ratios = [metrics.by_image(counted) for counted in (won, lost)]
+        pairs = [(line["image"], quality(line, method, truth), quality(line, "base", truth))
+                 for line in lines if line["id"] in truth["rows"]]
+        if pairs:
+            won = metrics.by_image([(image, (float(q > base), 1)) for image, q, base in pairs])
+            lost = metrics.by_image([(image, (float(q < base), 1)) for image, q, base in pairs])
             weights = metrics.bootstrap_weights(
-                len(ratios[0]), resamples, seeds.numpy_generator(seed, "claims interval"))
-            out[method] = metrics.difference(*ratios, weights)
+                len(won), resamples, seeds.numpy_generator(seed, "claims interval"))
+            out[method] = metrics.difference(won, lost, weights)
     return out
 
 
@@ -256,13 +253,12 @@ def scored(counted: Mapping[str, Sequence[tuple[str, Mapping[str, tuple[float, f
     every method. names: the metrics to keep, in their order, where any answer has them.
     made: further numbers, each made of some of these.
     """
-    images = sorted({image for image, _ in next(iter(counted.values()))})
+    images = {image for image, _ in next(iter(counted.values()))}
     weights = metrics.bootstrap_weights(len(images), resamples,
                                         seeds.numpy_generator(seed, "comparison interval"))
     ratios = {m: metrics.tabled(answers, names) for m, answers in counted.items()}
     values = {m: metrics.estimates(mine, weights, made) for m, mine in ratios.items()}
-    contrasts = {
+    return values, {
         against: {m: metrics.differences(mine, ratios[against], weights, made)
                   for m, mine in ratios.items() if m != against}
         for against in BASELINES if against in ratios}
-    return values, contrasts

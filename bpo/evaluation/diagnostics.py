@@ -2,8 +2,7 @@
 model's yes and no are calibrated, and which words of a caption the image carries.
 """
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,15 +35,12 @@ def requests(rows: Sequence[Row], *, seed: int) -> list[Request]:
         raise Refusal("probe_data: all its rows are about one image, so none can be swapped; give "
                       "rows of two images or more, or leave probe_data empty")
     order = sorted(rows, key=lambda r: seed_for(seed, "swapped image", r.id))
-    # Round the circle of shuffled rows, the next image that is another one.
-    others = {mine.id: next(r.image for r in _behind(order, place)
-                            if r.image_name != mine.image_name)
-              for place, mine in enumerate(order)}
+    others = {}
+    for place, row in enumerate(order):
+        # Round the circle of shuffled rows, the next image that is another one.
+        circle = order[place + 1:] + order[:place]
+        others[row.id] = next(r.image for r in circle if r.image_name != row.image_name)
     return [Request(r.id, r.prompt, r.image, len(r.answer.split()), others[r.id]) for r in rows]
-
-
-def _behind(order: Sequence[Row], place: int) -> Iterator[Row]:
-    return itertools.chain(order[place + 1:], order[:place])
 
 
 @torch.no_grad()
@@ -85,12 +81,11 @@ def gains(line: Mapping[str, Any], method: str) -> dict[str, tuple[float, float]
             **{f"over_{v}": (total["right"] - total[v], 1) for v in VIEWS[1:]}}
 
 
-def token_gaps(line: Mapping[str, Any], method: str) -> list[tuple[str, float]]:
-    """(token, log p with the clean image minus log p with the noised one, in nats): what the image
-    carries of each token of an answer, given those before it."""
-    mine = line["logprobs"][method]
-    return [(token, clean - noisy) for token, clean, noisy
-            in zip(line["tokens"], mine["right"], mine["noisy"], strict=True)]
+def token_gaps(line: Mapping[str, Any], method: str) -> list[float]:
+    """log p of each token with the clean image minus log p with the noised one, in nats: what the
+    image carries of it, given the tokens before it."""
+    views = line["logprobs"][method]
+    return [clean - noisy for clean, noisy in zip(views["right"], views["noisy"], strict=True)]
 
 
 def yes_share(weighed: Sequence[float]) -> float:

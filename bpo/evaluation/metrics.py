@@ -4,7 +4,7 @@ Every number is a ratio of sums over images (a mean is a ratio with ones below),
 bootstrap serves all of them, and a difference between two methods is resampled in pairs.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,16 +65,7 @@ def estimate(ratios: Ratios, weights: np.ndarray) -> dict[str, Any]:
     weights: (resamples, images) from `bootstrap_weights`, columns in the sorted order of images.
     Returns {value, low, high, n}: n is what the ratio is out of. None where that is nothing.
     """
-    return combined_estimate(itself, [ratios], weights)
-
-
-def combined_estimate(rule: Callable[..., Any], parts: Sequence[Ratios], weights: np.ndarray
-                      ) -> dict[str, Any]:
-    """`estimate` of a number made of several ratios of the same images, such as AMBER's score.
-
-    rule: the ratios, as numbers or arrays, -> the number. n is the least of theirs.
-    """
-    return _interval(*_resampled(rule, parts, weights))
+    return _interval(*_resampled(itself, [ratios], weights))
 
 
 def difference(ratios: Ratios, other: Ratios, weights: np.ndarray) -> dict[str, Any]:
@@ -83,21 +74,10 @@ def difference(ratios: Ratios, other: Ratios, weights: np.ndarray) -> dict[str, 
     Returns {value, low, high, n, p}; p is two-sided, from how many resamples lie on the other side
     of zero or on it, (1 + 2 min(those <= 0, those >= 0)) / (1 + all), at most 1.
     """
-    return combined_difference(itself, [ratios], [other], weights)
+    return _difference(itself, [ratios], [other], weights)
 
 
-def combined_difference(rule: Callable[..., Any], parts: Sequence[Ratios],
-                        others: Sequence[Ratios], weights: np.ndarray) -> dict[str, Any]:
-    """`difference` of a number made of several ratios, as `combined_estimate` makes it."""
-    if any(p.keys() != parts[0].keys() for p in (*parts, *others)):
-        raise ValueError("a paired difference needs the same images on both sides")
-    value, drawn, count = _resampled(rule, parts, weights)
-    value2, drawn2, count2 = _resampled(rule, others, weights)
-    found = _interval(value - value2, drawn - drawn2, min(count, count2))
-    return found | {"p": None if found["value"] is None else _two_sided(drawn - drawn2)}
-
-
-# a number's name -> the ratios that it is made of, and how (`combined_estimate`)
+# a number's name -> the ratios that it is made of, and the rule: those as numbers or arrays -> it
 Made = Mapping[str, tuple[Sequence[str], Callable[..., Any]]]
 
 
@@ -117,44 +97,49 @@ def tabled(answers: Sequence[tuple[str, Mapping[str, tuple[float, float]]]], nam
 
 def estimates(ratios: Mapping[str, Ratios], weights: np.ndarray, made: Made
               ) -> dict[str, dict[str, Any]]:
-    """The `estimate` of every metric, then of those numbers in `made` whose parts are all there."""
-    return {n: combined_estimate(rule, [ratios[p] for p in parts], weights)
-            for n, (parts, rule) in _rules(ratios, made).items()}
+    """The `estimate` of every metric, then of those numbers in `made` whose parts are all there,
+    such as AMBER's score; their n is the least of the parts'."""
+    return {name: _interval(*_resampled(rule, [ratios[part] for part in parts], weights))
+            for name, (parts, rule) in _rules(ratios, made).items()}
 
 
 def differences(ratios: Mapping[str, Ratios], others: Mapping[str, Ratios], weights: np.ndarray,
                 made: Made) -> dict[str, dict[str, Any]]:
     """The `difference` of everything that `estimates` gives on both sides."""
-    ratios = {n: r for n, r in ratios.items() if n in others}
-    return {n: combined_difference(rule, [ratios[p] for p in parts], [others[p] for p in parts],
-                                   weights)
-            for n, (parts, rule) in _rules(ratios, made).items()}
+    shared = [name for name in ratios if name in others]
+    return {name: _difference(rule, [ratios[part] for part in parts],
+                              [others[part] for part in parts], weights)
+            for name, (parts, rule) in _rules(shared, made).items()}
 
 
-def _rules(ratios: Mapping[str, Ratios], made: Made) -> dict[str, tuple[Sequence[str], Callable]]:
-    whole = {n: rule for n, rule in made.items() if ratios.keys() >= set(rule[0])}
-    return {n: ((n,), itself) for n in ratios} | whole
+def _rules(names: Collection[str], made: Made) -> Made:
+    complete = {n: made[n] for n in made if all(part in names for part in made[n][0])}
+    return {n: ((n,), itself) for n in names} | complete
+
+
+def _difference(rule: Callable[..., Any], parts: Sequence[Ratios], others: Sequence[Ratios],
+                weights: np.ndarray) -> dict[str, Any]:
+    if any(p.keys() != parts[0].keys() for p in (*parts, *others)):
+        raise ValueError("a paired difference needs the same images on both sides")
+    value, drawn, count = _resampled(rule, parts, weights)
+    other_value, other_drawn, other_count = _resampled(rule, others, weights)
+    drawn = drawn - other_drawn
+    found = _interval(value - other_value, drawn, min(count, other_count))
+    if found["value"] is None:
+        return found | {"p": None}
+    beyond = int(min((drawn <= 0).sum(), (drawn >= 0).sum()))
+    return found | {"p": round(min((1 + 2 * beyond) / (1 + int(np.isfinite(drawn).sum())), 1.0), 6)}
 
 
 def _resampled(rule: Callable[..., Any], parts: Sequence[Ratios], weights: np.ndarray
                ) -> tuple[Any, np.ndarray, float]:
     """The number itself, the number in every resample, and what its smallest part is out of."""
-    columns = [_columns(r, sorted(r)) for r in parts]
+    # (2, images) each: what is counted, and out of how many
+    columns = [np.array([ratios[image] for image in sorted(ratios)], dtype=float).T
+               for ratios in parts]
     value = rule(*(_ratio(top.sum(), bottom.sum()) for top, bottom in columns))
     drawn = rule(*(_ratio(weights @ top, weights @ bottom) for top, bottom in columns))
     return value, drawn, min(bottom.sum() for _, bottom in columns)
-
-
-def _two_sided(drawn: np.ndarray) -> float:
-    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    return round(min((1 + 2 * int(beyond)) / (1 + int(np.isfinite(drawn).sum())), 1.0), 6)
-
-
-
-
-def _columns(ratios: Ratios, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    table = np.array([ratios[n] for n in names], dtype=float)
-    return table[:, 0], table[:, 1]
 
 
 def _ratio(top: Any, bottom: Any) -> np.ndarray:

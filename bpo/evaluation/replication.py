@@ -2,16 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas
 from pandas import DataFrame
 
-from bpo.evaluation import claims
+from bpo.evaluation import benchmarks, claims
 from bpo.params import SCHEMAS, Refusal, Replication, outputs_root
 from bpo.study import results
 from bpo.study import stage as stages
-from bpo.study.results import Estimate
 
 KEYS = ["notebook", "split_or_benchmark", "category", "method", "against", "metric"]
 FEWEST = 3  # seeds: two give an interval that says nothing
@@ -46,7 +44,7 @@ def by_seed(p: Replication) -> dict[int, str]:
 
 
 def read(studies: Mapping[int, str]) -> DataFrame:
-    """The results of all seeds, with the columns `seed` and `notebook`."""
+    """The results of all seeds, with the column `seed`."""
     return pandas.concat([results.of_study(name).assign(seed=seed)
                           for seed, name in studies.items()], ignore_index=True)
 
@@ -73,30 +71,29 @@ def over_seeds(frame: DataFrame) -> DataFrame:
     return out[[*KEYS, "seeds", "value", "low", "high", "more_is_better"]]
 
 
-def claims_over(tables: Mapping[int, Sequence[claims.Claim]]) -> DataFrame:
+def claims_over(tables: Mapping[int, DataFrame]) -> DataFrame:
     """A row a claim and a row a line of a claim: {claim, says, against, line, seed N: verdict,
     holds, fails}. `line` is "" for the claim itself; holds, fails: on how many seeds.
 
     tables: seed -> `claims.table` of its study.
     """
-    rows: dict[tuple[int, str, str], dict[str, Any]] = {}
-    for seed, of_seed in tables.items():
-        for c in of_seed:
-            for name, verdict in [("", c.verdict), *((x.name, x.verdict) for x in c.lines)]:
-                row = rows.setdefault((c.number, c.against, name), {
-                    "claim": c.number, "says": c.says, "against": c.against or "–", "line": name})
-                row[f"seed {seed}"] = verdict
-    columns = [f"seed {s}" for s in tables]
-    frame = DataFrame(list(rows.values())).reindex(
-        columns=["claim", "says", "against", "line", *columns]).fillna("not measured")
-    frame["holds"] = (frame[columns] == claims.HOLDS).sum(axis=1)
-    frame["fails"] = (frame[columns] == claims.FAILS).sum(axis=1)
-    return frame
+    every = pandas.concat([table.assign(seed=f"seed {seed}") for seed, table in tables.items()])
+    keys = ["claim", "says", "against", "line", "seed"]
+    verdicts = every.set_index(keys)["verdict"].unstack(sort=False).fillna("not measured")
+    counts = {"holds": (verdicts == claims.HOLDS).sum(axis=1),
+              "fails": (verdicts == claims.FAILS).sum(axis=1)}
+    return verdicts.assign(**counts).reset_index()
+
+
+def counted(verdicts: DataFrame) -> str:
+    """On how many seeds each claim holds, in a line; claim 4 needs two model sizes."""
+    rows = verdicts[(verdicts["line"] == "") & (verdicts["claim"] != 4)]
+    return "; ".join(f"claim {r.claim} against {r.against} on {r.holds}" for r in rows.itertuples())
 
 
 def seed_rows(frame: DataFrame, metric: str, *, where: str, against: str,
               method: str = claims.METHOD) -> DataFrame:
-    """The estimates of one number, a row a seed and a last row "mean": {label, value, low, high}.
+    """The estimates of one number, a row a seed and, where all have it, a last row "mean".
 
     against: "" for the level of the method, else its paired difference to that baseline.
     """
@@ -117,13 +114,11 @@ def settings_that_differ(study: str, other: str) -> DataFrame:
             continue
         first, second = (stages.read_manifest(f) for f in folders)
         for what in ("parameters", "inputs", "modules", "versions"):
+            longest = 12 if what in ("inputs", "modules") else None  # those are hashes
             for name in first[what].keys() | second[what].keys():
                 values = [str(m[what].get(name, "–")) for m in (first, second)]
                 if values[0] != values[1]:
-                    if what in ("inputs", "modules"):  # hashes
-                        values = [v[:12] for v in values]
-                    rows.append({"notebook": notebook, "what": what, "name": name,
-                                 study: values[0], other: values[1]})
+                    rows.append([notebook, what, name, *(v[:longest] for v in values)])
     return DataFrame(rows, columns=["notebook", "what", "name", study, other]).sort_values(
         ["notebook", "what", "name"], ignore_index=True)
 
@@ -132,43 +127,29 @@ def side_by_side(study: str, other: str, *, baselines: Sequence[str]) -> tuple[D
     """What base and bpo measure in two studies, and bpo minus each baseline: {where, metric,
     method, STUDY, OTHER as text, intervals}; and of how many the 95 % intervals do not meet,
     which says more than that their difference excludes zero."""
-    frames = {s: results.of_study(s).dropna(subset=["value", "low"]) for s in (study, other)}
-    both = frames[study].merge(frames[other], on=KEYS, suffixes=("_1", "_2"))
-    shown = both["method"].isin(["base", claims.METHOD]) & ~both["category"].isin(ASIDE)
+    frames = [results.of_study(s).dropna(subset=["value", "low"]) for s in (study, other)]
+    both = frames[0].merge(frames[1], on=KEYS, suffixes=("_1", "_2"))
+    level = both["method"].isin(["base", claims.METHOD]) & (both["against"] == "")
     difference = (both["method"] == claims.METHOD) & both["against"].isin(baselines)
-    both = both[shown & ((both["against"] == "") | difference)]
+    both = both[(level | difference) & ~both["category"].isin(ASIDE)].reset_index(drop=True)
     apart = (both["low_1"] > both["high_2"]) | (both["low_2"] > both["high_1"])
-    out = [{"where": r.split_or_benchmark, "metric": claims.label(r.split_or_benchmark, r.metric),
-            "method": f"{r.method} − {r.against}" if r.against else r.method,
-            study: Estimate(r.value_1, r.low_1, r.high_1).text(sign="+" if r.against else ""),
-            other: Estimate(r.value_2, r.low_2, r.high_2).text(sign="+" if r.against else ""),
-            "intervals": "apart" if far else "meet"}
-           for r, far in zip(both.itertuples(), apart, strict=True)]
-    return DataFrame(out), int(apart.sum())
-
-
-def claims_and_lines(verdicts: DataFrame) -> tuple[DataFrame, DataFrame]:
-    """Rows of `claims_over` for a page: the claims, and the lines that they depend on."""
-    claim = verdicts["line"] == ""
-    return (verdicts[claim].drop(columns="line").reset_index(drop=True),
-            verdicts[~claim].drop(columns="says").reset_index(drop=True))
-
-
-def counted(verdicts: DataFrame) -> str:
-    """On how many seeds each claim holds, in a line; claim 4 needs two model sizes."""
-    rows = verdicts[(verdicts["line"] == "") & (verdicts["claim"] != 4)]
-    return "; ".join(f"claim {r.claim} against {r.against} on {r.holds}" for r in rows.itertuples())
+    texts = [results.texts(both[["against"]].assign(
+        **{name: both[f"{name}{side}"] for name in ("value", "low", "high")}))
+        for side in ("_1", "_2")]
+    return DataFrame({
+        "where": both["split_or_benchmark"], "metric": benchmarks.labels(both),
+        "method": both["method"] + (" − " + both["against"]).where(both["against"] != "", ""),
+        study: texts[0], other: texts[1], "intervals": apart.map({True: "apart", False: "meet"}),
+    }), int(apart.sum())
 
 
 def shown(mean: DataFrame, *, method: str, against: str) -> DataFrame:
-    """Rows of `over_seeds` for a page: {where, metric, seeds, difference}, of numbers that have a
-    better and a worse."""
+    """Rows of `over_seeds` for a page: {where, metric, seeds, difference, reading}, of numbers that
+    have a better and a worse."""
     rows = mean[(mean["method"] == method) & (mean["against"] == against)
                 & mean["more_is_better"].notna() & ~mean["category"].isin(ASIDE)]
-    out = rows[["split_or_benchmark", "seeds"]].rename(columns={"split_or_benchmark": "where"})
-    out.insert(1, "metric", [claims.label(w, m) for w, m in zip(
-        rows["split_or_benchmark"], rows["metric"], strict=True)])
-    estimates = [results.estimate(row) for row in rows.to_dict("records")]
-    out["difference"] = [e.text(sign="+") for e in estimates]
-    out["reading"] = [e.reading() for e in estimates]
-    return out.reset_index(drop=True)
+    estimates = results.estimates(rows)
+    return DataFrame({
+        "where": rows["split_or_benchmark"], "metric": benchmarks.labels(rows), "seeds": rows["seeds"],
+        "difference": [e.text(sign="+") for e in estimates],
+        "reading": [e.reading() for e in estimates]}).reset_index(drop=True)

@@ -7,7 +7,7 @@ Method names and model answers are drawn as plain text: `$` starts no formula.
 import itertools
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
@@ -81,14 +81,19 @@ def noise_curves(curves: dict[str, dict[str, list[float]]], steps: list[int],
 
     curves: name -> {"mean", "low", "high"}, each as long as `steps`.
     """
+    lines = {name: (steps, c["mean"], c["low"], c["high"]) for name, c in curves.items()}
+    return bands(lines, xlabel="noise step (0 is the clean image)", ylabel=ylabel)
+
+
+def bands(lines: Mapping[str, Sequence[Sequence[float]]], *, xlabel: str, ylabel: str) -> Figure:
+    """A line with its interval as a band for each name. lines: name -> x, mean, low, high."""
     theme()
     fig = Figure(figsize=(WIDTH * 0.85, 4.0), layout="constrained")
     axes = fig.subplots()
-    for (name, curve), style in zip(curves.items(), line_styles(), strict=False):
-        axes.plot(steps, curve["mean"], label=visible(name), **style)
-        axes.fill_between(steps, curve["low"], curve["high"], color=style["color"], alpha=0.16,
-                          linewidth=0)
-    axes.set(xlabel="noise step (0 is the clean image)", ylabel=ylabel, xmargin=0.02)
+    for (name, (where, mean, low, high)), style in zip(lines.items(), line_styles(), strict=False):
+        axes.plot(where, mean, label=visible(name), **style)
+        axes.fill_between(where, low, high, color=style["color"], alpha=0.16, linewidth=0)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xmargin=0.02)
     legend_above(fig, axes)
     return fig
 
@@ -139,59 +144,69 @@ def _curve(axes: Axes, history: list[dict[str, float]], key: str, **style: Any) 
             axes.plot(steps, values, color=style["color"], linewidth=0.7, alpha=0.35, zorder=1)
 
 
-def metric_bars(table: list[dict[str, Any]], metrics: list[str]) -> Figure:
+def metric_bars(frame: "pandas.DataFrame") -> Figure:
     """A panel a metric: a dot with its interval for each method.
 
-    table: rows {"method", "metric", "value", "low", "high"}.
+    frame: {method, label, value, low, high}; label: the metric's.
     """
-    fig, panels, methods = _method_panels(table, metrics)
-    for panel, metric in zip(panels, metrics, strict=False):
-        for row in table:
-            if row["metric"] == metric:
-                place = methods.index(row["method"])
-                style = list(itertools.islice(line_styles(), place + 1))[-1]
-                interval(panel, row, place, style, number=f"{row['value']:.3f}")
+    styles = dict(zip(frame["method"].unique(), line_styles(), strict=False))
+    panels = {metric: rows.assign(label=rows["method"])
+              for metric, rows in frame.groupby("label", sort=False)}
+    fig, axes = _panels(panels)
+    for panel, rows in zip(axes, panels.values(), strict=False):
+        for place, row in enumerate(rows.to_dict("records")):
+            style = styles[row["method"]]
+            _interval(panel, row, place, style, number=f"{row['value']:.3f}", fill=style["color"])
     return fig
 
 
-def differences(table: list[dict[str, Any]]) -> Figure:
-    """Paired differences with intervals around a zero line: a row a metric where one method is held
-    against one other, else a panel a metric.
+def differences(panels: Mapping[str, "pandas.DataFrame"]) -> Figure:
+    """Differences with intervals around a zero line, a panel a title, a row each; the mean of
+    several is a diamond.
 
-    table: rows {"method", "against", "metric", "value", "low", "high", perhaps "reading"}. The
-    marker is filled where the interval leaves zero out; then `reading` stands at the right.
+    panels: title -> {label, value, low, high, perhaps reading}; an interval may be missing (NaN).
+    A marker is filled where the interval leaves zero out; then the reading stands at the right.
     """
-    metrics = list(dict.fromkeys(row["metric"] for row in table))
-    named = [{**row, "method": f"{row['method']} − {row['against']}"} for row in table]
-    pairs = list(dict.fromkeys(row["method"] for row in named))
-    if len(pairs) == 1:
-        fig, panels = grid(1, 1, width=WIDTH * 0.85, height=1.1 + 0.38 * len(metrics))
-        rows_of(panels[0], [wrapped(metric, columns=34) for metric in metrics])
-        panels[0].set(title=wrapped(pairs[0], columns=60), xlabel="difference")
-        places = {(pairs[0], m): (panels[0], n) for n, m in enumerate(metrics)}
-        for row in named:
-            if excludes_zero(row) and row.get("reading"):
-                panels[0].annotate(row["reading"], (1, metrics.index(row["metric"])), ha="right",
-                                   xycoords=panels[0].get_yaxis_transform(), va="center",
-                                   fontsize=9, fontweight="bold", color="#3c4147",
-                                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-        panels[0].margins(x=0.18)
-    else:
-        fig, panels, _ = _method_panels(named, metrics)
-        places = {(pair, m): (panels[k], n) for k, m in enumerate(metrics)
-                  for n, pair in enumerate(pairs)}
-    for panel in panels[:len(metrics)]:
+    fig, axes = _panels(panels)
+    for panel, rows in zip(axes, panels.values(), strict=False):
         panel.axvline(0, color="#303030", linewidth=1)
-    for row in named:
-        panel, place = places[row["method"], row["metric"]]
-        fill = COLOURS[0] if excludes_zero(row) else "white"
-        style = {"color": COLOURS[0], "marker": "o", "fill": fill}
-        interval(panel, row, place, style, number=signed(row["value"]))
+        panel.set_xlabel("difference")
+        for place, row in enumerate(rows.to_dict("records")):
+            apart = row["low"] > 0 or row["high"] < 0
+            mean = row["label"] == "mean"
+            style = {"color": COLOURS[mean], "marker": "D" if mean else "o"}
+            _interval(panel, row, place, style, number=signed(row["value"]),
+                      fill=style["color"] if apart else "white")
+            if apart and row.get("reading"):
+                panel.margins(x=0.18)
+                panel.annotate(row["reading"], (1, place), ha="right", va="center",
+                               xycoords=panel.get_yaxis_transform(), fontsize=9,
+                               fontweight="bold", color="#3c4147",
+                               bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     return fig
 
 
-def excludes_zero(row: dict[str, Any]) -> bool:
-    return row["low"] > 0 or row["high"] < 0
+def _panels(frames: Mapping[str, "pandas.DataFrame"]) -> tuple[Figure, list[Axes]]:
+    """A panel a frame under its title, a row for each of its labels; labels that repeat those of
+    the panel at the left are not drawn."""
+    alone = len(frames) == 1
+    labels = [[wrapped(label, columns=34 if alone else 26) for label in frame["label"]]
+              for frame in frames.values()]
+    rows = math.ceil(len(frames) / 3)
+    columns = math.ceil(len(frames) / rows)
+    fig, axes = grid(rows, columns, width=WIDTH * 0.85 if alone else min(WIDTH, 2.6 + 2.4 * columns),
+                     height=rows * (0.95 + 0.36 * max(map(len, labels))))
+    for place, (panel, title) in enumerate(zip(axes, frames, strict=False)):
+        rows_of(panel, labels[place])
+        first = place - place % columns
+        panel.tick_params(axis="y", labelleft=place == first or labels[place] != labels[first])
+        panel.margins(x=0.12)
+        panel.set_title(wrapped(title, columns=60 if alone else 32))
+        if not alone:
+            panel.locator_params(axis="x", nbins=4)
+    for panel in axes[len(frames):]:
+        panel.set_axis_off()
+    return fig, axes
 
 
 def rows_of(panel: Axes, labels: list[str]) -> None:
@@ -202,31 +217,11 @@ def rows_of(panel: Axes, labels: list[str]) -> None:
     panel.spines["left"].set_visible(False)
 
 
-def _method_panels(table: list[dict[str, Any]],
-                   metrics: Sequence[str]) -> tuple[Figure, list[Axes], list[str]]:
-    methods = list(dict.fromkeys(row["method"] for row in table))
-    rows = math.ceil(len(metrics) / 3)
-    columns = math.ceil(len(metrics) / rows)
-    fig, panels = grid(rows, columns, width=min(WIDTH, 2.6 + 2.4 * columns),
-                       height=rows * (0.95 + 0.36 * len(methods)))
-    for place, panel in enumerate(panels):
-        labels = [wrapped(method, columns=26) for method in methods]
-        rows_of(panel, labels)
-        panel.tick_params(axis="y", labelleft=place % columns == 0)
-        panel.locator_params(axis="x", nbins=4)
-        panel.margins(x=0.12)
-        if place < len(metrics):
-            panel.set_title(wrapped(metrics[place], columns=32))
-        else:
-            panel.set_axis_off()
-    return fig, panels, methods
-
-
-def interval(axes: Axes, row: dict[str, Any], place: int, style: dict[str, Any], *,
-             number: str) -> None:
+def _interval(axes: Axes, row: Mapping[str, Any], place: int, style: Mapping[str, Any], *,
+              number: str, fill: str) -> None:
     axes.plot([row["low"], row["high"]], [place, place], color=style["color"], linewidth=1.8)
     axes.plot(row["value"], place, style["marker"], color=style["color"], markersize=6.5,
-              markerfacecolor=style.get("fill", style["color"]), markeredgewidth=1.5)
+              markerfacecolor=fill, markeredgewidth=1.5)
     axes.annotate(number, (row["value"], place), xytext=(0, 6), ha="center",
                   textcoords="offset points", fontsize=8, color="#3c4147")
 
@@ -242,9 +237,7 @@ def statistics_bars(table: "pandas.DataFrame") -> Figure:
     axes = fig.subplots()
     seaborn.barplot(long, x="value", y="object", hue="source", ax=axes, saturation=1,
                     palette=COLOURS[:len(sources)])
-    for bars, hatch in zip(axes.containers, ["", "///", "...", "xxx"], strict=False):
-        for bar in bars:
-            bar.set(hatch=hatch, edgecolor="white")
+    hatched(axes)
     axes.set(xlabel="share with the typical colour", ylabel="", xlim=(0, 1))
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
@@ -253,11 +246,19 @@ def statistics_bars(table: "pandas.DataFrame") -> Figure:
     return fig
 
 
-def grid(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def hatched(axes: Axes) -> None:
+    """Groups of bars differ in grey too."""
+    for bars, hatch in zip(axes.containers, ["", "///", "...", "xxx"], strict=False):
+        for bar in bars:
+            bar.set(hatch=hatch, edgecolor="white")
+
+
+def grid(rows: int, columns: int, *, width: float, height: float, **rest: Any
+         ) -> tuple[Figure, list[Axes]]:
     theme()
     fig = Figure(figsize=(width, height), layout="constrained")
     fig.get_layout_engine().set(w_pad=0.09, h_pad=0.09)
-    return fig, list(fig.subplots(rows, columns, squeeze=False).flat)
+    return fig, list(fig.subplots(rows, columns, squeeze=False, **rest).flat)
 
 
 def line_styles() -> Any:

@@ -4,15 +4,17 @@ numbers with intervals, and the facts that let a reader trust them. Nothing here
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bpo.params import SCHEMAS
+from bpo.params import SCHEMAS, Refusal
 from bpo.reports import page as report
 from bpo.reports import verify
 from bpo.reports.cards import Shown
+from bpo.study import results
 from bpo.study import stage as stages
-from bpo.study import text as texts
-from bpo.study.results import Estimate, behind
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
 
 TITLES = {"0_tiny_world": "Tiny world", "1_noise_probability": "Noise and probability",
           "2_pair_generation": "Pair generation", "3_dpo_training": "DPO training",
@@ -38,23 +40,34 @@ def index(folder: Path) -> Path:
     """Writes the study's index.html, the hashes of its files and the list of all studies beside it;
     the path of the first."""
     known = manifests(folder)
-    parts = []
-    if noise := noise_sentence(known):
-        parts.append(noise)
-    if rows := numbers(known):
-        from pandas import DataFrame  # takes a second to import
-
-        parts.append(report.table(
-            DataFrame(rows), "What training changed",
-            "95 % bootstrap intervals over images; differences are paired, on the same questions. "
-            "Better and worse are said where the interval excludes zero; it is not corrected for "
-            "the number of rows."))
-    if known:
-        parts.append(facts(known))
+    parts = [*came_out(folder.name), facts(known)] if known else []
     written = report.index_page(folder, entries(folder, known), parts)
     verify.write(folder, known)
     all_studies(folder.parent)
     return written
+
+
+def came_out(study: str) -> list[Shown]:
+    """What noise does to the probabilities and what training changed, as far as that was computed.
+    """
+    try:
+        frame = results.of_study(study)
+    except Refusal as refusal:  # an older version of the kit computed it
+        return [report.say("{r}", r=refusal)]
+    parts = []
+    if change := noise(frame):
+        parts.append(report.say(
+            "From the clean image to noise {last}, the probability of the true answer changes by "
+            "**{p_true}**, that of the prior's answer by **{p_prior}** ({n:.0f} images, 95 % "
+            "intervals).", **change))
+    rows = numbers(frame)
+    if len(rows):
+        parts.append(report.table(
+            rows, "What training changed",
+            "95 % bootstrap intervals over images; differences are paired, on the same questions. "
+            "Better and worse are said where the interval excludes zero; it is not corrected for "
+            "the number of rows."))
+    return parts
 
 
 def entries(folder: Path, known: Manifests) -> list[dict[str, Any]]:
@@ -102,69 +115,51 @@ def facts(known: Manifests) -> Shown:
         "anyone can check": f"sha256sum -c {verify.SUMS}"})
 
 
-def noise_sentence(known: Manifests) -> Shown | None:
-    """What noise does to the probabilities, with intervals; None where notebook 1 has not run."""
-    found = known.get("1_noise_probability", {}).get("metrics")
-    if not found:
-        return None
-    last, true, prior = found["noise_steps"][-1], found["change_true"], found["change_prior"]
-    return report.say(
-        "From the clean image to noise step {last}, the probability of the true answer changes by "
-        "**{t}**, that of the prior's answer by **{p}** ({n} images, 95 % intervals).", last=last,
-        t=signed(true), p=signed(prior), n=found["images"])
+def noise(frame: "DataFrame") -> dict[str, Any]:
+    """{last: "step N", n: images, p_true, p_prior}: how the last noise step changes both
+    probabilities; {} where notebook 1 has not run."""
+    rows = frame.query("notebook == '1_noise_probability'").drop(columns="more_is_better")
+    changes = rows[rows["against"] != ""]
+    if changes.empty:
+        return {}
+    return {"last": changes["split_or_benchmark"].iloc[0], "n": rows["n"].iloc[0],
+            **dict(zip(changes["metric"], texts(changes), strict=True))}
 
 
-def numbers(known: Manifests) -> list[dict[str, str]]:
-    """One row a headline number of notebooks 4 and 5: base, the study's method, and its paired
+def numbers(frame: "DataFrame") -> "DataFrame":
+    """A row a headline number of notebooks 4 and 5: base, the study's method, and its paired
     differences to base and to the sharpest control."""
+    # here, since torch comes with them
+    import pandas
+
     from bpo.evaluation import benchmarks, comparison
-    from bpo.reports import benchmark_tables, tables
+    from bpo.reports import tables
 
-    rows = []
-    if found := known.get("4_qualitative_comparison", {}).get("metrics"):
-        split, method = tables.main_split(found), tables.main_method(found)
-        control = tables.control(found, split)
-        for name in COMPARED:
-            label, _, more = comparison.METRICS[name]
-            rows += _row(f"{label}, {split} images", found[split], found["differences"][split],
-                         name, (method, control), more=more)
-    if found := known.get("5_benchmarks", {}).get("metrics"):
-        method, control = benchmark_tables.main_method(found), benchmark_tables.control(found)
-        described = benchmarks.KNOWN
-        for name, values in found["benchmarks"].items():
-            metric = SHOWN.get(name, next(iter(described[name].metrics)))
-            label, title = described[name].metrics[metric].label, described[name].title
-            rows += _row(f"{title}: {label}", values, found["differences"][name], metric,
-                         (method, control), more=described[name].metrics[metric].more)
-    return rows
-
-
-def _row(label: str, values: Mapping[str, Any], apart: Mapping[str, Any], name: str,
-         methods: tuple[str, str], *, more: bool | None) -> list[dict[str, str]]:
-    method, control = methods
-    if values["base"].get(name, {}).get("value") is None or method not in values:
-        return []
-    row = {"measure": label, "base": plain(values["base"][name]),
-           method: plain(values[method][name])}
-    for against in dict.fromkeys(("base", control)):
-        d = apart.get(against, {}).get(method, {}).get(name)
-        row[f"{method} − {against}"] = "–"
-        if d:
-            estimate = Estimate(**d, more_is_better=more)
-            row[f"{method} − {against}"] = signed(d) + behind(estimate.reading())
-    return [row]
+    main = comparison.main_split(frame)
+    frame = frame.query("notebook in ('4_qualitative_comparison', '5_benchmarks')")
+    method, control = tables.main_method(frame), tables.control(frame)
+    wanted = [(main, metric, f"{benchmarks.label(main, metric)}, {main} images")
+              for metric in COMPARED]
+    for name in frame["split_or_benchmark"].unique():
+        if name in benchmarks.KNOWN:
+            metric = SHOWN.get(name, next(iter(benchmarks.described(name))))
+            label = f"{benchmarks.title(name)}: {benchmarks.label(name, metric)}"
+            wanted.append((name, metric, label))
+    against = list(dict.fromkeys(("base", control)))
+    rows = pandas.concat([tables.levels(frame).query("method in ('base', @method)"),
+                          tables.differences(frame).query("against in @against")])
+    keys = ["split_or_benchmark", "metric"]
+    rows = pandas.DataFrame(wanted, columns=[*keys, "measure"]).merge(
+        rows.dropna(subset="value"), on=keys)
+    rows["column"] = rows["method"] + (" − " + rows["against"]).where(rows["against"] != "", "")
+    rows["text"] = texts(rows)
+    return rows.set_index(["measure", "column"])["text"].unstack(sort=False).reindex(
+        columns=["base", method, *(f"{method} − {b}" for b in against)]).fillna("–").reset_index()
 
 
-def plain(e: Mapping[str, Any]) -> str:
-    return "–" if e["value"] is None else Estimate(e["value"], e["low"], e["high"]).text()
-
-
-def signed(e: Mapping[str, Any]) -> str:
-    """A difference with its interval, with signs; "–" where there is none."""
-    if e["value"] is None:
-        return "–"
-    value, low, high = (texts.signed(e[k]) for k in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+def texts(rows: "DataFrame") -> "Series":
+    """`results.texts`, where a difference that rounds to nothing has no sign."""
+    return results.texts(rows).str.replace(r"[-+](?=0\.000)", "", regex=True)
 
 
 def all_studies(root: Path) -> Path:
@@ -185,9 +180,13 @@ def all_studies(root: Path) -> Path:
 def _first_numbers(folder: Path, known: Manifests) -> str:
     seed = next(iter(known.values()))["parameters"]["seed"]
     parts = [f"seed {seed}; notebooks {', '.join(n.split('_')[0] for n in known)}"]
-    if found := known.get("1_noise_probability", {}).get("metrics"):
-        parts.append(f"under noise P(prior's answer) {signed(found['change_prior'])}")
-    for row in numbers(known)[:1]:
+    try:
+        frame = results.of_study(folder.name)
+    except Refusal as refusal:
+        return f"{parts[0]}; {refusal}"
+    if change := noise(frame):
+        parts.append(f"under noise P(prior's answer) {change['p_prior']}")
+    for row in numbers(frame).head(1).to_dict("records"):
         measure, _, method, minus, *_ = row
         parts.append(f"{row[measure]}: {method} {row[method]}, {minus} {row[minus]}")
     executed = folder / f"{list(known)[-1]}.ipynb"  # a stage may have been computed without it

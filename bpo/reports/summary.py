@@ -1,4 +1,6 @@
-"""Result tables in Markdown: the sections of outputs/README.md that commands rewrite."""
+"""Several seeds of a study, and two studies: figures and tables of notebook 7, and result tables in
+Markdown, the sections of outputs/README.md that commands rewrite.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,10 +9,43 @@ from typing import Any
 
 from pandas import DataFrame
 
-from bpo.evaluation import claims, replication
+from bpo.evaluation import benchmarks, claims, comparison, replication
 from bpo.params import Replication, outputs_root
+from bpo.reports import figures
+from bpo.reports import page as report
+from bpo.reports.cards import Shown
 from bpo.study import results
 from bpo.study.files import write_whole
+
+
+def seeds(by_seed: Mapping[int, str]) -> Shown:
+    return report.say("**{n} seeds**: {s}.", n=len(by_seed),
+                      s=", ".join(f"{seed} ({name})" for seed, name in by_seed.items()))
+
+
+def forests(frame: DataFrame, p: Replication) -> list[Shown]:
+    """A figure a baseline: bpo minus it by seed and over seeds, of the metrics on the main split."""
+    where, shown = comparison.main_split(frame), []
+    for baseline in p.baselines:
+        panels = {benchmarks.label(where, metric): replication.seed_rows(
+            frame, metric, where=where, against=baseline) for metric in p.metrics}
+        shown.append(report.figure(
+            figures.differences(panels), alt=f"bpo minus {baseline} by seed, with the mean",
+            caption=f"bpo minus {baseline}, {where} images; a row a seed, then the mean over seeds."
+        ))
+    return shown
+
+
+def two_studies(p: Replication) -> list[Shown]:
+    """What the study and the other did differently and what came out, where another was named."""
+    if not p.other:
+        return [report.say("No second study was named: set other, or run python -m bpo compare {s} "
+                           "OTHER.", s=p.study)]
+    shared, apart = replication.side_by_side(p.study, p.other, baselines=p.baselines)
+    return [report.table(replication.settings_that_differ(p.study, p.other),
+                         f"What {p.study} and {p.other} did differently"),
+            report.table(shared, "Base and bpo in both studies",
+                         f"the intervals of {apart} of {len(shared)} numbers do not meet")]
 
 
 def write_section(name: str, text: str) -> Path:
@@ -31,16 +66,16 @@ def write_results(p: Replication) -> Path:
     and each seed's difference."""
     studies = replication.by_seed(p)
     verdicts = replication.claims_over({s: claims.table(name) for s, name in studies.items()})
-    count = len(studies)
-    counted = [{"claim": r.says, "against": r.against, "holds": r.holds, "does not hold": r.fails,
-                "cannot be told": count - r.holds - r.fails}
-               for r in verdicts[verdicts["line"] == ""].itertuples()]
+    counted = verdicts.query("line == ''").assign(
+        open=lambda x: len(studies) - x["holds"] - x["fails"])[
+        ["says", "against", "holds", "fails", "open"]].rename(columns={
+            "says": "claim", "fails": "does not hold", "open": "cannot be told"})
     return write_section(f"results {p.study}", f"""\
 ### `bpo replicate {p.study}`: seeds {', '.join(map(str, studies))}
 
-On how many of {count} seeds each claim holds:
+On how many of {len(studies)} seeds each claim holds:
 
-{markdown(counted)}
+{markdown(counted.to_dict("records"))}
 
 Mean over seeds with its 95 % t interval over seeds, then the difference on each seed; \\* marks a
 difference whose own 95 % interval (bootstrap over images) excludes zero.
@@ -53,24 +88,22 @@ def numbers(frame: DataFrame, p: Replication) -> list[dict[str, str]]:
     base, bpo, and for each baseline the mean difference and that of each seed}. "–" stands for what
     a seed lacks."""
     frame = frame[~frame["category"].isin(replication.ASIDE)].dropna(subset="value")
-    main, method = claims.main_split(frame), claims.METHOD
-    shown = [(main, m, main) for m in p.metrics] + [
-        (b, m, claims.benchmark(b)[0]) for b in frame["split_or_benchmark"].unique()
+    main, count = comparison.main_split(frame), frame["seed"].nunique()
+    shown = [(main, m) for m in p.metrics] + [
+        (b, m) for b in frame["split_or_benchmark"].unique()
         if b in claims.BENCHMARKS for m in claims.BENCHMARKS[b][:2] if m]
     rows = []
-    for where, metric, title in shown:
-        row = {"metric": f"{title}: {claims.label(where, metric)}"}
-        for name, against in (("base", ""), (method, ""), *((method, b) for b in p.baselines)):
-            *each, mean = [
-                results.estimate(row) for row in replication.seed_rows(
-                    frame, metric, where=where, against=against, method=name).to_dict("records")
-            ] or [None]
-            complete = len(each) == frame["seed"].nunique()
-            row[f"{name} − {against}" if against else name] = (
-                mean.text(sign="+" if against else "") if complete else "–")
+    for where, metric in shown:
+        row = {"metric": f"{benchmarks.title(where)}: {benchmarks.label(where, metric)}"}
+        for method, against in (("base", ""), (claims.METHOD, ""),
+                                *((claims.METHOD, b) for b in p.baselines)):
+            *each, mean = results.estimates(replication.seed_rows(
+                frame, metric, where=where, against=against, method=method)) or [None]
+            row[f"{method} − {against}" if against else method] = (
+                mean.text(sign="+" if against else "") if len(each) == count else "–")
             if against:
                 row[f"each seed, {against}"] = " / ".join(
-                    f"{e.value:+.3f}" + "\\*" * e.excludes_zero() for e in each) or "–"
+                    f"{e.value:+.3f}" + ("\\*" if e.excludes_zero() else "") for e in each) or "–"
         rows.append(row)
     return rows
 

@@ -1,118 +1,141 @@
-"""What finished stages allow to say, as tables for people: noise (notebook 1), pairs (2), answers
-compared (4). Everything is read from metrics and answers; nothing is computed anew.
+"""What finished stages allow to say, as tables and figures for people: methods compared (notebooks 4
+and 5), pairs (2), noise (1). Results are queries on results.csv, formatted last.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pandas import DataFrame
 
 from bpo.data import images
-from bpo.evaluation import comparison, metrics
-from bpo.evaluation.comparison import BASELINES, METRICS
+from bpo.evaluation import benchmarks, comparison, metrics
 from bpo.models.weakening import WEAKENINGS
 from bpo.pairs import selection
 from bpo.params import SOURCES, QualitativeComparison
-from bpo.study import seeds
+from bpo.reports import figures
+from bpo.reports import page as report
+from bpo.reports.cards import Shown
+from bpo.study import results, seeds
 from bpo.study import stage as stages
 from bpo.study.files import read_lines
-from bpo.study.results import DECIDED, OPEN, Estimate, behind
+from bpo.study.results import DECIDED, OPEN, Estimate
 from bpo.training.objectives import OBJECTIVES
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
 CONTROLS = ("sft_matched", "sft", "sft_compute")  # the sharpest control first
+INTERVALS = "95 % bootstrap intervals over images"
+PAIRED = "paired 95 % bootstrap intervals over images"
 
 
-def main_split(found: dict[str, Any]) -> str:
-    """The split that the page is about: counterfactual where there is one."""
-    return comparison.main_split([s for s in found if s != "differences"])
+# --- methods compared: notebooks 4 and 5 --------------------------------------------------------
+
+def methods(frame: DataFrame) -> list[str]:
+    return frame.loc[frame["against"] == "", "method"].unique().tolist()
 
 
-def main_method(found: dict[str, Any]) -> str:
-    """The method that the page is about: bpo where it was trained, else the last one."""
-    methods = list(found[main_split(found)])
-    return "bpo" if "bpo" in methods else methods[-1]
+def main_method(frame: DataFrame) -> str:
+    """The method that a page is about: bpo where it was trained, else the last one."""
+    names = methods(frame)
+    return "bpo" if "bpo" in names or not names else names[-1]
 
 
-def baselines(found: dict[str, Any], split: str) -> list[str]:
-    return [b for b in BASELINES if b in found[split] and b != main_method(found)]
-
-
-def control(found: dict[str, Any], split: str) -> str:
+def control(frame: DataFrame) -> str:
     """The baseline that tells most about the contrast, of those that were trained."""
-    return next((c for c in CONTROLS if c in found[split]), "base")
+    return next((c for c in CONTROLS if c in methods(frame)), "base")
 
 
-def categories(found: dict[str, Any], split: str) -> list[str]:
-    """The kinds of question that a split has metrics for."""
-    measured = {METRICS[n][1] for n, e in found[split]["base"].items() if e["value"] is not None}
-    return [c for c in ("caption", "attribute", "presence", "any") if c in measured]
+def baselines(frame: DataFrame) -> list[str]:
+    """What a page's method is compared with."""
+    return [b for b in comparison.BASELINES if b in methods(frame) and b != main_method(frame)]
 
 
-def shown_metrics(found: dict[str, Any], split: str) -> list[str]:
-    """The metrics worth a figure: those with a better and a worse, or all where there is none."""
-    measured = [n for n, e in found[split]["base"].items() if e["value"] is not None]
-    return [n for n in measured if METRICS[n][2] is not None] or measured
+def levels(frame: DataFrame) -> DataFrame:
+    """The levels of every metric that the base has a value of, with the column label."""
+    keys = ["split_or_benchmark", "category", "metric"]
+    rows = frame[frame["against"] == ""]
+    rows = rows.merge(rows.query("method == 'base' and value.notna()")[keys], on=keys)
+    return rows.assign(label=benchmarks.labels(rows))
 
 
-def table(found: dict[str, Any], split: str) -> list[dict[str, Any]]:
-    """[{method, metric, value, low, high}] of a split, metrics by their labels, for the figure."""
-    return [{"method": method, "metric": METRICS[name][0], **estimate}
-            for method, mine in found[split].items() for name, estimate in mine.items()
-            if estimate["value"] is not None]
+def differences(frame: DataFrame) -> DataFrame:
+    """The measured differences of the page's method to every baseline, with the columns label,
+    title (the benchmark's) and reading."""
+    rows = frame[(frame["method"] == main_method(frame)) & (frame["against"] != "")
+                 & frame["value"].notna() & (frame["metric"] != "wins")]
+    return judged(rows).assign(label=benchmarks.labels, title=lambda x: x["split_or_benchmark"].map(benchmarks.title),
+                               reading=lambda x: [e.reading() for e in results.estimates(x)])
 
 
-def wide_table(found: dict[str, Any], split: str, category: str) -> list[dict[str, str]]:
-    """One row a method, one column a metric of the category, "value [low, high]"."""
-    names = [n for n, e in found[split]["base"].items()
-             if METRICS[n][1] == category and e["value"] is not None]
-    return [{"method": method} | {METRICS[n][0]: Estimate(**mine[n]).text() for n in names}
-            for method, mine in found[split].items()]
+def judged(rows: DataFrame) -> DataFrame:
+    """The rows that have a better and a worse, or all where there is none."""
+    more = rows["more_is_better"].notna()
+    return rows[more] if more.any() else rows
 
 
-def counts_note(found: dict[str, Any], split: str, category: str) -> str:
-    """What each metric of a category is out of, in one line."""
-    parts = [f"{METRICS[n][0]} {e['n']}" for n, e in found[split]["base"].items()
-             if METRICS[n][1] == category and e["value"] is not None]
-    return "95 % bootstrap intervals over images; out of (base): " + ", ".join(parts)
+def pivoted(rows: DataFrame, index: str, columns: str) -> DataFrame:
+    """The rows' estimates as text, in the rows' order; "–" where there is none."""
+    texts = rows.assign(text=results.texts(rows)).set_index([index, columns])["text"]
+    return texts.unstack(sort=False).fillna("–").rename_axis(columns=None).reset_index()
 
 
-def differences(found: dict[str, Any], split: str, method: str, against: str
-                ) -> list[dict[str, Any]]:
-    """Every shown metric's paired difference between two methods, with what its interval allows to
-    say: "better", "worse", "cannot be told", or "" where neither more nor less is good."""
-    out = []
-    for name in shown_metrics(found, split):
-        d = found["differences"][split].get(against, {}).get(method, {}).get(name)
-        if d is None or d["value"] is None:
-            continue
-        label, _, more = METRICS[name]
-        out.append({"method": method, "against": against, "metric": label, **d,
-                    "reading": Estimate(**d, more_is_better=more).reading()})
-    return out
+def level_tables(frame: DataFrame) -> list[Shown]:
+    """A table a split or benchmark and category of question: a row a method, a column a metric."""
+    tables = []
+    for (where, category), rows in levels(frame).groupby(["split_or_benchmark", "category"],
+                                                         sort=False):
+        caption = (benchmarks.title(where) if where in benchmarks.KNOWN
+                   else f"{where} images, {category} questions")
+        base = rows.query("method == 'base'")
+        out_of = ", ".join(f"{r.label} {r.n:.0f}" for r in base.itertuples())
+        tables.append(report.table(pivoted(rows, "method", "label"), caption,
+                                   f"{INTERVALS}; out of (base): {out_of}"))
+    return tables
 
 
-def reading(found: dict[str, Any], split: str, method: str, against: str) -> str:
-    """In which metrics a method is better or worse than another, and how many cannot be told."""
-    rows = [r for r in differences(found, split, method, against) if r["reading"]]
-    if not rows:
+def level_figure(frame: DataFrame, split: str) -> Shown:
+    rows = levels(frame.query("split_or_benchmark == @split")).dropna(subset="value")
+    return report.figure(figures.metric_bars(judged(rows)), alt="Metrics by method with intervals",
+                         caption=f"{split} images; points with {INTERVALS}.")
+
+
+def difference_figures(frame: DataFrame, split: str) -> list[Shown]:
+    """The page's method against the base and against the control."""
+    rows, method = frame.query("split_or_benchmark == @split"), main_method(frame)
+    return [report.figure(
+        figures.differences({
+            f"{method} − {against}": differences(rows).query("against == @against")}),
+        alt=f"Differences of {method} to {against}",
+        caption=f"{method} minus {against}, {split} images, paired bootstrap over images, 95 %.")
+        for against in ("base", control(frame))]
+
+
+def change_tables(frame: DataFrame) -> list[Shown]:
+    """A table a split: a row a metric, a column a baseline."""
+    method, tables = main_method(frame), []
+    for split, rows in frame.groupby("split_or_benchmark", sort=False):
+        rows = differences(rows).assign(minus=lambda x: "minus " + x["against"])
+        changes = pivoted(rows, "label", "minus").rename(columns={"label": "metric"})
+        tables.append(report.table(
+            changes, f"{method} minus each baseline, {split} images",
+            f"{PAIRED}; better or worse is said where the interval excludes zero"))
+    return tables
+
+
+def reading(frame: DataFrame, split: str, against: str) -> str:
+    """In which metrics the page's method is better or worse than another, and how many cannot be
+    told."""
+    rows = differences(frame.query("split_or_benchmark == @split")).query(
+        "against == @against and reading != ''")
+    if rows.empty:
         return "not to be judged without a truth file"
-    parts = []
-    for kind in DECIDED:
-        names = [r["metric"] for r in rows if r["reading"] == kind]
-        parts.append(f"{kind} in {', '.join(names) or 'nothing'}")
-    open_ones = sum(r["reading"] == OPEN for r in rows)
-    return f"{', '.join(parts)}; {open_ones} of {len(rows)} metrics cannot be told apart"
+    better, worse = (", ".join(rows.loc[rows["reading"] == kind, "label"]) or "nothing"
+                     for kind in DECIDED)
+    return (f"better in {better}, worse in {worse}; {(rows['reading'] == OPEN).sum()} of "
+            f"{len(rows)} metrics cannot be told apart")
 
 
-def change_table(found: dict[str, Any], split: str, method: str) -> list[dict[str, str]]:
-    """One row a metric, one column a baseline: the paired difference and its reading."""
-    table: dict[str, dict[str, str]] = {}
-    for against in baselines(found, split):
-        for r in differences(found, split, method, against):
-            row = table.setdefault(r["metric"], {"metric": r["metric"]})
-            difference = Estimate(r["value"], r["low"], r["high"]).text(sign="+")
-            row[f"minus {against}"] = difference + behind(r["reading"])
-    return list(table.values())
+def readings(frame: DataFrame) -> list[Shown]:
+    return [report.say("**{m} against {a}**, {s} images: {r}.", m=main_method(frame), a=against,
+                       s=split, r=reading(frame, split, against))
+            for split in frame["split_or_benchmark"].unique() for against in baselines(frame)]
 
 
 def gallery(p: QualitativeComparison, result: stages.Result, *, split: str, method: str,
@@ -149,11 +172,9 @@ def wrong_words(line: dict, method: str, truth: dict[str, Any]) -> set[str]:
 
 
 def chair_by_hand(p: QualitativeComparison, result: stages.Result, *, split: str, method: str
-                  ) -> "DataFrame":
+                  ) -> DataFrame:
     """A row a caption of a method: {caption, in the image, object words, wrong}; no rows where no
     truth file describes the images."""
-    from pandas import DataFrame
-
     truth = comparison.read_split(p, split)[1]
     rows = []
     for line in read_lines(result.folder / f"answers-{split}.jsonl"):

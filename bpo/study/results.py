@@ -4,8 +4,9 @@ Pages, indexes, claims and replications are queries on it; pandas and R read it 
 """
 
 import csv
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,16 @@ from bpo.study.files import whole
 from bpo.study.stage import MANIFEST
 
 if TYPE_CHECKING:
-    import pandas
+    from pandas import DataFrame, Series
 
 FILE = "results.csv"
 COLUMNS = ("split_or_benchmark", "category", "method", "against", "metric", "value", "low", "high",
            "n", "p", "p_holm", "more_is_better")
 BETTER, WORSE, OPEN = "better", "worse", "cannot be told"
 DECIDED = (BETTER, WORSE)
+
+# metric -> (label, category, whether more is better; None: neither is)
+Metrics = Mapping[str, tuple[str, str, bool | None]]
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,6 @@ class Estimate:
         return BETTER if (self.low > 0) == self.more_is_better else WORSE
 
 
-def behind(reading: str) -> str:
-    """What stands behind a difference in a table: " better", " worse" or nothing."""
-    return f" {reading}" if reading in DECIDED else ""
-
-
 @dataclass(frozen=True)
 class Result:
     """One row of results.csv. method: what was measured; against: what it is compared with, ""
@@ -77,46 +76,20 @@ class Result:
     metric: str
     estimate: Estimate
 
-    def row(self) -> dict[str, Any]:
-        return {name: getattr(self if name in COLUMNS[:5] else self.estimate, name)
-                for name in COLUMNS}
-
 
 def compared(split_or_benchmark: str, values: Mapping[str, Mapping[str, Mapping[str, Any]]],
              differences: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]],
-             directions: Mapping[str, tuple[str, bool | None]]) -> list[Result]:
-    """Levels and paired differences of methods as results.
+             metrics: Metrics) -> list[Result]:
+    """Levels and paired differences of methods as results, of the metrics that are named.
 
     values: method -> metric -> {value, low, high, n}. differences: against -> method -> the same
-    with p. directions: metric -> (category, whether more is better).
+    with p.
     """
-    def result(method: str, against: str, metric: str, e: Mapping[str, Any]) -> Result:
-        category, more = directions[metric]
-        return Result(split_or_benchmark, category, method, against, metric,
-                      Estimate(**e, more_is_better=more))
-
-    levels = [result(method, "", metric, e) for method, estimates in values.items()
-              for metric, e in estimates.items() if metric in directions]
-    return levels + [result(method, against, metric, e)
-                     for against, methods in differences.items()
-                     for method, estimates in methods.items()
-                     for metric, e in estimates.items() if metric in directions]
-
-
-def corrected(results: Sequence[Result]) -> list[Result]:
-    """The results with Holm's correction: the differences of one method to one baseline in one
-    category that have a better and a worse are looked at together, over all splits or benchmarks.
-    """
-    out = list(results)
-    families: dict[tuple[str, str, str], list[int]] = {}
-    for i, r in enumerate(results):
-        if r.against and r.estimate.p is not None and r.estimate.more_is_better is not None:
-            families.setdefault((r.method, r.against, r.category), []).append(i)
-    for family in families.values():
-        for i, p in zip(family, holm([results[i].estimate.p for i in family]), strict=True):
-            out[i] = replace(results[i], estimate=replace(results[i].estimate,
-                                                          p_holm=round(p, 6)))
-    return out
+    return [Result(split_or_benchmark, metrics[metric][1], method, against, metric,
+                   Estimate(**e, more_is_better=metrics[metric][2]))
+            for against, methods in {"": values, **differences}.items()
+            for method, estimates in methods.items()
+            for metric, e in estimates.items() if metric in metrics]
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
@@ -135,16 +108,26 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
 
 
 def write(folder: Path, results: Iterable[Result]) -> None:
-    """Writes results.csv into a stage's folder; differences are corrected for their number."""
+    """Writes results.csv into a stage's folder, with Holm's correction: the differences of one
+    method to one baseline in one category that have a better and a worse are looked at together,
+    over all splits or benchmarks."""
+    rows = [{**vars(r), **vars(r.estimate)} for r in results]
+    families = defaultdict(list)
+    for row in rows:
+        if row["against"] and row["p"] is not None and row["more_is_better"] is not None:
+            families[row["method"], row["against"], row["category"]].append(row)
+    for family in families.values():
+        for row, p in zip(family, holm([row["p"] for row in family]), strict=True):
+            row["p_holm"] = round(p, 6)
     with whole(folder / FILE) as stream:
-        table = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+        table = csv.DictWriter(stream, COLUMNS, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
-        table.writerows(r.row() for r in corrected(list(results)))
+        table.writerows(rows)
 
 
-def read(folder: Path) -> "pandas.DataFrame":
+def read(folder: Path) -> "DataFrame":
     """The results of a stage: a row an estimate, empty texts for what does not apply, NaN for what
-    was not measured; `more_is_better` holds True, False or None.
+    was not measured; `more_is_better` holds True, False or None; `notebook` is the stage's.
 
     Raises Refusal where the stage has none, as those that older versions of the kit computed.
     """
@@ -156,7 +139,19 @@ def read(folder: Path) -> "pandas.DataFrame":
     return pandas.read_csv(
         file, keep_default_na=False, dtype=dict.fromkeys(COLUMNS[:5], str),
         na_values={c: [""] for c in COLUMNS[5:11]},
-        converters={"more_is_better": {"True": True, "False": False, "": None}.get})
+        converters={"more_is_better": {"True": True, "False": False, "": None}.get}
+    ).assign(notebook=folder.name)
+
+
+def of_study(study: str) -> "DataFrame":
+    """The results of all finished stages of a study; no rows where nothing has finished."""
+    import pandas
+
+    frames = [read(manifest.parent)
+              for manifest in sorted((outputs_root() / study).glob(f"*/{MANIFEST}"))
+              if manifest.parent.name in SCHEMAS]
+    return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame(
+        columns=[*COLUMNS, "notebook"])
 
 
 def estimate(row: Mapping[str, Any]) -> Estimate:
@@ -170,13 +165,19 @@ def estimate(row: Mapping[str, Any]) -> Estimate:
                     number("p"), number("p_holm"), row.get("more_is_better"))
 
 
-def of_study(study: str) -> "pandas.DataFrame":
-    """The results of all finished stages of a study, with the column `notebook`; no rows where
-    nothing has finished."""
+def estimates(frame: "DataFrame") -> list[Estimate]:
+    return [estimate(row) for row in frame.to_dict("records")]
+
+
+def texts(frame: "DataFrame") -> "Series":
+    """Each row for a table: of a level "0.345 [0.312, 0.381]", of a difference with its sign and
+    what its interval allows to say, as in "+0.100 [+0.050, +0.150] better"."""
     import pandas
 
-    frames = [read(manifest.parent).assign(notebook=manifest.parent.name)
-              for manifest in sorted((outputs_root() / study).glob(f"*/{MANIFEST}"))
-              if manifest.parent.name in SCHEMAS]
-    return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame(
-        columns=[*COLUMNS, "notebook"])
+    def text(row: Mapping[str, Any]) -> str:
+        e = estimate(row)
+        if not row["against"]:
+            return e.text()
+        return e.text(sign="+") + (f" {e.reading()}" if e.reading() in DECIDED else "")
+
+    return pandas.Series(map(text, frame.to_dict("records")), index=frame.index, dtype=object)
