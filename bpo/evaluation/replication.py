@@ -138,8 +138,8 @@ def side_by_side(study: str, other: str, *, baselines: Sequence[str]) -> tuple[D
         for side in ("_1", "_2")]
     return DataFrame({
         "where": both["split_or_benchmark"], "metric": benchmarks.labels(both),
-        "method": both["method"] + (" − " + both["against"]).where(both["against"] != "", ""),
-        study: texts[0], other: texts[1], "intervals": apart.map({True: "apart", False: "meet"}),
+        "method": results.names(both), study: texts[0], other: texts[1],
+        "intervals": apart.map({True: "apart", False: "meet"}),
     }), int(apart.sum())
 
 

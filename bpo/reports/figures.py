@@ -105,29 +105,27 @@ def training_curves(histories: dict[str, list[dict[str, float]]]) -> Figure:
     "rejected"}, the last two as log-ratios to the reference; a method may lack any but "step".
     """
     fig, panels = grid(2, 2, width=WIDTH, height=6.0)
-    titles = {"loss": ("Loss", "nats"), "rewards/margins": ("Reward margin", "nats"),
-              "rewards/accuracies": ("Reward accuracy", "share of pairs")}
-    for (key, (title, unit)), panel in zip(titles.items(), panels, strict=False):
-        panel.set(title=title, ylabel=unit)
-        for (method, history), style in zip(histories.items(), line_styles(), strict=False):
-            _curve(panel, history, key, **style, label=visible(method))
-    panels[2].axhline(0.5, color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
-    panels[3].set(title="Log-probability of answers", ylabel="nats, change")
-    for history, style in zip(histories.values(), line_styles(), strict=False):
-        _curve(panels[3], history, "chosen", **{**style, "linestyle": "-"})
-        _curve(panels[3], history, "rejected", **{**style, "linestyle": ":"},
-               markerfacecolor="white")
-    for panel in panels:
-        panel.set_xlabel("training step")
-        if not panel.lines or panel is panels[2] and len(panel.lines) == 1:
+    loss, margin, accuracy, change = panels
+    curves = [(loss, "loss", {}), (margin, "rewards/margins", {}),
+              (accuracy, "rewards/accuracies", {}), (change, "chosen", {"linestyle": "-"}),
+              (change, "rejected", {"linestyle": ":", "markerfacecolor": "white"})]
+    for (method, history), style in zip(histories.items(), line_styles(), strict=False):
+        for panel, key, look in curves:
+            _curve(panel, history, key, **style | look, label=visible(method))
+    for panel, title, unit in ((loss, "Loss", "nats"), (margin, "Reward margin", "nats"),
+                               (accuracy, "Reward accuracy", "share of pairs"),
+                               (change, "Log-probability of answers", "nats, change")):
+        panel.set(title=title, ylabel=unit, xlabel="training step")
+        if not panel.lines:
             panel.annotate("not logged by these methods", (0.5, 0.5), ha="center", color=QUIET,
                            xycoords="axes fraction")
-    if panels[3].lines:
-        panels[3].legend(handles=[
+    accuracy.axhline(0.5, color=QUIET, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+    if change.lines:
+        change.legend(handles=[
             Line2D([], [], color="#303030", marker="o", linestyle="-", label="chosen"),
             Line2D([], [], color="#303030", marker="o", linestyle=":", label="rejected",
                    markerfacecolor="white")])
-    legend_above(fig, panels[0])
+    legend_above(fig, loss)
     return fig
 
 

@@ -151,8 +151,7 @@ def numbers(frame: "DataFrame") -> "DataFrame":
     keys = ["split_or_benchmark", "metric"]
     rows = pandas.DataFrame(wanted, columns=[*keys, "measure"]).merge(
         rows.dropna(subset="value"), on=keys)
-    rows["column"] = rows["method"] + (" − " + rows["against"]).where(rows["against"] != "", "")
-    rows["text"] = texts(rows)
+    rows = rows.assign(column=results.names(rows), text=texts(rows))
     return rows.set_index(["measure", "column"])["text"].unstack(sort=False).reindex(
         columns=["base", method, *(f"{method} − {b}" for b in against)]).fillna("–").reset_index()
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas
 from pandas import DataFrame
 
 from bpo.evaluation import benchmarks, claims, comparison, replication
@@ -80,32 +81,32 @@ On how many of {len(studies)} seeds each claim holds:
 Mean over seeds with its 95 % t interval over seeds, then the difference on each seed; \\* marks a
 difference whose own 95 % interval (bootstrap over images) excludes zero.
 
-{markdown(numbers(replication.read(studies), p))}""")
+{markdown(numbers(replication.read(studies), p).to_dict("records"))}""")
 
 
-def numbers(frame: DataFrame, p: Replication) -> list[dict[str, str]]:
+def numbers(frame: DataFrame, p: Replication) -> DataFrame:
     """A row a metric of `p.metrics` on the main split, and of what decides each benchmark: {metric,
     base, bpo, and for each baseline the mean difference and that of each seed}. "–" stands for what
     a seed lacks."""
-    frame = frame[~frame["category"].isin(replication.ASIDE)].dropna(subset="value")
-    main, count = comparison.main_split(frame), frame["seed"].nunique()
-    shown = [(main, m) for m in p.metrics] + [
-        (b, m) for b in frame["split_or_benchmark"].unique()
-        if b in claims.BENCHMARKS for m in claims.BENCHMARKS[b][:2] if m]
-    rows = []
-    for where, metric in shown:
-        row = {"metric": f"{benchmarks.title(where)}: {benchmarks.label(where, metric)}"}
-        for method, against in (("base", ""), (claims.METHOD, ""),
-                                *((claims.METHOD, b) for b in p.baselines)):
-            *each, mean = results.estimates(replication.seed_rows(
-                frame, metric, where=where, against=against, method=method)) or [None]
-            row[f"{method} − {against}" if against else method] = (
-                mean.text(sign="+" if against else "") if len(each) == count else "–")
-            if against:
-                row[f"each seed, {against}"] = " / ".join(
-                    f"{e.value:+.3f}" + ("\\*" if e.excludes_zero() else "") for e in each) or "–"
-        rows.append(row)
-    return rows
+    main, keys = comparison.main_split(frame), ["split_or_benchmark", "metric"]
+    shown = [(main, metric) for metric in p.metrics] + [
+        (name, metric) for name in frame["split_or_benchmark"].unique()
+        if name in claims.BENCHMARKS for metric in claims.BENCHMARKS[name][:2] if metric]
+    frame = DataFrame(shown, columns=keys).merge(frame.dropna(subset="value"), on=keys)
+    mean = replication.over_seeds(frame).drop(columns="more_is_better")
+    mean = mean.assign(column=results.names(mean), text=results.texts(mean))
+    each = frame[(frame["method"] == claims.METHOD) & (frame["against"] != "")]
+    each = each.assign(column="each seed, " + each["against"], text=[
+        f"{e.value:+.3f}" + ("\\*" if e.excludes_zero() else "") for e in results.estimates(each)])
+    each = each.groupby([*keys, "column"])["text"].agg(" / ".join).reset_index()
+    columns = ["base", claims.METHOD]
+    for baseline in p.baselines:
+        columns += [f"{claims.METHOD} − {baseline}", f"each seed, {baseline}"]
+    table = pandas.concat([mean, each]).set_index([*keys, "column"])["text"].unstack().reindex(
+        index=shown, columns=columns).fillna("–")
+    table.insert(0, "metric", [f"{benchmarks.title(where)}: {benchmarks.label(where, metric)}"
+                               for where, metric in shown])
+    return table
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -58,10 +58,11 @@ def levels(frame: DataFrame) -> DataFrame:
 def differences(frame: DataFrame) -> DataFrame:
     """The measured differences of the page's method to every baseline, with the columns label,
     title (the benchmark's) and reading."""
-    rows = frame[(frame["method"] == main_method(frame)) & (frame["against"] != "")
-                 & frame["value"].notna() & (frame["metric"] != "wins")]
-    return judged(rows).assign(label=benchmarks.labels, title=lambda x: x["split_or_benchmark"].map(benchmarks.title),
-                               reading=lambda x: [e.reading() for e in results.estimates(x)])
+    rows = judged(frame[(frame["method"] == main_method(frame)) & (frame["against"] != "")
+                        & frame["value"].notna() & (frame["metric"] != "wins")])
+    return rows.assign(label=benchmarks.labels(rows),
+                       title=rows["split_or_benchmark"].map(benchmarks.title),
+                       reading=[e.reading() for e in results.estimates(rows)])
 
 
 def judged(rows: DataFrame) -> DataFrame:

@@ -169,6 +169,11 @@ def estimates(frame: "DataFrame") -> list[Estimate]:
     return [estimate(row) for row in frame.to_dict("records")]
 
 
+def names(frame: "DataFrame") -> "Series":
+    """Each row's method, of a difference with what it is compared with: "bpo − base"."""
+    return frame["method"] + (" − " + frame["against"]).where(frame["against"] != "", "")
+
+
 def texts(frame: "DataFrame") -> "Series":
     """Each row for a table: of a level "0.345 [0.312, 0.381]", of a difference with its sign and
     what its interval allows to say, as in "+0.100 [+0.050, +0.150] better"."""
