@@ -75,8 +75,8 @@ def pixels(checkpoint, requests, view=None, seed=0):
     return generate.encode_batch(checkpoint, requests, view, seed=seed)["pixel_values"]
 
 
-def answers(checkpoint, requests, **options):
-    return generate.decode(checkpoint, generate.encode_batch(checkpoint, requests, **options),
+def answers(checkpoint, requests):
+    return generate.decode(checkpoint, generate.encode_batch(checkpoint, requests),
                            max_new_tokens=6)
 
 
@@ -99,22 +99,20 @@ def test_every_token_of_a_prompt_is_known(checkpoint, requests):
 
 @pytest.mark.parametrize("step", (0, 700))
 def test_a_row_s_pixels_are_the_same_alone_as_in_a_batch(checkpoint, requests, step):
-    batch = generate.encode_batch(checkpoint, requests, View("noisy", step), seed=3)["pixel_values"]
+    view = View("noisy", step)
+    batch = pixels(checkpoint, requests, view)
     for i in (0, 5, len(requests) - 1):
-        alone = generate.encode_batch(checkpoint, [requests[i]], View("noisy", step), seed=3)
-        assert torch.equal(alone["pixel_values"][0], batch[i])
+        assert torch.equal(pixels(checkpoint, [requests[i]], view)[0], batch[i])
 
 
 def test_each_row_has_its_own_draw_of_noise(checkpoint, requests):
-    same_image = requests[:2]
+    same_image, view = requests[:2], View("noisy", 500)
     assert same_image[0].image == same_image[1].image
-    clean = generate.encode_batch(checkpoint, same_image)["pixel_values"]
-    assert torch.equal(clean[0], clean[1])
-    noised = pixels(checkpoint, same_image, View("noisy", 500), seed=3)
-    assert not torch.allclose(noised[0], noised[1])
+    clean, noised = (pixels(checkpoint, same_image, v, seed=3) for v in (None, view))
+    assert torch.equal(clean[0], clean[1]) and not torch.allclose(noised[0], noised[1])
     draw = torch_generator(3, "noise", same_image[0].id, 500, 0)
     assert torch.equal(noised[0], add_noise(clean[:1], 500, draw)[0])
-    assert not torch.allclose(noised, pixels(checkpoint, same_image, View("noisy", 500), seed=4))
+    assert not torch.allclose(noised, pixels(checkpoint, same_image, view, seed=4))
 
 
 def test_greedy_answers_are_the_same_every_time_and_alone(checkpoint, requests):

@@ -224,7 +224,8 @@ def test_amber_s_images_are_the_unit_where_its_queries_are_there(amber, capsys):
     ([{"image_id": 5, "caption": "x"}], "none of its 1 answers is to an image or question"),
     ([{"image_id": 7}], "row 1: the answer needs one of caption, answer, response, text"),
     ([{"caption": "x"}], "needs one of image_id, image, question_id, id"),
-    ([{"image_id": 7, "caption": ["x"]}], "must be a text"), ([MINE[0], "x"], "row 2: .* in a JSON object"),
+    ([{"image_id": 7, "caption": ["x"]}], "must be a text"),
+    ([MINE[0], "x"], "row 2: .* in a JSON object"),
     ([], "empty")])
 def test_answers_that_cannot_be_scored_are_refused(files, capsys, rows, said):
     lines(files / "mine.jsonl", rows)
@@ -237,7 +238,8 @@ def test_answers_that_cannot_be_scored_are_refused(files, capsys, rows, said):
     (("--truth", "none.json"), "no such truth file"),
     (("--truth", "objects.json", "objects.json"), "one truth file, 2 are given"),
     (("--synonyms", "none.txt"), "missing or no UTF-8"),
-    (("--truth", "mine.jsonl"), "must be a JSON object"), (("--truth", "other.json"), "must be a JSON object"),
+    (("--truth", "mine.jsonl"), "must be a JSON object"),
+    (("--truth", "other.json"), "must be a JSON object"),
     (("--truth", "strange.json"), "no synonyms are known for 'unicorn'")])
 def test_options_that_do_not_fit_are_refused(files, capsys, monkeypatch, change, said):
     monkeypatch.chdir(files)
@@ -250,5 +252,3 @@ def test_synonyms_are_refused_where_nothing_uses_them(amber, capsys):
     with pytest.raises(Refusal, match="AMBER has no use for a synonym file"):
         call(capsys, "amber", "--answers", amber / "a.json", "--truth", amber, "--synonyms",
              amber / "safe_words.txt")
-
-

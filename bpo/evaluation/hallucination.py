@@ -1,8 +1,7 @@
 """Hallucination as the judge-free benchmarks count it: what one answer adds to each metric.
 
 Every metric is (counted, out of), so that sums over answers give the published ratio. Words alone
-decide here; where the official script asks a language model or word vectors, the rule that stands
-for it is said at the function.
+decide; a function says where its official script asks a language model or word vectors.
 """
 
 import re
@@ -41,10 +40,8 @@ def chair(text: str, present: Collection[str], lexicon: Lexicon) -> Counts:
     wrong object words / all object words, repeats counted. cover: objects of the image that are
     named / objects of the image. objects, words: object words and words a caption.
 
-    An object word is a phrase of the lexicon, from left to right, the longest one winning: a "hot
-    dog" is no "dog", a "bow tie" a "tie", a "toilet seat" no "chair", a "baby zebra" no "person", a
-    "passenger train" a "train", a "train track" nothing. A word match knows no negation: "no dog"
-    names a dog, as in the original.
+    An object word is a phrase of the lexicon (`Lexicon.mentions`). "No dog" names a dog, as in the
+    original.
     """
     named = lexicon.objects(text)
     wrong = sum(name not in present for name in named)
@@ -59,12 +56,11 @@ def object_halbench(text: str, present: Collection[str], lexicon: Lexicon) -> Co
     response: answers with a wrong object / answers WITH AN OBJECT. mention: wrong / mentioned
     objects, each word counted once an answer, singular and plural together ("a dog, two dogs" is
     one; "a man, a woman" are two of one class). cover: classes of the image that are named /
-    classes of the image. objects: mentioned objects an answer, words: words an answer.
+    classes of the image. objects, words: mentioned objects and words an answer.
 
-    The official script has GPT-3.5 list the objects that an answer says are visible and matches the
-    list; here the lexicon's phrases are matched in the answer itself, as `chair` does, except those
-    that the answer denies (`denied`), which such a list leaves out. Answers of up to 3 words (split
-    at spaces) count as without an object, as there.
+    The official script matches the objects that GPT-3.5 lists as said to be visible; here the
+    answer's own words are matched, except those that it denies (`denied`). Answers of up to 3 words
+    (split at spaces) count as without an object, as there.
     """
     text = text.replace("’", "'")
     tokens = words(text)
@@ -99,9 +95,8 @@ def _bases(word: str) -> list[str]:
 def denied(text: str) -> list[bool]:
     """Of each of `words(text)`, whether it stands in the scope of a negation.
 
-    A scope begins behind no, without, nor, neither, or behind not or a word in n't before a, an or
-    any ("not a dog", "there aren't any dogs"). It ends with its clause: at a punctuation mark, at a
-    word like but or while, and at an "and" that begins something new ("no dogs and a cat").
+    A scope begins behind one of NEGATORS, or behind not or a word in n't before one of ARTICLES. It
+    ends at a punctuation mark, at one of TURNS, and at an "and" before one of STARTS.
     """
     parts = re.findall(r"[a-z0-9']+|[.,;:!?\n]", text.lower())
     flags, inside = [], False
@@ -121,16 +116,15 @@ def amber(text: str, truth: Sequence[str], hallu: Sequence[str],
           association: Mapping[str, Sequence[str]], safe_words: Collection[str]) -> Counts:
     """AMBER's generative task (arXiv 2311.07397) of one answer; all four are pooled over answers.
 
-    chair: wrong nouns / nouns, repeats counted, nouns being words of the association list. cover:
-    annotated objects that are named / annotated objects, doubles counted. hal: answers with a wrong
-    noun / all answers. cog: objects of `hallu`, those that people tend to imagine, that are named /
-    all of them. A noun stands for the first object whose associations have it, else for the object
-    that it is; safe words are never wrong.
+    chair: wrong nouns / nouns, repeats counted. cover: annotated objects that are named / annotated
+    objects, doubles counted. hal: answers with a wrong noun / all answers. cog: objects of `hallu`,
+    those that people tend to imagine, that are named / all of them. A noun stands for the first
+    object whose associations have it, else for the object that it is; safe words are never wrong.
 
-    The official script finds nouns by a tagger and also takes a noun for an object if their word
-    vectors are alike (cosine above 0.8). Here a noun is a listed word, singular or plural, those
-    that are often verbs only behind an article, number or the like; alike is what the association
-    list says alone, so that chair and hal are stricter than the published ones.
+    The official script finds nouns by a tagger and takes one for an object also where their word
+    vectors are alike. Here a noun is a word of the association list, singular or plural, those that
+    are often verbs only behind an article, number or the like, and that list alone says what is
+    alike: chair and hal are stricter than the published ones.
     """
     listed = {w.lower() for noun, others in association.items() for w in (noun, *others)}
     tokens = re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text.lower())
@@ -160,10 +154,10 @@ def _stands_for(objects: Sequence[str], association: Mapping[str, Sequence[str]]
 def yes_or_no(text: str) -> str | None:
     """What an answer says: "yes", "no", or None where it says neither.
 
-    The first yes or no decides. Where there is none, a not (or isn't, aren't, doesn't, don't) in
-    the first sentence means no ("There is not a dog"), unless it is about knowing ("I am not
-    sure"). The script of POPE (arXiv 2305.10355) differs: it reads the first sentence alone, where
-    any no or not means no and everything else yes; that of AMBER takes "Yes" and "No" alone.
+    The first yes or no decides. Where there is none, one of DENIALS in the first sentence means no
+    ("There is not a dog"), unless it is about knowing ("I am not sure"). POPE's script (arXiv
+    2305.10355) reads the first sentence alone, where any no or not means no and everything else
+    yes; AMBER's takes "Yes" and "No" alone.
     """
     plain = text.replace("’", "'")
     first = next((w for w in words(plain) if w in ("yes", "no")), None)

@@ -10,17 +10,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from tqdm import tqdm
 
-from bpo.data import files as entries
-from bpo.evaluation.official import Benchmark, Counts, Metric, Question
+from bpo.evaluation.official import Benchmark, Counts, Metric, Question, rows
+from bpo.evaluation.words import checked
 from bpo.models.endpoint import Endpoint
 from bpo.params import Refusal
 from bpo.study import stage as stages
@@ -183,22 +182,6 @@ def two_scores(reply: str, *, low: float, high: float) -> Score | None:
     return None if None in scores else scores
 
 
-def _fields(record: Any, where: str, **kinds: Any) -> list[Any]:
-    """The named fields of a record, each of its type or one of the values listed for it."""
-    for name, kind in kinds.items():
-        value = record.get(name) if isinstance(record, dict) else None
-        if not (isinstance(value, kind) if isinstance(kind, type) else value in tuple(kind)):
-            raise Refusal(f"{where}: {name} is {str(value)[:40]!r}, not as in the official file; "
-                          "fetch the file again")
-    return [record[name] for name in kinds]
-
-
-def _rows(file: Path, **kinds: Any) -> Iterator[tuple[Any, ...]]:
-    """Where each record of a JSON list or of JSON lines stands, and its fields."""
-    for where, record in entries.read(file, file.parent):
-        yield f"{file.parent / where}", *_fields(record, f"{file.parent / where}", **kinds)
-
-
 def _unique(questions: Sequence[JudgedQuestion], file: Path) -> tuple[JudgedQuestion, ...]:
     if not questions or len({q.id for q in questions}) < len(questions):
         raise Refusal(f"{file}: has no question, or one twice; fetch the official file again")
@@ -212,39 +195,40 @@ def _mm_vet_questions(folder: Path) -> tuple[JudgedQuestion, ...]:
     except (ValueError, TypeError):
         raise Refusal(f"{file}: is not the JSON of the official file; fetch it again") from None
     for name, record in records.items():
-        image, text, answer, abilities = _fields(
-            record, f"{file}, {name}", imagename=str, question=str, answer=str, capability=list)
-        for ability in abilities:
-            _fields({"capability": ability}, f"{file}, {name}", capability=ABILITIES)
+        where = f"{file}, {name}"
+        q = checked(record, where, imagename=str, question=str, answer=str, capability=list)
+        for ability in q["capability"]:
+            checked({"capability": ability}, where, capability=ABILITIES)
         questions.append(JudgedQuestion(
-            name, image, text, kind=" ".join(a for a in ABILITIES if a in abilities),
-            label=re.sub(r"\s*<(AND|OR)>\s*", r" <\1> ", answer)))
+            name, q["imagename"], q["question"],
+            kind=" ".join(a for a in ABILITIES if a in q["capability"]),
+            label=re.sub(r"\s*<(AND|OR)>\s*", r" <\1> ", q["answer"])))
     return _unique(questions, file)
 
 
 def _llava_bench_questions(folder: Path) -> tuple[JudgedQuestion, ...]:
     file, answered, described = (folder / path for path in LLAVA_BENCH.files.values())
     # Official readers go by line; by number, a file in another order is no danger.
-    references = {n: text for _, n, text in _rows(answered, question_id=int, text=str)}
-    contexts = {i: text for _, i, text in _rows(described, image=str, caption=str)}
+    references = {r["question_id"]: r["text"] for _, r in rows(answered, question_id=int, text=str)}
+    contexts = {r["image"]: r["caption"] for _, r in rows(described, image=str, caption=str)}
     questions = []
-    for where, number, image, text, kind in _rows(file, question_id=int, image=str, text=str,
-                                                  category=CATEGORIES):
+    for where, q in rows(file, question_id=int, image=str, text=str, category=CATEGORIES):
+        number, image = q["question_id"], q["image"]
         if number not in references or image not in contexts:
             raise Refusal(f"{where}: {answered} has nothing for {number}, or {described} for "
                           f"{image}; fetch both files again")
-        questions.append(JudgedQuestion(str(number), image, text, kind, references[number],
-                                        contexts[image]))
+        questions.append(JudgedQuestion(str(number), image, q["text"], q["category"],
+                                        references[number], contexts[image]))
     return _unique(questions, file)
 
 
 def _mmhal_questions(folder: Path) -> tuple[JudgedQuestion, ...]:
     file = folder / MMHAL.files["questions"]
-    return _unique([
-        JudgedQuestion(name, url.rpartition("/")[2], text, kind, answer, ", ".join(map(str, seen)))
-        for _, name, url, text, kind, answer, seen in _rows(
-            file, image_id=str, image_src=str, question=str, question_type=TYPES, gt_answer=str,
-            image_content=list)], file)
+    return _unique([JudgedQuestion(
+        q["image_id"], q["image_src"].rpartition("/")[2], q["question"], q["question_type"],
+        q["gt_answer"], ", ".join(map(str, q["image_content"])))
+        for _, q in rows(file, image_id=str, image_src=str, question=str, question_type=TYPES,
+                         gt_answer=str, image_content=list)], file)
 
 
 def _mm_vet_marks(question: Question, scores: Sequence[Score]) -> Counts:

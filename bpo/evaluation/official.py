@@ -97,13 +97,14 @@ def read_lexicon(folder: Path) -> Lexicon:
     return vocabulary.lexicon(vocabulary.read(file if file.is_file() else vocabulary.COCO))
 
 
-def rows(file: Path, needed: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The entries of a JSON list or of JSON lines."""
-    for where, entry in entries.read(file, file.parent):
-        yield vocabulary.checked(entry, needed, f"{file.parent / where}")
+def rows(file: Path, *needed: str, **kinds: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each entry of a JSON list or of JSON lines stands, and the entry with these fields."""
+    for place, entry in entries.read(file, file.parent):
+        where = str(file.parent / place)
+        yield where, vocabulary.checked(entry, where, *needed, **kinds)
 
 
-def _label(entry: Mapping[str, Any], key: str, where: Path) -> str:
+def _label(entry: Mapping[str, Any], key: str, where: str) -> str:
     label = str(entry[key]).strip().lower()
     if label not in ("yes", "no"):
         raise Refusal(f"{where}: {entry[key]!r} is no truth of a yes/no question; write yes or no")
@@ -136,7 +137,7 @@ def _chair(folder: Path) -> Loaded:
     questions = [Question(key, scene.file, "Describe this image.") for key, scene in scenes.items()]
     if file.is_file():
         questions = [Question(vocabulary.image_key(q["image"]), q["image"], q["text"])
-                     for q in rows(file, ("image", "text"))]
+                     for _, q in rows(file, "image", "text")]
     twice = sorted(i for i, times in Counter(q.id for q in questions).items() if times > 1)
     if twice:
         raise Refusal(f"{file}: asks twice for image {twice[0]}; CHAIR has one caption an image")
@@ -148,7 +149,7 @@ def _object_halbench(folder: Path) -> Loaded:
     lexicon, file = read_lexicon(folder), folder / HALBENCH
     scenes = read_scenes(folder, lexicon)
     questions = []
-    for number, row in enumerate(rows(file, ("image_id", "question")), start=1):
+    for number, (_, row) in enumerate(rows(file, "image_id", "question"), start=1):
         image = key = vocabulary.image_key(row["image_id"])
         if row.get("image"):
             image = f"{key}.jpg"
@@ -184,9 +185,9 @@ def yes_no_counts(question: Question, text: str, *, positive: str) -> Counts:
 def read_pope(files: Mapping[str, Path]) -> Loaded:
     """The questions of POPE's files, kind -> file, with ids KIND-NUMBER."""
     questions = tuple(Question(f"{kind}-{q['question_id']}", q["image"], q["text"], kind,
-                               _label(q, "label", file))
+                               _label(q, "label", where))
                       for kind, file in files.items()
-                      for q in rows(file, ("question_id", "image", "text", "label")))
+                      for where, q in rows(file, "question_id", "image", "text", "label"))
     return Loaded(questions, lambda q, text: yes_no_counts(q, text, positive="yes"))
 
 
@@ -198,17 +199,17 @@ def read_amber(folder: Path) -> Loaded:
     """annotations.json, relation.json and safe_words.txt of AMBER's folder. They give neither the
     questions' texts nor their images: an id stands for the image."""
     file, questions, objects = folder / "annotations.json", {}, {}
-    for entry in rows(file, ("id", "type", "truth")):
+    for where, entry in rows(file, "id", "type", "truth"):
         name, kind = str(entry["id"]), entry["type"]
         if kind == GENERATIVE:
-            vocabulary.checked(entry, ("hallu",), str(file))
+            vocabulary.checked(entry, where, "hallu")
             objects[name] = (entry["truth"], entry["hallu"])
             questions[name] = Question(name, name, "", GENERATIVE)
         elif kind in AMBER_KINDS:
             questions[name] = Question(name, name, "", AMBER_KINDS[kind],
-                                       _label(entry, "truth", file))
+                                       _label(entry, "truth", where))
         else:
-            raise Refusal(f"{file}: {kind!r} is no type of AMBER's questions; give the official "
+            raise Refusal(f"{where}: {kind!r} is no type of AMBER's questions; give the official "
                           "file")
     try:
         association = json.loads((folder / "relation.json").read_text(encoding="utf-8"))
@@ -230,10 +231,10 @@ def _amber(folder: Path) -> Loaded:
     annotated = {(q.id, q.kind == GENERATIVE): q for q in loaded.questions}
     for role in (GENERATIVE, "discriminative"):
         file = folder / BENCHMARKS["amber"].files[role]
-        for entry in rows(file, ("id", "image", "query")):
+        for where, entry in rows(file, "id", "image", "query"):
             question = annotated.get((str(entry["id"]), role == GENERATIVE))
             if question is None:
-                raise Refusal(f"{file}: question {entry['id']} is not in annotations.json; give "
+                raise Refusal(f"{where}: question {entry['id']} is not in annotations.json; give "
                               "files of one release")
             questions.append(replace(question, image=entry["image"], text=entry["query"]))
     return Loaded(tuple(questions), loaded.counts)

@@ -137,7 +137,7 @@ def _amber(folder: Path) -> tuple[Loaded, str]:
     loaded = official.read_amber(folder)
     queries = [folder / BENCHMARKS["amber"].files[r] for r in ("generative", "discriminative")]
     images = {str(q["id"]): q["image"] for file in queries if file.is_file()
-              for q in official.rows(file, ("id", "image"))}
+              for _, q in official.rows(file, "id", "image")}
     note = "" if images else ("no query/ beside the annotations: which questions share an image is "
                               "not known, and the intervals are over questions")
     questions = tuple(replace(q, image=images.get(q.id, q.id)) for q in loaded.questions)
@@ -179,13 +179,12 @@ def match(file: Path, benchmark: Benchmark, truth: Loaded) -> tuple[Counted, dic
                 raise Refusal(f"{where}: its question number is in {len(questions)} question "
                               "files; score against one file at a time, or give image and question")
         without += not questions
-        for q in questions:
-            if benchmark.name in NUMBERS and q.id in texts:
-                if texts[q.id] != text:
-                    raise Refusal(f"{where}: question {q.id} has another answer already; leave one")
-                continue  # POPE asks the same of an image in several of its files
+        for q in questions:  # POPE asks the same of an image in several of its files
+            if benchmark.name not in NUMBERS or q.id not in texts:
+                answered.append((q, asked, truth.counts(q, text)))
+            elif texts[q.id] != text:
+                raise Refusal(f"{where}: question {q.id} has another answer already; leave one")
             texts[q.id] = text
-            answered.append((q, asked, truth.counts(q, text)))
     if not answered:
         raise Refusal(f"{file}: none of its {read} answers is to an image or question of the "
                       f"truth; they must share {' or '.join(NAMES)}")

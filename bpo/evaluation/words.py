@@ -1,8 +1,6 @@
-"""Object words: which class a phrase of a text names, and the files that list such phrases.
-
-The matching that every object metric shares, and COCO's annotation files, which name the classes
-that are in each image (those of 2014 have 150 MB and more, so they are streamed). What is
-counted of them: `metrics`, `hallucination`.
+"""Object words: which class a phrase of a text names, the files that list such phrases, and
+COCO's annotation files, which name the classes in each image (150 MB and more, so they are
+streamed). What is counted of them: `metrics`, `hallucination`.
 """
 
 import functools
@@ -76,9 +74,8 @@ def _compiled(vocabulary: tuple[tuple[str, tuple[str, ...]], ...]) -> Lexicon:
 def read(file: Path) -> dict[str, list[str]]:
     """class -> forms of a synonym file: a class a line, its forms after it, commas between.
 
-    The class is its own first form. A line that begins with a comma lists phrases that are no
-    object. Blank lines are skipped. Raises Refusal for a file that cannot be read, that has no
-    class, or in which two classes claim the same form.
+    A line that begins with a comma lists phrases that are no object. Raises Refusal for a file that
+    cannot be read, that has no class, or in which two classes claim the same form.
     """
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
@@ -128,11 +125,11 @@ def read_annotations(instances: Sequence[Path], captions: Sequence[Path], lexico
     """
     scenes: dict[str, Scene] = {}
     for file in instances:
-        names = {c["id"]: c["name"] for c in _items(file, "categories", ("id", "name"))}
+        names = {c["id"]: c["name"] for c in _items(file, "categories", "id", "name")}
         known_classes(names.values(), lexicon, where=file)
-        for image in _items(file, "images", ("id", "file_name")):
+        for image in _items(file, "images", "id", "file_name"):
             scenes[image_key(image["id"])] = Scene(image["file_name"], set())
-        for box in _items(file, "annotations", ("image_id", "category_id")):
+        for box in _items(file, "annotations", "image_id", "category_id"):
             scene, name = scenes.get(image_key(box["image_id"])), names.get(box["category_id"])
             if scene is None or name is None:
                 raise Refusal(f"{file}: an annotation is of image {box['image_id']} and category "
@@ -140,7 +137,7 @@ def read_annotations(instances: Sequence[Path], captions: Sequence[Path], lexico
                               "file")
             scene.present.add(name)
     for file in captions:
-        for caption in _items(file, "annotations", ("image_id", "caption")):
+        for caption in _items(file, "annotations", "image_id", "caption"):
             if (scene := scenes.get(image_key(caption["image_id"]))) is not None:
                 scene.present.update(lexicon.objects(caption["caption"]))
     return scenes
@@ -154,13 +151,13 @@ def known_classes(names: Collection[str], lexicon: Lexicon, *, where: Path) -> s
     return set(names)
 
 
-def _items(file: Path, part: str, needed: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _items(file: Path, part: str, *needed: str) -> Iterator[dict[str, Any]]:
     empty = True
     try:
         with file.open("rb") as stream:
             for item in ijson.items(stream, f"{part}.item", use_float=True):
                 empty = False
-                yield checked(item, needed, f"{file}, {part}")
+                yield checked(item, f"{file}, {part}", *needed)
     except (ijson.JSONError, OSError) as error:
         raise Refusal(f"{file}: is no whole JSON file ({str(error).splitlines()[0]}); get it "
                       "again") from None
@@ -168,9 +165,15 @@ def _items(file: Path, part: str, needed: Sequence[str]) -> Iterator[dict[str, A
         raise Refusal(f"{file}: lists no {part}; give a file in the layout of COCO's annotations")
 
 
-def checked(entry: Any, needed: Sequence[str], where: str) -> dict[str, Any]:
-    """The entry; raises Refusal where it is none or lacks a field."""
-    lacking = [k for k in needed if not isinstance(entry, dict) or k not in entry]
+def checked(entry: Any, where: str, *needed: str, **kinds: Any) -> dict[str, Any]:
+    """The entry; raises Refusal where it is none or lacks a field. kinds: fields with their type
+    or with the values that they may have."""
+    lacking = [n for n in (*needed, *kinds) if not isinstance(entry, dict) or n not in entry]
     if lacking:
         raise Refusal(f"{where}: an entry lacks {', '.join(lacking)}; give the official file")
+    for name, kind in kinds.items():
+        value = entry[name]
+        if not (isinstance(value, kind) if isinstance(kind, type) else value in tuple(kind)):
+            raise Refusal(f"{where}: {name} is {str(value)[:40]!r}, not as in the official file; "
+                          "fetch the file again")
     return entry

@@ -1,7 +1,7 @@
 """Decoding of many answers: clean, from weakened images, or two branches against each other.
 
 Draws are seeded by row, so they do not depend on the batch that a row sits in. Logits may differ in
-their last bits between other batches, so bytes are promised for one plan of batches (`shards`).
+their last bits in a batch of other rows, so bytes are promised for one plan of batches (`shards`).
 """
 
 import functools

@@ -1,7 +1,6 @@
 """Ways of weakening an image, a registry: one entry in WEAKENINGS adds one, by its name in
 `weaken_modes` and `damage`, and the method `bpo_<name>` that learns from its answers alone.
-
-Parameters are checked against the names here, so this module loads without torch.
+Parameters are checked against the names, so this module loads without torch.
 """
 
 from collections.abc import Callable
@@ -67,8 +66,7 @@ class View:
 
 @dataclass(frozen=True)
 class Draw:
-    """What a way of weakening may use beside the image: the view, the row's id and the study's
-    seed for a draw of its own, the processor, and another row's image if it wants one."""
+    """What a way of weakening may use beside the image; row: its id, for a draw of its own."""
 
     view: View
     row: str

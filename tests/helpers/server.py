@@ -1,4 +1,4 @@
-"""A chat server whose replies a test writes, and an endpoint that asks it; fixtures for all tests."""
+"""A chat server whose replies a test writes, and an endpoint that asks it, as fixtures."""
 
 import json
 import socket
