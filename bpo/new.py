@@ -154,18 +154,18 @@ def read_data(file: Path, image_folder: Path | None) -> Data:
     """
     file = file.resolve()
     root = data_rows.image_root(file, image_folder)
-    found = list(tqdm(data_rows.located(file, root), desc="reading rows", leave=False,
+    found = list(tqdm(data_rows.stream(file, image_folder), desc="reading rows", leave=False,
                       disable=None))
-    files = list(dict.fromkeys(row.image for _, row in found if isinstance(row, Row)))
+    files = list(dict.fromkeys(row.image for row in found if isinstance(row, Row)))
     bad = {image: problem for image, problem in zip(files, tqdm(
         images.problems(files), total=len(files), desc="opening pictures", leave=False,
         disable=None), strict=True) if problem}
     rows, rejected = [], []
-    for where, row in found:
+    for row in found:
         if isinstance(row, Rejected):
             rejected.append(row)
         elif row.image in bad:
-            rejected.append(Rejected(row.id, where, bad[row.image]))
+            rejected.append(Rejected(row.id, row.where, bad[row.image]))
         else:
             rows.append(row)
     if not rows:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from bpo.pairs import audit
+from bpo.pairs.selection import Choice
 
 pytestmark = pytest.mark.study  # classifiers are fitted
 
@@ -30,6 +31,13 @@ def audited(*lines, right=lambda line, text: None):
     return found
 
 
+def counted(*lines):
+    counts = audit.Counts()
+    for k in lines:
+        counts.add(k, Choice(k["rejected"], [], []))
+    return counts
+
+
 def values(sides):
     return {side: found["value"] for side, found in sides.items()}
 
@@ -45,9 +53,10 @@ LINES = [
 ]
 
 
-def test_the_audit_counts_pairs_and_positives_by_source_and_category():
-    found = audited(*LINES)
-    assert (found["pairs"], found["positives"]) == (6, 3)
+def test_pairs_and_positives_are_counted_by_source_and_category():
+    counts = counted(*LINES)
+    assert (counts.kept.total(), counts.positives) == (6, 3)
+    found = counts.by_source()
     weak = found["weakened"]
     assert (weak["candidates"], weak["kept"], weak["positives"]) == (6, 4, 3)
     assert (weak["share_kept"], found["injected"]["share_kept"]) == (0.75, 0.5)
@@ -58,8 +67,8 @@ def test_the_audit_counts_pairs_and_positives_by_source_and_category():
 
 
 def test_only_sources_that_made_something_are_named():
-    assert audited(*LINES).keys() == {"pairs", "positives", "sources_agree", "weakened",
-                                      "injected"}
+    assert audited(*LINES).keys() == {"sources_agree", "weakened", "injected"}
+    assert counted(*LINES).by_source().keys() == {"weakened", "injected"}
     assert "given" in audited(line("a", "red", [("given", "blue")]))
 
 
@@ -68,8 +77,9 @@ def test_the_audit_says_how_often_the_sources_agree():
 
 
 def test_a_source_of_which_nothing_is_kept_has_no_measures_of_the_kept():
-    found = audited(line("a", "red", [("weakened", "red", 0.5)], kept=[]))["weakened"]
-    assert (found["kept"], found["share_kept"]) == (0, 0)
+    one = line("a", "red", [("weakened", "red", 0.5)], kept=[])
+    assert counted(one).by_source()["weakened"]["share_kept"] == 0
+    found = audited(one)["weakened"]
     assert found["length_gap"]["candidates"]["n"] == 1
     for name in (*audit.STYLE, "near_duplicates", "truth_right", "displacement"):
         assert found[name]["kept"] is None, name

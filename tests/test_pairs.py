@@ -20,9 +20,10 @@ from bpo.models.weakening import WEAKENINGS, Weakening
 from bpo.pairs import candidates
 from bpo.pairs import rows as pair_rows
 from bpo.pairs import stage as pairs
+from bpo.pairs.candidates import Candidates
 from bpo.params import PairGeneration, Refusal
 from bpo.reports import tables
-from bpo.study.files import LineFile, read_lines, write_lines
+from bpo.study.files import read_lines, write_lines
 
 
 def row(row_id, answer, *, image="0.png", category="attribute", question="what colour ?"):
@@ -180,11 +181,10 @@ def test_rejected_answers_are_what_the_models_said(uninterrupted):
 
 def test_scores_are_the_model_s_log_probs_under_both_images(uninterrupted, parameters, checkpoint):
     from bpo.models import logprobs
-    rows = LineFile(uninterrupted.folder / "rows.jsonl")
-    view = candidates.views(parameters)[0]
-    number, line = next((i, x) for i, x in enumerate(read_lines(
-        uninterrupted.folder / "candidates.jsonl")) if "scores" in x["candidates"][0])
-    request = candidates.request(parameters, rows, pairs.image_root(parameters), number, view)
+    made, view = Candidates(parameters, uninterrupted.folder), candidates.views(parameters)[0]
+    assert list(made) == read_lines(uninterrupted.folder / "candidates.jsonl")
+    number, line = next((i, x) for i, x in enumerate(made) if "scores" in x["candidates"][0])
+    request = made.request(number, view)
     text = encoding.answer_text(checkpoint, request.messages, line["candidates"][0]["text"],
                                 image=True)
     for name, seen in (("logp_clean", None), ("logp_noisy", view)):

@@ -1,14 +1,15 @@
-"""Taking stock: data of any size becomes a checked file of rows, without being held in memory.
+"""Data of any size becomes a checked file of rows, without being held in memory.
 
-What is bad is written down row by row and never stops a run, unless too much of it is. `readers`
-says what rows there are; here they are drawn, their images decoded, and the lot judged.
+What is bad is written down row by row and never stops a run, unless too much of it is. `rows` says
+what rows there are; here they are drawn, their images decoded, and bad ones counted.
 """
 
 import heapq
 import itertools
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,22 +24,8 @@ from bpo.study.seeds import seed_for
 ROWS, REJECTED = "rows.jsonl", "rejected_rows.jsonl"
 
 
-@dataclass(frozen=True)
-class _Part:
-    data: Path
-    root: Path
-    prefix: str  # of ids
-    below: str  # of image names
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A row on its way. reason: why it is left out. bad: because of the data, not of `keep`."""
-
-    where: str
-    row: Row | Rejected
-    reason: str | None = None
-    bad: bool = False
+class Unwanted(Rejected):
+    """A row that could be used but is not wanted."""
 
 
 def take_stock(sources: Mapping[Path, str], image_folder: Path | None, folder: Path, *,
@@ -57,93 +44,80 @@ def take_stock(sources: Mapping[Path, str], image_folder: Path | None, folder: P
     max_bad_share: of the rows that the draw falls on, bad ones included, the share that may be bad;
     what `keep` turns away is not bad. Above it, and where no row is left, Refusal is raised and
     rejected_rows.jsonl stays to be read.
-    Memory: as `stream`, and 8 bytes a row drawn.
+    Memory: as `rows.stream`, and the hashes of the rows drawn.
     """
-    parts = _parts(sources, image_folder)
+    _refuse_mixed(sources, image_folder)
 
-    def lot(seen: _Seen) -> int:
-        return seed_for(seed, purpose, seen.row.id)
+    def rows(label: str) -> Iterator[Row | Rejected]:
+        return tqdm(_rows(sources, image_folder, keep), desc=label, unit=" rows", leave=False)
 
-    limit = None
+    def lot(row: Row | Rejected) -> int:
+        return seed_for(seed, purpose, row.id)
+
+    limit = math.inf
     if count:
-        wanted = (s for s in _bar(_look(parts, keep), "drawing rows") if not s.reason)
-        limit = _draw(map(lot, wanted), count)
-    drawn, again = itertools.tee(s for s in _look(parts, keep)
-                                 if limit is None or s.reason or lot(s) <= limit)
-    problems = images.problems(None if s.reason else s.row.image for s in again)
+        lots = heapq.nsmallest(count + 1, (lot(r) for r in rows("drawing rows")
+                                           if isinstance(r, Row)))
+        limit = lots[count - 1] if len(lots) > count else math.inf
+    drawn, ahead = itertools.tee(r for r in rows("checking rows")
+                                 if isinstance(r, Rejected) or lot(r) <= limit)
+    problems = images.problems(r.image for r in ahead if isinstance(r, Row))
     reasons, faults, usable = Counter(), Counter(), 0
-    with whole(folder / ROWS) as rows:
+    with whole(folder / ROWS) as good:
         with whole(folder / REJECTED) as rejected:
-            for seen, problem in zip(_bar(drawn, "checking rows"), problems, strict=True):
-                reason = seen.reason or problem
-                if not reason:
-                    rows.write(f"{to_json(seen.row.line())}\n")
-                    usable += 1
-                    continue
-                rejected.write(to_json(
-                    {"id": seen.row.id, "where": seen.where, "reason": reason}) + "\n")
-                reasons[reason] += 1
-                if (seen.bad or problem) and (limit is None or lot(seen) <= limit):
-                    faults[reason] += 1
-        _judge(usable, reasons, faults, max_bad_share=max_bad_share, listed=folder / REJECTED)
+            for row in drawn:
+                if isinstance(row, Row):
+                    problem = next(problems)
+                    if not problem:
+                        good.write(f"{to_json(row.line())}\n")
+                        usable += 1
+                        continue
+                    row = Rejected(row.id, row.where, problem)
+                rejected.write(f"{to_json(asdict(row))}\n")
+                reasons[row.reason] += 1
+                if not isinstance(row, Unwanted) and lot(row) <= limit:
+                    faults[row.reason] += 1
+        listed = f"{folder / REJECTED} lists them"
+        if not usable:
+            raise Refusal(f"none of the {reasons.total()} rows can be used: "
+                          f"{data_rows.told(reasons)}; {listed}")
+        bad, all_drawn = faults.total(), faults.total() + usable
+        if bad > max_bad_share * all_drawn:
+            raise Refusal(f"{bad} of {all_drawn} rows cannot be used ({bad / all_drawn:.1%}, more "
+                          f"than max_bad_share = {max_bad_share}): {data_rows.told(faults)}; "
+                          f"{listed}; mend the data or raise max_bad_share")
     return reasons
 
 
-def _judge(usable: int, reasons: Counter, faults: Counter, *, max_bad_share: float, listed: Path
-           ) -> None:
-    if not usable:
-        raise Refusal(f"none of the {reasons.total()} rows can be used: {data_rows.told(reasons)}; "
-                      f"{listed} lists them")
-    bad, drawn = faults.total(), faults.total() + usable
-    if bad > max_bad_share * drawn:
-        raise Refusal(f"{bad} of {drawn} rows cannot be used ({bad / drawn:.1%}, more than "
-                      f"max_bad_share = {max_bad_share}): {data_rows.told(faults)}; {listed} lists "
-                      "them; mend the data or raise max_bad_share")
-
-
-def _draw(hashes: Iterable[int], count: int) -> int | None:
-    """The `count`-th smallest hash, or None where there are no more than that."""
-    heap: list[int] = []  # of negatives: the largest kept hash on top
-    more = False
-    for value in hashes:
-        if len(heap) < count:
-            heapq.heappush(heap, -value)
-        else:
-            heapq.heappushpop(heap, -value)
-            more = True
-    return -heap[0] if more else None
-
-
-def _parts(sources: Mapping[Path, str], image_folder: Path | None) -> list[_Part]:
-    """Where each source's names start; raises Refusal where sources cannot stand together."""
-    tops = {data_rows.image_root(data, image_folder) for data in sources}
-    if len(tops) != 1:
+def _refuse_mixed(sources: Mapping[Path, str], image_folder: Path | None) -> None:
+    """Raises Refusal where sources cannot stand together."""
+    roots = {data_rows.image_root(data, image_folder) for data in sources}
+    if len(roots) != 1:
         raise Refusal("data files of several folders need image_folder, the one folder that all "
-                      "their images lie below" if tops else "there is no data to read rows from")
-    stems = [d.resolve().stem if d.is_file() else d.resolve().name for d in sources]
-    if len(set(stems)) < len(stems):
-        raise Refusal(f"two data files have the same name ({', '.join(sorted(stems))}), which ids "
-                      "are to begin with; rename one")
-    parts = []
-    for (data, below), stem in zip(sources.items(), stems, strict=True):
+                      "their images lie below" if roots else "there is no data to read rows from")
+    names = sorted(map(_name, sources))
+    if len(set(names)) < len(names):
+        raise Refusal(f"two data files have the same name ({', '.join(names)}), which ids are to "
+                      "begin with; rename one")
+    for data, below in sources.items():
         if Path(below).is_absolute() or ".." in Path(below).parts:
             raise Refusal(f"{data}: its image folder {below!r} must lie below the image folder")
-        parts.append(_Part(data, data_rows.image_root(data, Path(*tops, below)),
-                           f"{stem}/" if len(stems) > 1 else "",
-                           f"{Path(below).as_posix()}/" if below else ""))
-    return parts
 
 
-def _look(parts: Sequence[_Part], keep: Callable[[Row], str | None]) -> Iterator[_Seen]:
-    """All rows of the parts, with the reason of those that are bad or not wanted."""
-    for part in parts:
-        for where, row in data_rows.located(part.data, part.root):
-            if isinstance(row, Rejected):
-                yield _Seen(where, replace(row, id=part.prefix + row.id), row.reason, bad=True)
-            else:
-                row = replace(row, id=part.prefix + row.id, image_name=part.below + row.image_name)
-                yield _Seen(where, row, keep(row))
+def _name(data: Path) -> str:
+    return data.resolve().stem if data.is_file() else data.resolve().name
 
 
-def _bar(rows: Iterable[_Seen], label: str) -> Iterable[_Seen]:
-    return tqdm(rows, desc=label, unit=" rows", leave=False)
+def _rows(sources: Mapping[Path, str], image_folder: Path | None,
+          keep: Callable[[Row], str | None]) -> Iterator[Row | Rejected]:
+    """All rows of the sources, those that `keep` turns away as Unwanted."""
+    for data, below in sources.items():
+        prefix = f"{_name(data)}/" if len(sources) > 1 else ""
+        folder = f"{Path(below).as_posix()}/" if below else ""
+        for row in data_rows.stream(data, data_rows.image_root(data, image_folder) / below):
+            row = replace(row, id=prefix + row.id)
+            if isinstance(row, Row):
+                row = replace(row, image_name=folder + row.image_name)
+                if reason := keep(row):
+                    row = Unwanted(row.id, row.where, reason)
+            yield row

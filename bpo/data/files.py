@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ijson
 import pyarrow
@@ -38,15 +38,15 @@ def read(data: Path, root: Path) -> Iterator[tuple[str, Any]]:
     """
     files = _files(data)
     kind = _kind(files[0])
-    if kind == "parquet":
-        for file in files:
+    for file in files:
+        if kind == "parquet":
             yield from _parquet(file, data, root)
-    elif kind == "CSV":
-        yield from _csv(files[0])
-    elif kind == "JSON lines":
-        yield from _json_lines(files[0])
-    else:
-        yield from _json(files[0], "item" if kind == "JSON list" else "annotations.item")
+        elif kind == "CSV":
+            yield from _csv(file)
+        elif kind == "JSON lines":
+            yield from _json_lines(file)
+        else:
+            yield from _json(file, kind)
 
 
 def columns(data: Path) -> list[str]:
@@ -82,6 +82,8 @@ def _files(data: Path) -> list[Path]:
 
 
 def _kind(file: Path) -> str:
+    """"parquet", "CSV", "JSON lines", or where in its JSON a file has its entries, as ijson says
+    it: "item" of a list, "annotations.item" of an object."""
     with file.open("rb") as stream:
         head = stream.read(2**16)
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -92,9 +94,9 @@ def _kind(file: Path) -> str:
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         raise Refusal(f"{file}: {_CONVERT}")
     if start.startswith(b"["):
-        return "JSON list"
+        return "item"
     if start.startswith(b"{"):
-        return "JSON annotations" if _has_annotations(file) else "JSON lines"
+        return "annotations.item" if _has_annotations(file) else "JSON lines"
     if b"\0" in head or not any(d.encode() in start.splitlines()[0] for d in DELIMITERS):
         raise Refusal(f"{file}: is no JSON, JSON lines, CSV or parquet file: it begins with "
                       f"{start[:20]!r}")
@@ -103,24 +105,18 @@ def _kind(file: Path) -> str:
 
 def _has_annotations(file: Path) -> bool:
     """Whether a JSON object keeps its entries in a list under "annotations"."""
-    key, depth = None, 0
-    try:
-        with file.open("rb") as stream:
+    with file.open("rb") as stream:
+        try:
             # Not one value alone: what follows the first line of JSON lines is no error.
-            for event, value in ijson.basic_parse(_without_mark(stream), multiple_values=True):
-                if event == "map_key" and depth == 1:
-                    key = value
-                elif event == "start_array" and depth == 1 and key == "annotations":
-                    return True
-                depth += event.startswith("start_") - event.startswith("end_")
-                if not depth:
-                    return False
-    except ijson.JSONError:
-        pass
+            for prefix, event, _ in ijson.parse(_without_mark(stream), multiple_values=True):
+                if (prefix, event) in (("annotations", "start_array"), ("", "end_map")):
+                    return event == "start_array"
+        except ijson.JSONError:
+            pass
     return False
 
 
-def _without_mark(stream: Any) -> Any:
+def _without_mark(stream: BinaryIO) -> BinaryIO:
     """The stream behind its UTF-8 byte order mark, which ijson takes for a fault."""
     if stream.read(3) != b"\xef\xbb\xbf":
         stream.seek(0)
@@ -167,9 +163,9 @@ def _csv(file: Path) -> Iterator[tuple[str, Any]]:
                     return
                 if cells:
                     number += 1
-                    whole = len(cells) == len(names)
+                    well_formed = len(cells) == len(names)
                     yield (f"{file.name}, row {number}",
-                           dict(zip(names, cells, strict=True)) if whole else None)
+                           dict(zip(names, cells, strict=True)) if well_formed else None)
     except UnicodeDecodeError:
         raise Refusal(f"{file}: is not UTF-8 text after row {number}; save it as UTF-8") from None
     finally:
@@ -180,19 +176,19 @@ def _parquet(file: Path, data: Path, root: Path) -> Iterator[tuple[str, Any]]:
     inside = home(data) / (file.relative_to(data) if data.is_dir() else file.name)
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
-            schema = parquet.schema_arrow
-            column = next((c for c in images.IMAGE_COLUMNS
-                           if c in schema.names and images.embedded(schema.field(c).type)), None)
+            column = images.image_column(parquet.schema_arrow)
             if column and not inside.is_relative_to(root):
                 raise Refusal(f"{file}: its images lie inside it, so it must lie in the image "
                               f"folder {root}; move it there or leave image_folder empty")
-            leaves, number = _leaves(parquet, column), 0
-            for batch in parquet.iter_batches(_BATCH, columns=leaves):
+            number = 0
+            for batch in parquet.iter_batches(_BATCH, columns=_leaves(parquet, column)):
                 for entry in batch.to_pylist():
                     if column:
                         name = f"{inside.relative_to(root).as_posix()}#{number}"
                         # Without a path leaf nothing tells here whether a row has an image.
-                        entry["image"] = _named(entry.get(column, True), name)
+                        value = entry.get(column, True)
+                        entry["image"] = ([name] * len(value) if isinstance(value, list)
+                                          else name if value else None)
                     number += 1
                     yield f"{file.name}, row {number}", entry
     except (pyarrow.ArrowException, OSError) as error:
@@ -200,14 +196,8 @@ def _parquet(file: Path, data: Path, root: Path) -> Iterator[tuple[str, Any]]:
                       f"({str(error).splitlines()[0]}); get the whole file") from None
 
 
-def _leaves(parquet: pyarrow.parquet.ParquetFile, column: str | None) -> list[str]:
+def _leaves(parquet: pyarrow.parquet.ParquetFile, image_column: str | None) -> list[str]:
     """The leaf columns to read: known names, without the bytes of the image column."""
-    schema = parquet.schema
-    leaves = [schema.column(i).path for i in range(len(schema))]
-    return [x for x in leaves if x.split(".")[0] in COLUMNS and not (
-        x.split(".")[0] == column and x.split(".")[-1] != "path")]
-
-
-def _named(value: Any, name: str) -> Any:
-    """The name of an image inside, where the column has one; as many names as it has images."""
-    return [name] * len(value) if isinstance(value, list) else name if value else None
+    paths = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
+    return [path for path in paths if path.split(".")[0] in COLUMNS
+            and (path.split(".")[0] != image_column or path.endswith(".path"))]

@@ -31,49 +31,77 @@ MAX_ASPECT = 200  # a processor makes the short side as long as the model's: the
 # What data sets come in. Others Pillow would hand to outside programs (EPS) or decode from text.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-IMAGE_COLUMNS = ("image", "images")  # of a parquet file with images inside
 _THREADS = min(8, os.cpu_count() or 1)
 _AHEAD = 8 * _THREADS  # files that may be looked at before the first one's result is taken
 _IN_PARQUET = re.compile(r"(.+\.parquet)#(\d+)", re.DOTALL)
 _reading = threading.Lock()  # a ParquetFile is not made for several threads
 
 
-class _Unusable(Exception):
-    pass
+class Unusable(Refusal):
+    """An image that cannot be used; its arguments are the file and why, in a few stable words."""
+
+    def __str__(self) -> str:
+        return "{}: {}".format(*self.args)
 
 
 def load(file: Path) -> Image.Image:
-    """The image as RGB by the module's rules; raises Refusal with the file and what is wrong."""
-    try:
-        return _decoded(file)
-    except _Unusable as reason:
-        raise Refusal(f"{file}: {reason}") from None
+    """The image as RGB by the module's rules; raises Unusable."""
+    with _opened(file) as image:
+        image.load()  # first: behind it a fault is one of the EXIF block
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:  # the pixels are whole; a damaged EXIF block says nothing about them
+            pass
+        if image.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255
+            image = image.convert("I").point(lambda v: v * (1 / 257)).convert("L")
+        elif image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
 
 
 def size(file: Path) -> tuple[int, int]:
     """(width, height) of what `load` returns, from the image's header: no pixel is decoded.
 
-    Raises Refusal as `load` does, but does not see that the pixels behind the header are damaged.
+    Raises Unusable as `load` does, but does not see that the pixels behind the header are damaged.
     """
-    try:
-        with _opened(file) as image:
-            # Pillow decodes a PNG whole to look for orientation behind its pixels, where no
-            # camera writes it.
-            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-            turned = exif.get(ExifTags.Base.Orientation, 1) in SIDEWAYS
-            return image.size[::-1] if turned else image.size
-    except _Unusable as reason:
-        raise Refusal(f"{file}: {reason}") from None
+    with _opened(file) as image:
+        # Pillow decodes a PNG whole to look for orientation behind its pixels, where no camera
+        # writes it.
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+        turned = exif.get(ExifTags.Base.Orientation, 1) in SIDEWAYS
+        return image.size[::-1] if turned else image.size
 
 
 def problem(file: Path) -> str | None:
     """Why an image cannot be used, in a few stable words, or None. Decodes all of it: a header does
     not show that the rest was cut off."""
     try:
-        _decoded(file)
-    except _Unusable as reason:
-        return str(reason)
+        load(file)
+    except Unusable as error:
+        return error.args[1]
     return None
+
+
+def problems(files: Iterable[Path]) -> Iterator[str | None]:
+    """The problem of each file in order.
+
+    Threads decode (Pillow lets go of the interpreter), a bounded number of files ahead; a file that
+    comes several times in a row is decoded once.
+    """
+    waiting: deque[Future] = deque()
+    last, result = None, None
+    # Warnings of odd metadata would drown what matters. Filters belong to the whole process.
+    with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        for file in files:
+            if file != last:
+                last, result = file, pool.submit(problem, file)
+            waiting.append(result)
+            if len(waiting) > _AHEAD:
+                yield waiting.popleft().result()
+        for result in waiting:
+            yield result.result()
 
 
 def place(root: Path, name: str) -> Path | None:
@@ -97,96 +125,52 @@ def exists(file: Path) -> bool:
     return os.path.isfile(inside[1] if inside else file)
 
 
-def problems(files: Iterable[Path | None]) -> Iterator[str | None]:
-    """The problem of each file in order; None stands for nothing to look at.
-
-    Threads decode (Pillow lets go of the interpreter), a bounded number of files ahead; a file that
-    comes several times in a row is decoded once.
-    """
-    waiting: deque[Future | None] = deque()
-    last, found = None, None
-    # Warnings of odd metadata would drown what matters. Filters belong to the whole process.
-    with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        for file in files:
-            if file is not None and file != last:
-                last, found = file, pool.submit(problem, file)
-            waiting.append(None if file is None else found)
-            if len(waiting) > _AHEAD:
-                yield _result(waiting.popleft())
-        while waiting:
-            yield _result(waiting.popleft())
-
-
-def _result(found: Future | None) -> str | None:
-    return found.result() if found else None
-
-
-def _decoded(file: Path) -> Image.Image:
-    with _opened(file) as image:
-        image.load()  # first: later _rgb takes a fault for one of the EXIF block
-        return _rgb(image)
+def source(file: Path) -> Path | BinaryIO:
+    """Where an image's bytes are: its file, or what lies in its parquet row. Raises Unusable where
+    there are none."""
+    inside = _IN_PARQUET.fullmatch(str(file))
+    if not exists(file):
+        raise Unusable(file, "image file is missing")
+    data = _bytes(Path(inside[1]), int(inside[2])) if inside else None
+    if inside and data is None:
+        raise Unusable(file, "image file is missing")
+    if not (data if inside else file.stat().st_size):
+        raise Unusable(file, "image file is empty")
+    return io.BytesIO(data) if inside else file
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Image.Image]:
-    """The image with its header read; what goes wrong inside the block is said as _Unusable."""
+    """The image with its header read; what goes wrong inside the block becomes Unusable."""
     try:
         with Image.open(source(file), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise _Unusable("image is too large")
+                raise Unusable(file, "image is too large")
             if max(width, height) > MAX_ASPECT * min(width, height):
-                raise _Unusable("image is too narrow")
+                raise Unusable(file, "image is too narrow")
             yield image
-    except _Unusable:
+    except Unusable:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _Unusable("image is too large") from None
+        raise Unusable(file, "image is too large") from None
     except UnidentifiedImageError:
-        raise _Unusable("image format is not known") from None
+        raise Unusable(file, "image format is not known") from None
     except Exception:  # decoders of damaged data raise nearly anything
-        raise _Unusable("image is cut off or damaged") from None
+        raise Unusable(file, "image is cut off or damaged") from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    try:
-        upright = ImageOps.exif_transpose(image)
-    except Exception:  # the pixels are whole; a damaged EXIF block says nothing about them
-        upright = image
-    if upright.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255
-        upright = upright.convert("I").point(lambda v: v * (1 / 257)).convert("L")
-    elif upright.has_transparency_data:
-        upright = upright.convert("RGBA")
-        white = Image.new("RGBA", upright.size, "white")
-        upright = Image.alpha_composite(white, upright)
-    return upright.convert("RGB")
-
-
-def source(file: Path) -> Path | BinaryIO:
-    """Where an image's bytes are: its file, or what lies in its parquet row. The image must be one
-    that `problem` finds nothing wrong with."""
-    inside = _IN_PARQUET.fullmatch(str(file))
-    if not exists(file):
-        raise _Unusable("image file is missing")
-    if not inside:
-        if not os.stat(file).st_size:
-            raise _Unusable("image file is empty")
-        return file
-    data = _bytes(Path(inside[1]), int(inside[2]))
-    if not data:
-        raise _Unusable("image file is missing" if data is None else "image file is empty")
-    return io.BytesIO(data)
-
-
-def embedded(column: pyarrow.DataType) -> bool:
-    """Whether a parquet column of this type holds images, not their names: bytes, {bytes, path}, or
-    a list of them."""
-    if pyarrow.types.is_list(column) or pyarrow.types.is_large_list(column):
-        column = column.value_type
-    if pyarrow.types.is_struct(column):
-        return column.get_field_index("bytes") >= 0
-    return pyarrow.types.is_binary(column) or pyarrow.types.is_large_binary(column)
+def image_column(schema: pyarrow.Schema) -> str | None:
+    """The column of a parquet file that holds images, not their names: bytes, {bytes, path}, or a
+    list of them."""
+    for name in ("image", "images"):
+        kind = schema.field(name).type if name in schema.names else None
+        if kind and (pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)):
+            kind = kind.value_type
+        if kind and (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+                     or pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
+            return name
+    return None
 
 
 def _bytes(file: Path, row: int) -> bytes | None:
@@ -194,9 +178,9 @@ def _bytes(file: Path, row: int) -> bytes | None:
     state = file.stat()
     with _reading:
         parquet, column, starts = _parquet(file, state.st_mtime_ns, state.st_size)
-        group = int(np.searchsorted(starts, row, side="right")) - 1
         if column is None or row >= starts[-1]:
             return None
+        group = int(np.searchsorted(starts, row, side="right")) - 1
         value = _row_group(parquet, column, group)[row - int(starts[group])].as_py()
     value = value[0] if isinstance(value, list) and value else value
     value = value["bytes"] if isinstance(value, dict) else value
@@ -207,10 +191,8 @@ def _bytes(file: Path, row: int) -> bytes | None:
 def _parquet(file: Path, *state: int) -> tuple[pyarrow.parquet.ParquetFile, str | None, np.ndarray]:
     """An open file, its image column, and the first row of each row group, with the end."""
     parquet = pyarrow.parquet.ParquetFile(file)
-    column = next((c for c in IMAGE_COLUMNS if c in parquet.schema_arrow.names
-                   and embedded(parquet.schema_arrow.field(c).type)), None)
     rows = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
-    return parquet, column, np.cumsum([0, *rows])
+    return parquet, image_column(parquet.schema_arrow), np.cumsum([0, *rows])
 
 
 @lru_cache(maxsize=2)

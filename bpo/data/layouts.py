@@ -1,32 +1,26 @@
 """The layouts of annotated answers: what an entry says of its image, its questions and answers.
 
-An entry is an object of a JSON list, a line, a CSV row or a parquet row (`entries`); every layout
-may come in any of these. Nothing is opened or looked up here.
+An entry is an object of a JSON list, a line, a CSV row or a parquet row (`files`); every layout may
+come in any of these. Nothing is opened or looked up here.
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 DESCRIBE = "Describe the image in detail."  # asked where a data set has captions without questions
 IMAGE_FIELDS = ("image", "images", "image_path")
 ROLES = ("system", "user", "assistant")
 
+Entry = Mapping[str, Any]
 Messages = tuple[dict[str, str], ...]
+# Of an annotated answer: its id, the turns before it, its text, and the data set's rejected ones.
+Answer = tuple[str, Messages, str, tuple[str, ...]]
 
 
 class Unusable(Exception):
     """An entry that no row can be made of; its text is the reason, in a few stable words."""
-
-
-class Answered(NamedTuple):
-    """An annotated answer: its id, the turns before it, and rejected answers of the data set."""
-
-    id: str
-    prompt: Messages
-    answer: str
-    given: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,87 +30,81 @@ class Layout:
     """
 
     shape: str
-    fits: Callable[[Mapping[str, Any]], bool]
-    read: Callable[[Mapping[str, Any], str], list[Answered]]
-    plain: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    fits: Callable[[Entry], bool]
+    read: Callable[[Entry, str], list[Answer]]
+    plain: Callable[[Entry], Entry] = dict
 
 
 def detect(entry: Any) -> str | None:
     """The name of the layout that an entry is in, or None."""
-    if not isinstance(entry, Mapping):
-        return None
-    return next((name for name, layout in LAYOUTS.items() if layout.fits(entry)), None)
+    return next((name for name, layout in LAYOUTS.items()
+                 if isinstance(entry, Mapping) and layout.fits(entry)), None)
 
 
 def entry_id(entry: Any, number: int) -> str:
     """The entry's own id; without one, its number in the file, from 0."""
-    own = entry.get("id") if isinstance(entry, Mapping) else None
-    return str(number) if own is None or own == "" else _sound(str(own))
+    given = entry.get("id") if isinstance(entry, Mapping) else None
+    return str(number) if given in (None, "") else _sound(str(given))
 
 
-def image_name(entry: Mapping[str, Any]) -> str:
+def image_name(entry: Any) -> str:
     """The name of an entry's one image as the data set wrote it; raises Unusable."""
-    found = next((entry[k] for k in IMAGE_FIELDS if entry.get(k)), None)
-    if isinstance(found, list):
-        if len(found) > 1:
+    if not isinstance(entry, Mapping):
+        raise Unusable("not a row")
+    value = next((entry[k] for k in IMAGE_FIELDS if entry.get(k)), None)
+    if isinstance(value, list):
+        if len(value) > 1:
             raise Unusable("more than one image")
-        found = found[0]
-    if isinstance(found, Mapping):  # {bytes, path} in JSON
-        found = found.get("path")
-    if not found:
+        value = value[0]
+    if isinstance(value, Mapping):  # {bytes, path} in JSON
+        value = value.get("path")
+    if not value:
         raise Unusable("no image")
-    return _sound(str(found))
+    return _sound(str(value))
 
 
-def _conversation(entry: Mapping[str, Any], base: str) -> list[Answered]:
+def _conversation(entry: Entry, base: str) -> list[Answer]:
     """Every assistant turn with the turns before it; ids `base#n` where there are several."""
     turns = entry.get("conversations")
     if not isinstance(turns, list) or not all(
             isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
         raise Unusable("no conversation")
-    if not any(t.get("from") == "gpt" for t in turns[1:]):
+    messages = tuple({"role": "assistant" if t.get("from") == "gpt" else "user",
+                      "content": _clean(t["value"])} for t in turns)
+    places = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
+    if not any(places):  # an answer in the first place has no question
         raise Unusable("no conversation")
-    out, history = [], ()
-    several = sum(t.get("from") == "gpt" for t in turns) > 1
-    for turn in turns:
-        text, answers = _clean(turn["value"]), turn.get("from") == "gpt"
-        if answers and history:
-            out.append(Answered(f"{base}#{len(history) // 2}" if several else base, history, text))
-        history += ({"role": "assistant" if answers else "user", "content": text},)
-    return out
+    return [(f"{base}#{n // 2}" if len(places) > 1 else base, messages[:n], messages[n]["content"],
+             ()) for n in places if n]
 
 
-def _completions(entry: Mapping[str, Any], base: str) -> list[Answered]:
+def _completions(entry: Entry, base: str) -> list[Answer]:
     """The annotated completion of the highest score, against all that are not annotated."""
-    found = entry.get("completions") or []
-    if not isinstance(found, list) or not all(isinstance(c, dict) for c in found):
+    completions = entry.get("completions") or []
+    if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
         raise Unusable("not a row")
-    annotated = [c for c in found if c.get("type") == "gt"]
+    annotated = [c for c in completions if c.get("type") == "gt"]
     if not annotated:
         raise Unusable("no annotated answer")
     best = max(annotated, key=_score)
-    return [Answered(base, _question(entry.get("prompt")), _answer(best.get("response")),
-                     _given(c.get("response") for c in found if c.get("type") != "gt"))]
+    return [(base, _question(entry.get("prompt")), _answer(best.get("response")),
+             _given(c.get("response") for c in completions if c.get("type") != "gt"))]
 
 
-def _score(completion: Mapping[str, Any]) -> float:
+def _score(completion: Entry) -> float:
     try:
         return float(completion["score"])
     except (KeyError, TypeError, ValueError):
         return float("-inf")
 
 
-def _preference(entry: Mapping[str, Any], base: str) -> list[Answered]:
-    asked = entry["question"] if "question" in entry else entry.get("prompt")
-    return [Answered(base, _question(asked), _answer(entry.get("chosen")),
-                     _given([entry.get("rejected")]))]
+def _preference(entry: Entry, base: str) -> list[Answer]:
+    question = entry["question"] if "question" in entry else entry.get("prompt")
+    return [(base, _question(question), _answer(entry.get("chosen")),
+             _given([entry.get("rejected")]))]
 
 
-def _has_trio(entry: Mapping[str, Any]) -> bool:
-    return "chosen" not in entry and "chosen" in _with_trio(entry)
-
-
-def _with_trio(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_trio(entry: Entry) -> Entry:
     """The entry with the question, chosen and rejected answer that the release of RLHF-V keeps as
     JSON in a column of text."""
     try:
@@ -126,25 +114,24 @@ def _with_trio(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**trio, **entry} if isinstance(trio, dict) else entry
 
 
-def _with_image(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_image(entry: Entry) -> Entry:
     """MiniGPT-4's entry with the image that its image_id stands for."""
-    known = entry.get("image_id")
-    return entry if known in (None, "") else {"id": known, "image": f"{known}.jpg", **entry}
+    number = entry.get("image_id")
+    return entry if number in (None, "") else {"id": number, "image": f"{number}.jpg", **entry}
 
 
-def _plain(entry: Mapping[str, Any], base: str) -> list[Answered]:
-    asked = entry.get("question") or entry.get("prompt") or DESCRIBE
+def _plain(entry: Entry, base: str) -> list[Answer]:
+    question = entry.get("question") or entry.get("prompt") or DESCRIBE
     answer = entry["answer"] if "answer" in entry else entry.get("caption")
-    return [Answered(base, _question(asked), _answer(answer))]
+    return [(base, _question(question), _answer(answer), ())]
 
 
 def _question(value: Any) -> Messages:
     """A question as text, or the messages of a conversation that ends with one."""
     messages = value if isinstance(value, list) else [{"role": "user", "content": value}]
-    out = tuple({"role": m.get("role"), "content": _content(m.get("content"))}
-                for m in messages if isinstance(m, dict))
-    if len(out) != len(messages) or not all(m["role"] in ROLES for m in out):
+    if not all(isinstance(m, dict) and m.get("role") in ROLES for m in messages):
         raise Unusable("not a row")
+    out = tuple({"role": m["role"], "content": _content(m.get("content"))} for m in messages)
     if not out or out[-1]["role"] != "user" or not out[-1]["content"]:
         raise Unusable("no conversation")
     return out
@@ -186,11 +173,11 @@ def _given(answers: Iterable[Any]) -> tuple[str, ...]:
     return tuple(filter(None, map(_answer, answers)))
 
 
-def _has(*fields: str) -> Callable[[Mapping[str, Any]], bool]:
+def _has(*fields: str) -> Callable[[Entry], bool]:
     return lambda entry: all(field in entry for field in fields)
 
 
-def _has_answer(entry: Mapping[str, Any]) -> bool:
+def _has_answer(entry: Entry) -> bool:
     return bool(entry.keys() & {"answer", "caption"} and entry.keys() & set(IMAGE_FIELDS))
 
 
@@ -201,7 +188,8 @@ LAYOUTS = {
     "BPO": Layout("id, image, prompt, completions: [{score, response, type}]",
                   _has("prompt", "completions"), _completions),
     "RLHF-V": Layout("image, question, chosen, rejected",
-                     lambda e: _has("question", "chosen", "rejected")(e) or _has_trio(e),
+                     lambda e: (_has("question", "chosen", "rejected")(e)
+                                or "chosen" not in e and "chosen" in _with_trio(e)),
                      _preference, _with_trio),
     "TRL": Layout("images, prompt, chosen, rejected",
                   _has("prompt", "chosen", "rejected"), _preference),

@@ -1,20 +1,19 @@
-"""Readers of the data that users hold: annotated rows, or why a row cannot be used.
+"""The rows of annotated data: each one usable, or rejected with the reason.
 
-Rows are streamed from any layout and file that `layouts` and `entries` know; one bad row never
-stops a run, it is counted by its reason. Lists are for held-out sets; data of any size: `stock`.
+Rows are streamed from any layout and kind of file that `layouts` and `files` know; one bad row
+never stops a run. Lists are for held-out sets; data of any size goes through `check`.
 """
 
+import heapq
 import itertools
 import json
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bpo.data import files as entries
-from bpo.data import images, layouts
+from bpo.data import files, images, layouts
 from bpo.params import Refusal
 from bpo.study.seeds import seed_for
 
@@ -30,7 +29,7 @@ class Row:
     image: the image's file.  image_name: its path as the data set wrote it.
     category: what the truth file says, else "presence" for yes/no answers, "caption" for answers of
     20 words or more, "question" for the rest.
-    given: rejected answers that the data set itself brings.
+    given: rejected answers that the data set itself brings.  where: as in Rejected.
     """
 
     id: str
@@ -40,6 +39,7 @@ class Row:
     answer: str
     category: str
     given: tuple[str, ...] = ()
+    where: str = field(default="", compare=False)
 
     @property
     def question(self) -> str:
@@ -47,9 +47,9 @@ class Row:
 
     def line(self) -> dict[str, Any]:
         """The row as a line of rows.jsonl; its image by name."""
-        out = {"id": self.id, "image": self.image_name, "category": self.category,
-               "prompt": list(self.prompt), "answer": self.answer}
-        return out | {"given": list(self.given)} if self.given else out
+        line = {"id": self.id, "image": self.image_name, "category": self.category,
+                "prompt": list(self.prompt), "answer": self.answer}
+        return line | ({"given": list(self.given)} if self.given else {})
 
     @classmethod
     def from_line(cls, line: dict[str, Any], root: Path) -> "Row":
@@ -93,54 +93,17 @@ def draw_rows(rows: Sequence[Row], count: int, seed: int, *, purpose: str) -> li
 
     The choice does not depend on which other rows are there or in which order.
     """
-    if not count or count >= len(rows):
-        return list(rows)
-    chosen = sorted(rows, key=lambda r: seed_for(seed, purpose, r.id))[:count]
-    keep = {r.id for r in chosen}
-    return [r for r in rows if r.id in keep]
-
-
-class Digests:
-    """A set of texts that holds 8 bytes of each, in a table of 16 to 32 bytes a text.
-
-    Of a million texts, two different ones are taken for the same with a chance of about 5
-    in 10^8.
-    """
-
-    def __init__(self) -> None:
-        self._table, self._count = array("Q", bytes(8 * 1024)), 0
-
-    def add(self, *text: object) -> bool:
-        """Adds a text; False if it was there."""
-        if 2 * self._count >= len(self._table):
-            old, self._table = self._table, array("Q", bytes(16 * len(self._table)))
-            for digest in filter(None, old):
-                self._table[self._place(digest)] = digest
-        digest = seed_for(0, *text) or 1  # 0 marks an empty place
-        place = self._place(digest)
-        if self._table[place]:
-            return False
-        self._table[place] = digest
-        self._count += 1
-        return True
-
-    def _place(self, digest: int) -> int:
-        """Where a digest stands, or the empty place where it would."""
-        last = len(self._table) - 1  # sizes are powers of two
-        place = digest & last
-        while self._table[place] and self._table[place] != digest:
-            place = place + 1 & last
-        return place
+    drawn = heapq.nsmallest(count or len(rows), rows, key=lambda r: seed_for(seed, purpose, r.id))
+    ids = {r.id for r in drawn}
+    return [r for r in rows if r.id in ids]
 
 
 def layout(data: Path) -> str:
-    """The name of the data's layout, told from its first entries; raises Refusal with what was
-    seen."""
-    first = [e for _, e in itertools.islice(entries.read(data, entries.home(data)), _PEEK)]
-    found = next(filter(None, map(layouts.detect, first)), None)
-    if found:
-        return found
-    names = entries.columns(data) or next((list(e) for e in first if isinstance(e, Mapping)), [])
+    """The name of the data's layout, by its first entries; Refusal with what was seen in them."""
+    first = [e for _, e in itertools.islice(files.read(data, files.home(data)), _PEEK)]
+    if name := next(filter(None, map(layouts.detect, first)), None):
+        return name
+    names = files.columns(data) or next((list(e) for e in first if isinstance(e, Mapping)), [])
     if len(names) > _NAMED:
         names = [*names[:_NAMED], "..."]
     seen = f"its entries have the fields {', '.join(names)}" if names else (
@@ -153,7 +116,7 @@ def image_root(data: Path, image_folder: Path | None) -> Path:
     """The folder that image names start from: `image_folder`, else the data's own, resolved."""
     if not data.exists():
         raise Refusal(f"{data}: there is no such data file")
-    root = image_folder.resolve() if image_folder else entries.home(data)
+    root = image_folder.resolve() if image_folder else files.home(data)
     if not root.is_dir():
         raise Refusal(f"{root}: there is no such folder of images")
     return root
@@ -163,50 +126,43 @@ def stream(data: Path, image_folder: Path | None = None) -> Iterator[Row | Rejec
     """The rows of a data file or folder in their order, and those that cannot be used.
 
     Images are looked up, not opened. A repeated row is rejected; an id that other rows have already
-    gets ~2, ~3, ... behind it. Memory: some 50 bytes a row, to know the ids and rows seen.
+    gets ~2, ~3, ... behind it: published sets give several questions about an image its one id.
+    Memory: two hashes of 63 bits a row, about 150 bytes, to know the ids and rows seen; of a
+    million rows, two different ones are taken for the same with a chance of about 1 in 10^7.
     Raises Refusal when the data is missing, of no known layout, or breaks off.
     """
-    return (row for _, row in located(data, image_root(data, image_folder)))
+    root = image_root(data, image_folder)
+    form, truth = layouts.LAYOUTS[layout(data)], read_truth(data)["rows"]
+    seen: set[int] = set()
 
+    def is_new(*text: object) -> bool:
+        before = len(seen)
+        seen.add(seed_for(0, *text))
+        return len(seen) > before
 
-def located(data: Path, root: Path) -> Iterator[tuple[str, Row | Rejected]]:
-    """`stream` with where each row stands; root: as `image_root` gives it."""
-    form = layouts.LAYOUTS[layout(data)]
-    truth = read_truth(data)["rows"]
-    seen = Digests()
-    for number, (where, entry) in enumerate(entries.read(data, root)):
+    for number, (where, entry) in enumerate(files.read(data, root)):
         entry = form.plain(entry) if isinstance(entry, Mapping) else entry
         base = layouts.entry_id(entry, number)
         try:
-            if not isinstance(entry, Mapping):
-                raise layouts.Unusable("not a row")
-            name = layouts.image_name(entry)
-            answered, file = form.read(entry, base), images.place(root, name)
+            name, answers = layouts.image_name(entry), form.read(entry, base)
+            file = images.place(root, name)
             if file is None:
                 raise layouts.Unusable("image path leaves the image folder")
             if not images.exists(file):
                 raise layouts.Unusable("image file is missing")
         except layouts.Unusable as reason:
-            yield where, Rejected(base, where, str(reason))
+            yield Rejected(base, where, str(reason))
             continue
-        for one in answered:
-            if not one.answer:
-                yield where, Rejected(one.id, where, "empty answer")
-            elif not seen.add("row", one.id, name, one.prompt, one.answer):
-                yield where, Rejected(one.id, where, "duplicate id")
+        for row_id, prompt, answer, given in answers:
+            if not answer:
+                yield Rejected(row_id, where, "empty answer")
+            elif not is_new("row", row_id, name, prompt, answer):
+                yield Rejected(row_id, where, "duplicate id")
             else:
-                category = (truth.get(one.id, {}).get("category")
-                            or guess_category(one.answer))
-                yield where, Row(_unused(one.id, seen), file, name, one.prompt, one.answer,
-                                 category, one.given)
-
-
-def _unused(row_id: str, seen: Digests) -> str:
-    """The id, or with ~2, ~3, ... behind it: published sets give several questions about an image
-    its one id, and none of them is to be lost."""
-    if seen.add("id", row_id):
-        return row_id
-    return next(one for n in itertools.count(2) if seen.add("id", one := f"{row_id}~{n}"))
+                category = truth.get(row_id, {}).get("category") or guess_category(answer)
+                ids = itertools.chain([row_id], (f"{row_id}~{n}" for n in itertools.count(2)))
+                yield Row(next(i for i in ids if is_new("id", i)), file, name, prompt, answer,
+                          category, given, where)
 
 
 def list_rows(data: Path, image_folder: Path | None = None) -> tuple[list[Row], Counter]:
@@ -223,14 +179,14 @@ def list_rows(data: Path, image_folder: Path | None = None) -> tuple[list[Row], 
 
 def open_images(rows: Sequence[Row]) -> tuple[list[Row], Counter]:
     """The rows whose image can be used, and why others cannot."""
-    found = list(zip(rows, images.problems(row.image for row in rows), strict=True))
-    return ([row for row, problem in found if not problem],
-            Counter(problem for _, problem in found if problem))
+    problems = list(images.problems(row.image for row in rows))
+    return ([row for row, problem in zip(rows, problems, strict=True) if not problem],
+            Counter(filter(None, problems)))
 
 
 def read_rows(data: Path, image_folder: Path | None = None, *, count: int = 0, seed: int = 0,
               purpose: str = "") -> tuple[list[Row], Counter]:
-    """`count` rows drawn as `records.draw_rows` does (0: all), and why others were skipped.
+    """`count` rows as `draw_rows` draws them (0: all), and why others were skipped.
 
     Only the images of drawn rows are opened; a bad one makes the rows fewer. Raises Refusal when
     no row can be used.

@@ -9,12 +9,14 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from itertools import cycle
 from typing import Any
 
 import numpy as np
 
 from bpo.evaluation import metrics
+from bpo.pairs.selection import Choice
 from bpo.params import SOURCES
 from bpo.study import results, seeds
 from bpo.study.results import Result
@@ -30,15 +32,43 @@ Pair = tuple[Line, Mapping[str, Any]]  # a line and one of its answers
 Estimate = dict[str, Any] | None  # as `metrics.estimate`; None where there is nothing to measure
 
 
+class Counts:
+    """Exact counts over all positives, of which `audit` may read a sample."""
+
+    def __init__(self) -> None:
+        self.positives = 0
+        self.made, self.with_one = Counter(), Counter()  # by source
+        self.kept, self.dropped = Counter(), Counter()  # by source and category, and reason
+        self.rows = Counter()  # by category
+
+    def add(self, line: Line, choice: Choice) -> None:
+        self.positives += bool(choice.kept)
+        self.made.update(c["source"] for c in line["candidates"])
+        self.with_one.update({c["source"] for c in choice.kept})
+        self.kept.update((c["source"], line["category"]) for c in choice.kept)
+        self.dropped.update((d["source"], d["reason"]) for d in choice.dropped)
+        self.rows[line["category"]] += 1
+
+    def by_source(self) -> dict[str, dict[str, Any]]:
+        """Of each source: candidates and kept (answers), positives and share_kept (lines that keep
+        one of it), dropped {reason: answers}, by_category {category: {rows: lines, kept: answers}}.
+        """
+        return {s: {"candidates": self.made[s], "kept": sum(self.kept[s, c] for c in self.rows),
+                    "positives": self.with_one[s],
+                    "share_kept": round(self.with_one[s] / self.rows.total(), 6),
+                    "dropped": {r: n for (of, r), n in sorted(self.dropped.items()) if of == s},
+                    "by_category": {c: {"rows": n, "kept": self.kept[s, c]}
+                                    for c, n in sorted(self.rows.items())}}
+                for s in SOURCES if self.made[s]}
+
+
 def audit(lines: Sequence[Line], *, seed: int,
           right: Callable[[Line, str], bool | None]) -> dict[str, Any]:
     """What the pairs are like, by source; only sources with a candidate are named.
 
     right: (line, text) -> whether the text is in truth right, None where that is not known.
-    pairs: kept answers; positives: lines that keep one; sources_agree: of the lines that keep
-    answers of several sources, the share where two sources say the same.
-    Of a source: candidates and kept (answers), positives and share_kept (lines that keep one of
-    it), by_category {category: {rows: lines, kept: answers}}, and {candidates, kept} of
+    sources_agree: of the lines that keep answers of several sources, the share where two sources
+    say the same. Of a source {candidates, kept} of
     - length_gap: words (between spaces) more than the chosen answer, mean;
     - characters_gap, type_token_gap, sentences_gap, commas_gap: the same of characters a word,
       different words a word (it falls with length: read it beside length_gap), sentences, and
@@ -49,29 +79,17 @@ def audit(lines: Sequence[Line], *, seed: int,
       this kit's warning level and not a theorem, and the 95th percentile (a plain number).
     An estimate is {value, low, high, n} over images, and None where there is nothing to measure.
     """
-    rejected = [k["rejected"] for k in lines]
-    several = [texts for texts in map(_texts_by_source, rejected) if len(texts) > 1]
-    agree = sum(len(set().union(*t.values())) < sum(map(len, t.values())) for t in several)
-    out: dict[str, Any] = {"pairs": sum(map(len, rejected)), "positives": sum(map(bool, rejected)),
-                           "sources_agree": round(agree / max(len(several), 1), 6)}
+    several, agreeing = 0, 0
+    for line in lines:
+        texts = {(a["source"], metrics.normalised(a["text"])) for a in line["rejected"]}
+        if len({source for source, _ in texts}) > 1:
+            several += 1
+            agreeing += len({text for _, text in texts}) < len(texts)
+    out: dict[str, Any] = {"sources_agree": round(agreeing / max(several, 1), 6)}
     for source, sides in _by_source(lines).items():
-        kept = Counter(k["category"] for k, _ in sides["kept"])
-        positives = sum(any(r["source"] == source for r in answers) for answers in rejected)
         found = {side: _measure(pairs, seed, right) for side, pairs in sides.items()}
-        out[source] = {
-            "candidates": len(sides["candidates"]), "kept": len(sides["kept"]),
-            "positives": positives, "share_kept": round(positives / len(lines), 6),
-            "by_category": {c: {"rows": n, "kept": kept[c]} for c, n in
-                            sorted(Counter(k["category"] for k in lines).items())},
-            **{name: {side: found[side][name] for side in SIDES} for name in found["kept"]}}
+        out[source] = {name: {side: found[side][name] for side in SIDES} for name in found["kept"]}
     return out
-
-
-def _texts_by_source(answers: Sequence[Mapping]) -> dict[str, set[str]]:
-    texts: dict[str, set[str]] = {}
-    for answer in answers:
-        texts.setdefault(answer["source"], set()).add(metrics.normalised(answer["text"]))
-    return texts
 
 
 def _by_source(lines: Sequence[Line]) -> dict[str, dict[str, list[Pair]]]:
@@ -79,6 +97,30 @@ def _by_source(lines: Sequence[Line]) -> dict[str, dict[str, list[Pair]]]:
     pairs = {s: {side: [(k, a) for k in lines for a in k[key] if a["source"] == s]
                  for side, key in SIDES.items()} for s in SOURCES}
     return {source: sides for source, sides in pairs.items() if sides["candidates"]}
+
+
+def tidy(found: Mapping[str, Any]) -> list[Result]:
+    """The stage's metrics as results: a method is a source of rejected answers, a split is all
+    candidates or the kept ones; `shortcut_text`, `shortcut_length` are a classifier's accuracy."""
+    out: list[Result] = []
+
+    def add(side: str, source: str, metric: str, estimate: Estimate) -> None:
+        if estimate:
+            out.append(Result(side, "audit", source, "", metric, results.Estimate(**estimate)))
+
+    for source in filter(found.__contains__, SOURCES):
+        add("kept", source, "share_kept", {"value": found[source]["share_kept"]})
+        for metric in (*STYLE, "near_duplicates", "truth_right"):
+            for side, estimate in found[source].get(metric, {}).items():
+                add(side, source, metric, estimate)
+        for side, ches in found[source].get("displacement", {}).items():
+            for part in ("mean", "above_zero"):
+                add(side, source, f"displacement_{part}", ches and ches[part])
+    for source, sides in found["shortcut"].items():
+        for side, accuracy in sides.items():
+            for part in ("text", "length"):
+                add(side, source, f"shortcut_{part}", accuracy and accuracy[part])
+    return out
 
 
 # --- one source, one side -----------------------------------------------------------------------
@@ -97,44 +139,23 @@ STYLE: dict[str, Callable[[str], float | None]] = {
 }
 
 
-def tidy(audited: Mapping[str, Any]) -> list[Result]:
-    """The audit as results: a method is a source of rejected answers, a split is all candidates or
-    the kept ones; `shortcut_text` and `shortcut_length` are a classifier's accuracy."""
-    out = []
-    for source, measures in audited.items():
-        if source in SOURCES:
-            out.append(Result("kept", "audit", source, "", "share_kept",
-                              results.Estimate(measures["share_kept"])))
-            for metric, sides in measures.items():
-                for side in SIDES if isinstance(sides, dict) and set(sides) == set(SIDES) else ():
-                    parts = sides[side]
-                    if parts is not None and "value" not in parts:  # displacement has two
-                        parts = {f"{metric}_{n}": parts[n] for n in ("mean", "above_zero")}
-                    else:
-                        parts = {metric: parts}
-                    out += [_result(side, source, n, e) for n, e in parts.items() if e]
-    for source, sides in audited.get("shortcut", {}).items():
-        out += [_result(side, source, f"shortcut_{n}", found[n]) for side, found in sides.items()
-                if found for n in ("text", "length")]
-    return out
-
-
-def _result(side: str, source: str, metric: str, e: Mapping[str, Any]) -> Result:
-    return Result(side, "audit", source, "", metric, results.Estimate(**e))
+def gap(name: str, text: str, chosen: str) -> float | None:
+    """A measure of STYLE of a text minus that of the chosen answer; None where one has no words."""
+    values = STYLE[name](text), STYLE[name](chosen)
+    return None if None in values else values[0] - values[1]
 
 
 def _measure(pairs: Sequence[Pair], seed: int,
              right: Callable[[Line, str], bool | None]) -> dict[str, Any]:
-    """Every measure of one source and side. A gap is left out where an answer has no words."""
+    """Every measure of one source and side."""
     interval = _intervals(seed, "audit interval")
 
     def mean(values: Sequence[float | bool | None]) -> Estimate:
         return interval([(line["image"], (float(v), 1))
                          for (line, _), v in zip(pairs, values, strict=True) if v is not None])
 
-    found: dict[str, Any] = {name: mean([_gap(style, answer["text"], line["chosen"])
-                                         for line, answer in pairs])
-                             for name, style in STYLE.items()}
+    found: dict[str, Any] = {name: mean([gap(name, a["text"], k["chosen"]) for k, a in pairs])
+                             for name in STYLE}
     found["near_duplicates"] = mean([_near(a["text"], k["chosen"]) for k, a in pairs])
     found["truth_right"] = mean([right(k, a["text"]) for k, a in pairs])
     ches = [a.get("scores", {}).get("ches") for _, a in pairs]
@@ -143,11 +164,6 @@ def _measure(pairs: Sequence[Pair], seed: int,
         "mean": mean(ches), "above_zero": mean([None if c is None else c > 0 for c in ches]),
         "percentile_95": round(float(np.percentile(scored, 95)), 6)} if scored else None
     return found
-
-
-def _gap(style: Callable[[str], float | None], text: str, chosen: str) -> float | None:
-    mine, other = style(text), style(chosen)
-    return None if mine is None or other is None else mine - other
 
 
 def _near(text: str, other: str) -> bool:
@@ -162,15 +178,14 @@ def _intervals(seed: int, purpose: str) -> Callable[[Sequence], Estimate]:
 
     Every call with as many images has the same draws, whatever was asked before it.
     """
-    drawn: dict[int, np.ndarray] = {}
+    @lru_cache(maxsize=1)  # one table at a time: it has a column an image
+    def weights(images: int) -> np.ndarray:
+        rng = seeds.numpy_generator(seed, purpose)
+        return metrics.bootstrap_weights(images, RESAMPLES, rng)
 
     def interval(counts: Sequence[tuple[str, tuple[float, float]]]) -> Estimate:
         ratios = metrics.by_image(counts)
-        if ratios and len(ratios) not in drawn:
-            drawn.clear()  # one table at a time: it has a column an image
-            rng = seeds.numpy_generator(seed, purpose)
-            drawn[len(ratios)] = metrics.bootstrap_weights(len(ratios), RESAMPLES, rng)
-        return metrics.estimate(ratios, drawn[len(ratios)]) if ratios else None
+        return metrics.estimate(ratios, weights(len(ratios))) if ratios else None
 
     return interval
 
@@ -191,12 +206,17 @@ def shortcut(lines: Sequence[Line], *, seed: int) -> dict[str, Any]:
     would bring is not in it. Values a little below .5 are not a finding: where the classes are
     balanced, what a word leans to in four folds is the opposite of its lean in the fifth.
     """
-    return {source: {side: _tell_apart(pairs, seed, categories=True)
-                     for side, pairs in sides.items()}
+    def of(pairs: list[Pair]) -> dict[str, Any] | None:
+        whole = _told_apart(pairs, seed)
+        categories = sorted({line["category"] for line, _ in pairs})
+        return whole and whole | {"by_category": {
+            c: _told_apart([p for p in pairs if p[0]["category"] == c], seed) for c in categories}}
+
+    return {source: {side: of(pairs) for side, pairs in sides.items()}
             for source, sides in _by_source(lines).items()}
 
 
-def _tell_apart(pairs: Sequence[Pair], seed: int, *, categories: bool) -> dict[str, Any] | None:
+def _told_apart(pairs: Sequence[Pair], seed: int) -> dict[str, Any] | None:
     images = sorted({line["image"] for line, _ in pairs})
     if len(pairs) < FEWEST_PAIRS or len(images) < FEWEST_IMAGES:
         return None
@@ -210,10 +230,6 @@ def _tell_apart(pairs: Sequence[Pair], seed: int, *, categories: bool) -> dict[s
         hits = _out_of_fold(texts, folds, words=name == "text")
         found[name] = interval([(line["image"], (float(h), 2))
                                 for (line, _), h in zip(pairs, hits, strict=True)])
-    if categories:
-        found["by_category"] = {
-            c: _tell_apart([p for p in pairs if p[0]["category"] == c], seed, categories=False)
-            for c in sorted({line["category"] for line, _ in pairs})}
     return found
 
 
@@ -222,24 +238,22 @@ def _out_of_fold(texts: Sequence[tuple[str, str]], folds: np.ndarray, *,
     """(N,) how many of a pair's two answers are put in their class by a classifier that was fitted
     on the other folds. texts: (chosen, rejected). words: with TF-IDF, else the length alone."""
     # Here and not above: scikit-learn takes a second to import, and only this needs it.
-    from scipy.sparse import csr_array, hstack
+    from scipy.sparse import csr_array
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
+    from sklearn.model_selection import PredefinedSplit, cross_val_predict
+    from sklearn.pipeline import make_pipeline, make_union
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
     answers = np.array([text for pair in texts for text in pair], dtype=object)
-    labels, at = np.tile([0, 1], len(texts)), np.repeat(folds, 2)
-    lengths = np.array([[len(text.split())] for text in answers], dtype=float)
-    right = np.zeros(len(answers))
-    for fold in range(FOLDS):
-        fit, ask = at != fold, at == fold
-        scaler = StandardScaler().fit(lengths[fit])
-        seen, asked = (csr_array(scaler.transform(lengths[part])) for part in (fit, ask))
-        if words:
-            tfidf = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]",
-                                    lowercase=False, max_features=MOST_TERMS)
-            seen = hstack([tfidf.fit_transform(answers[fit]), seen], format="csr")
-            asked = hstack([tfidf.transform(answers[ask]), asked], format="csr")
-        model = LogisticRegression(max_iter=1000).fit(seen, labels[fit])
-        right[ask] = model.predict(asked) == labels[ask]
-    return right.reshape(-1, 2).sum(1)
+    labels = np.tile([0, 1], len(texts))
+    length = make_pipeline(
+        FunctionTransformer(lambda part: np.array([[float(len(text.split()))] for text in part])),
+        StandardScaler(), FunctionTransformer(csr_array))
+    tfidf = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]", lowercase=False,
+                            max_features=MOST_TERMS)
+    model = make_pipeline(make_union(tfidf, length) if words else length,
+                          LogisticRegression(max_iter=1000))
+    predicted = cross_val_predict(model, answers, labels,
+                                  cv=PredefinedSplit(np.repeat(folds, 2)))
+    return (predicted == labels).reshape(-1, 2).sum(1)

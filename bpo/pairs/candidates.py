@@ -5,9 +5,9 @@ annotated answer with plausible mistakes. given: the data set has them. Each kin
 order of rows.jsonl, made through `shards`; which candidates become rejected is `selection`'s.
 """
 
-import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,136 +29,18 @@ from bpo.study.files import LineFile
 MEASURED_IMAGES = 8  # an image's tokens are looked up on so many rows, and the largest one counts
 SWAP_TRIES = 50
 
-_Asked = tuple[Request, list[str], list[bool]]  # what to weigh for a row: see _to_weigh
-_Prepared = tuple[list[_Asked], list[list[list[int]]], list[dict[str, torch.Tensor]]]
-
 
 def views(p: PairGeneration) -> list[View]:
     """Every way of weakening that the parameters ask for."""
-    out = []
-    for mode in p.weaken_modes:
-        way = WEAKENINGS[mode]
-        steps = p.weaken_steps if way.stepped else [0]
-        draws = p.weaken_draws if way.drawn else 1
-        out += [View(mode, step, draw, p.crop_share) for step in steps for draw in range(draws)]
-    return out
+    return [View(mode, step, draw, p.crop_share) for mode in p.weaken_modes
+            for step in (p.weaken_steps if WEAKENINGS[mode].stepped else [0])
+            for draw in range(p.weaken_draws if WEAKENINGS[mode].drawn else 1)]
 
 
-def make(p: PairGeneration, rows: LineFile, root: Path, folder: Path) -> None:
-    """Writes weakened-<view>.jsonl and injected.jsonl into the folder, {id, texts} a row, and
-    scores.jsonl, {id, scores} with one entry a candidate. What is there is not made again."""
-    vision = functools.cache(lambda: checkpoints.load(
-        p.path(p.model), precision=p.precision, transform=p.image_transform))
-    # Measured when the first file that needs it is made: rows do not change between the files.
-    lengths = functools.cache(lambda: _lengths(vision(), rows, root))
-    if "injected" in p.sources and p.endpoint and not processes.first(
-            (folder / "injected.jsonl").is_file):
-        processes.first(_endpoint(p).check)  # now, and not after hours of weakening
-    if "weakened" in p.sources:
-        for view in views(p):
-            _weaken(p, view, rows, root, folder, vision=vision, lengths=lengths)
-    if "injected" in p.sources:
-        _inject(p, rows, root, folder, vision=vision)
-    if p.score_candidates:
-        _score(p, rows, root, folder, vision=vision, lengths=lengths)
-
-
-def _weaken(p: PairGeneration, view: View, rows: LineFile, root: Path, folder: Path, *,
-            vision: Callable[[], Checkpoint], lengths: Callable[[], Any]) -> None:
-    reader = functools.cache(lambda: encoding.reader(vision()))
-
-    def prepare(batch: np.ndarray) -> tuple[list[Request], dict[str, torch.Tensor]]:
-        requests = [request(p, rows, root, i, view) for i in batch.tolist()]
-        return requests, generate.encode_branches(reader(), requests, view, seed=p.seed)
-
-    def work(prepared: tuple[list[Request], dict[str, torch.Tensor]]) -> list[dict]:
-        requests, inputs = prepared
-        texts = generate.sample_answers(
-            vision(), requests, inputs, view, seed=p.seed, purpose=f"weakened {view.name}",
-            temperature=p.weaken_temperature, top_p=p.weaken_top_p, samples=p.weaken_samples,
-            max_new_tokens=p.max_new_tokens, contrast_strength=p.contrast_strength,
-            contrast_cutoff=p.contrast_cutoff)
-        return [{"id": r.id, "texts": t} for r, t in zip(requests, texts, strict=True)]
-
-    shards.run(folder / f"weakened-{view.name}.jsonl", lambda: shards.by_budget(
-        *lengths(), p.batch_tokens // (p.weaken_samples * (1 + view.two_branches))), work,
-        prepare=prepare, label=f"weakened, {view.name}")
-
-
-def request(p: PairGeneration, rows: LineFile, root: Path, number: int, view: View | None
-            ) -> Request:
-    """A row's question with its image, and another row's image where the view wants one."""
-    row = Row.from_line(rows[number], root)
-    other = None
-    if view is not None and view.way.other:
-        rng = seeds.numpy_generator(p.seed, "swap", row.id, view.draw)
-        for _ in range(SWAP_TRIES):
-            other = root / rows[int(rng.integers(len(rows)))]["image"]
-            if other != row.image:
-                break
-        else:
-            raise Refusal(f"weaken_modes: {view.mode} needs rows with different images, and here "
-                          f"{SWAP_TRIES} draws gave row {row.id} its own; use another mode")
-    return Request(row.id, row.prompt, row.image, len(row.answer.split()), other)
-
-
-def _inject(p: PairGeneration, rows: LineFile, root: Path, folder: Path, *,
-            vision: Callable[[], Checkpoint]) -> None:
-    templates = {kind: p.path(file).read_text(encoding="utf-8").strip() for kind, file in
-                 (("caption", p.describe_prompt), ("other", p.question_prompt))}
-
-    def rewriting(number: int) -> Request:
-        row = Row.from_line(rows[number], root)
-        template = templates["caption" if row.category == "caption" else "other"]
-        return Request(row.id, ({"role": "user", "content": fill(template, row)},), None,
-                       len(row.answer.split()))
-
-    file = folder / "injected.jsonl"
-    if p.endpoint:
-        client = _endpoint(p)
-        shards.run(file, lambda: np.array_split(np.arange(len(rows)), -(-len(rows) // (
-            4 * p.endpoint_requests))), lambda batch: _asked(p, client, rewriting, batch),
-            label="injected")
-        return
-    text = vision if not p.text_model else functools.cache(
-        lambda: checkpoints.load_text_model(p.path(p.text_model), precision=p.precision))
-
-    def work(batch: np.ndarray) -> list[dict]:
-        requests = [rewriting(i) for i in batch.tolist()]
-        inputs = generate.encode_branches(text(), requests, None, seed=p.seed)
-        texts = generate.sample_answers(
-            text(), requests, inputs, None, seed=p.seed, purpose="injected",
-            temperature=p.inject_temperature, top_p=p.inject_top_p, samples=p.inject_samples,
-            max_new_tokens=p.max_new_tokens)
-        return [{"id": r.id, "texts": t} for r, t in zip(requests, texts, strict=True)]
-
-    def plan() -> list[np.ndarray]:
-        prompts = np.array([len(encoding.answer_ids(text(), encoding.prompt_text(
-            text(), rewriting(i).messages, image=False))) for i in range(len(rows))])
-        answers = np.array([len(encoding.answer_ids(text(), line["answer"])) + 1 for line in rows])
-        return shards.by_budget(prompts, answers, p.batch_tokens // p.inject_samples)
-
-    shards.run(file, plan, work, label="injected")
-
-
-def _endpoint(p: PairGeneration) -> Endpoint:
-    return Endpoint(url=p.endpoint, model=p.endpoint_model, key_variable=p.endpoint_key_variable,
-                    at_once=p.endpoint_requests, retries=p.endpoint_retries,
-                    timeout=p.endpoint_timeout)
-
-
-def _asked(p: PairGeneration, client: Endpoint, rewriting: Callable[[int], Request],
-           batch: np.ndarray) -> list[dict]:
-    """A batch of rewritings by the endpoint, all samples of all rows under way together."""
-    requests = [rewriting(i) for i in batch.tolist()]
-    each = [(r, k) for r in requests for k in range(p.inject_samples)]
-    texts = client.answers([r.messages for r, _ in each], temperature=p.inject_temperature,
-                           top_p=p.inject_top_p, max_new_tokens=p.max_new_tokens,
-                           # endpoints read 31 bits
-                           seeds=[seeds.seed_for(p.seed, "injected", r.id, k) % 2**31
-                                  for r, k in each])
-    return [{"id": r.id, "texts": texts[i:i + p.inject_samples]}
-            for r, i in zip(requests, range(0, len(texts), p.inject_samples), strict=True)]
+def image_root(p: PairGeneration) -> Path:
+    """The folder that the image names of rows.jsonl and pairs.jsonl start from."""
+    first = p.path(p.data if isinstance(p.data, str) else next(iter(p.data)))
+    return p.optional_path(p.image_folder) or (first if first.is_dir() else first.parent)
 
 
 def fill(template: str, row: Row) -> str:
@@ -166,118 +48,239 @@ def fill(template: str, row: Row) -> str:
     return re.sub(r"\{(question|answer)\}", lambda place: getattr(row, place[1]), template)
 
 
-def _lengths(checkpoint: Checkpoint, rows: LineFile, root: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(rows,) tokens of every prompt with its image, and of every annotated answer with its end.
+def _useful(line: dict[str, Any]) -> list[dict[str, Any]]:
+    """The candidates of a line that could be used."""
+    return [c for c in line["candidates"] if not selection.useless(c["text"], line["chosen"])]
 
-    Texts are counted one by one. Images are not opened for this: each counts as the largest one of
-    a few rows, spread over the file.
+
+class Candidates(Sequence):
+    """The candidates of each row of a stage's folder: `make` writes them, an index reads them.
+
+    Only the places of lines are held; the model is loaded when something needs it.
     """
-    prompts, answers = np.zeros((2, len(rows)), dtype=np.int32)
-    for number, line in enumerate(rows):
-        text = encoding.prompt_text(checkpoint, line["prompt"], image=True)
-        prompts[number] = len(encoding.answer_ids(checkpoint, text))
-        answers[number] = len(encoding.answer_ids(checkpoint, line["answer"])) + 1
-    largest = 0
-    for number in np.unique(np.linspace(0, len(rows) - 1, MEASURED_IMAGES).astype(int)).tolist():
-        row = Row.from_line(rows[number], root)
-        whole = generate.encode_batch(
-            checkpoint, [Request(row.id, row.prompt, row.image)])["input_ids"].shape[1]
-        largest = max(largest, whole - int(prompts[number]))
-    return prompts + largest, answers
 
+    def __init__(self, p: PairGeneration, folder: Path):
+        self.p, self.folder, self.root = p, folder, image_root(p)
+        self.rows = LineFile(folder / "rows.jsonl")
 
-class Candidates:
-    """Random access to the candidates of a row; only the places of lines are held."""
+    @cached_property
+    def model(self) -> Checkpoint:
+        return checkpoints.load(self.p.path(self.p.model), precision=self.p.precision,
+                                transform=self.p.image_transform)
 
-    def __init__(self, p: PairGeneration, rows: LineFile, folder: Path):
-        self._p, self._rows = p, rows
-        self._views = [(v, LineFile(folder / f"weakened-{v.name}.jsonl"))
-                       for v in views(p) if "weakened" in p.sources]
-        self._injected = (LineFile(folder / "injected.jsonl") if "injected" in p.sources else None)
-        scores = folder / "scores.jsonl"
-        self._scores = LineFile(scores) if scores.is_file() else None
+    @cached_property
+    def text_model(self) -> Checkpoint:
+        return checkpoints.load_text_model(
+            self.p.path(self.p.text_model), precision=self.p.precision
+        ) if self.p.text_model else self.model
+
+    @cached_property
+    def _reader(self) -> Checkpoint:
+        return encoding.reader(self.model)
+
+    def make(self) -> None:
+        """Writes weakened-<view>.jsonl and injected.jsonl into the folder, {id, texts} a row, and
+        scores.jsonl, {id, scores} with one entry a candidate. What is there is not made again."""
+        p = self.p
+        if "injected" in p.sources and p.endpoint and not processes.first(
+                (self.folder / "injected.jsonl").is_file):
+            processes.first(self._endpoint.check)  # now, and not after hours of weakening
+        if "weakened" in p.sources:
+            for view in views(p):
+                self._weaken(view)
+        if "injected" in p.sources:
+            self._inject()
+        if p.score_candidates:
+            self._score()
+
+    def row(self, number: int) -> Row:
+        return Row.from_line(self.rows[number], self.root)
+
+    def request(self, number: int, view: View | None) -> Request:
+        """A row's question with its image, and another row's image where the view wants one."""
+        row, other = self.row(number), None
+        if view is not None and view.way.other:
+            rng = seeds.numpy_generator(self.p.seed, "swap", row.id, view.draw)
+            drawn = (self.root / self.rows[int(rng.integers(len(self.rows)))]["image"]
+                     for _ in range(SWAP_TRIES))
+            other = next((image for image in drawn if image != row.image), None)
+            if other is None:
+                raise Refusal(f"weaken_modes: {view.mode} needs rows with different images, and "
+                              f"here {SWAP_TRIES} draws gave row {row.id} its own; use another "
+                              "mode")
+        return Request(row.id, row.prompt, row.image, len(row.answer.split()), other)
+
+    def answers(self, checkpoint: Checkpoint, requests: Sequence[Request],
+                inputs: dict[str, torch.Tensor], view: View | None) -> list[dict[str, Any]]:
+        """{id, texts} of each request: what the stage samples from a view's weakened images, or
+        from the text model, whose view is None. inputs: `generate.encode_branches` of both."""
+        p = self.p
+        how = {"purpose": f"weakened {view.name}", "temperature": p.weaken_temperature,
+               "top_p": p.weaken_top_p, "samples": p.weaken_samples} if view else {
+               "purpose": "injected", "temperature": p.inject_temperature,
+               "top_p": p.inject_top_p, "samples": p.inject_samples}
+        texts = generate.sample_answers(
+            checkpoint, requests, inputs, view, seed=p.seed, max_new_tokens=p.max_new_tokens,
+            contrast_strength=p.contrast_strength, contrast_cutoff=p.contrast_cutoff, **how)
+        return [{"id": r.id, "texts": t} for r, t in zip(requests, texts, strict=True)]
+
+    def _weaken(self, view: View) -> None:
+        def prepare(batch: np.ndarray) -> tuple[list[Request], dict[str, torch.Tensor]]:
+            requests = [self.request(number, view) for number in batch.tolist()]
+            return requests, generate.encode_branches(self._reader, requests, view,
+                                                      seed=self.p.seed)
+
+        budget = self.p.batch_tokens // (self.p.weaken_samples * (1 + view.two_branches))
+        shards.run(self.folder / f"weakened-{view.name}.jsonl",
+                   lambda: shards.by_budget(*self._lengths, budget),
+                   lambda prepared: self.answers(self.model, *prepared, view),
+                   prepare=prepare, label=f"weakened, {view.name}")
+
+    @cached_property
+    def _lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """(rows,) tokens of every prompt with its image, and of every annotated answer with its
+        end. Images are not opened for this: each counts as the largest one of a few rows, spread
+        over the file."""
+        prompts, answers = np.zeros((2, len(self.rows)), dtype=np.int32)
+        for number, line in enumerate(self.rows):
+            text = encoding.prompt_text(self.model, line["prompt"], image=True)
+            prompts[number] = len(encoding.answer_ids(self.model, text))
+            answers[number] = len(encoding.answer_ids(self.model, line["answer"])) + 1
+        spread = np.linspace(0, len(self.rows) - 1, MEASURED_IMAGES).astype(int)
+        image = max(generate.encode_batch(self.model, [self.request(number, None)])
+                    ["input_ids"].shape[1] - prompts[number] for number in set(spread.tolist()))
+        return prompts + max(image, 0), answers
+
+    @cached_property
+    def _endpoint(self) -> Endpoint:
+        p = self.p
+        return Endpoint(url=p.endpoint, model=p.endpoint_model, key_variable=p.endpoint_key_variable,
+                        at_once=p.endpoint_requests, retries=p.endpoint_retries,
+                        timeout=p.endpoint_timeout)
+
+    def _inject(self) -> None:
+        p, rows = self.p, self.rows
+        describe, ask = (p.path(file).read_text(encoding="utf-8").strip()
+                         for file in (p.describe_prompt, p.question_prompt))
+
+        def rewriting(number: int) -> Request:
+            row = self.row(number)
+            prompt = fill(describe if row.category == "caption" else ask, row)
+            return Request(row.id, ({"role": "user", "content": prompt},), None,
+                           len(row.answer.split()))
+
+        def plan() -> list[np.ndarray]:
+            if p.endpoint:
+                return np.array_split(np.arange(len(rows)),
+                                      -(-len(rows) // (4 * p.endpoint_requests)))
+            text = self.text_model
+            prompts = [len(encoding.answer_ids(text, encoding.prompt_text(
+                text, rewriting(number).messages, image=False))) for number in range(len(rows))]
+            answers = [len(encoding.answer_ids(text, line["answer"])) + 1 for line in rows]
+            return shards.by_budget(np.array(prompts), np.array(answers),
+                                    p.batch_tokens // p.inject_samples)
+
+        def work(batch: np.ndarray) -> list[dict[str, Any]]:
+            requests = [rewriting(number) for number in batch.tolist()]
+            if p.endpoint:
+                return self._requested(requests)
+            inputs = generate.encode_branches(self.text_model, requests, None, seed=p.seed)
+            return self.answers(self.text_model, requests, inputs, None)
+
+        shards.run(self.folder / "injected.jsonl", plan, work, label="injected")
+
+    def _requested(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        """`answers` by the endpoint, all samples of all rows under way together."""
+        p, samples = self.p, self.p.inject_samples
+        each = [(r, k) for r in requests for k in range(samples)]
+        texts = self._endpoint.answers(
+            [r.messages for r, _ in each], temperature=p.inject_temperature, top_p=p.inject_top_p,
+            max_new_tokens=p.max_new_tokens,  # endpoints read seeds of 31 bits
+            seeds=[seeds.seed_for(p.seed, "injected", r.id, k) % 2**31 for r, k in each])
+        return [{"id": r.id, "texts": texts[n * samples:(n + 1) * samples]}
+                for n, r in enumerate(requests)]
+
+    def _score(self) -> None:
+        """Writes scores.jsonl: a list a row with, for every candidate that could be used, its mean
+        log-prob a token under the clean image and under the first way of weakening, in nats, and
+        its CHES against the annotation under the clean one (None for the others)."""
+        view = views(self.p)[0]
+
+        def prepare(batch: Sequence[int], reader: Checkpoint) -> tuple:
+            lines = [self._unscored(number) for number in batch]
+            requests = [self.request(number, view) for number in batch]
+            tokens = [[encoding.answer_tokens(reader, request.messages, text)
+                       for text in (line["chosen"], *(c["text"] for c in _useful(line)))]
+                      for line, request in zip(lines, requests, strict=True)]
+            return lines, tokens, generate.encode_views(reader, requests, [None, view],
+                                                        seed=self.p.seed)
+
+        @cache
+        def scorer() -> logprobs.Scorer:
+            _, tokens, (clean, _) = prepare(range(min(len(self.rows), 4)), self.model)
+            return logprobs.choose(self.model, clean, tokens)
+
+        @torch.no_grad()
+        def work(prepared: tuple) -> list[dict[str, Any]]:
+            lines, tokens, batches = prepared
+            clean, weakened = (scorer()(self.model, batch, tokens) for batch in batches)
+            out = []
+            for line, sharp, dull in zip(lines, clean, weakened, strict=True):
+                for candidate, a, b in zip(_useful(line), sharp[1:], dull[1:], strict=True):
+                    candidate["scores"] = {
+                        "logp_clean": round(a.logprobs.mean().item(), 5),
+                        "logp_noisy": round(b.logprobs.mean().item(), 5),
+                        "ches": round(selection.ches(sharp[0].state, a.state), 5)}
+                out.append({"id": line["id"],
+                            "scores": [c.get("scores") for c in line["candidates"]]})
+            return out
+
+        def plan() -> list[np.ndarray]:
+            prompts, answers = self._lengths
+            texts = 1 + len(self._unscored(0)["candidates"])
+            return shards.by_budget(prompts, texts * answers, self.p.batch_tokens)
+
+        shards.run(self.folder / "scores.jsonl", plan, work, label="weighed",
+                   prepare=lambda batch: prepare(batch.tolist(), self._reader))
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """{id, image, category, prompt, chosen, candidates: [{source, mode, ..., text}]}"""
-        row = self._rows[number]
-        out: list[dict[str, Any]] = []
-        for view, file in self._views:
-            out += [{"source": "weakened", "mode": view.mode,
-                     **({"step": view.step} if view.way.stepped else {}),
-                     "draw": view.draw, "sample": k, "text": text}
-                    for k, text in enumerate(file[number]["texts"])]
-        if self._injected is not None:
-            mode = "endpoint" if self._p.endpoint else "language_model"
-            out += [{"source": "injected", "mode": mode, "sample": k, "text": text}
-                    for k, text in enumerate(self._injected[number]["texts"])]
-        if "given" in self._p.sources:
-            out += [{"source": "given", "mode": "given", "sample": k, "text": text}
-                    for k, text in enumerate(row.get("given", []))]
+        """{id, image, category, prompt, chosen, candidates: [{source, mode, ..., text, scores}]}"""
+        line = self._unscored(number)
         if self._scores is not None:
-            for candidate, scores in zip(out, self._scores[number]["scores"], strict=True):
+            for candidate, scores in zip(line["candidates"], self._scores[number]["scores"],
+                                         strict=True):
                 if scores is not None:
                     candidate["scores"] = scores
+        return line
+
+    @cached_property
+    def _scores(self) -> LineFile | None:
+        file = self.folder / "scores.jsonl"
+        return LineFile(file) if file.is_file() else None
+
+    @cached_property
+    def _made(self) -> list[tuple[dict[str, Any], LineFile]]:
+        """What is known of all candidates of a file, and the file."""
+        p, made = self.p, []
+        for view in views(p) if "weakened" in p.sources else ():
+            step = {"step": view.step} if view.way.stepped else {}
+            made.append(({"source": "weakened", "mode": view.mode, **step, "draw": view.draw},
+                         LineFile(self.folder / f"weakened-{view.name}.jsonl")))
+        if "injected" in p.sources:
+            mode = "endpoint" if p.endpoint else "language_model"
+            made.append(({"source": "injected", "mode": mode},
+                         LineFile(self.folder / "injected.jsonl")))
+        return made
+
+    def _unscored(self, number: int) -> dict[str, Any]:
+        row = self.rows[number]
+        kinds = [(kind, file[number]["texts"]) for kind, file in self._made]
+        if "given" in self.p.sources:
+            kinds.append(({"source": "given", "mode": "given"}, row.get("given", [])))
         return {"id": row["id"], "image": row["image"], "category": row["category"],
-                "prompt": row["prompt"], "chosen": row["answer"], "candidates": out}
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[i] for i in range(len(self._rows)))
-
-
-def _score(p: PairGeneration, rows: LineFile, root: Path, folder: Path, *,
-           vision: Callable[[], Checkpoint], lengths: Callable[[], Any]) -> None:
-    """Writes scores.jsonl: a list a row with, for every candidate that could be used, its mean
-    log-prob a token under the clean image and under the first way of weakening, in nats, and its
-    CHES against the annotation under the clean one (None for the others)."""
-    made, view = Candidates(p, rows, folder), views(p)[0]
-    scorer = functools.cache(lambda: _scorer(vision(), [
-        _to_weigh(p, rows, root, made, i, view) for i in range(min(len(rows), 4))]))
-    reader = functools.cache(lambda: encoding.reader(vision()))
-
-    def prepare(batch: np.ndarray) -> _Prepared:
-        asked = [_to_weigh(p, rows, root, made, i, view) for i in batch.tolist()]
-        return asked, _ids(reader(), asked), generate.encode_views(
-            reader(), [r for r, _, _ in asked], [None, view], seed=p.seed)
-
-    def plan() -> list[np.ndarray]:
-        prompts, answers = lengths()
-        texts = 1 + len(made[0]["candidates"])
-        return shards.by_budget(prompts, texts * answers, p.batch_tokens)
-
-    shards.run(folder / "scores.jsonl", plan,
-               lambda prepared: _weighed(vision(), scorer(), *prepared), prepare=prepare,
-               label="weighed")
-
-
-def _to_weigh(p: PairGeneration, rows: LineFile, root: Path, made: Candidates, number: int,
-              view: View) -> _Asked:
-    """A row's request, the texts to weigh (the annotation first), and which candidates they are."""
-    line = made[number]
-    usable = [selection.useless(c["text"], line["chosen"]) is None for c in line["candidates"]]
-    texts = [c["text"] for c, use in zip(line["candidates"], usable, strict=True) if use]
-    return request(p, rows, root, number, view), [line["chosen"], *texts], usable
-
-
-def _ids(checkpoint: Checkpoint, asked: Sequence[_Asked]) -> list[list[list[int]]]:
-    return [[encoding.answer_tokens(checkpoint, r.messages, text) for text in texts]
-            for r, texts, _ in asked]
-
-
-@torch.no_grad()
-def _scorer(checkpoint: Checkpoint, asked: Sequence[_Asked]) -> logprobs.Scorer:
-    inputs = generate.encode_batch(checkpoint, [r for r, _, _ in asked])
-    return logprobs.choose(checkpoint, inputs, _ids(checkpoint, asked))
-
-
-@torch.no_grad()
-def _weighed(checkpoint: Checkpoint, weigh: logprobs.Scorer, asked: Sequence[_Asked],
-             ids: list[list[list[int]]], views: list[dict[str, torch.Tensor]]) -> list[dict]:
-    clean, weakened = (weigh(checkpoint, batch, ids) for batch in views)
-    out = []
-    for (request, _, usable), sharp, dull in zip(asked, clean, weakened, strict=True):
-        found = iter([{"logp_clean": round(a.logprobs.mean().item(), 5),
-                       "logp_noisy": round(b.logprobs.mean().item(), 5),
-                       "ches": round(selection.ches(sharp[0].state, a.state), 5)}
-                      for a, b in zip(sharp[1:], dull[1:], strict=True)])
-        out.append({"id": request.id, "scores": [next(found) if use else None for use in usable]})
-    return out
+                "prompt": row["prompt"], "chosen": row["answer"],
+                "candidates": [{**kind, "sample": k, "text": text} for kind, texts in kinds
+                               for k, text in enumerate(texts)]}

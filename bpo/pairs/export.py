@@ -8,7 +8,6 @@ import argparse
 import functools
 import hashlib
 import io
-import os
 import re
 import shutil
 from collections import Counter
@@ -22,7 +21,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
 
 from bpo.data import images
-from bpo.pairs import stage as pairs
+from bpo.pairs.candidates import image_root
 from bpo.params import PairGeneration, Refusal, short
 from bpo.study import stage as stages
 from bpo.study.files import LineFile, to_json, write_lines, write_whole
@@ -36,6 +35,10 @@ LAYOUTS = {  # name -> its file, and what it is
     "parquet": ("train.parquet", "a row a pair with its image inside, for hubs and notebooks"),
 }
 ALTERNATING = ("llama-factory", "ms-swift")  # these skip or refuse a row whose turns do not
+LLAMA_FACTORY = {"pairs": {
+    "file_name": "pairs.json", "formatting": "sharegpt", "ranking": True,
+    "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected",
+                "images": "images"}}}
 MEDIA = re.compile("<(image|video|audio)>")
 TAGGED = "`<image>`, `<video>` or `<audio>`, where trainers put media"
 RELEASE_TYPES = {"weakened": "mllm-hal", "injected": "llm-hal", "given": "given"}
@@ -82,21 +85,17 @@ def export(study: str, to: str) -> Path:
         raise Refusal(f"{stage} is not complete: make the pairs first (python -m bpo run {study} "
                       "--only 2)")
     folder = stage.parent / "exports" / to
-    work, old = folder.with_name(f".{to}.tmp"), folder.with_name(f".{to}.old")
+    work = folder.with_name(f".{to}.tmp")
     with stages.locked(stage.parent / ".stage.lock", f"study {study} is being computed or exported "
                        "by another run; wait for it to end"):
         stages.fingerprint(stage / "pairs.jsonl")  # refuses pairs that were edited
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        shutil.rmtree(work, ignore_errors=True)  # what a kill left
         try:
-            _write(stage, to, work)
-            if hasattr(os, "sync"):  # the new export is on the disk before the old one goes
-                os.sync()
-            shutil.rmtree(old, ignore_errors=True)
+            (work / "new").mkdir(parents=True)
+            _write(stage, to, work / "new")
             if folder.exists():
-                folder.rename(old)
-            work.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
+                folder.rename(work / "old")
+            (work / "new").rename(folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return folder
@@ -105,11 +104,11 @@ def export(study: str, to: str) -> Path:
 def _write(stage: Path, to: str, folder: Path) -> None:
     manifest = stages.read_manifest(stage)
     # The parameters that the pairs were made with: the study's own may have changed since.
-    root = pairs.image_root(PairGeneration(study=stage.parent.name, **manifest["parameters"]))
+    root = image_root(PairGeneration(study=stage.parent.name, **manifest["parameters"])).resolve()
     file, tally = folder / LAYOUTS[to][0], Tally()
+    copies = None if file.suffix == ".parquet" else folder
     # Rows of one image are neighbours: this spares reading it for each.
-    stored = functools.lru_cache(maxsize=2)(functools.partial(
-        _stored, root.resolve(), None if file.suffix == ".parquet" else folder))
+    stored = functools.lru_cache(maxsize=2)(lambda name: _stored(root, copies, name))
     rows = (row for line in usable(LineFile(stage / "pairs.jsonl"), to, tally)
             for row in _rows(to, line, stored(line["image"])))
     if file.suffix == ".parquet":
@@ -117,18 +116,17 @@ def _write(stage: Path, to: str, folder: Path) -> None:
     elif file.suffix == ".jsonl":
         write_lines(file, rows)
     else:
-        _write_list(file, rows)
+        with file.open("w", encoding="utf-8") as stream:  # a list, an element a line
+            for number, row in enumerate(rows):
+                stream.write((",\n" if number else "[\n") + to_json(row))
+            stream.write("\n]\n")
     if not tally.kinds:
         reasons = "; ".join(f"{r}: {n}" for r, n in sorted(tally.left_out.items()))
         raise Refusal(f"{stage / 'pairs.jsonl'}: there is no pair to export ("
                       f"{reasons or 'the file is empty'}); change the parameters of notebook 2 and "
                       "run it again")
     if to == "llama-factory":
-        columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected",
-                   "images": "images"}
-        write_whole(folder / "dataset_info.json", to_json({"pairs": {
-            "file_name": file.name, "formatting": "sharegpt", "ranking": True,
-            "columns": columns}}, indent=1) + "\n")
+        write_whole(folder / "dataset_info.json", to_json(LLAMA_FACTORY, indent=1) + "\n")
     card(stage.parent.name, manifest, tally, to, folder).save(folder / "README.md")
 
 
@@ -157,8 +155,7 @@ def usable(lines: Iterable[dict], to: str, tally: Tally) -> Iterator[dict]:
         line = {**line, "rejected": rejected}
         tally.rows += 1
         tally.kinds.update((a["source"], a.get("mode") or "", line["category"]) for a in rejected)
-        if rejected:
-            tally.example = tally.example or line
+        tally.example = tally.example or (line if rejected else None)
         yield line
 
 
@@ -197,42 +194,38 @@ def _stored(root: Path, folder: Path | None, name: str) -> Any:
     return f"images/{path}"
 
 
-def _rows(to: str, line: dict, image: Any) -> Iterator[dict]:
+def _rows(to: str, line: dict, image: Any) -> list[dict]:
     """The rows of a layout that a line of pairs.jsonl becomes: one a pair, but one a line for bpo.
 
     image: as `_stored` gives it.
     """
     prompt, chosen, rejected = line["prompt"], line["chosen"], line["rejected"]
+    texts = [answer["text"] for answer in rejected]
+    if to == "trl":
+        return [{"images": [image], "prompt": prompt,
+                 "chosen": [{"role": "assistant", "content": chosen}],
+                 "rejected": [{"role": "assistant", "content": text}]} for text in texts]
     if to == "bpo":
         text = prompt[0]["content"] if len(prompt) == 1 else "\n".join(
             f"{m['role'].upper()}: {m['content']}" for m in prompt)
-        yield {"id": line["id"], "prompt": f"<image>\n{text}", "image": image, "completions": [
+        return [{"id": line["id"], "prompt": f"<image>\n{text}", "image": image, "completions": [
             {"score": 1, "response": chosen, "type": "gt"},
             *({"score": 0, "response": a["text"], "type": RELEASE_TYPES[a["source"]]}
-              for a in rejected)]}
-        return
-    if to in ALTERNATING:  # a mark before what the user says first
-        first = [m["role"] for m in prompt].index("user")
-        tagged = [{"role": m["role"], "content": "<image>" * (n == first) + m["content"]}
-                  for n, m in enumerate(prompt)]
-    for number, answer in enumerate(rejected):
-        if to == "trl":
-            yield {"images": [image], "prompt": prompt,
-                   "chosen": [{"role": "assistant", "content": chosen}],
-                   "rejected": [{"role": "assistant", "content": answer["text"]}]}
-        elif to == "llama-factory":
-            yield {"conversations": [{"from": SHAREGPT[m["role"]], "value": m["content"]}
-                                     for m in tagged],
-                   "chosen": {"from": "gpt", "value": chosen},
-                   "rejected": {"from": "gpt", "value": answer["text"]}, "images": [image]}
-        elif to == "ms-swift":
-            yield {"messages": [*tagged, {"role": "assistant", "content": chosen}],
-                   "rejected_response": answer["text"], "images": [image]}
-        else:
-            yield {"id": f"{line['id']}/{number}", "image": image,
-                   "question": prompt[-1]["content"], "history": prompt[:-1], "chosen": chosen,
-                   "rejected": answer["text"], "source": answer["source"],
-                   "mode": answer.get("mode"), "category": line["category"]}
+              for a in rejected)]}]
+    if to == "parquet":
+        return [{"id": f"{line['id']}/{number}", "image": image, "question": prompt[-1]["content"],
+                 "history": prompt[:-1], "chosen": chosen, "rejected": a["text"],
+                 "source": a["source"], "mode": a.get("mode"), "category": line["category"]}
+                for number, a in enumerate(rejected)]
+    first = [m["role"] for m in prompt].index("user")  # a mark before what the user says first
+    tagged = [{"role": m["role"], "content": "<image>" * (n == first) + m["content"]}
+              for n, m in enumerate(prompt)]
+    if to == "ms-swift":
+        return [{"messages": [*tagged, {"role": "assistant", "content": chosen}],
+                 "rejected_response": text, "images": [image]} for text in texts]
+    turns = [{"from": SHAREGPT[m["role"]], "value": m["content"]} for m in tagged]
+    return [{"conversations": turns, "chosen": {"from": "gpt", "value": chosen},
+             "rejected": {"from": "gpt", "value": text}, "images": [image]} for text in texts]
 
 
 def _schema(to: str) -> pyarrow.Schema:
@@ -265,14 +258,6 @@ def write_parquet(file: Path, rows: Iterable[dict], schema: pyarrow.Schema) -> N
                 group, size = [], 0
         if group:
             writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
-
-
-def _write_list(file: Path, rows: Iterable[dict]) -> None:
-    """A JSON list, an element a line, written as the rows come."""
-    with file.open("w", encoding="utf-8") as stream:
-        for number, row in enumerate(rows):
-            stream.write((",\n" if number else "[\n") + to_json(row))
-        stream.write("\n]\n")
 
 
 def card(study: str, manifest: Mapping[str, Any], tally: Tally, to: str, folder: Path
