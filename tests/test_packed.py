@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,11 @@ from trl import DPOConfig, DPOTrainer
 
 from bpo.models import checkpoint as checkpoints
 from bpo.models import prefix
+from bpo.training import objectives
 from bpo.training.objectives import OBJECTIVES
 from bpo.training.packed import check as packed_check
 from bpo.training.packed import reference
+from bpo.training.packed import trainer as packed_trainer
 from bpo.training.packed.trainer import PackedDPOTrainer
 
 QUESTION = "what colour is the disc ? describe the picture and answer the question".split()
@@ -220,6 +223,16 @@ class Forwards:
             return tokens(*args)
 
         trainer.answer_tokens = counted
+
+
+def test_trl_still_has_what_is_used_of_its_private_surface(model_folder, tmp_path):
+    stock = made_trainer(DPOTrainer, model_folder, made_rows(), tmp_path)
+    assert [n for n in packed_trainer.TRL_PRIVATE if not hasattr(stock, n)] == []
+    written = "".join(f.read_text() for f in (
+        *Path(packed_trainer.__file__).parent.glob("*.py"), Path(objectives.__file__)))
+    used = set(re.findall(r"(?:self|trainer|super\(\))\.(\w+)", written))
+    private = {n for n in dir(stock) if n.startswith("_") and not n.startswith("__")}
+    assert used & private <= set(packed_trainer.TRL_PRIVATE)
 
 
 def test_reference_log_probs_are_computed_once_and_kept(model_folder, tmp_path, capsys):

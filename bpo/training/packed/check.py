@@ -4,6 +4,7 @@ A family whose attention or positions packing does not fit gives no error but wr
 the first batch of every run is tried.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -89,9 +90,9 @@ def _tried(trainer: Any) -> Iterator[None]:
             part.eval()
     zero = [w for w in model.parameters() if w.requires_grad and not w.detach().any()]
     draw = torch.Generator().manual_seed(0)
-    metrics, tokens, cache = trainer._metrics, trainer._total_train_tokens, trainer.cache
-    trainer._metrics = {mode: type(kept)(list) for mode, kept in metrics.items()}
-    trainer.cache = None
+    collator, metrics, tokens = trainer.data_collator, trainer._metrics, trainer._total_train_tokens
+    trainer._metrics = {mode: defaultdict(list) for mode in metrics}
+    keyed, collator.keyed = collator.keyed, False  # no reference is kept or found
     try:
         with torch.no_grad():
             for w in zero:
@@ -101,5 +102,5 @@ def _tried(trainer: Any) -> Iterator[None]:
         with torch.no_grad():
             for w in zero:
                 w.zero_()
-        trainer._metrics, trainer._total_train_tokens, trainer.cache = metrics, tokens, cache
+        collator.keyed, trainer._metrics, trainer._total_train_tokens = keyed, metrics, tokens
         model.train(training)
