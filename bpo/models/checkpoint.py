@@ -4,6 +4,7 @@ Nothing here knows a model family: the language model comes from transformers' o
 What a checkpoint is given to read is `encoding`'s.
 """
 
+import json
 import re
 import shutil
 import warnings
@@ -26,8 +27,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from bpo.params import Refusal
+from bpo.params import DPOTraining, Refusal, outputs_root
 from bpo.study import processes
+from bpo.study import stage as stages
+
+MERGED = "merged.json"  # beside a merged checkpoint: what it is made of
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,14 @@ def load_adapters(checkpoint: Checkpoint, folders: Mapping[str, Path]) -> Checkp
 def _require_config(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise Refusal(f"{folder}: there is no checkpoint (config.json is missing)")
+    if (folder / MERGED).is_file() and folder.is_relative_to(outputs_root()):
+        made_of = json.loads((folder / MERGED).read_text())
+        study, method = made_of["study"], made_of["method"]
+        stage = stages.stage_folder(study, DPOTraining.notebook)
+        if (stage / stages.MANIFEST).is_file() and made_of["adapter"] != stages.listed_digest(
+                stages.below(stages.read_manifest(stage)["outputs"], f"{method}/adapter")):
+            raise Refusal(f"{folder}: {method} of {study} was trained again after it was merged "
+                          f"here; python -m bpo merge {study} --method {method}")
 
 
 def _ready(checkpoint: Checkpoint, folder: Path) -> None:
