@@ -9,7 +9,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,8 @@ class Checkpoint:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without what the libraries write of their own accord and would leave in a saved notebook:
-    transformers' bars for loading weights, and its notice that TRL and PEFT still use the old name
-    of an option."""
+    """Without what would stay in a saved notebook: transformers' bars for loading weights, and its
+    notice that TRL and PEFT still use the old name of an option."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -101,18 +100,14 @@ def load_without_weights(folder: Path, *, transform: str = "processor") -> Check
     Raises Refusal as `load` does.
     """
     _require_config(folder)
-    checkpoint = Checkpoint(None, load_processor(folder), transform)
-    _ready(checkpoint, folder)
-    return checkpoint
+    return _ready(Checkpoint(None, load_processor(folder), transform), folder)
 
 
 @quietly()
 def load_text_model(folder: Path, *, precision: str = "float32") -> Checkpoint:
     """The causal language model of a folder with its tokenizer; raises Refusal as `load` does."""
     model = _load(AutoModelForCausalLM, folder, precision)
-    checkpoint = Checkpoint(model.eval(), AutoTokenizer.from_pretrained(folder))
-    _ready(checkpoint, folder)
-    return checkpoint
+    return _ready(Checkpoint(model.eval(), AutoTokenizer.from_pretrained(folder)), folder)
 
 
 def _load(auto: Any, folder: Path, precision: str, *, device: str = "") -> PreTrainedModel:
@@ -160,7 +155,7 @@ def _require_config(folder: Path) -> None:
                           f"here; python -m bpo merge {study} --method {method}")
 
 
-def _ready(checkpoint: Checkpoint, folder: Path) -> None:
+def _ready(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     tokenizer = checkpoint.tokenizer
     if getattr(checkpoint.processor, "chat_template", None) is None:
         raise Refusal(f"{folder}: the checkpoint has no chat template, so its prompts are unknown")
@@ -168,6 +163,7 @@ def _ready(checkpoint: Checkpoint, folder: Path) -> None:
         raise Refusal(f"{folder}: the tokenizer has no end token, so answers would not end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return checkpoint
 
 
 def load_processor(folder: Path) -> Any:
@@ -192,13 +188,11 @@ def _without_video(folder: Path) -> Any | None:
     whole = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder)), None)
     parts = whole.get_attributes() if whole else []
     # transformers builds a processor from its parts in this order: only the last can be left out.
-    if parts[-1:] != ["video_processor"]:
-        return None
-    still = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda _: parts[:-1])})
-    try:
-        return still.from_pretrained(folder)
-    except (ImportError, TypeError):  # some constructors (SmolVLM's) want the video side
-        return None
+    if parts[-1:] == ["video_processor"]:
+        with suppress(ImportError, TypeError):  # some constructors (SmolVLM's) want the video side
+            return type(whole.__name__, (whole,), {
+                "get_attributes": classmethod(lambda _: parts[:-1])}).from_pretrained(folder)
+    return None
 
 
 def adapter_targets(model: PreTrainedModel) -> str:
@@ -220,8 +214,7 @@ def adapter_config(model: PreTrainedModel, *, rank: int, alpha: int, dropout: fl
 
 @quietly()
 def merge(folder: Path, adapter: Path, out: Path, *, precision: str = "float32") -> None:
-    """Writes into `out` the checkpoint of a folder with an adapter's change added to its weights: a
-    plain checkpoint with its processor, which loads as any other and needs no PEFT.
+    """Writes into `out` the checkpoint of a folder with an adapter's change added to its weights.
 
     The sum is taken in float32 on the CPU, whatever `precision` it is saved in: small changes would
     be lost in a shorter format one by one. Raises Refusal as `load` and `load_adapters` do.
