@@ -268,7 +268,7 @@ class Sized:
 def step(trainer: DPOTrainer, rows: Sequence[dict[str, Any]], *, forget: bool = False) -> None:
     """One step on the rows; forget: without the reference's log-probs that are kept so far."""
     if forget:
-        trainer.cache.known.clear()
+        trainer.cache.answers.clear()
     trainer.model.train()
     inputs = trainer._prepare_inputs(trainer.data_collator([dict(r) for r in rows]))
     trainer.compute_loss(trainer.model, inputs).backward()

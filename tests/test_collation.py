@@ -69,28 +69,19 @@ def test_rows_that_share_image_prompt_and_chosen_answer_are_a_positive():
 
 def test_rows_of_messages_and_lists_of_images_are_grouped(rows):
     assert collation.positives(Dataset.from_list(rows)) == [[0, 1], [2], [3], [4]]
-
-
-def test_another_list_of_images_is_another_positive():
     one, two = picture("disc", "red", 1), picture("disc", "red", 2)
     lists = [[one, two], [one], [one, two], [two, one]]
     dataset = Dataset.from_list([{**row(one), "images": i} for i in lists])
     assert collation.positives(dataset) == [[0, 2], [1], [3]]
 
 
-def test_rows_for_sft_are_told_apart_by_their_completion():
-    dataset = Dataset.from_list([{"prompt": p, "completion": c} for p, c in (
-        ("a", "yes"), ("a", "no"), ("a", "yes"), ("b", "yes"))])
-    assert collation.positives(dataset) == [[0, 2], [1], [3]]
-
-
-def test_rows_of_text_are_grouped_with_their_tokens_beside_them():
+def test_rows_of_text_are_grouped_with_their_tokens_beside_them_and_those_of_sft_by_completion():
+    pairs = [("a", "yes", "no"), ("b", "yes", "no"), ("a", "yes", "hot"), ("a", "no", "yes")]
     dataset = Dataset.from_list([
         {"prompt": p, "chosen": c, "rejected": r, "prompt_ids": [len(p)], "chosen_ids": [len(c)],
-         "rejected_ids": [len(r), 1]}
-        for p, c, r in [("a", "yes", "no"), ("b", "yes", "no"), ("a", "yes", "hot"),
-                        ("a", "no", "yes")]])
-    assert collation.positives(dataset) == [[0, 2], [1], [3]]
+         "rejected_ids": [len(r), 1]} for p, c, r in pairs])
+    completions = Dataset.from_list([{"prompt": p, "completion": c} for p, c, _ in pairs])
+    assert collation.positives(dataset) == [[0, 2], [1], [3]] == collation.positives(completions)
 
 
 def test_a_row_whose_rejected_answer_is_the_chosen_one_is_refused_by_its_number():

@@ -149,7 +149,7 @@ def test_trl_s_sigmoid_is_dpo_as_the_paper_writes_it(trainer):
 def test_a_new_objective_is_one_entry(trainer, monkeypatch):
     """By its name alone: the parameters take it, and it trains."""
     monkeypatch.setitem(OBJECTIVES, "square", Objective(
-        "square", lambda h, beta: (h.chosen - h.rejected - beta) ** 2, False, "a margin of beta"))
+        "square", "a margin of beta", lambda h, beta: (h.chosen - h.rejected - beta) ** 2))
     p = validate(DPOTraining, {"loss": ["square"], "loss_weights": [2.0]}, where="here")
     made = trainer(loss_type=p.loss, loss_weights=p.loss_weights, max_steps=1)
     loss, metrics = loss_of(made, [0])
@@ -181,12 +181,6 @@ def test_mdpo_without_damaged_images_is_refused(trainer, rows):
     made = trainer("never", rows.remove_columns("damaged_images"), loss_type=["mdpo"])
     with pytest.raises(ValueError, match="damaged_images"):
         made.train()
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_an_objective_is_refused_with_ld_alpha(trainer, name):
-    with pytest.raises(ValueError, match="ld_alpha"):
-        trainer(loss_type=[name], ld_alpha=0.5)
 
 
 def test_a_divergence_of_another_kind_is_refused_with_an_objective_and_left_to_trl_alone():
@@ -223,4 +217,4 @@ def test_the_reference_of_damaged_images_is_kept(trainer):
     batch = made.data_collator([made.train_dataset[n] for n in range(5)])
     assert not set(batch["keys"]) & set(batch["damaged"]["keys"])
     loss_of(made, range(5))
-    assert {*batch["keys"], *batch["damaged"]["keys"]} == made.cache.known.keys()
+    assert {*batch["keys"], *batch["damaged"]["keys"]} == made.cache.answers.keys()

@@ -101,14 +101,19 @@ SETTINGS = {
 }
 
 
+def same_step(folder, rows, out, packing="always", *, bound=1e-5, text=False, **settings):
+    """A packed trainer whose loss and gradients on the rows are TRL's, and those of TRL."""
+    stock = gradients(made_trainer(DPOTrainer, folder, rows, out, text=text, **settings))
+    trainer = made_trainer(PackedDPOTrainer, folder, rows, out, text=text,
+                           own={"packing": packing}, **settings)
+    assert packed_check.apart(stock, gradients(trainer)) < bound
+    return trainer, stock
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_loss_and_gradients_are_those_of_trl(model_folder, tmp_path, name):
     shape, settings = SETTINGS[name]
-    rows = made_rows(**shape)
-    stock = gradients(made_trainer(DPOTrainer, model_folder, rows, tmp_path, **settings))
-    trainer = made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path,
-                           own={"packing": "always"}, **settings)
-    assert packed_check.apart(stock, gradients(trainer)) < 1e-5
+    trainer, stock = same_step(model_folder, made_rows(**shape), tmp_path, **settings)
     prefix.use_mask(trainer.base)
     trainer.data_collator.dense = True
     trainer.model.zero_grad()
@@ -117,28 +122,23 @@ def test_loss_and_gradients_are_those_of_trl(model_folder, tmp_path, name):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_of_trl_is_its_own(model_folder, tmp_path, loss):
-    rows, settings = made_rows(), dict(loss_type=[loss], label_smoothing=0.1, max_steps=1)
-    stock = gradients(made_trainer(DPOTrainer, model_folder, rows, tmp_path, **settings))
-    mine = gradients(made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path, **settings))
-    assert packed_check.apart(stock, mine) < 1e-5
+    same_step(model_folder, made_rows(), tmp_path, "auto", loss_type=[loss], label_smoothing=0.1,
+              max_steps=1)
 
 
 def test_text_alone_is_packed_too(model_folder, text_folder, tmp_path):
     rows = [{n: v for n, v in r.items() if n != "images"} for r in made_rows()]
-    for folder, text in ((text_folder, True), (model_folder, False)):
-        stock = gradients(made_trainer(DPOTrainer, folder, rows, tmp_path, text=text))
-        trainer = made_trainer(PackedDPOTrainer, folder, rows, tmp_path, text=text,
-                               own={"packing": "always"})
-        assert packed_check.apart(stock, gradients(trainer)) < 1e-5
+    same_step(text_folder, rows, tmp_path, text=True)
+    same_step(model_folder, rows, tmp_path)
 
 
 def test_rows_with_and_without_images_go_into_one_batch(model_folder, tmp_path):
     rows = made_rows()
-    rows[:2] = [{**r, "images": []} for r in rows[:2]]
-    stock = gradients(made_trainer(DPOTrainer, model_folder, rows, tmp_path))
-    mine = gradients(made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path,
-                                  own={"packing": "always"}))
-    assert packed_check.apart(stock, mine) < 1e-5
+    same_step(model_folder, [*({**r, "images": []} for r in rows[:2]), *rows[2:]], tmp_path)
+
+
+def test_bfloat16_agrees_within_its_rounding(model_folder, tmp_path):
+    same_step(model_folder, made_rows(), tmp_path, "auto", bound=0.03, bf16=True)
 
 
 @pytest.mark.parametrize("own, settings", [
@@ -165,13 +165,6 @@ def test_palettes_tell_images_apart_and_a_copied_collator_works(model_folder, tm
     collator.keyed = True
     batch = collator([{**r, "images": [i]} for r, i in zip(rows, images, strict=True)])
     assert len(batch["pixel_values"]) == 2 and len(set(batch["keys"])) == 4
-
-
-def test_bfloat16_agrees_within_its_rounding(model_folder, tmp_path):
-    rows = made_rows()
-    stock = gradients(made_trainer(DPOTrainer, model_folder, rows, tmp_path, bf16=True))
-    mine = gradients(made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path, bf16=True))
-    assert packed_check.apart(stock, mine) < 0.03
 
 
 def leaking(placed):

@@ -39,7 +39,7 @@ class Cache:
 
     def __init__(self, folder: Path, key: str):
         self.folder, self.key = folder, key
-        self.known: dict[str, torch.Tensor] = {}
+        self.answers: dict[str, torch.Tensor] = {}
         self.new: dict[str, torch.Tensor] = {}
         self.others = 0  # answers found that are another model's
         self._seen: set[Path] = set()
@@ -51,15 +51,15 @@ class Cache:
             self._seen.add(file)
             with safe_open(file, "pt") as stored:
                 if (stored.metadata() or {}).get("model") == self.key:
-                    self.known |= {n: stored.get_tensor(n) for n in stored.keys()}
+                    self.answers |= {n: stored.get_tensor(n) for n in stored.keys()}
                 else:
                     self.others += len(stored.keys())
 
     def add(self, answers: Mapping[str, torch.Tensor]) -> None:
         """Takes in answers just computed; one that is known stays as it is."""
-        new = {n: v for n, v in answers.items() if n not in self.known}
+        new = {n: v for n, v in answers.items() if n not in self.answers}
         self.new |= new
-        self.known |= new
+        self.answers |= new
 
     def write(self) -> None:
         """Keeps what was added since, in a file of its own, whole or not at all."""

@@ -2,7 +2,7 @@
 
 Stock DPO on images encodes an image four times a pair and runs the prompt once for every answer,
 and again for the reference. Here a positive with its K rejected answers is one row [prompt | chosen
-| rejected 1 | ... | rejected K] (`branches`): the image is encoded once, the prompt runs once, and
+| rejected 1 | ... | rejected K] (`prefix`): the image is encoded once, the prompt runs once, and
 answers alone go through the output layer. The log-probs go back into TRL's layout, so that its own
 losses and metrics run on them unchanged. Reference log-probs are kept (`reference`).
 """
@@ -74,28 +74,28 @@ class PackedDPOTrainer(DPOTrainer):
         given = inspect.signature(DPOTrainer.__init__).bind(None, *args, **kwargs).arguments
         given.pop("self")
         config = given.get("args")
-        kept = config is not None and config.precompute_ref_log_probs
-        if kept:  # ours in place of TRL's, which refuses images
+        precomputed = config is not None and config.precompute_ref_log_probs
+        if precomputed:  # ours in place of TRL's, which refuses images
             if config.sync_ref_model:
                 raise ValueError("sync_ref_model moves the reference, so its log-probs cannot be "
                                  "kept: turn precompute_ref_log_probs off")
             given["args"] = copy.copy(config)
             given["args"].precompute_ref_log_probs = False
         super().__init__(**given)
-        self.own_losses = objectives.split(self)
+        self.added_losses = objectives.split(self)
         self.dropped, self.cache, self._groups, self._features = 0, None, [], []
         why = self._why_not()
         if why and packing != "never":
             self.accelerator.print(f"The batches are not packed: {why}.")
         self._checked = packing == "always"
         if not isinstance(self.data_collator, COLLATORS):
-            if kept:
+            if precomputed:
                 self.accelerator.print("Reference log-probs are not kept but computed in every "
                                        "step: that wants TRL's own collators.")
             return
         self.data_collator = collation.PackedCollator(self.data_collator)
         self.data_collator.packing = packing != "never" and not why
-        self.data_collator.damaged = objectives.damages(n for n, _ in self.own_losses)
+        self.data_collator.damaged = objectives.damages(n for n, _ in self.added_losses)
         if isinstance(self.train_dataset, Dataset):
             self._keep_what_fits()
             self._groups = collation.positives(self.train_dataset)
@@ -104,7 +104,7 @@ class PackedDPOTrainer(DPOTrainer):
         if self.data_collator.packing:
             prefix.use_attention(self.base)
             self.data_collator.dense = not prefix.in_use(self.base)
-        if kept:
+        if precomputed:
             self._keep_references(reference_folder, reference_from)
 
     @property
@@ -129,16 +129,16 @@ class PackedDPOTrainer(DPOTrainer):
         return ""
 
     def _keep_what_fits(self) -> None:
-        rows = self.train_dataset
-        kept = collation.fitting(rows, self.data_collator, self.args.max_length)
-        self.dropped = len(rows) - len(kept)
-        if not kept:
-            raise ValueError(f"no row fits into max_length = {self.args.max_length} tokens")
+        rows, limit = self.train_dataset, self.args.max_length
+        fitting = collation.fitting(rows, self.data_collator, limit)
+        self.dropped = len(rows) - len(fitting)
+        if not fitting:
+            raise ValueError(f"no row fits into max_length = {limit} tokens")
         if self.dropped:
             self.accelerator.print(
-                f"{self.dropped} of {len(rows)} rows are longer than max_length = "
-                f"{self.args.max_length} tokens and are left out: a cut answer trains on nothing")
-            self.train_dataset = rows.select(kept)
+                f"{self.dropped} of {len(rows)} rows are longer than max_length = {limit} tokens "
+                "and are left out: a cut answer trains on nothing")
+            self.train_dataset = rows.select(fitting)
 
     def _keep_references(self, folder: Path | None, others: Iterable[Path]) -> None:
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
@@ -243,13 +243,13 @@ class PackedDPOTrainer(DPOTrainer):
             return outputs[-1]
 
         try:
-            if keys is not None or self.own_losses:
+            if keys is not None or self.added_losses:
                 inputs |= self._references(inputs, keys)
                 self.precompute_ref_logps = True
             out = super()._compute_loss(watched, inputs, return_outputs)
-            if self.own_losses:
-                own = objectives.loss(self, model, inputs, outputs[0].log_probs, damaged)
-                out = (out[0] + own, out[1]) if return_outputs else out + own
+            if self.added_losses:
+                added = objectives.loss(self, model, inputs, outputs[0].log_probs, damaged)
+                out = (out[0] + added, out[1]) if return_outputs else out + added
             return out
         finally:
             self.precompute_ref_logps = False
@@ -273,12 +273,12 @@ class PackedDPOTrainer(DPOTrainer):
     def reference_tokens(self, inputs: dict[str, Any], keys: Sequence[str] | None
                          ) -> list[torch.Tensor]:
         """log p of every sequence's answer tokens under the reference, kept ones where all are."""
-        missing = keys is None or not self.cache.known.keys() >= set(keys)
+        missing = keys is None or not self.cache.answers.keys() >= set(keys)
         if self._sharded:  # all processes run the model, or none
             flag = torch.tensor(int(missing), device=self.accelerator.device)
             missing = bool(self.accelerator.gather(flag).max())
         if not missing:
-            return [self.cache.known[k] for k in keys]
+            return [self.cache.answers[k] for k in keys]
         without = contextlib.nullcontext()
         if self.ref_model is None:
             bare = self.accelerator.unwrap_model(self.model)
