@@ -244,7 +244,7 @@ class Sized:
         asked = [{"role": "user", "content": said(ASKED)}]
         prompt = encoding.prompt_text(known, asked, image=True)
         picture, *answers = self.picture(), *(
-            encoding.answer_text(known, asked, said(length - 1), image=True)
+            encoding.answer_text(known, asked, said(length - 1))
             for _ in range(k + 1))
         return [{"images": [picture], "prompt": prompt, "chosen": answers[0], "rejected": rejected}
                 for rejected in answers[1:]]

@@ -13,6 +13,7 @@ from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
 
 from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding
 from bpo.training.packed import collation
 
 TRL_TOKENS = ("input_ids", "attention_mask", "completion_mask")
@@ -357,19 +358,13 @@ def lengths(processor, rows):
     return found
 
 
-def any_size(processor):
-    """Images are no longer cropped to one size, so that larger ones are more tokens."""
-    images = processor.image_processor
-    images.do_resize = images.do_center_crop = False
-
-
 @pytest.mark.parametrize("sized", [False, True])
 def test_rows_that_are_longer_than_the_limit_are_left_out(processor, stock, rows, sized):
     rows[3:] = [row(picture("box", "blue", 2, (64, 32)), "blue", "red"),
                 row(picture("box", "red", 3, (64, 96)), "a red box", "a hot yellow cat")]
     rows[:3] = [{**r, "images": [picture("disc", "red", 1, (32, 32))]} for r in rows[:3]]
-    if sized:
-        any_size(processor)
+    if sized:  # images are not cropped to one size, so that larger ones are more tokens
+        processor.image_processor.do_resize = processor.image_processor.do_center_crop = False
     expected = lengths(processor, rows)
     assert len(set(expected)) > 1
     dataset, collator = Dataset.from_list(rows), collation.PackedCollator(stock)
@@ -377,16 +372,6 @@ def test_rows_that_are_longer_than_the_limit_are_left_out(processor, stock, rows
         kept = collation.fitting(dataset, collator, limit)
         assert kept == [i for i, n in enumerate(expected) if n <= limit]
     assert collation.fitting(dataset, collator, None) == [0, 1, 2, 3, 4]
-
-
-def test_images_of_two_sizes_add_as_many_tokens_as_they_are_given(processor):
-    any_size(processor)
-    some = [row(picture("disc", "red", i, size))
-            for i, size in enumerate([(32, 32), (64, 96), (32, 32)])]
-    expected = lengths(processor, some)
-    assert expected[0] != expected[1]
-    measured = collation._VisionLengths(processor)
-    assert [measured(r) for r in some] == expected
 
 
 def test_rows_of_tokens_are_measured_by_their_longer_answer():
@@ -405,7 +390,8 @@ def test_text_with_any_number_of_images_is_measured(processor):
     expected = [len(processor(**{"images": [r["images"]]} if r["images"] else {},
                               text=[r["prompt"] + r["rejected"]],
                               add_special_tokens=False)["input_ids"][0]) for r in some]
-    measured = collation._VisionLengths(processor)
-    assert [measured(r) for r in some] == expected
+    measured = encoding.Lengths(checkpoints.Checkpoint(None, processor))
+    assert [measured(r["prompt"], [i.size for i in r["images"]], [r["chosen"], r["rejected"]])
+            for r in some] == expected
     assert expected[0] < expected[1] < expected[2]
     assert () not in measured.added  # some processors take no batch without an image

@@ -185,8 +185,7 @@ def test_scores_are_the_model_s_log_probs_under_both_images(uninterrupted, param
     number, line = next((i, x) for i, x in enumerate(read_lines(
         uninterrupted.folder / "candidates.jsonl")) if "scores" in x["candidates"][0])
     request = candidates.request(parameters, rows, pairs.image_root(parameters), number, view)
-    text = encoding.answer_text(checkpoint, request.messages, line["candidates"][0]["text"],
-                                image=True)
+    text = encoding.answer_text(checkpoint, request.messages, line["candidates"][0]["text"])
     for name, seen in (("logp_clean", None), ("logp_noisy", view)):
         inputs = generate.encode_batch(checkpoint, [request], seen, seed=parameters.seed)
         [[alone]] = logprobs.weigh_unpacked(checkpoint, inputs,

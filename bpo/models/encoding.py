@@ -26,15 +26,16 @@ def prompt_text(checkpoint: Checkpoint, messages: Messages, *, image: bool) -> s
         _turns(checkpoint, messages, image=image), add_generation_prompt=True, tokenize=False)
 
 
-def answer_text(checkpoint: Checkpoint, messages: Messages, answer: str, *, image: bool) -> str:
-    """What follows the prompt when the answer is given: the template's words plus the end token.
+def answer_text(checkpoint: Checkpoint, messages: Messages, answer: str) -> str:
+    """What follows a prompt with an image when the answer is given: the template's words plus the
+    end token.
 
     Some templates (LLaVA-1.5's in its public layout) leave the end token out; a model trained
     without it would not learn where to stop, so it is always there.
     """
-    turns = _turns(checkpoint, [*messages, {"role": "assistant", "content": answer}], image=image)
+    turns = _turns(checkpoint, [*messages, {"role": "assistant", "content": answer}], image=True)
     whole = checkpoint.processor.apply_chat_template(turns, tokenize=False)
-    prompt = prompt_text(checkpoint, messages, image=image)
+    prompt = prompt_text(checkpoint, messages, image=True)
     if not whole.startswith(prompt):
         raise Refusal("the chat template writes another prompt once an answer follows it: "
                       "answers cannot be told from prompts with this checkpoint")
@@ -160,11 +161,31 @@ def weakened_picture(processor: Any, image: Image.Image,
 
 def answer_tokens(checkpoint: Checkpoint, messages: Messages, answer: str) -> list[int]:
     """The token ids of an answer to a question about an image, with its end."""
-    return answer_ids(checkpoint, answer_text(checkpoint, messages, answer, image=True))
+    return answer_ids(checkpoint, answer_text(checkpoint, messages, answer))
 
 
 def answer_ids(checkpoint: Checkpoint, text: str) -> list[int]:
     return checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class Lengths:
+    """Tokens of a prompt with its images and of the longest answer to it. What images add depends
+    on their sizes alone, so the processor sees one blank image of each."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint, self.added = checkpoint, {}
+
+    def __call__(self, prompt: str, sizes: Sequence[tuple[int, int]], answers: Sequence[str]
+                 ) -> int:
+        """Texts as the chat template writes them; sizes: width and height of each image."""
+        processor, sizes = self.checkpoint.processor, tuple(sizes)
+        count, *others = (len(answer_ids(self.checkpoint, t)) for t in (prompt, *answers))
+        if sizes and sizes not in self.added:
+            blank = [transformed(Image.new("RGB", s), self.checkpoint.transform, processor)
+                     for s in sizes]
+            whole = processor(text=[prompt], images=[blank], add_special_tokens=False)
+            self.added[sizes] = len(whole["input_ids"][0]) - count
+        return count + self.added.get(sizes, 0) + max(others)
 
 
 def collate(checkpoint: Checkpoint, rows: Sequence[Mapping[str, torch.Tensor]]

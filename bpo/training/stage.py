@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from pandas import DataFrame
-from PIL import Image
 
 from bpo.data import images
 from bpo.evaluation import metrics
@@ -96,11 +95,9 @@ def method_rows(method: str, lines: Sequence[dict], image_folder: Path) -> list[
 
 def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
            max_tokens: int) -> tuple[list[dict], dict[str, int]]:
-    """Lines whose prompt and longest answer fit, and how many were dropped by reason.
-
-    Cutting is worse than dropping: a cut answer trains on nothing, a cut image fails.
-    """
-    fitting, placeholders = [], {}
+    """Lines whose prompt and longest answer fit, and how many were dropped by reason. Cutting is
+    worse than dropping: a cut answer trains on nothing, a cut image fails."""
+    fitting, lengths = [], encoding.Lengths(checkpoint)
     for line in lines:
         file = image_folder / line["image"]
         if not images.exists(file):
@@ -111,15 +108,9 @@ def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
         if any(metrics.normalised(t) == metrics.normalised(line["chosen"]) for t in texts[1:]):
             raise Refusal(f"pair {line['id']}: a rejected answer equals the chosen one, "
                           "which would train on nothing")
-        size = images.size(file)
         prompt = encoding.prompt_text(checkpoint, line["prompt"], image=True)
-        text_tokens = len(encoding.answer_ids(checkpoint, prompt))
-        if size not in placeholders:  # an image's tokens depend on its size alone
-            blank = Image.new("RGB", size)
-            tokens = encoding.encode(checkpoint, prompt, blank)["input_ids"].shape[1]
-            placeholders[size] = tokens - text_tokens
-        answer = max(len(encoding.answer_tokens(checkpoint, line["prompt"], t)) for t in texts)
-        if placeholders[size] + text_tokens + answer <= max_tokens:
+        answers = [encoding.answer_text(checkpoint, line["prompt"], t) for t in texts]
+        if lengths(prompt, [images.size(file)], answers) <= max_tokens:
             fitting.append(line)
     dropped = len(lines) - len(fitting)
     return fitting, {f"longer than {max_tokens} tokens": dropped} if dropped else {}

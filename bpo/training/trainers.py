@@ -69,8 +69,7 @@ class Rendering:
                                                checkpoint.processor) for f in files],
                "prompt": encoding.prompt_text(checkpoint, row["prompt"], image=True)}
         for name in {"chosen", "rejected", "completion"} & row.keys():
-            out[name] = encoding.answer_text(checkpoint, row["prompt"], row[name][0]["content"],
-                                             image=True)
+            out[name] = encoding.answer_text(checkpoint, row["prompt"], row[name][0]["content"])
         if self.view is not None and "chosen" in row:
             # The row's own draw, the same in every epoch, so that its reference can be kept.
             out["damaged_images"] = [generate.view_picture(
@@ -211,11 +210,9 @@ def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, ste
 
 
 def batches_key(p: DPOTraining, rows: Sequence[Sequence[dict]]) -> str:
-    """A hash of what decides which rows a batch holds.
-
-    Log-probs differ in their last bits with what else is in the batch. Kept ones are those of the
-    same batches, so that a run that finds them has the bytes of one that does not.
-    """
+    """A hash of what decides which rows a batch holds. Log-probs differ in their last bits with
+    what else is in the batch: kept ones are those of the same batches, so that a run that reads
+    them has the bytes of one that computes them."""
     decisive = [list(rows), p.seed, p.steps, p.epochs, p.batch_pairs, p.device_batch, p.packing,
                 p.damage, p.damage_step, p.crop_share, objectives.damages(p.loss),
                 processes.world()]

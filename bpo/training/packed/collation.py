@@ -17,7 +17,8 @@ from transformers import TrainingArguments
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from bpo.models import prefix
+from bpo.models import encoding, prefix
+from bpo.models.checkpoint import Checkpoint
 
 SAME = ("image", "images", "prompt", "chosen", "completion")  # what one positive's rows share
 
@@ -42,11 +43,9 @@ def positives(dataset: Dataset) -> list[list[int]]:
 
 
 class PositiveSampler(Sampler[int]):
-    """Rows in random order, except that those of one positive follow each other within a batch.
-
-    The positives are shuffled. One that does not fit into what is left of a batch waits for the
-    next; only one larger than a batch, and what is left over at the end, is spread over several.
-    """
+    """Positives in random order, the rows of each within one batch. One that does not fit into what
+    is left of a batch waits for the next; only one larger than a batch, and what is left over at
+    the end, is spread over several."""
 
     def __init__(self, groups: Sequence[Sequence[int]], *, batch: int, seed: int):
         self.groups, self.batch, self.seed, self.epoch = groups, batch, seed, 0
@@ -233,28 +232,20 @@ def fitting(rows: Dataset, collator: PackedCollator, limit: int | None) -> list[
     """The numbers of the rows whose prompt, images and longer answer are at most `limit` tokens."""
     if limit is None:
         return list(range(len(rows)))
-    tokens = _VisionLengths(collator.stock.processor) if collator.vision else lambda row: len(
-        row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-    return [n for n, row in enumerate(rows) if tokens(row) <= limit]
-
-
-class _VisionLengths:
-    """The length of a row in tokens. What images add depends on their sizes alone, so the processor
-    sees one row of each set of sizes."""
-
-    def __init__(self, processor: Any):
-        self.processor, self.added = processor, {}
-
-    def __call__(self, row: dict[str, Any]) -> int:
+    if not collator.vision:
+        return [n for n, row in enumerate(rows) if len(row["prompt_ids"]) + max(
+            len(row["chosen_ids"]), len(row["rejected_ids"])) <= limit]
+    processor = collator.stock.processor
+    lengths = encoding.Lengths(Checkpoint(None, processor))
+    numbers = []
+    for number, row in enumerate(rows):
         images = row["images"] if "images" in row else [row["image"]]
         if is_conversational(row):
-            row = {"prompt": prepare_multimodal_messages(row["prompt"], images=images),
-                   **{n: prepare_multimodal_messages(row[n]) for n in ("chosen", "rejected")}}
-            row = apply_chat_template(row, self.processor)
-        prompt, *answers = (len(self.processor.tokenizer(row[n], add_special_tokens=False)
-                                ["input_ids"]) for n in ("prompt", "chosen", "rejected"))
-        sizes = tuple(i.size for i in images)
-        if images and sizes not in self.added:
-            whole = self.processor(images=[images], text=[row["prompt"]], add_special_tokens=False)
-            self.added[sizes] = len(whole["input_ids"][0]) - prompt
-        return prompt + self.added.get(sizes, 0) + max(answers)
+            row = apply_chat_template({
+                "prompt": prepare_multimodal_messages(row["prompt"], images=images),
+                **{n: prepare_multimodal_messages(row[n]) for n in ("chosen", "rejected")}},
+                processor)
+        if lengths(row["prompt"], [i.size for i in images],
+                   [row["chosen"], row["rejected"]]) <= limit:
+            numbers.append(number)
+    return numbers
