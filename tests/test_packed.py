@@ -1,6 +1,7 @@
 """Preference training on packed rows is TRL's own to rounding: loss, gradients, metrics, runs."""
 
 import copy
+import dataclasses
 import json
 import random
 import re
@@ -14,6 +15,7 @@ from conftest import SIDE
 from datasets import Dataset
 from PIL import Image
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
 
 from bpo.models import checkpoint as checkpoints
 from bpo.models import prefix
@@ -22,6 +24,7 @@ from bpo.training.objectives import OBJECTIVES
 from bpo.training.packed import check as packed_check
 from bpo.training.packed import reference
 from bpo.training.packed import trainer as packed_trainer
+from bpo.training.packed.forward import FIELDS
 from bpo.training.packed.trainer import PackedDPOTrainer
 
 QUESTION = "what colour is the disc ? describe the picture and answer the question".split()
@@ -226,6 +229,9 @@ def test_trl_still_has_what_is_used_of_its_private_surface(model_folder, tmp_pat
     used = set(re.findall(r"(?:self|trainer|super\(\))\.(\w+)", written))
     private = {n for n in dir(stock) if n.startswith("_") and not n.startswith("__")}
     assert used & private <= set(packed_trainer.TRL_PRIVATE)
+    # Another field of a value a token would stay in the packed layout.
+    fields = {f.name for f in dataclasses.fields(FusedCausalLMOutput)}
+    assert fields == {*FIELDS, "loss", "label_mask", "aux_loss"}
 
 
 def test_reference_log_probs_are_computed_once_and_kept(model_folder, tmp_path, capsys):

@@ -85,20 +85,18 @@ def using(checkpoint: Checkpoint, name: str) -> Iterator[None]:
 
 @quietly()
 def load(folder: Path, *, precision: str = "float32", transform: str = "processor") -> Checkpoint:
-    """The vision-language checkpoint of a folder, in evaluation mode, on a GPU if there is one.
+    """The vision-language checkpoint of a folder, in evaluation mode, on a GPU if there is one. No
+    remote code, safetensors only; transform: see `encoding.transformed`.
 
-    transform: see `encoding.transformed`.
-    Raises Refusal when the folder is not such a checkpoint. No remote code, safetensors only.
+    Raises Refusal when the folder is not such a checkpoint, or of a training that ran again since.
     """
     model = _load(AutoModelForImageTextToText, folder, precision)
     return replace(load_without_weights(folder, transform=transform), model=model.eval())
 
 
 def load_without_weights(folder: Path, *, transform: str = "processor") -> Checkpoint:
-    """The checkpoint with None for its model: enough to render prompts and to count tokens.
-
-    Raises Refusal as `load` does.
-    """
+    """The checkpoint with None for its model: enough to render prompts and to count tokens. Raises
+    Refusal as `load` does."""
     _require_config(folder)
     return _ready(Checkpoint(None, load_processor(folder), transform), folder)
 
@@ -121,10 +119,8 @@ def _load(auto: Any, folder: Path, precision: str, *, device: str = "") -> PreTr
 
 @quietly()
 def load_adapters(checkpoint: Checkpoint, folders: Mapping[str, Path]) -> Checkpoint:
-    """The checkpoint with PEFT adapters laid over it, by name; the first is the active one.
-
-    Raises Refusal when a folder holds no adapter, or one for another model.
-    """
+    """The checkpoint with PEFT adapters laid over it, by name; the first is the active one. Raises
+    Refusal when a folder holds no adapter, or one for another model."""
     model = checkpoint.model
     for name, folder in folders.items():
         if not (folder / "adapter_config.json").is_file():
@@ -195,21 +191,15 @@ def _without_video(folder: Path) -> Any | None:
     return None
 
 
-def adapter_targets(model: PreTrainedModel) -> str:
-    """A regular expression for the linear layers of the language model: no tower, projector, head.
-
-    PEFT's own "all-linear" and lists of names also match the vision tower.
-    """
+def adapter_config(model: PreTrainedModel, *, rank: int, alpha: int, dropout: float) -> LoraConfig:
+    """LoRA on the linear layers of the language model: no tower, projector or head. PEFT's own
+    "all-linear" and lists of names also match the vision tower, so a regular expression does it."""
     decoder = model.get_decoder()
     prefix = next(n for n, m in model.named_modules() if m is decoder)
     names = {n.rsplit(".", 1)[-1] for n, m in decoder.named_modules()
              if isinstance(m, torch.nn.Linear)}
-    return rf"{re.escape(prefix)}\..*\.({'|'.join(sorted(names))})"
-
-
-def adapter_config(model: PreTrainedModel, *, rank: int, alpha: int, dropout: float) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM",
-                      target_modules=adapter_targets(model))
+                      target_modules=rf"{re.escape(prefix)}\..*\.({'|'.join(sorted(names))})")
 
 
 @quietly()
