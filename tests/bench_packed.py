@@ -179,7 +179,7 @@ def _tiny(world: Path, out: Path) -> Figures:
     p = params.read_study("tiny")["3_dpo_training"]
     lines = pair_rows.read_pairs(p.path(p.pairs))
     rows = pair_rows.to_preferences(lines, p.path(p.image_folder))[:p.device_batch]
-    ours = trainers.make(p, "bpo", rows, out / "tiny", steps=1, kept=out / "tiny" / "reference")
+    ours = trainers.make(p, "bpo", rows, out / "tiny", steps=1, references=out / "tiny" / "reference")
     checkpoint = checkpoints.load(p.path(p.model), precision=p.precision, transform=p.image_transform)
     stock = DPOTrainer(checkpoint.model, args=ours.args, train_dataset=ours.train_dataset,
                        processing_class=checkpoint.processor, peft_config=checkpoints.adapter_config(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import picture
 from datasets import Dataset
-from trl import DPOConfig
+from helpers.trainers import dpo_trainer
 
 from bpo.models import checkpoint as checkpoints
 from bpo.params import DPOTraining, validate
@@ -73,21 +73,10 @@ def rows():
 def trainer(model_folder, rows, tmp_path):
     """Makes trainers whose adapters have already moved, all the same way."""
     def make(packing="always", dataset=rows, **settings):
-        checkpoint = checkpoints.load(model_folder)
-        torch.manual_seed(0)
-        made = PackedDPOTrainer(
-            checkpoint.model, train_dataset=dataset, processing_class=checkpoint.processor,
-            packing=packing,
-            peft_config=checkpoints.adapter_config(checkpoint.model, rank=4, alpha=8, dropout=0.0),
-            args=DPOConfig(**{
-                "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none",
-                "max_length": None, "per_device_train_batch_size": 5, "logging_steps": 1,
-                "disable_tqdm": True, "seed": 0, "learning_rate": 1e-3, "save_strategy": "no",
-                "gradient_checkpointing": False, "max_steps": 2, **settings}))
-        for name, weight in made.model.named_parameters():
-            if "lora_B" in name:
-                weight.data.normal_(0, 0.05)
-        return made
+        return dpo_trainer(
+            PackedDPOTrainer, checkpoints.load(model_folder), dataset, tmp_path,
+            own={"packing": packing},
+            **{"per_device_train_batch_size": 5, "seed": 0, "max_steps": 2, **settings})
     return make
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from conftest import SIDE
 from datasets import Dataset
+from helpers.trainers import dpo_trainer
 from PIL import Image
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from bpo.models import checkpoint as checkpoints
@@ -49,22 +50,10 @@ def made_rows(rejected=(2, 2, 1, 2), *, pictures=1):
 
 
 def made_trainer(kind, folder, rows, out, *, text=False, own=None, **settings):
-    """A trainer on a fresh copy of a checkpoint whose adapters do not start at zero."""
+    """A trainer on a fresh copy of a checkpoint; rows come in their order, twice."""
     checkpoint = checkpoints.load_text_model(folder) if text else checkpoints.load(folder)
-    common = dict(use_cpu=True, bf16=False, report_to="none", max_length=None, save_strategy="no",
-                  per_device_train_batch_size=4, logging_steps=1, disable_tqdm=True,
-                  learning_rate=1e-3, gradient_checkpointing=False, num_train_epochs=2,
-                  train_sampling_strategy="sequential")
-    trainer = kind(checkpoint.model, args=DPOConfig(str(out), **{**common, **settings}),
-                   train_dataset=Dataset.from_list(rows), processing_class=checkpoint.processor,
-                   peft_config=checkpoints.adapter_config(checkpoint.model, rank=4, alpha=8,
-                                                          dropout=0.0), **(own or {}))
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in trainer.model.named_parameters():
-            if "lora_B" in name:
-                weight.copy_(torch.randn(weight.shape, generator=draw) * 0.05)
-    return trainer
+    return dpo_trainer(kind, checkpoint, Dataset.from_list(rows), out, own=own, **{
+        "num_train_epochs": 2, "train_sampling_strategy": "sequential", **settings})
 
 
 def gradients(trainer, count=None):
