@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import picture
 from datasets import Dataset
+from helpers.qwen import trained_tokenizer, write_qwen
 from helpers.trainers import dpo_trainer
-from test_real_path import trained_tokenizer, write_qwen
 from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
