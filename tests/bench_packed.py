@@ -179,7 +179,7 @@ def _tiny(world: Path, out: Path) -> Figures:
     p = params.read_study("tiny")["3_dpo_training"]
     lines = pair_rows.read_pairs(p.path(p.pairs))
     rows = pair_rows.to_preferences(lines, p.path(p.image_folder))[:p.device_batch]
-    ours = trainers.make(p, "bpo", rows, out / "tiny", steps=1, kept=out / "tiny" / "reference")
+    ours = trainers.make(p, "bpo", rows, out / "tiny", steps=1, references=out / "tiny" / "reference")
     checkpoint = checkpoints.load(p.path(p.model), precision=p.precision, transform=p.image_transform)
     stock = DPOTrainer(checkpoint.model, args=ours.args, train_dataset=ours.train_dataset,
                        processing_class=checkpoint.processor, peft_config=checkpoints.adapter_config(
@@ -244,7 +244,7 @@ class Sized:
         asked = [{"role": "user", "content": said(ASKED)}]
         prompt = encoding.prompt_text(known, asked, image=True)
         picture, *answers = self.picture(), *(
-            encoding.answer_text(known, asked, said(length - 1), image=True)
+            encoding.answer_text(known, asked, said(length - 1))
             for _ in range(k + 1))
         return [{"images": [picture], "prompt": prompt, "chosen": answers[0], "rejected": rejected}
                 for rejected in answers[1:]]
@@ -268,7 +268,7 @@ class Sized:
 def step(trainer: DPOTrainer, rows: Sequence[dict[str, Any]], *, forget: bool = False) -> None:
     """One step on the rows; forget: without the reference's log-probs that are kept so far."""
     if forget:
-        trainer.cache.known.clear()
+        trainer.cache.answers.clear()
     trainer.model.train()
     inputs = trainer._prepare_inputs(trainer.data_collator([dict(r) for r in rows]))
     trainer.compute_loss(trainer.model, inputs).backward()

@@ -13,6 +13,7 @@ from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
 
 from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding
 from bpo.training.packed import collation
 
 TRL_TOKENS = ("input_ids", "attention_mask", "completion_mask")
@@ -69,28 +70,19 @@ def test_rows_that_share_image_prompt_and_chosen_answer_are_a_positive():
 
 def test_rows_of_messages_and_lists_of_images_are_grouped(rows):
     assert collation.positives(Dataset.from_list(rows)) == [[0, 1], [2], [3], [4]]
-
-
-def test_another_list_of_images_is_another_positive():
     one, two = picture("disc", "red", 1), picture("disc", "red", 2)
     lists = [[one, two], [one], [one, two], [two, one]]
     dataset = Dataset.from_list([{**row(one), "images": i} for i in lists])
     assert collation.positives(dataset) == [[0, 2], [1], [3]]
 
 
-def test_rows_for_sft_are_told_apart_by_their_completion():
-    dataset = Dataset.from_list([{"prompt": p, "completion": c} for p, c in (
-        ("a", "yes"), ("a", "no"), ("a", "yes"), ("b", "yes"))])
-    assert collation.positives(dataset) == [[0, 2], [1], [3]]
-
-
-def test_rows_of_text_are_grouped_with_their_tokens_beside_them():
+def test_rows_of_text_are_grouped_with_their_tokens_beside_them_and_those_of_sft_by_completion():
+    pairs = [("a", "yes", "no"), ("b", "yes", "no"), ("a", "yes", "hot"), ("a", "no", "yes")]
     dataset = Dataset.from_list([
         {"prompt": p, "chosen": c, "rejected": r, "prompt_ids": [len(p)], "chosen_ids": [len(c)],
-         "rejected_ids": [len(r), 1]}
-        for p, c, r in [("a", "yes", "no"), ("b", "yes", "no"), ("a", "yes", "hot"),
-                        ("a", "no", "yes")]])
-    assert collation.positives(dataset) == [[0, 2], [1], [3]]
+         "rejected_ids": [len(r), 1]} for p, c, r in pairs])
+    completions = Dataset.from_list([{"prompt": p, "completion": c} for p, c, _ in pairs])
+    assert collation.positives(dataset) == [[0, 2], [1], [3]] == collation.positives(completions)
 
 
 def test_a_row_whose_rejected_answer_is_the_chosen_one_is_refused_by_its_number():
@@ -366,19 +358,13 @@ def lengths(processor, rows):
     return found
 
 
-def any_size(processor):
-    """Images are no longer cropped to one size, so that larger ones are more tokens."""
-    images = processor.image_processor
-    images.do_resize = images.do_center_crop = False
-
-
 @pytest.mark.parametrize("sized", [False, True])
 def test_rows_that_are_longer_than_the_limit_are_left_out(processor, stock, rows, sized):
     rows[3:] = [row(picture("box", "blue", 2, (64, 32)), "blue", "red"),
                 row(picture("box", "red", 3, (64, 96)), "a red box", "a hot yellow cat")]
     rows[:3] = [{**r, "images": [picture("disc", "red", 1, (32, 32))]} for r in rows[:3]]
-    if sized:
-        any_size(processor)
+    if sized:  # images are not cropped to one size, so that larger ones are more tokens
+        processor.image_processor.do_resize = processor.image_processor.do_center_crop = False
     expected = lengths(processor, rows)
     assert len(set(expected)) > 1
     dataset, collator = Dataset.from_list(rows), collation.PackedCollator(stock)
@@ -386,16 +372,6 @@ def test_rows_that_are_longer_than_the_limit_are_left_out(processor, stock, rows
         kept = collation.fitting(dataset, collator, limit)
         assert kept == [i for i, n in enumerate(expected) if n <= limit]
     assert collation.fitting(dataset, collator, None) == [0, 1, 2, 3, 4]
-
-
-def test_images_of_two_sizes_add_as_many_tokens_as_they_are_given(processor):
-    any_size(processor)
-    some = [row(picture("disc", "red", i, size))
-            for i, size in enumerate([(32, 32), (64, 96), (32, 32)])]
-    expected = lengths(processor, some)
-    assert expected[0] != expected[1]
-    measured = collation._VisionLengths(processor)
-    assert [measured(r) for r in some] == expected
 
 
 def test_rows_of_tokens_are_measured_by_their_longer_answer():
@@ -414,7 +390,8 @@ def test_text_with_any_number_of_images_is_measured(processor):
     expected = [len(processor(**{"images": [r["images"]]} if r["images"] else {},
                               text=[r["prompt"] + r["rejected"]],
                               add_special_tokens=False)["input_ids"][0]) for r in some]
-    measured = collation._VisionLengths(processor)
-    assert [measured(r) for r in some] == expected
+    measured = encoding.Lengths(checkpoints.Checkpoint(None, processor))
+    assert [measured(r["prompt"], [i.size for i in r["images"]], [r["chosen"], r["rejected"]])
+            for r in some] == expected
     assert expected[0] < expected[1] < expected[2]
     assert () not in measured.added  # some processors take no batch without an image

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from bpo.__main__ import main
 from bpo.models import checkpoint as checkpoints
+from bpo.params import Refusal
 from bpo.study import stage as stages
 
 
@@ -144,13 +145,35 @@ def test_a_folder_that_holds_other_things_is_left_as_it_is(trained, tmp_path, ca
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_the_merge_of_another_training_is_not_written_over(trained, tmp_path, capsys):
+def test_the_merge_of_an_earlier_training_is_refused_and_then_merged_anew(
+        trained, model_folder, outputs, capsys):
+    assert main(["merge", "mine", "--method", "bpo"]) == 0
+    folder = outputs / "mine/merged/bpo"
+    checkpoints.load_without_weights(folder)
+    weights = load_file(trained / "adapter_model.safetensors")
+    save_file({n: 2 * w for n, w in weights.items()}, trained / "adapter_model.safetensors")
+    finished(trained.parents[1], model_folder)
+    for load in (checkpoints.load, checkpoints.load_without_weights):
+        with pytest.raises(Refusal, match="bpo of mine was trained again after it was merged "
+                                          "here; python -m bpo merge mine --method bpo"):
+            load(folder)
+    before = (folder / "model.safetensors").read_bytes()
+    (folder / "model-00001-of-00002.safetensors").write_text("of a save in two files")
+    assert main(["merge", "mine", "--method", "bpo"]) == 0
+    checkpoints.load(folder)
+    assert (folder / "model.safetensors").read_bytes() != before
+    assert not (folder / "model-00001-of-00002.safetensors").exists()
+
+
+@pytest.mark.parametrize("other", ({"study": "yours"}, {"method": "sft"}))
+def test_the_merge_of_another_study_or_method_is_not_written_over(trained, tmp_path, capsys, other):
     folder = tmp_path / "plain"
     assert main(["merge", "mine", "--method", "bpo", "--to", str(folder)]) == 0
-    held = json.loads((folder / "merged.json").read_text())
-    (folder / "merged.json").write_text(json.dumps(held | {"adapter": "another"}))
+    made_of = json.loads((folder / "merged.json").read_text())
+    (folder / "merged.json").write_text(json.dumps(made_of | other))
     assert main(["merge", "mine", "--method", "bpo", "--to", str(folder)]) == 1
     assert "holds other things" in capsys.readouterr().err
+    assert (folder / "config.json").is_file()
 
 
 def test_an_edited_adapter_and_a_changed_model_are_refused(trained, model_folder, tmp_path, capsys):

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 from conftest import COLOURS, THINGS, conversation, picture
-from test_real_path import write_qwen
+from helpers.qwen import write_qwen
 
 from bpo import check, new, params
 from bpo.__main__ import main

@@ -3,6 +3,7 @@ interruption, repetition and wrong parameters do to it."""
 
 import ast
 import json
+import math
 import os
 import re
 import shutil
@@ -153,6 +154,14 @@ class TestTheWholeStudy:
     def test_what_is_done_by_hand_is_what_the_stages_stored(self, study):
         text = text_of(study / "1_noise_probability.ipynb")
         assert float(re.search(r"stored differ by at most (\S+)\.", text)[1]) < 1e-4
+        text = text_of(study / "3_dpo_training.ipynb")
+        dpo, others, line = map(float, re.search(
+            r"DPO by hand (\S+), the others (\S+), first line of history.json (\S+)\.", text).groups())
+        history = json.loads((study / "3_dpo_training/bpo/history.json").read_text())
+        assert dpo == pytest.approx(math.log(2), abs=1e-6) and others > 0
+        assert dpo + others == pytest.approx(line, abs=2e-6) == history[0]["loss"]
+        by_hand, stored = re.search(r"by hand: (\S+) in .* adapter: (\S+)\.", text).groups()
+        assert by_hand == stored
         text = text_of(study / "4_qualitative_comparison.ipynb")
         by_hand, stored = re.search(r"CHAIRi (\S+); stored: (\S+)\.", text).groups()
         assert by_hand == stored

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import picture
 from datasets import Dataset
-from trl import DPOConfig
+from helpers.trainers import dpo_trainer
 
 from bpo.models import checkpoint as checkpoints
 from bpo.params import DPOTraining, validate
@@ -73,21 +73,10 @@ def rows():
 def trainer(model_folder, rows, tmp_path):
     """Makes trainers whose adapters have already moved, all the same way."""
     def make(packing="always", dataset=rows, **settings):
-        checkpoint = checkpoints.load(model_folder)
-        torch.manual_seed(0)
-        made = PackedDPOTrainer(
-            checkpoint.model, train_dataset=dataset, processing_class=checkpoint.processor,
-            packing=packing,
-            peft_config=checkpoints.adapter_config(checkpoint.model, rank=4, alpha=8, dropout=0.0),
-            args=DPOConfig(**{
-                "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none",
-                "max_length": None, "per_device_train_batch_size": 5, "logging_steps": 1,
-                "disable_tqdm": True, "seed": 0, "learning_rate": 1e-3, "save_strategy": "no",
-                "gradient_checkpointing": False, "max_steps": 2, **settings}))
-        for name, weight in made.model.named_parameters():
-            if "lora_B" in name:
-                weight.data.normal_(0, 0.05)
-        return made
+        return dpo_trainer(
+            PackedDPOTrainer, checkpoints.load(model_folder), dataset, tmp_path,
+            own={"packing": packing},
+            **{"per_device_train_batch_size": 5, "seed": 0, "max_steps": 2, **settings})
     return make
 
 
@@ -149,7 +138,7 @@ def test_trl_s_sigmoid_is_dpo_as_the_paper_writes_it(trainer):
 def test_a_new_objective_is_one_entry(trainer, monkeypatch):
     """By its name alone: the parameters take it, and it trains."""
     monkeypatch.setitem(OBJECTIVES, "square", Objective(
-        "square", lambda h, beta: (h.chosen - h.rejected - beta) ** 2, False, "a margin of beta"))
+        "square", "a margin of beta", lambda h, beta: (h.chosen - h.rejected - beta) ** 2))
     p = validate(DPOTraining, {"loss": ["square"], "loss_weights": [2.0]}, where="here")
     made = trainer(loss_type=p.loss, loss_weights=p.loss_weights, max_steps=1)
     loss, metrics = loss_of(made, [0])
@@ -181,12 +170,6 @@ def test_mdpo_without_damaged_images_is_refused(trainer, rows):
     made = trainer("never", rows.remove_columns("damaged_images"), loss_type=["mdpo"])
     with pytest.raises(ValueError, match="damaged_images"):
         made.train()
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_an_objective_is_refused_with_ld_alpha(trainer, name):
-    with pytest.raises(ValueError, match="ld_alpha"):
-        trainer(loss_type=[name], ld_alpha=0.5)
 
 
 def test_a_divergence_of_another_kind_is_refused_with_an_objective_and_left_to_trl_alone():
@@ -223,4 +206,4 @@ def test_the_reference_of_damaged_images_is_kept(trainer):
     batch = made.data_collator([made.train_dataset[n] for n in range(5)])
     assert not set(batch["keys"]) & set(batch["damaged"]["keys"])
     loss_of(made, range(5))
-    assert {*batch["keys"], *batch["damaged"]["keys"]} == made.cache.known.keys()
+    assert {*batch["keys"], *batch["damaged"]["keys"]} == made.cache.answers.keys()

@@ -1,8 +1,10 @@
 """Preference training on packed rows is TRL's own to rounding: loss, gradients, metrics, runs."""
 
 import copy
+import dataclasses
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +13,19 @@ import pytest
 import torch
 from conftest import SIDE
 from datasets import Dataset
+from helpers.trainers import dpo_trainer
 from PIL import Image
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
 
 from bpo.models import checkpoint as checkpoints
 from bpo.models import prefix
+from bpo.training import objectives
 from bpo.training.objectives import OBJECTIVES
 from bpo.training.packed import check as packed_check
 from bpo.training.packed import reference
+from bpo.training.packed import trainer as packed_trainer
+from bpo.training.packed.forward import FIELDS
 from bpo.training.packed.trainer import PackedDPOTrainer
 
 QUESTION = "what colour is the disc ? describe the picture and answer the question".split()
@@ -43,22 +50,10 @@ def made_rows(rejected=(2, 2, 1, 2), *, pictures=1):
 
 
 def made_trainer(kind, folder, rows, out, *, text=False, own=None, **settings):
-    """A trainer on a fresh copy of a checkpoint whose adapters do not start at zero."""
+    """A trainer on a fresh copy of a checkpoint; rows come in their order, twice."""
     checkpoint = checkpoints.load_text_model(folder) if text else checkpoints.load(folder)
-    common = dict(use_cpu=True, bf16=False, report_to="none", max_length=None, save_strategy="no",
-                  per_device_train_batch_size=4, logging_steps=1, disable_tqdm=True,
-                  learning_rate=1e-3, gradient_checkpointing=False, num_train_epochs=2,
-                  train_sampling_strategy="sequential")
-    trainer = kind(checkpoint.model, args=DPOConfig(str(out), **{**common, **settings}),
-                   train_dataset=Dataset.from_list(rows), processing_class=checkpoint.processor,
-                   peft_config=checkpoints.adapter_config(checkpoint.model, rank=4, alpha=8,
-                                                          dropout=0.0), **(own or {}))
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in trainer.model.named_parameters():
-            if "lora_B" in name:
-                weight.copy_(torch.randn(weight.shape, generator=draw) * 0.05)
-    return trainer
+    return dpo_trainer(kind, checkpoint, Dataset.from_list(rows), out, own=own, **{
+        "num_train_epochs": 2, "train_sampling_strategy": "sequential", **settings})
 
 
 def gradients(trainer, count=None):
@@ -98,14 +93,19 @@ SETTINGS = {
 }
 
 
+def same_step(folder, rows, out, packing="always", *, bound=1e-5, text=False, **settings):
+    """A packed trainer whose loss and gradients on the rows are TRL's, and those of TRL."""
+    stock = gradients(made_trainer(DPOTrainer, folder, rows, out, text=text, **settings))
+    trainer = made_trainer(PackedDPOTrainer, folder, rows, out, text=text,
+                           own={"packing": packing}, **settings)
+    assert packed_check.apart(stock, gradients(trainer)) < bound
+    return trainer, stock
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_loss_and_gradients_are_those_of_trl(model_folder, tmp_path, name):
     shape, settings = SETTINGS[name]
-    rows = made_rows(**shape)
-    stock = gradients(made_trainer(DPOTrainer, model_folder, rows, tmp_path, **settings))
-    trainer = made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path,
-                           own={"packing": "always"}, **settings)
-    assert packed_check.apart(stock, gradients(trainer)) < 1e-5
+    trainer, stock = same_step(model_folder, made_rows(**shape), tmp_path, **settings)
     prefix.use_mask(trainer.base)
     trainer.data_collator.dense = True
     trainer.model.zero_grad()
@@ -114,28 +114,23 @@ def test_loss_and_gradients_are_those_of_trl(model_folder, tmp_path, name):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_of_trl_is_its_own(model_folder, tmp_path, loss):
-    rows, settings = made_rows(), dict(loss_type=[loss], label_smoothing=0.1, max_steps=1)
-    stock = gradients(made_trainer(DPOTrainer, model_folder, rows, tmp_path, **settings))
-    mine = gradients(made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path, **settings))
-    assert packed_check.apart(stock, mine) < 1e-5
+    same_step(model_folder, made_rows(), tmp_path, "auto", loss_type=[loss], label_smoothing=0.1,
+              max_steps=1)
 
 
 def test_text_alone_is_packed_too(model_folder, text_folder, tmp_path):
     rows = [{n: v for n, v in r.items() if n != "images"} for r in made_rows()]
-    for folder, text in ((text_folder, True), (model_folder, False)):
-        stock = gradients(made_trainer(DPOTrainer, folder, rows, tmp_path, text=text))
-        trainer = made_trainer(PackedDPOTrainer, folder, rows, tmp_path, text=text,
-                               own={"packing": "always"})
-        assert packed_check.apart(stock, gradients(trainer)) < 1e-5
+    same_step(text_folder, rows, tmp_path, text=True)
+    same_step(model_folder, rows, tmp_path)
 
 
 def test_rows_with_and_without_images_go_into_one_batch(model_folder, tmp_path):
     rows = made_rows()
-    rows[:2] = [{**r, "images": []} for r in rows[:2]]
-    stock = gradients(made_trainer(DPOTrainer, model_folder, rows, tmp_path))
-    mine = gradients(made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path,
-                                  own={"packing": "always"}))
-    assert packed_check.apart(stock, mine) < 1e-5
+    same_step(model_folder, [*({**r, "images": []} for r in rows[:2]), *rows[2:]], tmp_path)
+
+
+def test_bfloat16_agrees_within_its_rounding(model_folder, tmp_path):
+    same_step(model_folder, made_rows(), tmp_path, "auto", bound=0.03, bf16=True)
 
 
 @pytest.mark.parametrize("own, settings", [
@@ -162,13 +157,6 @@ def test_palettes_tell_images_apart_and_a_copied_collator_works(model_folder, tm
     collator.keyed = True
     batch = collator([{**r, "images": [i]} for r, i in zip(rows, images, strict=True)])
     assert len(batch["pixel_values"]) == 2 and len(set(batch["keys"])) == 4
-
-
-def test_bfloat16_agrees_within_its_rounding(model_folder, tmp_path):
-    rows = made_rows()
-    stock = gradients(made_trainer(DPOTrainer, model_folder, rows, tmp_path, bf16=True))
-    mine = gradients(made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path, bf16=True))
-    assert packed_check.apart(stock, mine) < 0.03
 
 
 def leaking(placed):
@@ -220,6 +208,19 @@ class Forwards:
             return tokens(*args)
 
         trainer.answer_tokens = counted
+
+
+def test_trl_still_has_what_is_used_of_its_private_surface(model_folder, tmp_path):
+    stock = made_trainer(DPOTrainer, model_folder, made_rows(), tmp_path)
+    assert [n for n in packed_trainer.TRL_PRIVATE if not hasattr(stock, n)] == []
+    written = "".join(f.read_text() for f in (
+        *Path(packed_trainer.__file__).parent.glob("*.py"), Path(objectives.__file__)))
+    used = set(re.findall(r"(?:self|trainer|super\(\))\.(\w+)", written))
+    private = {n for n in dir(stock) if n.startswith("_") and not n.startswith("__")}
+    assert used & private <= set(packed_trainer.TRL_PRIVATE)
+    # Another field of a value a token would stay in the packed layout.
+    fields = {f.name for f in dataclasses.fields(FusedCausalLMOutput)}
+    assert fields == {*FIELDS, "loss", "label_mask", "aux_loss"}
 
 
 def test_reference_log_probs_are_computed_once_and_kept(model_folder, tmp_path, capsys):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import picture
 from datasets import Dataset
-from test_real_path import trained_tokenizer, write_qwen
+from helpers.qwen import trained_tokenizer, write_qwen
+from helpers.trainers import dpo_trainer
 from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
@@ -40,7 +41,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 from bpo.models import checkpoint as checkpoints
 from bpo.models import prefix
@@ -215,19 +216,8 @@ def pairs() -> Dataset:
         for rejected in answers])
 
 
-def trainer(cls, folder, rows: Dataset, out, **settings):
-    checkpoint = checkpoints.load(folder)
-    args = DPOConfig(output_dir=str(out), use_cpu=True, bf16=False, report_to="none",
-                     max_length=None, per_device_train_batch_size=4, disable_tqdm=True,
-                     gradient_checkpointing=False, save_strategy="no")
-    made = cls(checkpoint.model, args=args, train_dataset=rows,
-               processing_class=checkpoint.processor, **settings,
-               peft_config=checkpoints.adapter_config(checkpoint.base, rank=4, alpha=8, dropout=0.0))
-    draw = torch.Generator().manual_seed(5)
-    for name, weight in made.model.named_parameters():
-        if "lora_B" in name:
-            weight.data.normal_(0, 0.05, generator=draw)
-    return made
+def trainer(cls, folder, rows: Dataset, out, **own):
+    return dpo_trainer(cls, checkpoints.load(folder), rows, out, own=own)
 
 
 def step(made) -> tuple[float, torch.Tensor, dict]:

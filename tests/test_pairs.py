@@ -185,8 +185,7 @@ def test_scores_are_the_model_s_log_probs_under_both_images(uninterrupted, param
     assert list(made) == read_lines(uninterrupted.folder / "candidates.jsonl")
     number, line = next((i, x) for i, x in enumerate(made) if "scores" in x["candidates"][0])
     request = made.request(number, view)
-    text = encoding.answer_text(checkpoint, request.messages, line["candidates"][0]["text"],
-                                image=True)
+    text = encoding.answer_text(checkpoint, request.messages, line["candidates"][0]["text"])
     for name, seen in (("logp_clean", None), ("logp_noisy", view)):
         inputs = generate.encode_batch(checkpoint, [request], seen, seed=parameters.seed)
         [[alone]] = logprobs.weigh_unpacked(checkpoint, inputs,

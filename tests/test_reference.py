@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import save_file
 
 from bpo.models import checkpoint as checkpoints
@@ -17,27 +18,28 @@ def filled(folder, key, answers):
     return cache
 
 
+def read(folder, key="model", others=()):
+    cache = reference.Cache(folder, key)
+    assert cache.answers == {}
+    cache.read(others)
+    return cache
+
+
 def test_answers_that_were_written_are_read_again(tmp_path):
     filled(tmp_path / "kept", "model", ANSWERS)
-    again = reference.Cache(tmp_path / "kept", "model")
-    assert again.known == {}
-    again.read()
-    assert again.known.keys() == ANSWERS.keys()
-    assert all(torch.equal(again.known[n], v) for n, v in ANSWERS.items())
-    assert again.others == 0
+    again = read(tmp_path / "kept")
+    assert again.answers.keys() == ANSWERS.keys() and again.others == 0
+    assert all(torch.equal(again.answers[n], v) for n, v in ANSWERS.items())
 
 
 def test_further_folders_are_read_and_not_written(tmp_path):
     filled(tmp_path / "other", "model", ANSWERS)
-    cache = reference.Cache(tmp_path / "own", "model")
-    cache.read([tmp_path / "other"])
-    assert cache.known.keys() == ANSWERS.keys()
+    cache = read(tmp_path / "own", others=[tmp_path / "other"])
+    assert cache.answers.keys() == ANSWERS.keys()
     cache.add({**ANSWERS, "three": torch.tensor([-4.0])})
     cache.write()
     assert len(list((tmp_path / "other").iterdir())) == 1
-    own = reference.Cache(tmp_path / "own", "model")
-    own.read()
-    assert own.known.keys() == {"three"}
+    assert read(tmp_path / "own").answers.keys() == {"three"}
 
 
 def test_nothing_new_writes_no_file(tmp_path):
@@ -52,52 +54,41 @@ def test_nothing_new_writes_no_file(tmp_path):
 def test_an_answer_that_is_known_stays_as_it_is(tmp_path):
     cache = filled(tmp_path, "model", ANSWERS)
     cache.add({"two": torch.tensor([-9.0])})
-    assert cache.known["two"].item() == -2.0
+    assert cache.answers["two"].item() == -2.0
     assert cache.new == {}
 
 
-def test_answers_of_another_model_are_counted_and_not_taken_in(tmp_path):
+def test_answers_of_another_model_or_of_none_are_counted_and_not_taken_in(tmp_path):
     filled(tmp_path, "another", ANSWERS)
     filled(tmp_path, "model", {"three": torch.tensor([-4.0])})
-    cache = reference.Cache(tmp_path, "model")
+    save_file(ANSWERS, tmp_path / "of-no-model.safetensors")
+    cache = read(tmp_path)
+    assert (cache.answers.keys(), cache.others) == ({"three"}, 4)
     cache.read()
-    assert cache.known.keys() == {"three"}
-    assert cache.others == 2
-    cache.read()
-    assert cache.others == 2
-
-
-def test_a_file_that_names_no_model_is_another_model_s(tmp_path):
-    save_file(ANSWERS, tmp_path / "one.safetensors")
-    cache = reference.Cache(tmp_path, "model")
-    cache.read()
-    assert (cache.known, cache.others) == ({}, 2)
+    assert cache.others == 4
+    cache = read(tmp_path, "another")
+    assert (cache.answers.keys(), cache.others) == (ANSWERS.keys(), 3)
 
 
 def test_what_is_written_later_is_in_a_file_of_its_own(tmp_path):
     cache = filled(tmp_path, "model", ANSWERS)
     cache.add({"three": torch.tensor([-4.0])})
     cache.write()
-    again = reference.Cache(tmp_path, "model")
-    again.read()
-    assert again.known.keys() == {*ANSWERS, "three"}
+    assert read(tmp_path).answers.keys() == {*ANSWERS, "three"}
 
 
 def test_half_a_file_is_not_read(tmp_path):
     filled(tmp_path, "model", ANSWERS)
     [whole] = tmp_path.iterdir()
     (tmp_path / ".0123.tmp").write_bytes(whole.read_bytes()[:20])
-    cache = reference.Cache(tmp_path, "model")
-    cache.read()
-    assert cache.known.keys() == ANSWERS.keys()
+    assert read(tmp_path).answers.keys() == ANSWERS.keys()
 
 
 @pytest.fixture
 def adapted(model_folder):
     model = checkpoints.load(model_folder).model
-    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    return peft.get_peft_model(model, checkpoints.adapter_config(model, rank=2, alpha=4, dropout=0.0))
+    return get_peft_model(model, checkpoints.adapter_config(model, rank=2, alpha=4, dropout=0.0))
 
 
 def test_a_model_is_known_by_its_weights_and_not_by_an_adapter_that_trains(adapted):
@@ -142,12 +133,3 @@ def test_a_model_without_adapters_is_known_by_all_its_weights(model_folder):
     with torch.no_grad():
         next(model.parameters()).flatten()[0] += 1
     assert reference.model_key(model) != key
-
-
-def test_files_of_several_models_lie_side_by_side(tmp_path):
-    for model in ("one", "two"):
-        filled(tmp_path, model, ANSWERS)
-    for model in ("one", "two"):
-        cache = reference.Cache(tmp_path, model)
-        cache.read()
-        assert (cache.known.keys(), cache.others) == (ANSWERS.keys(), 2)

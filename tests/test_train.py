@@ -70,6 +70,16 @@ def changed(p, **values):
     return type(p)(**p.model_dump() | values)
 
 
+def with_pairs(p, lines, folder, **values):
+    """The parameters, changed, with these pairs in a file."""
+    write_lines(folder / "pairs.jsonl", lines)
+    return changed(p, pairs=str(folder / "pairs.jsonl"), **values)
+
+
+def made(p, method, rows, folder, *, steps):
+    return trainers.make(p, method, rows, folder, steps=steps, references=folder / "reference")
+
+
 def digests(model):
     """name -> sha256 of every weight but the adapters', by its name in the plain model."""
     names = {n.removeprefix("base_model.model.").replace(".base_layer", ""): w
@@ -124,10 +134,7 @@ def test_rows_that_are_too_long_are_dropped_and_counted(checkpoint, lines, image
     assert [k["id"] for k in kept] == [i for i, n in lengths.items() if n <= limit]
     assert dropped == {f"longer than {limit} tokens": len(lines) - len(kept)}
     assert 0 < len(kept) < len(lines)
-
-
-def test_nothing_is_dropped_where_all_fits(checkpoint, lines, images):
-    longest = max(whole_length(checkpoint, k, images) for k in lines)
+    longest = max(lengths.values())
     assert train.usable(checkpoint, lines, images, max_tokens=longest) == (lines, {})
 
 
@@ -156,7 +163,7 @@ def test_a_missing_image_is_refused(checkpoint, lines, images):
 
 def collated(p, rows, tmp_path, method="bpo"):
     """A batch as the trainer of a method makes it."""
-    trainer = trainers.make(p, method, rows, tmp_path, steps=1, kept=tmp_path / "reference")
+    trainer = made(p, method, rows, tmp_path, steps=1)
     return trainer.data_collator([trainer.train_dataset[n] for n in range(len(rows))])
 
 
@@ -205,19 +212,6 @@ def test_pixels_are_those_of_inference(parameters, checkpoint, rows, tmp_path):
     assert torch.equal(batch["pixel_values"][0], alone)
 
 
-@pytest.mark.parametrize("damage", ("noisy", "crop", "blank"))
-def test_mdpo_s_damaged_image_is_the_row_s_own_draw(parameters, checkpoint, rows, damage):
-    p = changed(parameters, loss=["mdpo"], loss_weights=[1.0], damage=damage)
-    first, again, other = (trainers.Rendering(checkpoint, changed(p, seed=s)).row(rows[0])
-                           for s in (0, 0, 1))
-    picture = first["damaged_images"][0]
-    assert damage == "noisy" or picture.size == first["images"][0].size
-    assert picture.tobytes() == again["damaged_images"][0].tobytes()
-    assert picture.tobytes() != first["images"][0].tobytes()
-    assert (picture.tobytes() == other["damaged_images"][0].tobytes()) == (damage == "blank")
-    assert "damaged_images" not in trainers.Rendering(checkpoint, parameters).row(rows[0])
-
-
 def test_the_losses_that_trl_has_are_known_here():
     source = inspect.getsource(DPOTrainer)
     trl = set(re.findall(r'loss_type == "(\w+)"', source))
@@ -233,20 +227,23 @@ def test_the_damaged_image_is_drawn_for_the_row_and_its_settings(parameters, che
         out = trainers.Rendering(checkpoint, changed(p, **values)).row(row)
         image = out["damaged_images"][0]
         assert out["images"][0].size == (48, 48)
-        assert image.size == ((SIDE, SIDE) if "damage" in values else (48, 48))
+        assert image.size == ((SIDE, SIDE) if values.get("damage") == "noisy" else (48, 48))
+        assert image.tobytes() != out["images"][0].tobytes()
         return image.tobytes()
 
-    other = {**rows[0], "id": "another"}
-    assert len({damaged(), damaged(other), damaged(crop_share=0.6)}) == 3
-    noisy = {"damage": "noisy"}
-    assert len({damaged(**noisy), damaged(other, **noisy), damaged(damage_step=100, **noisy)}) == 3
+    other, noisy, blank = {**rows[0], "id": "another"}, {"damage": "noisy"}, {"damage": "blank"}
+    assert len({damaged(), damaged(), damaged(other), damaged(crop_share=0.6)}) == 3
+    assert len({damaged(**noisy), damaged(other, **noisy), damaged(damage_step=100, **noisy),
+                damaged(seed=1, **noisy)}) == 4
+    assert damaged(**blank) == damaged(other, seed=1, **blank)
     request = Request(rows[0]["id"], tuple(rows[0]["prompt"]), Path(rows[0]["images"][0]))
     shown = generate.view_picture(
         checkpoint.processor, request, View("noisy", step=p.damage_step), transform="pad",
         seed=p.seed)
     assert damaged(**noisy) == shown.tobytes()
     completion = pair_rows.to_completions(rows[:1])[0]
-    assert "damaged_images" not in trainers.Rendering(checkpoint, p).row(completion)
+    for settings, row in ((p, completion), (parameters, rows[0])):
+        assert "damaged_images" not in trainers.Rendering(checkpoint, settings).row(row)
     assert trainers.Rendering(checkpoint, p).checkpoint.model is None
 
 
@@ -256,7 +253,7 @@ def test_the_damaged_image_is_drawn_for_the_row_and_its_settings(parameters, che
 def trained(parameters, rows, tmp_path_factory):
     """A trainer after three steps of DPO at a high rate."""
     folder = tmp_path_factory.mktemp("dpo")
-    trainer = trainers.make(parameters, "bpo", rows, folder, steps=3, kept=folder / "reference")
+    trainer = made(parameters, "bpo", rows, folder, steps=3)
     trainer.train()
     return trainer
 
@@ -304,8 +301,7 @@ def test_the_rewards_are_measured_from_the_reference(trained):
 
 def test_all_methods_start_from_the_same_adapter(parameters, rows, tmp_path):
     def start(method, rows):
-        trainer = trainers.make(parameters, method, rows, tmp_path, steps=1,
-                                kept=tmp_path / "reference")
+        trainer = made(parameters, method, rows, tmp_path, steps=1)
         return {n: w for n, w in trainer.model.named_parameters() if "lora_" in n}
 
     first, second = start("bpo", rows), start("sft_matched", pair_rows.to_completions(rows))
@@ -317,7 +313,7 @@ def test_settings_reach_the_trainer(parameters, rows, tmp_path):
     p = changed(parameters, seed=5, batch_pairs=6, warmup_ratio=0.5, beta=0.3, save_every=7,
                 gradient_checkpointing=True, lora_alpha=12, lora_dropout=0.25, packing="always",
                 precision="bfloat16", image_transform="pad")
-    bpo, sft = (trainers.make(p, method, given, tmp_path, steps=8, kept=tmp_path / "reference")
+    bpo, sft = (made(p, method, given, tmp_path, steps=8)
                 for method, given in (("bpo", rows), ("sft_matched", pair_rows.to_completions(rows))))
     wanted = dict(
         max_steps=8, seed=5, data_seed=5, per_device_train_batch_size=2, weight_decay=0.0,
@@ -345,14 +341,14 @@ def test_a_weight_outside_the_adapters_that_would_be_trained_is_refused(paramete
 
     monkeypatch.setattr(checkpoints, "adapter_config", wider)
     with pytest.raises(RuntimeError, match="lm_head.* would be trained"):
-        trainers.make(parameters, "bpo", rows, tmp_path, steps=1, kept=tmp_path / "reference")
+        made(parameters, "bpo", rows, tmp_path, steps=1)
 
 
 # --- the objective ------------------------------------------------------------------------------
 
 def history_of(p, method, rows, folder, *, steps):
     return train.train_method(p, method, rows, folder / method, steps=steps,
-                              kept=folder / "reference")
+                              references=folder / "reference")
 
 
 def test_dpo_starts_at_the_log_of_two(parameters, rows, tmp_path):
@@ -428,14 +424,16 @@ def test_packed_and_unpacked_training_have_one_loss_curve(parameters, rows, tmp_
         *((f["flops"], f["reference"]) for f in flops), strict=True))
 
 
-def test_the_control_sees_its_rows_in_the_order_of_bpo(parameters, rows, tmp_path):
-    seen = {}
-    for method, given in (("bpo", rows), ("sft_matched", pair_rows.to_completions(rows))):
-        trainer = trainers.make(parameters, method, given, tmp_path / method, steps=4,
-                                kept=tmp_path / "reference")
-        seen[method] = [given[n]["id"] for n in trainer._get_train_sampler(trainer.train_dataset)]
-    assert seen["bpo"] == seen["sft_matched"]
-    assert seen["bpo"] != [r["id"] for r in rows]
+@pytest.mark.parametrize("method", ("bpo", "bpo_weaken"))
+def test_the_control_sees_its_rows_in_the_order_of_bpo(parameters, lines, images, tmp_path, method):
+    """Also where each positive has one rejected answer, so that torch's generator draws."""
+    given = train.method_rows(method, lines, images)
+    orders = []
+    for name, rows in ((method, given), ("sft_matched", pair_rows.to_completions(given))):
+        trainer = made(changed(parameters, seed=3), name, rows, tmp_path / name, steps=4)
+        torch.manual_seed(0)
+        orders.append(list(trainer._get_train_sampler(trainer.train_dataset)))
+    assert orders[0] == orders[1] != list(range(len(given)))
 
 
 def test_mdpo_trains_through_the_stage_s_trainer(parameters, rows, tmp_path):
@@ -446,26 +444,15 @@ def test_mdpo_trains_through_the_stage_s_trainer(parameters, rows, tmp_path):
     assert abs(history[2]["rewards/damaged"]) > 1e-4
 
 
-def test_rows_of_one_rejected_answer_are_in_the_same_order_too(parameters, lines, images, tmp_path):
-    given = train.method_rows("bpo_weaken", lines, images)
-    orders = []
-    for method, r in (("bpo_weaken", given), ("sft_matched", pair_rows.to_completions(given))):
-        trainer = trainers.make(changed(parameters, seed=3), method, r, tmp_path / method, steps=4,
-                                kept=tmp_path / "reference")
-        torch.manual_seed(0)  # the stock sampler draws from torch's own generator
-        orders.append(list(trainer._get_train_sampler(trainer.train_dataset)))
-    assert orders[0] == orders[1] != list(range(len(given)))
-
-
 # --- compute ------------------------------------------------------------------------------------
 
 def test_attention_is_counted_by_its_products():
     query, key, value = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
-    with trainers._counter() as counter:
+    with trainers.flop_counter() as counter:
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     product = 2 * 2 * 3 * 5 * 5 * 8
     assert counter.get_total_flops() == 2 * product
-    with trainers._counter() as counter:
+    with trainers.flop_counter() as counter:
         out.sum().backward()
     assert counter.get_total_flops() == 5 * product
 
@@ -489,7 +476,7 @@ def test_compute_is_that_of_the_first_steps_whatever_is_kept(parameters, rows, t
     for folder, kept, others in ((first, first, ()), (again, first, ()),
                                  (elsewhere, elsewhere, [first / "kept"])):
         passes.clear()
-        train.train_method(p, "bpo", rows, folder / "bpo", steps=3, kept=kept / "kept",
+        train.train_method(p, "bpo", rows, folder / "bpo", steps=3, references=kept / "kept",
                            others=others)
         assert passes == ([0] * 4 + [1] * 4 + [2] * 2 if folder == first else [0, 0, 1, 1])
         assert counts_of(folder) == counts_of(first)
@@ -599,9 +586,8 @@ def test_a_finished_method_is_only_read(parameters, rows, tmp_path, monkeypatch)
 @pytest.fixture(scope="module")
 def stage(parameters, lines, tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
-    write_lines(folder / "pairs.jsonl", lines)
-    p = changed(parameters, pairs=str(folder / "pairs.jsonl"), steps=2,
-                methods=["sft_compute", "bpo", "sft_matched"])
+    p = with_pairs(parameters, lines, folder, steps=2,
+                   methods=["sft_compute", "bpo", "sft_matched"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BPO_OUTPUTS", str(folder / "outputs"))
         result = train.run(p)
@@ -642,6 +628,23 @@ def test_the_facts_of_a_method_follow_from_its_history(stage):
     assert "margin_last" not in stage.metrics["methods"]["sft_matched"]
 
 
+@pytest.mark.parametrize("loss, weights, words, plain", (
+    (["sigmoid"], [1.0], "no other", math.log(2)),
+    (["sft", "sigmoid"], [1.0, 0.5], "sft", math.log(2) / 2), (["ipo"], [1.0], "ipo", 0.0)))
+def test_the_first_line_of_a_history_is_dpo_of_any_pair_and_the_other_objectives(
+        parameters, stage, loss, weights, words, plain):
+    """The stage's loss is sigmoid alone: of other objectives only the parts' names are read."""
+    p = changed(parameters, pairs=stage.manifest["parameters"]["pairs"], loss=loss,
+                loss_weights=weights)
+    method, pair = train.example(p, stage)
+    assert (method, pair["chosen"][0]["role"]) == ("bpo", "assistant")
+    parts = train.first_loss(p, stage, method, dpo=math.log(2))
+    values = parts["at step 1"].tolist()
+    assert parts.iloc[1, 0] == words and values[0] == pytest.approx(plain)
+    assert values[0] + values[1] == values[2] == train.histories(stage)["bpo"][0]["loss"]
+    assert loss != ["sigmoid"] or values[1] == pytest.approx(0, abs=1e-6)
+
+
 def test_the_control_s_first_steps_are_those_of_the_longer_run(stage):
     histories = train.histories(stage)
     assert histories["sft_compute"][0]["loss"] == histories["sft_matched"][0]["loss"]
@@ -649,8 +652,7 @@ def test_the_control_s_first_steps_are_those_of_the_longer_run(stage):
 
 def test_a_sweep_finds_the_reference_and_has_the_bytes_of_a_run_that_does_not(
         parameters, lines, tmp_path, outputs):
-    write_lines(tmp_path / "pairs.jsonl", lines)
-    p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), methods=["bpo", "bpo_weaken"])
+    p = with_pairs(parameters, lines, tmp_path, methods=["bpo", "bpo_weaken"])
     train.run(p)
     swept, fresh = (train.run(changed(p, beta=0.3, lora_rank=2, study=s)) for s in ("s", "fresh"))
     computed = [len(list(r.folder.glob("reference/*/*"))) for r in (swept, fresh)]
@@ -667,9 +669,8 @@ def test_curves_go_to_tensorboard_and_one_model_is_loaded_a_method(
 
     loads, right = [], checkpoints.load
     monkeypatch.setattr(checkpoints, "load", lambda *a, **k: loads.append(a) or right(*a, **k))
-    write_lines(tmp_path / "pairs.jsonl", lines[:4])
-    p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), steps=2, trackers=["tensorboard"],
-                methods=["sft", "bpo"])
+    p = with_pairs(parameters, lines[:4], tmp_path, steps=2, trackers=["tensorboard"],
+                   methods=["sft", "bpo"])
     result = train.run(p)
     assert len(loads) == 2
     for method in p.methods:
@@ -681,23 +682,19 @@ def test_curves_go_to_tensorboard_and_one_model_is_loaded_a_method(
 
 
 def test_a_tracker_that_is_not_installed_is_refused(parameters, lines, tmp_path, outputs):
-    write_lines(tmp_path / "pairs.jsonl", lines[:4])
-    p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), trackers=["wandb"])
+    p = with_pairs(parameters, lines[:4], tmp_path, trackers=["wandb"])
     with pytest.raises(Refusal, match="trackers: wandb is not installed; pip install wandb"):
         train.run(p)
 
 
 def test_epochs_give_the_steps_where_none_are_set(parameters, lines, tmp_path, outputs):
-    write_lines(tmp_path / "pairs.jsonl", lines[:4])  # seven rows of bpo
-    p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), steps=0, epochs=0.5,
-                methods=["sft"])
-    assert train.run(p).metrics["methods"]["sft"]["steps"] == math.ceil(0.5 * 7 / 4)
+    p = with_pairs(parameters, lines[:4], tmp_path, steps=0, epochs=0.5, methods=["sft"])
+    assert train.run(p).metrics["methods"]["sft"]["steps"] == math.ceil(0.5 * 7 / 4)  # seven rows of bpo
 
 
 def test_a_method_without_rows_is_refused(parameters, lines, tmp_path, outputs):
     none = [{**k, "rejected": k["rejected"][:1]} for k in lines[:3]]
-    write_lines(tmp_path / "pairs.jsonl", none)
-    p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), methods=["bpo_inject"])
+    p = with_pairs(parameters, none, tmp_path, methods=["bpo_inject"])
     with pytest.raises(Refusal, match="there is no row to train bpo_inject on"):
         train.run(p)
 
@@ -725,9 +722,8 @@ TWO = ("--multi_gpu --num_machines 1 --num_processes 2 --mixed_precision no --dy
 def test_two_launched_processes_give_the_curves_of_one(parameters, lines, tmp_path, outputs):
     """In one process two batches are added up, in two each has one. Within an epoch: at its end
     accelerate fills the last batches up, so that all processes have as many."""
-    write_lines(tmp_path / "pairs.jsonl", lines)
-    p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), methods=["bpo", "sft_matched"],
-                loss=["sigmoid", "sft"], loss_weights=[1.0, 1.0], steps=5)
+    p = with_pairs(parameters, lines, tmp_path, methods=["bpo", "sft_matched"],
+                   loss=["sigmoid", "sft"], loss_weights=[1.0, 1.0], steps=5)
     alone = train.run(p)
     both = train.run(changed(p, study="both", launch=TWO))
     assert (alone.manifest["processes"], both.manifest["processes"]) == (1, 2)
@@ -744,9 +740,7 @@ def test_two_launched_processes_give_the_curves_of_one(parameters, lines, tmp_pa
 
 @pytest.mark.slow
 def test_launched_processes_that_fail_say_why(parameters, lines, tmp_path, outputs):
-    write_lines(tmp_path / "pairs.jsonl", lines)
-    p = changed(parameters, pairs=str(tmp_path / "pairs.jsonl"), methods=["bpo"], device_batch=4,
-                launch=TWO)
+    p = with_pairs(parameters, lines, tmp_path, methods=["bpo"], device_batch=4, launch=TWO)
     with pytest.raises(Refusal, match=r"exit code 1(.|\n)*must be a multiple of device_batch \(4\) "
                                       "times the 2 processes"):
         train.run(p)

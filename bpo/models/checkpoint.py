@@ -4,11 +4,12 @@ Nothing here knows a model family: the language model comes from transformers' o
 What a checkpoint is given to read is `encoding`'s.
 """
 
+import json
 import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from bpo.params import Refusal
+from bpo.params import DPOTraining, Refusal, outputs_root
 from bpo.study import processes
+from bpo.study import stage as stages
+
+MERGED = "merged.json"  # beside a merged checkpoint: what it is made of
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,8 @@ class Checkpoint:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without what the libraries write of their own accord and would leave in a saved notebook:
-    transformers' bars for loading weights, and its notice that TRL and PEFT still use the old name
-    of an option."""
+    """Without what would stay in a saved notebook: transformers' bars for loading weights, and its
+    notice that TRL and PEFT still use the old name of an option."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -82,33 +85,27 @@ def using(checkpoint: Checkpoint, name: str) -> Iterator[None]:
 
 @quietly()
 def load(folder: Path, *, precision: str = "float32", transform: str = "processor") -> Checkpoint:
-    """The vision-language checkpoint of a folder, in evaluation mode, on a GPU if there is one.
+    """The vision-language checkpoint of a folder, in evaluation mode, on a GPU if there is one. No
+    remote code, safetensors only; transform: see `encoding.transformed`.
 
-    transform: see `encoding.transformed`.
-    Raises Refusal when the folder is not such a checkpoint. No remote code, safetensors only.
+    Raises Refusal when the folder is not such a checkpoint, or of a training that ran again since.
     """
     model = _load(AutoModelForImageTextToText, folder, precision)
     return replace(load_without_weights(folder, transform=transform), model=model.eval())
 
 
 def load_without_weights(folder: Path, *, transform: str = "processor") -> Checkpoint:
-    """The checkpoint with None for its model: enough to render prompts and to count tokens.
-
-    Raises Refusal as `load` does.
-    """
+    """The checkpoint with None for its model: enough to render prompts and to count tokens. Raises
+    Refusal as `load` does."""
     _require_config(folder)
-    checkpoint = Checkpoint(None, load_processor(folder), transform)
-    _ready(checkpoint, folder)
-    return checkpoint
+    return _ready(Checkpoint(None, load_processor(folder), transform), folder)
 
 
 @quietly()
 def load_text_model(folder: Path, *, precision: str = "float32") -> Checkpoint:
     """The causal language model of a folder with its tokenizer; raises Refusal as `load` does."""
     model = _load(AutoModelForCausalLM, folder, precision)
-    checkpoint = Checkpoint(model.eval(), AutoTokenizer.from_pretrained(folder))
-    _ready(checkpoint, folder)
-    return checkpoint
+    return _ready(Checkpoint(model.eval(), AutoTokenizer.from_pretrained(folder)), folder)
 
 
 def _load(auto: Any, folder: Path, precision: str, *, device: str = "") -> PreTrainedModel:
@@ -122,10 +119,8 @@ def _load(auto: Any, folder: Path, precision: str, *, device: str = "") -> PreTr
 
 @quietly()
 def load_adapters(checkpoint: Checkpoint, folders: Mapping[str, Path]) -> Checkpoint:
-    """The checkpoint with PEFT adapters laid over it, by name; the first is the active one.
-
-    Raises Refusal when a folder holds no adapter, or one for another model.
-    """
+    """The checkpoint with PEFT adapters laid over it, by name; the first is the active one. Raises
+    Refusal when a folder holds no adapter, or one for another model."""
     model = checkpoint.model
     for name, folder in folders.items():
         if not (folder / "adapter_config.json").is_file():
@@ -146,9 +141,17 @@ def load_adapters(checkpoint: Checkpoint, folders: Mapping[str, Path]) -> Checkp
 def _require_config(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise Refusal(f"{folder}: there is no checkpoint (config.json is missing)")
+    if (folder / MERGED).is_file() and folder.is_relative_to(outputs_root()):
+        made_of = json.loads((folder / MERGED).read_text())
+        study, method = made_of["study"], made_of["method"]
+        stage = stages.stage_folder(study, DPOTraining.notebook)
+        if (stage / stages.MANIFEST).is_file() and made_of["adapter"] != stages.listed_digest(
+                stages.below(stages.read_manifest(stage)["outputs"], f"{method}/adapter")):
+            raise Refusal(f"{folder}: {method} of {study} was trained again after it was merged "
+                          f"here; python -m bpo merge {study} --method {method}")
 
 
-def _ready(checkpoint: Checkpoint, folder: Path) -> None:
+def _ready(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     tokenizer = checkpoint.tokenizer
     if getattr(checkpoint.processor, "chat_template", None) is None:
         raise Refusal(f"{folder}: the checkpoint has no chat template, so its prompts are unknown")
@@ -156,6 +159,7 @@ def _ready(checkpoint: Checkpoint, folder: Path) -> None:
         raise Refusal(f"{folder}: the tokenizer has no end token, so answers would not end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return checkpoint
 
 
 def load_processor(folder: Path) -> Any:
@@ -180,36 +184,27 @@ def _without_video(folder: Path) -> Any | None:
     whole = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder)), None)
     parts = whole.get_attributes() if whole else []
     # transformers builds a processor from its parts in this order: only the last can be left out.
-    if parts[-1:] != ["video_processor"]:
-        return None
-    still = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda _: parts[:-1])})
-    try:
-        return still.from_pretrained(folder)
-    except (ImportError, TypeError):  # some constructors (SmolVLM's) want the video side
-        return None
+    if parts[-1:] == ["video_processor"]:
+        with suppress(ImportError, TypeError):  # some constructors (SmolVLM's) want the video side
+            return type(whole.__name__, (whole,), {
+                "get_attributes": classmethod(lambda _: parts[:-1])}).from_pretrained(folder)
+    return None
 
 
-def adapter_targets(model: PreTrainedModel) -> str:
-    """A regular expression for the linear layers of the language model: no tower, projector, head.
-
-    PEFT's own "all-linear" and lists of names also match the vision tower.
-    """
+def adapter_config(model: PreTrainedModel, *, rank: int, alpha: int, dropout: float) -> LoraConfig:
+    """LoRA on the linear layers of the language model: no tower, projector or head. PEFT's own
+    "all-linear" and lists of names also match the vision tower, so a regular expression does it."""
     decoder = model.get_decoder()
     prefix = next(n for n, m in model.named_modules() if m is decoder)
     names = {n.rsplit(".", 1)[-1] for n, m in decoder.named_modules()
              if isinstance(m, torch.nn.Linear)}
-    return rf"{re.escape(prefix)}\..*\.({'|'.join(sorted(names))})"
-
-
-def adapter_config(model: PreTrainedModel, *, rank: int, alpha: int, dropout: float) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM",
-                      target_modules=adapter_targets(model))
+                      target_modules=rf"{re.escape(prefix)}\..*\.({'|'.join(sorted(names))})")
 
 
 @quietly()
 def merge(folder: Path, adapter: Path, out: Path, *, precision: str = "float32") -> None:
-    """Writes into `out` the checkpoint of a folder with an adapter's change added to its weights: a
-    plain checkpoint with its processor, which loads as any other and needs no PEFT.
+    """Writes into `out` the checkpoint of a folder with an adapter's change added to its weights.
 
     The sum is taken in float32 on the CPU, whatever `precision` it is saved in: small changes would
     be lost in a shorter format one by one. Raises Refusal as `load` and `load_adapters` do.

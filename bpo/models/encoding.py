@@ -20,33 +20,22 @@ from bpo.params import Refusal
 Messages = Sequence[Mapping[str, str]]
 
 
-def with_image(messages: Messages) -> list[dict[str, Any]]:
-    """Messages of plain text as the chat templates of vision-language models want them: the image
-    stands in front of the first user turn's text."""
-    first = next(i for i, m in enumerate(messages) if m["role"] == "user")
-    return [{"role": m["role"],
-             "content": [*([{"type": "image"}] if i == first else []),
-                         {"type": "text", "text": m["content"]}]}
-            for i, m in enumerate(messages)]
-
-
 def prompt_text(checkpoint: Checkpoint, messages: Messages, *, image: bool) -> str:
     """The prompt in front of an answer, as the chat template writes it."""
-    turns = with_image(messages) if image else _plain(checkpoint, messages)
-    return checkpoint.processor.apply_chat_template(turns, add_generation_prompt=True,
-                                                    tokenize=False)
+    return checkpoint.processor.apply_chat_template(
+        _turns(checkpoint, messages, image=image), add_generation_prompt=True, tokenize=False)
 
 
-def answer_text(checkpoint: Checkpoint, messages: Messages, answer: str, *, image: bool) -> str:
-    """What follows the prompt when the answer is given: the template's words plus the end token.
+def answer_text(checkpoint: Checkpoint, messages: Messages, answer: str) -> str:
+    """What follows a prompt with an image when the answer is given: the template's words plus the
+    end token.
 
     Some templates (LLaVA-1.5's in its public layout) leave the end token out; a model trained
     without it would not learn where to stop, so it is always there.
     """
-    both = [*messages, {"role": "assistant", "content": answer}]
-    turns = with_image(both) if image else _plain(checkpoint, both)
+    turns = _turns(checkpoint, [*messages, {"role": "assistant", "content": answer}], image=True)
     whole = checkpoint.processor.apply_chat_template(turns, tokenize=False)
-    prompt = prompt_text(checkpoint, messages, image=image)
+    prompt = prompt_text(checkpoint, messages, image=True)
     if not whole.startswith(prompt):
         raise Refusal("the chat template writes another prompt once an answer follows it: "
                       "answers cannot be told from prompts with this checkpoint")
@@ -55,12 +44,17 @@ def answer_text(checkpoint: Checkpoint, messages: Messages, answer: str, *, imag
     return rest if rest.endswith(end) else rest + end
 
 
-def _plain(checkpoint: Checkpoint, messages: Messages) -> list[dict[str, Any]]:
-    # A processor's template wants typed parts, a tokenizer's wants strings.
-    if checkpoint.processor is checkpoint.tokenizer:
+def _turns(checkpoint: Checkpoint, messages: Messages, *, image: bool) -> list[dict[str, Any]]:
+    """Messages as the chat template takes them: strings for a tokenizer's, typed parts for a
+    processor's. An image stands in front of the first user turn's text."""
+    if not image and checkpoint.processor is checkpoint.tokenizer:
         return [dict(m) for m in messages]
-    return [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]}
-            for m in messages]
+    turns = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]}
+             for m in messages]
+    if image:
+        first = next(t for t in turns if t["role"] == "user")
+        first["content"].insert(0, {"type": "image"})
+    return turns
 
 
 def encode(checkpoint: Checkpoint, text: str, image: Image.Image | None) -> dict[str, torch.Tensor]:
@@ -80,11 +74,9 @@ def encode_all(checkpoint: Checkpoint, texts: Sequence[str],
     if not texts or not _stacks(rows[0]) or len({i is None for i in images}) > 1:
         return rows + [encode(checkpoint, t, i) for t, i in zip(texts, images, strict=True)]
     batch = _processed(checkpoint, texts, images)
-    mask = batch["attention_mask"].bool()
-    for n, seen in enumerate(mask):
-        rows.append({name: values[n:n + 1] if name == "pixel_values" else values[n:n + 1, seen]
-                     for name, values in batch.items()})
-    return rows
+    return rows + [{name: v[n:n + 1] if name == "pixel_values" else v[n:n + 1, seen]
+                    for name, v in batch.items()}
+                   for n, seen in enumerate(batch["attention_mask"].bool())]
 
 
 def reader(checkpoint: Checkpoint) -> Checkpoint:
@@ -95,21 +87,17 @@ def reader(checkpoint: Checkpoint) -> Checkpoint:
 
 def _stacks(row: Mapping[str, torch.Tensor]) -> bool:
     """Whether rows like this one can be processed together: an image is one array of its own, and
-    all else has a value a token. Tiles, patches and sizes (other families) tell otherwise."""
-    pixels = row.get("pixel_values")
-    return ((pixels is None or pixels.ndim == 4 and len(pixels) == 1)
-            and all(v.shape == row["input_ids"].shape for n, v in row.items()
-                    if n != "pixel_values"))
+    all else has a value a token. Tiles, patches and sizes (other families) are neither."""
+    return all(v.ndim == 4 and len(v) == 1 if n == "pixel_values"
+               else v.shape == row["input_ids"].shape for n, v in row.items())
 
 
 def _processed(checkpoint: Checkpoint, texts: Sequence[str],
                images: Sequence[Image.Image | None]) -> dict[str, torch.Tensor]:
-    kwargs = {}
-    if images[0] is not None:
-        kwargs["images"] = [transformed(i, checkpoint.transform, checkpoint.processor)
-                            for i in images]
+    given = {} if images[0] is None else {
+        "images": [transformed(i, checkpoint.transform, checkpoint.processor) for i in images]}
     return dict(checkpoint.processor(text=list(texts), add_special_tokens=False, padding=True,
-                                     padding_side="left", return_tensors="pt", **kwargs))
+                                     padding_side="left", return_tensors="pt", **given))
 
 
 def transformed(image: Image.Image, transform: str, processor: Any) -> Image.Image:
@@ -173,11 +161,31 @@ def weakened_picture(processor: Any, image: Image.Image,
 
 def answer_tokens(checkpoint: Checkpoint, messages: Messages, answer: str) -> list[int]:
     """The token ids of an answer to a question about an image, with its end."""
-    return answer_ids(checkpoint, answer_text(checkpoint, messages, answer, image=True))
+    return answer_ids(checkpoint, answer_text(checkpoint, messages, answer))
 
 
 def answer_ids(checkpoint: Checkpoint, text: str) -> list[int]:
     return checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class Lengths:
+    """Tokens of a prompt with its images and of the longest answer to it. What images add depends
+    on their sizes alone, so the processor sees one blank image of each."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint, self.added = checkpoint, {}
+
+    def __call__(self, prompt: str, sizes: Sequence[tuple[int, int]], answers: Sequence[str]
+                 ) -> int:
+        """Texts as the chat template writes them; sizes: width and height of each image."""
+        processor, sizes = self.checkpoint.processor, tuple(sizes)
+        count, *others = (len(answer_ids(self.checkpoint, t)) for t in (prompt, *answers))
+        if sizes and sizes not in self.added:
+            blank = [transformed(Image.new("RGB", s), self.checkpoint.transform, processor)
+                     for s in sizes]
+            whole = processor(text=[prompt], images=[blank], add_special_tokens=False)
+            self.added[sizes] = len(whole["input_ids"][0]) - count
+        return count + self.added.get(sizes, 0) + max(others)
 
 
 def collate(checkpoint: Checkpoint, rows: Sequence[Mapping[str, torch.Tensor]]
@@ -188,13 +196,11 @@ def collate(checkpoint: Checkpoint, rows: Sequence[Mapping[str, torch.Tensor]]
     """
     width = max(r["input_ids"].shape[1] for r in rows)
     batch = {}
-    for key in rows[0]:
+    for key, first in rows[0].items():
         parts = [r[key] for r in rows]
-        if parts[0].shape == rows[0]["input_ids"].shape:
+        if first.shape == rows[0]["input_ids"].shape:
             fill = checkpoint.tokenizer.pad_token_id if key == "input_ids" else 0
             parts = [torch.nn.functional.pad(x, (width - x.shape[1], 0), value=fill) for x in parts]
-        batch[key] = torch.cat(parts).to(checkpoint.device)
-    pixels = batch.get("pixel_values")
-    if pixels is not None:
-        batch["pixel_values"] = pixels.to(checkpoint.base.dtype)
+        dtype = checkpoint.base.dtype if key == "pixel_values" else None
+        batch[key] = torch.cat(parts).to(checkpoint.device, dtype)
     return batch

@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -47,6 +48,8 @@ def layout(spans: Sequence[Span], owners: Sequence[tuple[int, Hashable]], *, wid
     groups: dict[int, dict[Hashable, list[int]]] = {}
     for n, (group, name) in enumerate(owners):
         groups.setdefault(group, {}).setdefault(name, []).append(n)
+    # The column that predicts an answer's first token: its prompt's last, if there is a prompt.
+    lasts = [max(prompt - 1, begin) for begin, prompt, _ in spans]
     packed: list[list[tuple[int, int, int]]] = []  # of each row (source, anchor, step)
     answers, targets, table = [], [], []  # answers as (row, column)
     slots = torch.full((len(spans), max(width - 1, 0)), -1)
@@ -55,30 +58,25 @@ def layout(spans: Sequence[Span], owners: Sequence[tuple[int, Hashable]], *, wid
             packed.append([])
         row, start = packed[-1], len(packed[-1])
         head = next(iter(branches.values()))[0]
-        begin, prompt, _ = spans[head]
-        last = max(prompt - 1, begin)  # an answer without a prompt is predicted from its first
-        row += [(head * width + c, head * width + c, 0) for c in range(begin, last)]
+        row += [(head * width + c, head * width + c, 0) for c in range(spans[head][0], lasts[head])]
         prefix = len(row)
         for members in branches.values():
             n, at = members[0], len(row)
-            mine = max(spans[n][1] - 1, spans[n][0])
-            length = max(spans[n][2] - 1 - mine, 0)
-            row += [(n * width + mine + i, head * width + last, i) for i in range(length)]
+            length = max(spans[n][2] - 1 - lasts[n], 0)
+            row += [(n * width + lasts[n] + i, head * width + lasts[head], i)
+                    for i in range(length)]
             if length or not table or table[-1][1] != start:  # a branch of nothing is none
                 table.append((len(packed) - 1, start, prefix, at, at + length))
             for m in members:
-                own = max(spans[m][1] - 1, spans[m][0])
-                slots[m, own:own + length] = torch.arange(length) + len(answers)
+                slots[m, lasts[m]:lasts[m] + length] = torch.arange(length) + len(answers)
             answers += [(len(packed) - 1, at + i) for i in range(length)]
-            targets += [n * width + mine + 1 + i for i in range(length)]
-    longest = max(map(len, packed))
-    cells = torch.zeros(len(packed), longest, 3, dtype=torch.long)
-    alive = torch.zeros(len(packed), longest, dtype=torch.bool)
-    for r, row in enumerate(packed):
-        cells[r, :len(row)] = torch.tensor(row)
-        alive[r, :len(row)] = True
+            targets += [n * width + lasts[n] + 1 + i for i in range(length)]
+    cells = pad_sequence([torch.tensor(row, dtype=torch.long).view(-1, 3) for row in packed],
+                         batch_first=True)
+    longest = cells.shape[1]
     source, anchor, step = cells.unbind(-1)
-    return {"source": source, "anchor": anchor, "step": step, "alive": alive, "table": table,
+    return {"source": source, "anchor": anchor, "step": step, "table": table,
+            "alive": torch.arange(longest) < torch.tensor([len(r) for r in packed])[:, None],
             "first": torch.tensor([next(iter(b.values()))[0] for b in groups.values()]),
             "answers": torch.tensor([r * longest + c for r, c in answers], dtype=torch.long),
             "targets": torch.tensor(targets, dtype=torch.long),
@@ -92,9 +90,8 @@ def inputs(base: PreTrainedModel, placed: Mapping[str, Any],
     padded: the padded layout, input_ids and attention_mask (N, S), whatever else has a value a
     token, and images of the groups (each once, in their order) as the processor made them.
     """
-    ids, mask = padded["input_ids"], padded["attention_mask"]
-    out = {n: v for n, v in padded.items() if n != "attention_mask"}
-    for name, values in out.items():
+    ids, out = padded["input_ids"], dict(padded)
+    for name, values in padded.items():
         if isinstance(values, torch.Tensor) and values.shape == ids.shape:
             moved = values.flatten()[placed["source"]]
             out[name] = moved.masked_fill(~placed["alive"], 0)
@@ -102,12 +99,10 @@ def inputs(base: PreTrainedModel, placed: Mapping[str, Any],
     if in_use(base):
         # The table itself, where a 4-D mask would be. It stays on the CPU: it is read by hand.
         out["attention_mask"] = torch.tensor(placed["table"])[None, None]
-    else:
-        seen = dense(placed).to(mask.device)
-        dtype = base.dtype
-        # A float mask is right under every attention; eager attention misreads a bool one.
-        out["attention_mask"] = torch.zeros_like(seen, dtype=dtype).masked_fill_(
-            ~seen, torch.finfo(dtype).min)
+    else:  # a float mask is right under every attention; eager attention misreads a bool one
+        hidden = ~dense(placed).to(ids.device)
+        out["attention_mask"] = torch.zeros_like(hidden, dtype=base.dtype).masked_fill_(
+            hidden, torch.finfo(base.dtype).min)
     return out
 
 
@@ -118,12 +113,11 @@ def _positions(base: PreTrainedModel, placed: Mapping[str, Any],
     where, width = placed["first"], ids.shape[1]
     positions = (mask[where].cumsum(1) - 1).clamp_min(0)[None]
     index = getattr(base.base_model, "get_rope_index", None)
-    given = {n: v for n, v in padded.items() if v is not None}
-    if index is not None and "image_grid_thw" in given:
-        known = inspect.signature(index).parameters
+    if index is not None and padded.get("image_grid_thw") is not None:
+        names = inspect.signature(index).parameters
         positions, _ = index(**{
             n: v[where] if isinstance(v, torch.Tensor) and v.shape == ids.shape else v
-            for n, v in given.items() if n in known})
+            for n, v in padded.items() if n in names and v is not None})
     # Rows of `first` lie closer together than the padded ones: sequence n is number rank[n] there.
     rank = torch.zeros(len(ids), dtype=torch.long, device=where.device)
     rank[where] = torch.arange(len(where), device=where.device)
@@ -161,23 +155,21 @@ def attend(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, valu
     for r, begin, prefix, start, end in attention_mask[0, 0].tolist():
         if window and prefix - begin + end - start > window:
             raise ValueError(f"a sliding window of {window} tokens cuts branches off")
-        if start == prefix:
-            own, mask, asked = slice(begin, end), None, slice(begin, end)
-            keys, values = key[r:r + 1, :, own], value[r:r + 1, :, own]
-        else:
-            own = asked = slice(start, end)
-            keys, values = (torch.cat([x[r:r + 1, :, begin:prefix], x[r:r + 1, :, own]], dim=2)
-                            for x in (key, value))
+        first, mask = begin, None
+        keys, values = (x[r:r + 1, :, begin:end] for x in (key, value))
+        if start != prefix:
+            first = start
+            keys, values = (torch.cat([x[r:r + 1, :, begin:prefix], x[r:r + 1, :, start:end]],
+                                      dim=2) for x in (key, value))
             mask = torch.ones(end - start, keys.shape[2], dtype=torch.bool,
                               device=query.device).tril(prefix - begin)[None, None]
-        if asked.start < asked.stop:
+        if first < end:
             rows[r].append(sdpa_attention_forward(
-                module, query[r:r + 1, :, asked], keys, values, mask,
+                module, query[r:r + 1, :, first:end], keys, values, mask,
                 **{**kwargs, "is_causal": True})[0])
-    width = query.shape[2]
     out = [torch.cat(parts, dim=1) for parts in rows]
-    out = [torch.nn.functional.pad(o, (0, 0, 0, 0, 0, width - o.shape[1])) for o in out]
-    return torch.cat(out), None
+    return torch.cat([torch.nn.functional.pad(o, (0, 0, 0, 0, 0, query.shape[2] - o.shape[1]))
+                      for o in out]), None
 
 
 def in_use(base: PreTrainedModel) -> bool:

@@ -11,8 +11,6 @@ from bpo.params import DPOTraining, Refusal, outputs_root, short
 from bpo.study import stage as stages
 from bpo.study.files import to_json, write_whole
 
-MERGED = "merged.json"  # beside the checkpoint: what it is made of
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study")
@@ -29,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
 
 def write(study: str, *, method: str, to: Path | None = None) -> Path:
     """Writes the merged checkpoint of a finished training, by default into
-    outputs/<study>/merged/<method>/; its folder.
+    outputs/<study>/merged/<method>/, over that of an earlier training; its folder.
 
     Model and number format are those that notebook 3's manifest names, so that a study of another
     name or a second round merges alike. Raises Refusal when nothing was trained, the method is not
@@ -50,21 +48,25 @@ def write(study: str, *, method: str, to: Path | None = None) -> Path:
         raise Refusal(f"{base}: the model was changed after {study} was trained on it; put the "
                       "original back, or train again")
     folder = to or outputs_root() / study / stages.MERGED / method
-    _own(folder, made_of)
+    _make_ready(folder, made_of)
     checkpoints.merge(base, adapter, folder, precision=p.precision)
     return folder
 
 
-def _own(folder: Path, made_of: dict[str, str]) -> None:
-    """Makes the folder; what an interrupted merge of the same left may be in it. Raises Refusal
-    where anything else is."""
-    file = folder / MERGED
+def _make_ready(folder: Path, made_of: dict[str, str]) -> None:
+    """Makes the folder. An earlier merge of the same study and method may be in it, finished or
+    not: its weights go if they are of another training. Raises Refusal where anything else is."""
+    file = folder / checkpoints.MERGED
     if folder.exists() and not folder.is_dir():
         raise Refusal(f"{folder} is a file; name a folder with --to")
-    held = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
-    if held and not (file.is_file() and json.loads(file.read_text()) == made_of):
-        raise Refusal(f"{folder} holds other things ({', '.join(held[:3])}"
-                      f"{', ...' if len(held) > 3 else ''}): empty it, or name another folder "
+    names = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    if names and any(before.get(n) != made_of[n] for n in ("study", "method")):
+        raise Refusal(f"{folder} holds other things ({', '.join(names[:3])}"
+                      f"{', ...' if len(names) > 3 else ''}): empty it, or name another folder "
                       "with --to")
+    if before != made_of:  # config.json goes first: without it, what is left is no checkpoint
+        for old in [folder / "config.json", *folder.glob("model*.safetensors*")]:
+            old.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(file, to_json(made_of, indent=1) + "\n")

@@ -27,17 +27,17 @@ class LogRatios(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """A name in `loss`. function: (LogRatios, beta) -> (B,) losses of the pairs; None: TRL computes
-    it. damaged: whether it wants h_w'. meaning: one line for people."""
+    """A name in `loss`. meaning: one line for people. function: (LogRatios, beta) -> (B,) losses of
+    the pairs; None: TRL computes it. damaged: whether it wants h_w'."""
 
     name: str
-    function: "Callable[[LogRatios, float], Tensor] | None"
-    damaged: bool
     meaning: str
+    function: "Callable[[LogRatios, float], Tensor] | None" = None
+    damaged: bool = False
 
 
 def dpo(h: LogRatios, beta: float) -> "Tensor":
-    """Direct Preference Optimization, what TRL calls sigmoid: (B,) losses from (B,) log-ratios."""
+    """Direct Preference Optimization, which TRL calls sigmoid: (B,) losses from (B,) log-ratios."""
     return -_log_sigmoid(beta * (h.chosen - h.rejected))  # arXiv 2305.18290, eq. 7
 
 
@@ -66,50 +66,44 @@ def _log_sigmoid(x: "Tensor") -> "Tensor":
 
 
 OBJECTIVES = {o.name: o for o in (
-    Objective("sigmoid", None, False, "−log σ(β (h_w − h_l)): DPO, the paper's objective, "
-                                      "arXiv 2305.18290, eq. 7"),
-    Objective("sft", None, False, "−log π(y_w | m, x), a mean over tokens: the likelihood of the "
-                                  "chosen answer"),
-    Objective("dpop", dpop, False, "−log σ(β (h_w − h_l − 50 max(0, −h_w))): DPO-Positive, "
-                                   "arXiv 2402.13228, eq. 3"),
-    Objective("anchor", anchor, False, "−log σ(β h_w): mDPO's anchor, arXiv 2406.11839"),
-    Objective("mdpo", mdpo, True, "sigmoid + anchor − log σ(β (h_w − h_w')): mDPO, compares with "
-                                  "the damaged image m' (damage), arXiv 2406.11839"),
-    Objective("sigmoid_norm", None, False, "sigmoid on log-ratios divided by the answers' lengths"),
-    Objective("hinge", None, False, "max(0, 1 − β (h_w − h_l)): a margin, no pull beyond it, "
-                                    "arXiv 2309.06657"),
-    Objective("ipo", None, False, "(h_w − h_l − 1 / 2β)², a mean over tokens: IPO, a margin to "
-                                  "meet and not to pass, arXiv 2310.12036"),
-    Objective("exo_pair", None, False, "EXO: the reverse KL to the preference, arXiv 2402.00856"),
-    Objective("nca_pair", None, False, "NCA: also keeps the chosen answer's likelihood up, "
-                                       "arXiv 2402.05369"),
-    Objective("robust", None, False, "DPO corrected for labels that may be wrong, "
-                                     "arXiv 2403.00409"),
-    Objective("bco_pair", None, False, "−log σ(β h_w) − log σ(−β h_l): each answer on its own, "
-                                       "arXiv 2404.04656"),
-    Objective("sppo_hard", None, False, "(h_w − 1 / 2β)² + (h_l + 1 / 2β)²: self-play, "
-                                        "arXiv 2405.00675"),
-    Objective("aot", None, False, "DPO on the batch's sorted log-ratios: distributions compared, "
-                                  "arXiv 2406.05882"),
-    Objective("aot_unpaired", None, False, "aot with chosen and rejected sorted apart"),
-    Objective("apo_zero", None, False, "raises the chosen answer, lowers the rejected one, "
-                                       "arXiv 2408.06266, eq. 7"),
-    Objective("apo_down", None, False, "lowers both, the rejected answer more, arXiv 2408.06266, "
-                                       "eq. 8"),
-    Objective("discopop", None, False, "a blend of logistic and exponential loss that a language "
-                                       "model found, arXiv 2406.08414"))}
+    Objective("sigmoid", "−log σ(β (h_w − h_l)): DPO, the paper's objective, "
+                         "arXiv 2305.18290, eq. 7"),
+    Objective("sft", "−log π(y_w | m, x), a mean over tokens: the likelihood of the chosen answer"),
+    Objective("dpop", "−log σ(β (h_w − h_l − 50 max(0, −h_w))): DPO-Positive, "
+                      "arXiv 2402.13228, eq. 3", dpop),
+    Objective("anchor", "−log σ(β h_w): mDPO's anchor, arXiv 2406.11839", anchor),
+    Objective("mdpo", "sigmoid + anchor − log σ(β (h_w − h_w')): mDPO, compares with the damaged "
+                      "image m' (damage), arXiv 2406.11839", mdpo, damaged=True),
+    Objective("sigmoid_norm", "sigmoid on log-ratios divided by the answers' lengths"),
+    Objective("hinge", "max(0, 1 − β (h_w − h_l)): a margin, no pull beyond it, arXiv 2309.06657"),
+    Objective("ipo", "(h_w − h_l − 1 / 2β)², a mean over tokens: IPO, a margin to meet and not to "
+                     "pass, arXiv 2310.12036"),
+    Objective("exo_pair", "EXO: the reverse KL to the preference, arXiv 2402.00856"),
+    Objective("nca_pair", "NCA: also keeps the chosen answer's likelihood up, arXiv 2402.05369"),
+    Objective("robust", "DPO corrected for labels that may be wrong, arXiv 2403.00409"),
+    Objective("bco_pair", "−log σ(β h_w) − log σ(−β h_l): each answer on its own, "
+                          "arXiv 2404.04656"),
+    Objective("sppo_hard", "(h_w − 1 / 2β)² + (h_l + 1 / 2β)²: self-play, arXiv 2405.00675"),
+    Objective("aot", "DPO on the batch's sorted log-ratios: distributions compared, "
+                     "arXiv 2406.05882"),
+    Objective("aot_unpaired", "aot with chosen and rejected sorted apart"),
+    Objective("apo_zero", "raises the chosen answer, lowers the rejected one, "
+                          "arXiv 2408.06266, eq. 7"),
+    Objective("apo_down", "lowers both, the rejected answer more, arXiv 2408.06266, eq. 8"),
+    Objective("discopop", "a blend of logistic and exponential loss that a language model found, "
+                          "arXiv 2406.08414"))}
 
 
 def split(trainer: Any) -> list[tuple[str, float]]:
     """Takes the names that are not TRL's out of the trainer's losses: (name, weight) of each."""
-    losses = list(zip(trainer.loss_types, trainer.loss_weights, strict=True))
-    ours = [n for n, o in OBJECTIVES.items() if o.function is not None]
-    own = [(n, w) for n, w in losses if n in ours]
-    if own and (trainer.ld_alpha is not None or trainer.f_divergence_type != "reverse_kl"):
-        raise ValueError(f"{own[0][0]} goes with neither ld_alpha nor another f-divergence")
-    trainer.loss_types = [n for n, _ in losses if n not in ours]
-    trainer.loss_weights = [w for n, w in losses if n not in ours]
-    return own
+    ours, trl = [], []
+    for name, weight in zip(trainer.loss_types, trainer.loss_weights, strict=True):
+        here = name in OBJECTIVES and OBJECTIVES[name].function is not None
+        (ours if here else trl).append((name, weight))
+    if ours and (trainer.ld_alpha is not None or trainer.f_divergence_type != "reverse_kl"):
+        raise ValueError(f"{ours[0][0]} goes with neither ld_alpha nor another f-divergence")
+    trainer.loss_types, trainer.loss_weights = [n for n, _ in trl], [w for _, w in trl]
+    return ours
 
 
 def damages(names: Iterable[str]) -> bool:
@@ -133,4 +127,4 @@ def loss(trainer: Any, model: "Module", inputs: dict[str, Any], tokens: "Tensor"
         mode = "train" if trainer.model.training else "eval"
         mean = trainer.accelerator.gather(h.damaged.detach()).mean().item()
         trainer._metrics[mode]["rewards/damaged"].append(trainer.beta * mean)
-    return sum(w * OBJECTIVES[n].function(h, trainer.beta).mean() for n, w in trainer.own_losses)
+    return sum(w * OBJECTIVES[n].function(h, trainer.beta).mean() for n, w in trainer.added_losses)

@@ -5,16 +5,18 @@ the objective and the rows. Reference log-probs are kept for all methods, later 
 and sweeps.
 """
 
+import importlib.util
 import json
 import math
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from pandas import DataFrame
 
 from bpo.data import images
 from bpo.evaluation import metrics
@@ -45,7 +47,10 @@ def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
     if p.batch_pairs % (p.device_batch * processes.world()):
         raise Refusal(f"batch_pairs ({p.batch_pairs}) must be a multiple of device_batch "
                       f"({p.device_batch}) times the {processes.world()} processes")
-    trainers.require_trackers(p.trackers)
+    for name in p.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise Refusal(f"trackers: {name} is not installed; pip install {name}, or leave "
+                          "trackers empty")
     # The processor is enough to count tokens: no weights lie in memory while others train.
     checkpoint = checkpoints.load_without_weights(p.path(p.model), transform=p.image_transform)
     image_folder = p.path(p.image_folder)
@@ -54,21 +59,18 @@ def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
     rows = {m: method_rows(m, lines, image_folder) for m in p.methods}
     steps = p.steps or math.ceil(
         p.epochs * len(method_rows("bpo", lines, image_folder)) / p.batch_pairs)
-    kept = Path("reference", trainers.batches_key(p, list(rows.values())))
-    others = sorted(folder.parent.glob(f"{folder.name}.old-*/{kept}"))
+    references = Path("reference", trainers.batches_key(p, list(rows.values())))
+    others = sorted(folder.parent.glob(f"{folder.name}.old-*/{references}"))
     out = {}
     # sft_compute comes last: it is sft_matched for as many steps as spend what bpo spent.
-    last = [m for m in p.methods if m == "sft_compute"]
-    for method in [m for m in p.methods if m not in last] + last:
+    for method in sorted(p.methods, key=lambda m: m == "sft_compute"):
         if not rows[method]:
             raise Refusal(f"{p.path(p.pairs)}: there is no row to train {method} on")
-        if method == "sft_compute":
-            wanted = round(out["bpo"]["flops"] / out["sft_matched"]["flops_per_step"])
-        else:
-            wanted = steps
-        history = train_method(p, method, rows[method], folder / method, steps=max(wanted, 1),
-                               kept=folder / kept, others=others)
-        out[method] = _facts(p, rows[method], folder / method, history, steps=max(wanted, 1))
+        count = max(steps if method != "sft_compute" else round(
+            out["bpo"]["flops"] / out["sft_matched"]["flops_per_step"]), 1)
+        history = train_method(p, method, rows[method], folder / method, steps=count,
+                               references=folder / references, others=others)
+        out[method] = _facts(p, rows[method], folder / method, history, steps=count)
     if processes.rank() == 0:
         results.write(folder, [
             results.Result("training", "", m, "", metric, results.Estimate(value))
@@ -93,53 +95,41 @@ def method_rows(method: str, lines: Sequence[dict], image_folder: Path) -> list[
 
 def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
            max_tokens: int) -> tuple[list[dict], dict[str, int]]:
-    """Lines whose prompt and longest answer fit, and how many were dropped by reason.
-
-    Cutting is worse than dropping: a cut answer trains on nothing, a cut image fails.
-    """
-    kept, dropped, placeholders = [], {}, {}
+    """Lines whose prompt and longest answer fit, and how many were dropped by reason. Cutting is
+    worse than dropping: a cut answer trains on nothing, a cut image fails."""
+    fitting, lengths = [], encoding.Lengths(checkpoint)
     for line in lines:
         file = image_folder / line["image"]
         if not images.exists(file):
             raise Refusal(f"{file}: the image of pair {line['id']} is missing; set image_folder to "
                           "the folder that the pairs' image names start from")
-        texts = [line["chosen"], *(r["text"] for r in (*line["rejected"],
-                                                       *line.get("unselected", ())))]
+        rejected = [*line["rejected"], *line.get("unselected", ())]
+        texts = [line["chosen"], *(r["text"] for r in rejected)]
         if any(metrics.normalised(t) == metrics.normalised(line["chosen"]) for t in texts[1:]):
             raise Refusal(f"pair {line['id']}: a rejected answer equals the chosen one, "
                           "which would train on nothing")
-        size = images.size(file)
         prompt = encoding.prompt_text(checkpoint, line["prompt"], image=True)
-        text_tokens = len(encoding.answer_ids(checkpoint, prompt))
-        if size not in placeholders:  # an image's tokens depend on its size alone
-            blank = Image.new("RGB", size)
-            tokens = encoding.encode(checkpoint, prompt, blank)["input_ids"].shape[1]
-            placeholders[size] = tokens - text_tokens
-        answer = max(len(encoding.answer_tokens(checkpoint, line["prompt"], t)) for t in texts)
-        if placeholders[size] + text_tokens + answer > max_tokens:
-            reason = f"longer than {max_tokens} tokens"
-            dropped[reason] = dropped.get(reason, 0) + 1
-        else:
-            kept.append(line)
-    return kept, dropped
+        answers = [encoding.answer_text(checkpoint, line["prompt"], t) for t in texts]
+        if lengths(prompt, [images.size(file)], answers) <= max_tokens:
+            fitting.append(line)
+    dropped = len(lines) - len(fitting)
+    return fitting, {f"longer than {max_tokens} tokens": dropped} if dropped else {}
 
 
 def train_method(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, steps: int,
-                 kept: Path, others: Sequence[Path] = ()) -> list[dict]:
+                 references: Path, others: Sequence[Path] = ()) -> list[dict]:
     """Trains a method, from its last checkpoint if it has one, and returns its history: a record
-    {step, loss, ...} an optimizer step. A method that is done is only read.
-
-    kept: where the reference's log-probs are kept; others: further such folders, only read.
-    """
+    {step, loss, ...} an optimizer step. A method that is done is only read. references, others:
+    see `trainers.make`."""
     history_file = folder / "history.json"
     if history_file.is_file():
         return json.loads(history_file.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     try:
-        with checkpoints.quietly(), trainers.tensorboard_folder(folder):
-            trainer = trainers.make(p, method, rows, folder, steps=steps, kept=kept,
-                                    others=others)
+        with checkpoints.quietly():
+            trainer = trainers.make(p, method, rows, folder, steps=steps,
+                                    references=references, others=others)
             trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     except packed.NotFinite as error:
         ids = ", ".join(str(rows[n]["id"]) for n in error.rows)
@@ -162,7 +152,9 @@ def train_method(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path
     if processes.rank() == 0:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder / "adapter",
                                                                         state_dict=whole)
-        _add_seconds(folder.parent / stages.TIMINGS, method, time.monotonic() - began)
+        timings = folder.parent / stages.TIMINGS
+        before = json.loads(timings.read_text()) if timings.is_file() else {}
+        write_whole(timings, to_json({**before, method: round(time.monotonic() - began, 1)}))
         write_whole(history_file, to_json(history))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only there to resume from
     processes.wait()
@@ -171,53 +163,37 @@ def train_method(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint; a kill while one is written leaves it without its last file."""
-    whole = [c for c in folder.glob("checkpoint-*") if _readable(c / "trainer_state.json")]
-    return str(max(whole, key=lambda c: int(c.name.split("-")[1]))) if whole else None
-
-
-def _readable(file: Path) -> bool:
-    try:
-        return bool(json.loads(file.read_text()))
-    except (OSError, ValueError):
-        return False
-
-
-def _add_seconds(file: Path, method: str, seconds: float) -> None:
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    write_whole(file, to_json({**known, method: round(seconds, 1)}))
-
-
-def _flops(p: DPOTraining, rows: Sequence[dict], counted: dict[str, Any], *, steps: int
-           ) -> tuple[float, float]:
-    """FLOPs of an optimizer step of a method without the reference, the mean of the counted ones,
-    and those of the whole run with it: the reference runs for each row once."""
-    batches = counted["batches"] * p.device_batch / p.batch_pairs
-    step, reference_step = counted["flops"] / batches, counted["reference"] / batches
-    return step, step * steps + reference_step * min(steps, len(rows) / p.batch_pairs)
+    for checkpoint in sorted(folder.glob("checkpoint-*"), reverse=True,
+                             key=lambda c: int(c.name.removeprefix("checkpoint-"))):
+        with suppress(OSError, ValueError):
+            if json.loads((checkpoint / "trainer_state.json").read_text()):
+                return str(checkpoint)
+    return None
 
 
 def _facts(p: DPOTraining, rows: Sequence[dict], folder: Path, history: Sequence[dict], *,
            steps: int) -> dict[str, Any]:
+    """What the manifest holds of a method. FLOPs of an optimizer step are the mean of the counted
+    ones without the reference; those of the run have it once for each row."""
     first, last = history[0], history[-1]
     counted = json.loads((folder / "compute.json").read_text())
-    step_flops, flops = _flops(p, rows, counted, steps=steps)
-    facts = {"rows": len(rows), "steps": steps, "flops_per_step": step_flops, "flops": flops,
-             "loss_first": first["loss"], "loss_last": last["loss"]}
+    batches = counted["batches"] * p.device_batch / p.batch_pairs  # optimizer steps counted
+    flops = counted["flops"] / batches * steps
+    flops += counted["reference"] / batches * min(steps, len(rows) / p.batch_pairs)
+    facts = {"rows": len(rows), "steps": steps, "flops_per_step": counted["flops"] / batches,
+             "flops": flops, "loss_first": first["loss"], "loss_last": last["loss"]}
     facts |= {n: v for n, v in counted.items() if n == "packed"}
-    # One batch is noisy: the end is the mean of the last tenth of the run.
-    tenth = max(len(history) // 10, 1)
-
-    def mean(part: Sequence[dict], key: str) -> float:
-        return round(sum(h[key] for h in part) / len(part), 6)
-
     if "logps/chosen" in last:
-        for name, key in (("margin", "rewards/margins"), ("accuracy", "rewards/accuracies")):
-            facts[f"{name}_last"] = mean(history[-tenth:], key)
-        for name in ("chosen", "rejected"):
-            # The reward is beta times the log-ratio to the reference, so dividing by beta gives
-            # the change of the answer's log-probability without the noise of which rows came up.
-            facts[f"{name}_change"] = round(
-                mean(history[-tenth:], f"rewards/{name}") / p.beta, 6)
+        # One batch is noisy: the end is the mean of the last tenth of the run.
+        tenth = history[-max(len(history) // 10, 1):]
+        ends = {n: sum(h[f"rewards/{n}"] for h in tenth) / len(tenth)
+                for n in ("margins", "accuracies", "chosen", "rejected")}
+        # The reward is beta times the log-ratio to the reference, so dividing by beta gives the
+        # change of the answer's log-probability without the noise of which rows came up.
+        facts |= {"margin_last": round(ends["margins"], 6),
+                  "accuracy_last": round(ends["accuracies"], 6),
+                  "chosen_change": round(round(ends["chosen"], 6) / p.beta, 6),
+                  "rejected_change": round(round(ends["rejected"], 6) / p.beta, 6)}
     return facts
 
 
@@ -225,9 +201,36 @@ def histories(result: stages.Result) -> dict[str, list[dict]]:
     """method -> a record {step, loss, ...} an optimizer step. DPO methods also have "chosen"
     and "rejected": the mean change of the answers' log-probability against the reference, nats."""
     beta = result.manifest["parameters"]["beta"]
-    out = {}
-    for method in result.metrics["methods"]:
-        history = json.loads((result.folder / method / "history.json").read_text())
-        out[method] = [{**h, **{n: h[f"rewards/{n}"] / beta for n in ("chosen", "rejected")
-                                if f"rewards/{n}" in h}} for h in history]
+    out = {m: json.loads((result.folder / m / "history.json").read_text())
+           for m in result.metrics["methods"]}
+    for record in (h for history in out.values() for h in history if "rewards/chosen" in h):
+        record |= {n: record[f"rewards/{n}"] / beta for n in ("chosen", "rejected")}
     return out
+
+
+def example(p: DPOTraining, result: stages.Result) -> tuple[str, dict]:
+    """For notebook 3's part by hand: the first method that learns from pairs (the first of all
+    where none does) and the first pair, in TRL's layout."""
+    methods = list(result.metrics["methods"])
+    method = next(filter(learns_pairs, methods), methods[0])
+    rows = method_rows(method if learns_pairs(method) else "bpo",
+                       pair_rows.read_pairs(p.path(p.pairs)), p.path(p.image_folder))
+    if not rows:
+        raise Refusal(f"{p.path(p.pairs)}: no pair has a rejected answer, so there is none to show")
+    return method, rows[0]
+
+
+def first_loss(p: DPOTraining, result: stages.Result, method: str, *, dpo: float) -> DataFrame:
+    """What the first line of a method's history.json adds up: a row for DPO, for the others, and
+    for the line itself.
+
+    dpo: DPO's loss of a pair before training, which is that of every pair. The other objectives
+    are means over the first batch; theirs is what the line says beyond DPO.
+    """
+    weights = (dict(zip(p.loss, p.loss_weights, strict=True)) if learns_pairs(method)
+               else {"sft": 1.0})
+    stored = histories(result)[method][0]["loss"]
+    plain = weights.pop("sigmoid", 0.0) * dpo
+    rows = [("sigmoid, by hand", plain), (", ".join(weights) or "no other", stored - plain),
+            ("first line of history.json", stored)]
+    return DataFrame(rows, columns=["objective, times its weight", "at step 1"])

@@ -6,20 +6,17 @@ reference's log-probs are the same weights with the adapters off.
 """
 
 import hashlib
-import importlib.util
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from trl import DPOConfig, SFTConfig, SFTTrainer
 
 from bpo.data import images
@@ -28,7 +25,7 @@ from bpo.models import encoding, generate
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
 from bpo.models.weakening import View
-from bpo.params import DPOTraining, Refusal
+from bpo.params import DPOTraining
 from bpo.study import processes
 from bpo.study.files import to_json, write_whole
 from bpo.training import objectives
@@ -36,7 +33,6 @@ from bpo.training.packed import collation
 from bpo.training.packed.trainer import PackedDPOTrainer
 
 COUNTED_STEPS = 4
-TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # read by transformers' callback when it is made
 # Torch knows no count for the CPU's own attention. The arguments are the tensors' shapes.
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
@@ -68,22 +64,18 @@ class Rendering:
         return {name: [r[name] for r in rows] for name in rows[0]}
 
     def row(self, row: dict[str, Any]) -> dict[str, Any]:
-        known = self.checkpoint
-        out = {"images": [encoding.transformed(images.load(Path(i)), known.transform,
-                                               known.processor) for i in row["images"]],
-               "prompt": encoding.prompt_text(known, row["prompt"], image=True)}
+        checkpoint, files = self.checkpoint, [Path(i) for i in row["images"]]
+        out = {"images": [encoding.transformed(images.load(f), checkpoint.transform,
+                                               checkpoint.processor) for f in files],
+               "prompt": encoding.prompt_text(checkpoint, row["prompt"], image=True)}
         for name in {"chosen", "rejected", "completion"} & row.keys():
-            out[name] = encoding.answer_text(known, row["prompt"], row[name][0]["content"],
-                                             image=True)
+            out[name] = encoding.answer_text(checkpoint, row["prompt"], row[name][0]["content"])
         if self.view is not None and "chosen" in row:
-            out["damaged_images"] = [self._damaged(Path(i), row) for i in row["images"]]
+            # The row's own draw, the same in every epoch, so that its reference can be kept.
+            out["damaged_images"] = [generate.view_picture(
+                checkpoint.processor, Request(row["id"], tuple(row["prompt"]), f), self.view,
+                transform=checkpoint.transform, seed=self.seed) for f in files]
         return out
-
-    def _damaged(self, image: Path, row: dict[str, Any]) -> Image.Image:
-        """The row's own draw, the same in every epoch, so that its reference can be kept."""
-        request = Request(row["id"], tuple(row["prompt"]), image)
-        return generate.view_picture(self.checkpoint.processor, request, self.view, seed=self.seed,
-                                     transform=self.checkpoint.transform)
 
 
 class _Counted:
@@ -105,7 +97,7 @@ class _Counted:
             return super().training_step(model, inputs, *args)
         self._aside, self._reference, self._counting = 0, 0, True
         try:
-            with _counter() as counter:
+            with flop_counter() as counter:
                 loss = super().training_step(model, inputs, *args)
         finally:
             self._counting = False
@@ -117,7 +109,7 @@ class _Counted:
         return loss
 
 
-def _counter() -> FlopCounterMode:
+def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=ATTENTION)
 
 
@@ -132,8 +124,8 @@ class CountedDPOTrainer(_Counted, PackedDPOTrainer):
                          ) -> list[torch.Tensor]:
         if not self._counting:
             return super().reference_tokens(inputs, keys)
-        with _counter() as aside:
-            with _counter() as counter:  # what it costs where nothing is kept
+        with flop_counter() as aside:
+            with flop_counter() as counter:  # what it costs where nothing is kept
                 tokens = super().reference_tokens(inputs, None)
             if keys is not None:
                 tokens = super().reference_tokens(inputs, keys)
@@ -146,9 +138,9 @@ class CountedSFTTrainer(_Counted, SFTTrainer):
     """TRL's SFTTrainer that measures its compute and takes rows in the packed trainer's order."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-        mine = collation.sampler(collation.positives(self.train_dataset), self.args,
-                                 batch=self._train_batch_size)
-        return mine or super()._get_train_sampler(train_dataset)
+        order = collation.sampler(collation.positives(self.train_dataset), self.args,
+                                  batch=self._train_batch_size)
+        return order or super()._get_train_sampler(train_dataset)
 
 
 class Progress(TrainerCallback):
@@ -168,37 +160,12 @@ class Progress(TrainerCallback):
         self.bar.close()
 
 
-def require_trackers(names: Sequence[str]) -> None:
-    """Raises Refusal for a tracker whose package is not installed, before a model is loaded."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise Refusal(f"trackers: {name} is not installed; pip install {name}, or leave "
-                          "trackers empty")
-
-
-@contextmanager
-def tensorboard_folder(method_folder: Path) -> Iterator[None]:
-    """Trainers made in this block write TensorBoard's files to outputs/STUDY/trackers/METHOD.
-
-    Beside the stage, not in it: their bytes hold the time of day, and a stage's files are hashed.
-    A folder that the user set in the environment is left as it is.
-    """
-    before = os.environ.get(TENSORBOARD)
-    study = method_folder.parent.parent
-    os.environ.setdefault(TENSORBOARD, str(study / "trackers" / method_folder.name))
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[TENSORBOARD]
-
-
 def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, steps: int,
-         kept: Path, others: Iterable[Path] = ()) -> CountedDPOTrainer | CountedSFTTrainer:
+         references: Path, others: Iterable[Path] = ()) -> CountedDPOTrainer | CountedSFTTrainer:
     """The trainer of a method; its checkpoints go below `folder`. TRL seeds its draws before it
     makes the adapter, whose first values are thus the same for every method.
 
-    kept: where the reference's log-probs are kept; others: further such folders, only read.
+    references: where the reference's log-probs are kept; others: further such folders, only read.
     """
     checkpoint = checkpoints.load(p.path(p.model), precision=p.precision,
                                   transform=p.image_transform)
@@ -224,11 +191,15 @@ def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, ste
             checkpoint.model, args=DPOConfig(
                 **common, beta=p.beta, loss_type=list(p.loss), loss_weights=list(p.loss_weights),
                 precompute_ref_log_probs=True),
-            **given, packing=p.packing, reference_folder=kept, reference_from=others)
+            **given, packing=p.packing, reference_folder=references, reference_from=others)
     else:
         trainer = CountedSFTTrainer(
             checkpoint.model, args=SFTConfig(**common, completion_only_loss=True), **given)
     trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            # Beside the stage, not in it: the files hold the time of day, and a stage's are hashed.
+            callback.logging_dir = str(folder.parent.parent / "trackers" / method)
     trainer.compute_file = folder / "compute.json"
     trainer.counted_steps = min(COUNTED_STEPS, p.save_every)
     moving = [n for n, w in trainer.model.named_parameters()
@@ -239,12 +210,10 @@ def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, ste
 
 
 def batches_key(p: DPOTraining, rows: Sequence[Sequence[dict]]) -> str:
-    """A hash of what decides which rows a batch holds.
-
-    Log-probs differ in their last bits with what else is in the batch. Kept ones are those of the
-    same batches, so that a run that finds them has the bytes of one that does not.
-    """
-    known = [list(rows), p.seed, p.steps, p.epochs, p.batch_pairs, p.device_batch, p.packing,
-             p.damage, p.damage_step, p.crop_share, objectives.damages(p.loss),
-             processes.world()]
-    return hashlib.sha256(to_json(known).encode()).hexdigest()[:16]
+    """A hash of what decides which rows a batch holds. Log-probs differ in their last bits with
+    what else is in the batch: kept ones are those of the same batches, so that a run that reads
+    them has the bytes of one that computes them."""
+    decisive = [list(rows), p.seed, p.steps, p.epochs, p.batch_pairs, p.device_batch, p.packing,
+                p.damage, p.damage_step, p.crop_share, objectives.damages(p.loss),
+                processes.world()]
+    return hashlib.sha256(to_json(decisive).encode()).hexdigest()[:16]

@@ -4,6 +4,7 @@ A family whose attention or positions packing does not fit gives no error but wr
 the first batch of every run is tried.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,14 +17,13 @@ from bpo.models import prefix
 # between branches moves the gradient by 0.9 % and more.
 BOUNDS = {"float32": 1e-3, "half": 0.05}
 
+LossAndGradients = tuple[float, list[torch.Tensor]]
+
 
 def choose(trainer: Any, rows: Sequence[dict[str, Any]]) -> str:
     """Leaves the trainer's batches packed with branch attention, else with a dense mask: the first
-    that agrees with unpacked on these rows; why neither does, or empty.
-
-    The adapters are as they were afterwards. Where memory does not hold the rows unpacked, half of
-    them are tried.
-    """
+    that agrees with unpacked on these rows, or on half of them where memory does not hold all; why
+    neither does, or empty. The adapters are as they were afterwards."""
     half = trainer.args.bf16 or trainer.args.fp16 or trainer.base.dtype != torch.float32
     with _tried(trainer):
         try:
@@ -55,8 +55,7 @@ def compare_losses(trainer: Any, model: torch.nn.Module, rows: Sequence[dict[str
     return "" if off <= BOUNDS["half"] else f"its loss would be off by {off:.1%}"
 
 
-def apart(first: tuple[float, list[torch.Tensor]],
-          second: tuple[float, list[torch.Tensor]]) -> float:
+def apart(first: LossAndGradients, second: LossAndGradients) -> float:
     """The larger of the relative differences of two losses and of their gradients (L2)."""
     gap = sum((a - b).square().sum().item() for a, b in zip(first[1], second[1], strict=True))
     size = sum(a.square().sum().item() for a in first[1])
@@ -65,7 +64,7 @@ def apart(first: tuple[float, list[torch.Tensor]],
 
 
 def _gradients(trainer: Any, rows: Sequence[dict[str, Any]], *, packing: bool
-               ) -> tuple[float, list[torch.Tensor]]:
+               ) -> LossAndGradients:
     trainer.data_collator.packing = packing
     inputs = trainer._prepare_inputs(trainer.data_collator(rows))
     try:
@@ -80,8 +79,8 @@ def _gradients(trainer: Any, rows: Sequence[dict[str, Any]], *, packing: bool
 
 @contextmanager
 def _tried(trainer: Any) -> Iterator[None]:
-    """The trainer as in a step, except that nothing it does counts: no dropout, and adapters that
-    start at zero (LoRA's B) moved off it, since with them at zero half of the gradients are."""
+    """The trainer as in a step of which nothing stays: no dropout, no reference kept, and adapters
+    that start at zero (LoRA's B) moved off it, since there half of the gradients would be zero."""
     model, training = trainer.model, trainer.model.training
     model.train()
     for part in model.modules():
@@ -89,9 +88,9 @@ def _tried(trainer: Any) -> Iterator[None]:
             part.eval()
     zero = [w for w in model.parameters() if w.requires_grad and not w.detach().any()]
     draw = torch.Generator().manual_seed(0)
-    metrics, tokens, cache = trainer._metrics, trainer._total_train_tokens, trainer.cache
-    trainer._metrics = {mode: type(kept)(list) for mode, kept in metrics.items()}
-    trainer.cache = None
+    collator, metrics, tokens = trainer.data_collator, trainer._metrics, trainer._total_train_tokens
+    trainer._metrics = {mode: defaultdict(list) for mode in metrics}
+    keyed, collator.keyed = collator.keyed, False
     try:
         with torch.no_grad():
             for w in zero:
@@ -101,5 +100,5 @@ def _tried(trainer: Any) -> Iterator[None]:
         with torch.no_grad():
             for w in zero:
                 w.zero_()
-        trainer._metrics, trainer._total_train_tokens, trainer.cache = metrics, tokens, cache
+        collator.keyed, trainer._metrics, trainer._total_train_tokens = keyed, metrics, tokens
         model.train(training)

@@ -17,7 +17,8 @@ from transformers import TrainingArguments
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from bpo.models import prefix
+from bpo.models import encoding, prefix
+from bpo.models.checkpoint import Checkpoint
 
 SAME = ("image", "images", "prompt", "chosen", "completion")  # what one positive's rows share
 
@@ -29,7 +30,7 @@ def positives(dataset: Dataset) -> list[list[int]]:
     ValueError for a row whose rejected answer is the chosen one, which would train on nothing.
     Rows for SFT, which have a completion in place of both answers, are told apart by it.
     """
-    groups: dict[bytes, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     names = [n for n in (*SAME, "rejected") if n in dataset.column_names]
     raw = dataset.select_columns(names).with_format("arrow")
     stored = (row for table in raw.iter(batch_size=64) for row in table.to_pylist())
@@ -37,17 +38,14 @@ def positives(dataset: Dataset) -> list[list[int]]:
         if "rejected" in row and row.pop("rejected") == row["chosen"]:
             raise ValueError(f"row {number} of the data set: the rejected answer is the chosen "
                              "one, which would train on nothing; remove the row")
-        key = hashlib.sha256(pickle.dumps(list(row.items()))).digest()
-        groups.setdefault(key, []).append(number)
+        groups.setdefault(_hash(list(row.items())), []).append(number)
     return list(groups.values())
 
 
 class PositiveSampler(Sampler[int]):
-    """Rows in random order, except that those of one positive follow each other within a batch.
-
-    The positives are shuffled. One that does not fit into what is left of a batch waits for the
-    next; only one larger than a batch, and what is left over at the end, is spread over several.
-    """
+    """Positives in random order, the rows of each within one batch. One that does not fit into what
+    is left of a batch waits for the next; only one larger than a batch, and what is left over at
+    the end, is spread over several."""
 
     def __init__(self, groups: Sequence[Sequence[int]], *, batch: int, seed: int):
         self.groups, self.batch, self.seed, self.epoch = groups, batch, seed, 0
@@ -65,18 +63,18 @@ class PositiveSampler(Sampler[int]):
         room = self.batch
         while order or waiting:
             # One that waits goes first: none is put off for ever.
-            line = next((w for w in waiting if len(w) <= room), None)
-            if line is not None:
-                waiting.remove(line)
+            group = next((w for w in waiting if len(w) <= room), None)
+            if group is not None:
+                waiting.remove(group)
             elif order:
-                line = order.popleft()
-                if len(line) > room and room < self.batch:
-                    waiting.append(line)
+                group = order.popleft()
+                if len(group) > room and room < self.batch:
+                    waiting.append(group)
                     continue
             else:
-                line = waiting.popleft()
-            yield from line
-            room = (room - len(line) - 1) % self.batch + 1
+                group = waiting.popleft()
+            yield from group
+            room = (room - len(group) - 1) % self.batch + 1
 
 
 def sampler(groups: Sequence[Sequence[int]], args: TrainingArguments, *, batch: int
@@ -85,8 +83,8 @@ def sampler(groups: Sequence[Sequence[int]], args: TrainingArguments, *, batch: 
     all stand alone, or the order is not to be random."""
     if args.train_sampling_strategy != "random" or all(len(g) == 1 for g in groups):
         return None
-    seed = args.data_seed if args.data_seed is not None else args.seed
-    return PositiveSampler(groups, batch=batch, seed=seed)
+    return PositiveSampler(groups, batch=batch,
+                           seed=args.seed if args.data_seed is None else args.data_seed)
 
 
 class Numbered(torch.utils.data.Dataset):
@@ -99,11 +97,11 @@ class Numbered(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return {**self.rows[number], "row": number}
+        return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
-        return [{**row, "row": n} for row, n in zip(self.rows.__getitems__(numbers), numbers,
-                                                    strict=True)]
+        rows = self.rows.__getitems__(numbers)
+        return [{**row, "row": n} for row, n in zip(rows, numbers, strict=True)]
 
 
 class _OnceEach:
@@ -142,47 +140,43 @@ class PackedCollator:
     hash of all that an answer's log-prob depends on but the model, for every sequence, if asked.
     """
 
-    def __init__(self, plain: Any):
-        self.plain = plain
-        self.vision = isinstance(plain, DataCollatorForVisionPreference)
+    def __init__(self, stock: Any):
+        self.vision = isinstance(stock, DataCollatorForVisionPreference)
         # What would be cut is dropped before: see `PackedDPOTrainer`.
-        self.inner, self.unpacked = (replace(plain, max_length=None) for _ in range(2))
+        self.stock, self.once = (replace(stock, max_length=None) for _ in range(2))
         if self.vision:
-            self.inner.processor = _OnceEach(plain.processor)
+            self.once.processor = _OnceEach(stock.processor)
         self.packing, self.dense, self.keyed, self.damaged = True, False, False, False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        rows = [dict(r) for r in rows]  # TRL's collators write into what they are given
-        numbers = [r.pop("row") for r in rows if "row" in r]
-        damaged = [r.pop("damaged_images") for r in rows if "damaged_images" in r]
-        if self.damaged:
-            if len(damaged) < len(rows):
-                raise ValueError("an objective compares an image with a damaged one: the rows "
-                                 "want a column damaged_images")
-            again = [{**r, "images": d, "rejected": r["chosen"]}
-                     for r, d in zip(rows, damaged, strict=True)]
-        batch = self._batch(rows)
+        if self.damaged and not all("damaged_images" in r for r in rows):
+            raise ValueError("an objective compares an image with a damaged one: the rows want a "
+                             "column damaged_images")
+        pairs = [{n: v for n, v in r.items() if n not in ("row", "damaged_images")} for r in rows]
+        batch = self._batch(pairs)
         if self.damaged:
             # Twice the chosen answer, which costs nothing: equal answers are computed once.
-            batch["damaged"] = self._batch([{n: v for n, v in r.items() if n != "image"}
-                                            for r in again])
-        if numbers:
-            batch["row"] = numbers
+            batch["damaged"] = self._batch([
+                {**{n: v for n, v in pair.items() if n != "image"}, "images": r["damaged_images"],
+                 "rejected": pair["chosen"]} for pair, r in zip(pairs, rows, strict=True)])
+        if "row" in rows[0]:
+            batch["row"] = [r["row"] for r in rows]
         return batch
 
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [dict(r) for r in rows]  # TRL's collators write into what they are given
         prompts = [_prompt(r, vision=self.vision) for r in rows]
         if self.packing:
-            known: dict[Hashable, int] = {}
-            groups = [known.setdefault(p, len(known)) for p in prompts]
+            numbers: dict[Hashable, int] = {}
+            groups = [numbers.setdefault(p, len(numbers)) for p in prompts]
             if self.vision:
-                self.inner.processor.rows = groups * 2
-            batch = dict(self.inner(rows))
+                self.once.processor.rows = groups * 2
+            batch = dict(self.once(rows))
             batch["packed"] = self._placed(batch, groups)
         else:
-            batch = dict(self.unpacked(rows))
+            batch = dict(self.stock(rows))
         if self.keyed:
-            batch["keys"] = _keys(batch, prompts * 2, self.plain)
+            batch["keys"] = _keys(batch, prompts * 2, self.stock)
         return batch
 
     def _placed(self, batch: dict[str, torch.Tensor], groups: Sequence[int]) -> dict[str, Any]:
@@ -195,24 +189,25 @@ class PackedCollator:
                              width=batch["input_ids"].shape[1], rows=self.dense)
 
 
+def _hash(value: Any) -> str:
+    return hashlib.sha256(pickle.dumps(value)).hexdigest()
+
+
 def _prompt(row: dict[str, Any], *, vision: bool) -> Hashable:
-    """What a row's prompt is known by: its text or tokens, and its images' content."""
+    """What tells a row's prompt from others: its text or tokens, and its images' content."""
     if not vision:
         return tuple(row["prompt_ids"])
     pictures = row["images"] if "images" in row else [row["image"]]
-    return (json.dumps(row["prompt"], default=_picture),
-            tuple(_picture(p) for p in pictures))
+    return json.dumps(row["prompt"], default=_picture), tuple(map(_picture, pictures))
 
 
 def _picture(image: Any) -> str:
     """A hash of an image's pixels; of another thing's own bytes."""
-    if isinstance(image, Image.Image):
-        if image.mode in ("P", "PA"):  # its bytes are places in a palette, not colours
-            image = image.convert("RGBA")
-        known = f"{image.mode} {image.size} ".encode() + image.tobytes()
-    else:
-        known = pickle.dumps(image)
-    return hashlib.sha256(known).hexdigest()
+    if not isinstance(image, Image.Image):
+        return _hash(image)
+    if image.mode in ("P", "PA"):  # its bytes are places in a palette, not colours
+        image = image.convert("RGBA")
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
 
 
 def _span(mask: torch.Tensor, completion: torch.Tensor) -> prefix.Span:
@@ -222,45 +217,35 @@ def _span(mask: torch.Tensor, completion: torch.Tensor) -> prefix.Span:
     return begin, answer[0].item() if len(answer) else end, end
 
 
-def _keys(batch: dict[str, torch.Tensor], prompts: Sequence[Hashable], plain: Any) -> list[str]:
+def _keys(batch: dict[str, torch.Tensor], prompts: Sequence[Hashable], stock: Any) -> list[str]:
     """What a sequence's log-prob depends on, hashed: its tokens, which of them are the answer's,
     its images' pixels and how they are prepared."""
-    how = getattr(getattr(plain, "processor", None), "image_processor", None)
-    common = how.to_json_string() if how is not None else ""
-    keys = []
-    for ids, mask, completion, prompt in zip(batch["input_ids"], batch["attention_mask"].bool(),
-                                             batch["completion_mask"], prompts, strict=True):
-        known = (common, ids[mask].tolist(), completion[mask].tolist(), prompt)
-        keys.append(hashlib.sha256(pickle.dumps(known)).hexdigest())
-    return keys
+    how = getattr(getattr(stock, "processor", None), "image_processor", None)
+    settings = how.to_json_string() if how is not None else ""
+    return [_hash((settings, ids[mask].tolist(), completion[mask].tolist(), prompt))
+            for ids, mask, completion, prompt in zip(
+                batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"],
+                prompts, strict=True)]
 
 
 def fitting(rows: Dataset, collator: PackedCollator, limit: int | None) -> list[int]:
     """The numbers of the rows whose prompt, images and longer answer are at most `limit` tokens."""
     if limit is None:
         return list(range(len(rows)))
-    tokens = _VisionLengths(collator.plain.processor) if collator.vision else lambda row: len(
-        row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-    return [n for n, row in enumerate(rows) if tokens(row) <= limit]
-
-
-class _VisionLengths:
-    """The length of a row in tokens. What images add depends on their sizes alone, so the processor
-    sees one row of each set of sizes."""
-
-    def __init__(self, processor: Any):
-        self.processor, self.added = processor, {}
-
-    def __call__(self, row: dict[str, Any]) -> int:
+    if not collator.vision:
+        return [n for n, row in enumerate(rows) if len(row["prompt_ids"]) + max(
+            len(row["chosen_ids"]), len(row["rejected_ids"])) <= limit]
+    processor = collator.stock.processor
+    lengths = encoding.Lengths(Checkpoint(None, processor))
+    numbers = []
+    for number, row in enumerate(rows):
         images = row["images"] if "images" in row else [row["image"]]
         if is_conversational(row):
-            row = {"prompt": prepare_multimodal_messages(row["prompt"], images=images),
-                   **{n: prepare_multimodal_messages(row[n]) for n in ("chosen", "rejected")}}
-            row = apply_chat_template(row, self.processor)
-        prompt, *answers = (len(self.processor.tokenizer(row[n], add_special_tokens=False)
-                                ["input_ids"]) for n in ("prompt", "chosen", "rejected"))
-        sizes = tuple(i.size for i in images)
-        if images and sizes not in self.added:
-            whole = self.processor(images=[images], text=[row["prompt"]], add_special_tokens=False)
-            self.added[sizes] = len(whole["input_ids"][0]) - prompt
-        return prompt + self.added.get(sizes, 0) + max(answers)
+            row = apply_chat_template({
+                "prompt": prepare_multimodal_messages(row["prompt"], images=images),
+                **{n: prepare_multimodal_messages(row[n]) for n in ("chosen", "rejected")}},
+                processor)
+        if lengths(row["prompt"], [i.size for i in images],
+                   [row["chosen"], row["rejected"]]) <= limit:
+            numbers.append(number)
+    return numbers

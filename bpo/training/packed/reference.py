@@ -8,10 +8,13 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import TrainerCallback
 
 SUFFIX = ".safetensors"
 
@@ -36,7 +39,7 @@ class Cache:
 
     def __init__(self, folder: Path, key: str):
         self.folder, self.key = folder, key
-        self.known: dict[str, torch.Tensor] = {}
+        self.answers: dict[str, torch.Tensor] = {}
         self.new: dict[str, torch.Tensor] = {}
         self.others = 0  # answers found that are another model's
         self._seen: set[Path] = set()
@@ -46,16 +49,17 @@ class Cache:
         for file in [f for folder in (self.folder, *folders)
                      for f in sorted(folder.glob(f"*{SUFFIX}")) if f not in self._seen]:
             self._seen.add(file)
-            with safe_open(file, "pt") as held:
-                if (held.metadata() or {}).get("model") == self.key:
-                    self.known |= {n: held.get_tensor(n) for n in held.keys()}
+            with safe_open(file, "pt") as stored:
+                if (stored.metadata() or {}).get("model") == self.key:
+                    self.answers |= {n: stored.get_tensor(n) for n in stored.keys()}
                 else:
-                    self.others += len(held.keys())
+                    self.others += len(stored.keys())
 
     def add(self, answers: Mapping[str, torch.Tensor]) -> None:
         """Takes in answers just computed; one that is known stays as it is."""
-        self.new |= {n: v for n, v in answers.items() if n not in self.known}
-        self.known |= {n: v for n, v in answers.items() if n not in self.known}
+        new = {n: v for n, v in answers.items() if n not in self.answers}
+        self.new |= new
+        self.answers |= new
 
     def write(self) -> None:
         """Keeps what was added since, in a file of its own, whole or not at all."""
@@ -70,3 +74,20 @@ class Cache:
         temporary.replace(file)
         self._seen.add(file)
         self.new = {}
+
+
+class Keeper(TrainerCallback):
+    """Writes what each process computed, before a checkpoint counts on it, and shares it."""
+
+    def __init__(self, cache: Cache, accelerator: Accelerator):
+        self.cache, self.accelerator = cache, accelerator
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self.cache.write()
+
+    on_train_end = on_save
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.cache.write()
+        self.accelerator.wait_for_everyone()
+        self.cache.read()

@@ -2,11 +2,12 @@
 
 Stock DPO on images encodes an image four times a pair and runs the prompt once for every answer,
 and again for the reference. Here a positive with its K rejected answers is one row [prompt | chosen
-| rejected 1 | ... | rejected K] (`branches`): the image is encoded once, the prompt runs once, and
+| rejected 1 | ... | rejected K] (`prefix`): the image is encoded once, the prompt runs once, and
 answers alone go through the output layer. The log-probs go back into TRL's layout, so that its own
 losses and metrics run on them unchanged. Reference log-probs are kept (`reference`).
 """
 
+import contextlib
 import copy
 import inspect
 import itertools
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
@@ -29,7 +30,13 @@ from bpo.training.packed import check as packed_check
 from bpo.training.packed import collation, reference
 from bpo.training.packed.forward import read_packed
 
-PACKING = ("auto", "always", "never")
+# What this trainer, its check and its objectives use of TRL's DPOTrainer, and of transformers'
+# Trainer below it, that neither promises to keep. A test looks for each in the TRL installed.
+TRL_PRIVATE = ("_compute_loss", "_get_dataloader", "_get_train_sampler", "_metrics",
+               "_prepare_inputs", "_set_signature_columns_if_needed", "_signature_columns",
+               "_total_train_tokens", "_train_batch_size", "aux_loss_enabled", "beta",
+               "f_divergence_type", "ld_alpha", "loss_types", "loss_weights",
+               "precompute_ref_logps", "ref_model")
 COLLATORS = DataCollatorForPreference | DataCollatorForVisionPreference
 
 
@@ -62,43 +69,42 @@ class PackedDPOTrainer(DPOTrainer):
 
     def __init__(self, *args: Any, packing: str = "auto", reference_folder: Path | None = None,
                  reference_from: Iterable[Path] = (), **kwargs: Any):
-        if packing not in PACKING:
-            raise ValueError(f"packing must be one of {', '.join(PACKING)}, is {packing!r}")
+        if packing not in ("auto", "always", "never"):
+            raise ValueError(f"packing must be auto, always or never, is {packing!r}")
         given = inspect.signature(DPOTrainer.__init__).bind(None, *args, **kwargs).arguments
         given.pop("self")
         config = given.get("args")
-        kept = config is not None and config.precompute_ref_log_probs
-        if kept:  # ours in place of TRL's, which refuses images
+        precomputed = config is not None and config.precompute_ref_log_probs
+        if precomputed:  # ours in place of TRL's, which refuses images
             if config.sync_ref_model:
                 raise ValueError("sync_ref_model moves the reference, so its log-probs cannot be "
                                  "kept: turn precompute_ref_log_probs off")
-            given["args"] = config = copy.copy(config)
-            config.precompute_ref_log_probs = False
+            given["args"] = copy.copy(config)
+            given["args"].precompute_ref_log_probs = False
         super().__init__(**given)
-        self.own_losses = objectives.split(self)
-        self.dropped, self.cache, self._groups = 0, None, []
-        self._features: list[dict[str, Any]] = []
+        self.added_losses = objectives.split(self)
+        self.dropped, self.cache, self._groups, self._features = 0, None, [], []
         why = self._why_not()
         if why and packing != "never":
-            self._say(f"The batches are not packed: {why}.")
+            self.accelerator.print(f"The batches are not packed: {why}.")
         self._checked = packing == "always"
         if not isinstance(self.data_collator, COLLATORS):
-            if kept:
-                self._say("Reference log-probs are not kept but computed in every step: that wants "
-                          "TRL's own collators.")
+            if precomputed:
+                self.accelerator.print("Reference log-probs are not kept but computed in every "
+                                       "step: that wants TRL's own collators.")
             return
         self.data_collator = collation.PackedCollator(self.data_collator)
         self.data_collator.packing = packing != "never" and not why
-        self.data_collator.damaged = objectives.damages(n for n, _ in self.own_losses)
+        self.data_collator.damaged = objectives.damages(n for n, _ in self.added_losses)
         if isinstance(self.train_dataset, Dataset):
             self._keep_what_fits()
             self._groups = collation.positives(self.train_dataset)
-        self._features += [read_packed(self._bare(m)) for m in (self.model, self.ref_model)
-                           if m is not None]
+        self._features = [read_packed(self._bare(m)) for m in (self.model, self.ref_model)
+                          if m is not None]
         if self.data_collator.packing:
             prefix.use_attention(self.base)
             self.data_collator.dense = not prefix.in_use(self.base)
-        if kept:
+        if precomputed:
             self._keep_references(reference_folder, reference_from)
 
     @property
@@ -109,10 +115,6 @@ class PackedDPOTrainer(DPOTrainer):
     def _bare(self, model: Any) -> PreTrainedModel:
         model = self.accelerator.unwrap_model(model)
         return model.get_base_model() if is_peft_model(model) else model
-
-    def _say(self, sentence: str) -> None:
-        if self.is_world_process_zero():
-            print(sentence)
 
     def _why_not(self) -> str:
         """Why batches cannot be packed whatever the model computes; empty if they can."""
@@ -127,16 +129,16 @@ class PackedDPOTrainer(DPOTrainer):
         return ""
 
     def _keep_what_fits(self) -> None:
-        rows = self.train_dataset
-        kept = collation.fitting(rows, self.data_collator, self.args.max_length)
-        self.dropped = len(rows) - len(kept)
-        if not kept:
-            raise ValueError(f"no row fits into max_length = {self.args.max_length} tokens")
+        rows, limit = self.train_dataset, self.args.max_length
+        fitting = collation.fitting(rows, self.data_collator, limit)
+        self.dropped = len(rows) - len(fitting)
+        if not fitting:
+            raise ValueError(f"no row fits into max_length = {limit} tokens")
         if self.dropped:
-            self._say(f"{self.dropped} of {len(rows)} rows are longer than max_length = "
-                      f"{self.args.max_length} tokens and are left out: a cut answer trains on "
-                      "nothing")
-            self.train_dataset = rows.select(kept)
+            self.accelerator.print(
+                f"{self.dropped} of {len(rows)} rows are longer than max_length = {limit} tokens "
+                "and are left out: a cut answer trains on nothing")
+            self.train_dataset = rows.select(fitting)
 
     def _keep_references(self, folder: Path | None, others: Iterable[Path]) -> None:
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
@@ -144,10 +146,11 @@ class PackedDPOTrainer(DPOTrainer):
                                      reference.model_key(model))
         self.cache.read(others)
         if self.cache.others:
-            self._say(f"{self.cache.others} reference log-probs in {self.cache.folder} are those "
-                      "of another model: they are computed anew for this one")
+            self.accelerator.print(
+                f"{self.cache.others} reference log-probs in {self.cache.folder} are those of "
+                "another model: they are computed anew for this one")
         self.data_collator.keyed = True
-        self.add_callback(_KeepReferences(self))
+        self.add_callback(reference.Keeper(self.cache, self.accelerator))
 
     # Batches
 
@@ -157,8 +160,8 @@ class PackedDPOTrainer(DPOTrainer):
                                     if n not in self._signature_columns]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        mine = collation.sampler(self._groups, self.args, batch=self._train_batch_size)
-        return mine or super()._get_train_sampler(train_dataset)
+        order = collation.sampler(self._groups, self.args, batch=self._train_batch_size)
+        return order or super()._get_train_sampler(train_dataset)
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int,
                         sampler_fn: Any = None, **kwargs: Any) -> Any:
@@ -188,22 +191,22 @@ class PackedDPOTrainer(DPOTrainer):
             raise MemoryError(_lower(self.args)) from error
         self.data_collator.packing = not why
         if why:
-            self._say(f"The batches cannot be packed with this model ({why}): the run goes on "
-                      "unpacked, which is slower and right.")
+            self.accelerator.print(f"The batches cannot be packed with this model ({why}): the run "
+                                   "goes on unpacked, which is slower and right.")
 
     # A step
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any,
                       **kwargs: Any) -> torch.Tensor:
-        if "packed" in inputs and self._sharded and not self._checked and "row" in inputs:
-            self._check([self.train_dataset[i] for i in inputs["row"]], model)
-        if "packed" in inputs and not self.data_collator.packing:  # collated before the check
-            rows = collation.Numbered(self.train_dataset)
-            inputs = self.data_collator([rows[i] for i in inputs["row"]])
         rows = inputs.get("row")
+        if "packed" in inputs and self._sharded and not self._checked and rows:
+            self._check([self.train_dataset[i] for i in rows], model)
+        if "packed" in inputs and not self.data_collator.packing:  # collated before the check
+            inputs = self.data_collator(
+                collation.Numbered(self.train_dataset).__getitems__(rows))
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if "out of memory" in str(error) or "can't allocate memory" in str(error):
                 raise MemoryError(_lower(self.args)) from error
             raise
@@ -223,31 +226,30 @@ class PackedDPOTrainer(DPOTrainer):
 
     def answer_tokens(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """(N, S - 1) log p of every answer token in TRL's layout, 0 elsewhere."""
-        own = ("row", "keys", "damaged", "completion_mask", "ref_chosen_logps",
-               "ref_rejected_logps")
+        not_the_model_s = ("row", "keys", "damaged", "completion_mask", "ref_chosen_logps",
+                           "ref_rejected_logps")
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        return model(**{n: v for n, v in inputs.items() if n not in own}, use_cache=False,
-                     labels=labels, fused_lm_head=True).log_probs
+        return model(**{n: v for n, v in inputs.items() if n not in not_the_model_s},
+                     use_cache=False, labels=labels, fused_lm_head=True).log_probs
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any],
                       return_outputs: bool) -> Any:
         inputs = dict(inputs)
-        inputs.pop("row", None)
-        keys, damaged = inputs.pop("keys", None), inputs.pop("damaged", None)
-        seen = []
+        _, keys, damaged = (inputs.pop(n, None) for n in ("row", "keys", "damaged"))
+        outputs = []
 
         def watched(**kwargs: Any) -> Any:
-            seen.append(model(**kwargs))
-            return seen[-1]
+            outputs.append(model(**kwargs))
+            return outputs[-1]
 
         try:
-            if keys is not None or self.own_losses:
+            if keys is not None or self.added_losses:
                 inputs |= self._references(inputs, keys)
                 self.precompute_ref_logps = True
             out = super()._compute_loss(watched, inputs, return_outputs)
-            if self.own_losses:
-                own = objectives.loss(self, model, inputs, seen[0].log_probs, damaged)
-                out = (out[0] + own, out[1]) if return_outputs else out + own
+            if self.added_losses:
+                added = objectives.loss(self, model, inputs, outputs[0].log_probs, damaged)
+                out = (out[0] + added, out[1]) if return_outputs else out + added
             return out
         finally:
             self.precompute_ref_logps = False
@@ -260,63 +262,42 @@ class PackedDPOTrainer(DPOTrainer):
                     ) -> dict[str, torch.Tensor]:
         """ref_chosen_logps and ref_rejected_logps (B,), kept ones where all are."""
         tokens = self.reference_tokens(inputs, keys)
-        chosen, rejected = tokens[:len(tokens) // 2], tokens[len(tokens) // 2:]
         if self.ld_alpha is not None:  # LD-DPO: what is beyond the shorter answer counts less
-            short = [min(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)]
-            chosen, rejected = ([torch.cat([x[:s], self.ld_alpha * x[s:]])
-                                 for x, s in zip(side, short, strict=True)]
-                                for side in (chosen, rejected))
-        device = inputs["input_ids"].device
-        return {f"ref_{n}_logps": torch.stack([x.sum() for x in side]).to(device)
-                for n, side in (("chosen", chosen), ("rejected", rejected))}
+            pairs = zip(tokens[:len(tokens) // 2], tokens[len(tokens) // 2:], strict=True)
+            short = [min(len(c), len(r)) for c, r in pairs]
+            tokens = [torch.cat([t[:s], self.ld_alpha * t[s:]])
+                      for t, s in zip(tokens, short * 2, strict=True)]
+        sums = torch.stack([t.sum() for t in tokens]).to(inputs["input_ids"].device)
+        return dict(zip(("ref_chosen_logps", "ref_rejected_logps"), sums.chunk(2), strict=True))
 
     def reference_tokens(self, inputs: dict[str, Any], keys: Sequence[str] | None
                          ) -> list[torch.Tensor]:
         """log p of every sequence's answer tokens under the reference, kept ones where all are."""
-        known = self.cache.known if self.cache is not None and keys is not None else {}
-        missing = keys is None or any(k not in known for k in keys)
+        missing = keys is None or not self.cache.answers.keys() >= set(keys)
         if self._sharded:  # all processes run the model, or none
             flag = torch.tensor(int(missing), device=self.accelerator.device)
             missing = bool(self.accelerator.gather(flag).max())
         if not missing:
-            return [known[k] for k in keys]
-        model, on = self.ref_model, torch.no_grad()
-        if model is None:
-            model = self.model
-            bare = self.accelerator.unwrap_model(model)
-            on = use_adapter(bare, adapter_name="ref" if "ref" in bare.peft_config else None)
-        with torch.no_grad(), on, disable_gradient_checkpointing(
+            return [self.cache.answers[k] for k in keys]
+        without = contextlib.nullcontext()
+        if self.ref_model is None:
+            bare = self.accelerator.unwrap_model(self.model)
+            without = use_adapter(bare, adapter_name="ref" if "ref" in bare.peft_config else None)
+        with torch.no_grad(), without, disable_gradient_checkpointing(
                 self.model, self.args.gradient_checkpointing_kwargs):
-            tokens = self.answer_tokens(model, inputs)
+            tokens = self.answer_tokens(self.ref_model or self.model, inputs)
         answers = [t[m].float().cpu() for t, m in zip(
             tokens, inputs["completion_mask"][:, 1:].bool(), strict=True)]
-        if self.cache is not None and keys is not None:
+        if keys is not None:
             self.cache.add(dict(zip(keys, answers, strict=True)))
         return answers
 
 
-class _KeepReferences(TrainerCallback):
-    """Writes what each process computed, before a checkpoint counts on it, and shares it."""
-
-    def __init__(self, trainer: PackedDPOTrainer):
-        self.trainer = trainer
-
-    def on_save(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.cache.write()
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.cache.write()
-
-    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.cache.write()
-        self.trainer.accelerator.wait_for_everyone()
-        self.trainer.cache.read()
-
-
 def _lower(args: Any) -> str:
     """What to change when memory runs out."""
-    ways = [f"per_device_train_batch_size (it is {args.per_device_train_batch_size}; raise "
-            "gradient_accumulation_steps by as much)"] * (args.per_device_train_batch_size > 1)
-    ways += ["max_length, which leaves out the longest rows"]
+    lower = "max_length, which leaves out the longest rows"
+    if args.per_device_train_batch_size > 1:
+        lower = (f"per_device_train_batch_size (it is {args.per_device_train_batch_size}; raise "
+                 f"gradient_accumulation_steps by as much), or {lower}")
     checkpointing = "" if args.gradient_checkpointing else " or set gradient_checkpointing"
-    return f"the memory does not hold a step: lower {', or '.join(ways)}{checkpointing}"
+    return f"the memory does not hold a step: lower {lower}{checkpointing}"
