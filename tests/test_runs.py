@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from bpo.params import ROOT, DPOTraining, PairGeneration, Refusal
-from bpo.study import sources
+from bpo.study import launch, sources
 from bpo.study import stage as stages
 
 
@@ -244,6 +244,21 @@ def test_a_noted_path_starts_from_the_outputs_or_the_project(outputs, tmp_path):
     # One below the project's outputs/ is not below these outputs.
     assert stages.noted_path(ROOT / "outputs" / "s") == str(ROOT / "outputs" / "s")
     assert stages.noted_path(tmp_path / "rows.json") == str(tmp_path / "rows.json")
+
+
+def test_a_stage_that_is_only_read_is_not_computed(run, folder):
+    work = Work()
+    with stages.read_only():
+        with pytest.raises(Refusal, match="3_dpo_training is not up to date: there was no result"):
+            run(work)
+        launch.start(DPOTraining(study="s", launch="--config_file none.yaml"))
+    assert work.calls == 0 and not folder.exists()
+    first = run(work, beta=0.1)
+    with stages.read_only():
+        assert run(work, beta=0.1).manifest == first.manifest
+        with pytest.raises(Refusal, match="beta 0.1 -> 0.3"):
+            run(work, beta=0.3)
+    assert work.calls == 1 and asides(folder) == []
 
 
 # --- inputs that other stages wrote -------------------------------------------------------------

@@ -24,7 +24,7 @@ def start(p: Parameters) -> None:
     p.launch: arguments of `accelerate launch`; files in them are named from the project's root.
     Raises Refusal with the end of the log when the processes fail.
     """
-    if not p.launch or processes.world() > 1:
+    if not p.launch or processes.world() > 1 or stages.READ_ONLY.get():
         return
     folder = stages.stage_folder(p.study, p.notebook)
     folder.parent.mkdir(parents=True, exist_ok=True)
