@@ -13,8 +13,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 from test_pages import alone
 
+from bpo.params import NoiseProbability
 from bpo.reports import cards, figures
 from bpo.reports import page as report
+from bpo.reports.template import executed as template
 from bpo.study.results import Estimate
 
 HOSTILE = ("<script>alert(1)</script> **bold** $x^2$ `code` <img src='http://192.0.2.1/x.png'> "
@@ -213,6 +215,43 @@ def test_clean_notebook_takes_out_progress_only(tmp_path):
     assert after.cells[0].outputs == kept
     assert after.metadata == {"kept": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def executed(outputs, tmp_path, monkeypatch):
+    """An executed notebook 1, cleaned, in a project and a study of small files."""
+    files = {"bpo/a.py": "x = 1", "bpo/b.css": "p {}", "notebooks/1_noise_probability.ipynb": "{}",
+             "outputs/tiny/1_noise_probability/manifest.json": "{}"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(template, "ROOT", tmp_path)
+    path = outputs / "tiny" / "1_noise_probability.ipynb"
+    nbformat.write(new_notebook(cells=[code("1", stream("stdout", "one"))]), path)
+    report.clean_notebook(path, NoiseProbability())
+    return path
+
+
+def test_a_notebook_bears_the_stamp_of_what_it_was_made_from(executed, tmp_path):
+    p = NoiseProbability()
+    assert report.bears_stamp(executed, p)
+    assert not report.bears_stamp(executed, NoiseProbability(draws=3))
+    for name in ("bpo/a.py", "bpo/b.css", "notebooks/1_noise_probability.ipynb",
+                 "outputs/tiny/1_noise_probability/manifest.json",
+                 "outputs/tiny/1_noise_probability.ipynb"):
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(before.replace("one", "two") if "one" in before else "other")
+        assert not report.bears_stamp(executed, p), name
+        (tmp_path / name).write_text(before)
+        assert report.bears_stamp(executed, p)
+    (tmp_path / "bpo" / "new.py").touch()
+    assert not report.bears_stamp(executed, p)
+
+
+def test_a_notebook_without_a_stage_bears_no_stamp(executed, tmp_path):
+    (executed.with_suffix("") / "manifest.json").unlink()
+    report.clean_notebook(executed, NoiseProbability())
+    assert not report.bears_stamp(executed, NoiseProbability())
 
 
 def test_index_lists_and_escapes(tmp_path):

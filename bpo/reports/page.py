@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from bpo.params import Parameters
 from bpo.reports.cards import OUTPUT_STYLE, Shown, data_uri
 from bpo.reports.template import executed, filters
+from bpo.study.files import write_whole
 from bpo.study.text import as_text, shortened, visible
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ NUMBER = re.compile(r"[-+−]?\d[\d.,e+-]* ?%?( \[.*\])?( better| worse)?|–|na
 ESTIMATE = re.compile(r"([-+−]?[\d.,]+%?) (\[[-+−\d., %]+\])(.*)")
 # What may be wider than a page is reached and moved by the keyboard. No landmark: a page has many.
 SCROLLS = 'tabindex="0" role="group" aria-label'
+STAMP = "bpo_stamp"  # in the metadata of an executed notebook
 SIGNS = {"complete": "✓", "failed": "✗", "not run": "○"}
 
 
@@ -126,15 +129,28 @@ def facts(mapping: dict[str, object]) -> Shown:
                  plain="\n".join(f"{name}: {value}" for name, value in mapping.items()))
 
 
+def clean_notebook(path: Path, made_by: Parameters | None = None) -> None:
+    """Take progress bars out of an executed notebook, in place: text bars, widgets, their state.
 
-
-def clean_notebook(path: Path) -> None:
-    """Take progress bars out of an executed notebook, in place: text bars, widgets, their state."""
+    made_by: the parameters of an execution that succeeded; the notebook then gets its stamp.
+    """
     import nbformat
 
-    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    notebook = nbformat.read(path, as_version=4)
     executed.drop_progress(notebook)
-    _write(path, nbformat.writes(notebook) + "\n")
+    if made_by is not None:
+        notebook.metadata[STAMP] = executed.stamp(notebook, made_by)
+    write_whole(path, nbformat.writes(notebook) + "\n")
+
+
+def bears_stamp(path: Path, p: Parameters) -> bool:
+    """Whether an executed notebook was made from what it would be made from now, and nobody has
+    changed its cells since. False for one that computes no stage."""
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    return bool(notebook.metadata.get(STAMP)) and (
+        notebook.metadata[STAMP] == executed.stamp(notebook, p))
 
 
 def plain(text: str) -> str:
@@ -193,7 +209,7 @@ def html_page(notebook: Path) -> Path:
         "executed": executed.when(content),
     })
     out = notebook.with_suffix(".html")
-    _write(out, page.replace(OUTPUT_STYLE, ""))
+    write_whole(out, page.replace(OUTPUT_STYLE, ""))
     return out
 
 
@@ -238,7 +254,7 @@ def _page(template: str, out: Path, *, parts: Sequence[Shown] = (), **values: An
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True)
-    _write(out, environment.get_template(template).render(
+    write_whole(out, environment.get_template(template).render(
         **values, parts=[part.html for part in parts], styles=_styles()))
     return out
 
@@ -267,10 +283,3 @@ def _index_row(folder: Path, notebook: dict[str, Any]) -> dict[str, Any]:
 def _styles() -> str:
     return "".join((TEMPLATE / name).read_text(encoding="utf-8")
                    for name in ("page.css", "outputs.css"))
-
-
-def _write(path: Path, text: str) -> None:
-    # by rename, so that a reader never meets half a file
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
