@@ -262,15 +262,14 @@ def test_index_lists_and_escapes(tmp_path):
          "html": folder / "0 a.html", "ipynb": "0.ipynb", "manifest": "0/manifest.json"},
         {"name": "1", "title": "Two", "status": "failed", "headline": None, "seconds": 3725.2,
          "html": "1.html", "message": "\x1b[31mbad\x1b[0m <b>"},
-        {"name": "2", "title": "Three", "status": "not run", "html": None, "seconds": None},
     ]
     text = report.index_page(folder, entries).read_text(encoding="utf-8")
     parsed = Elements(text)
     assert [a["href"] for a in parsed.all("a")] == [
         "../index.html", "0%20a.html", "0%20a.html", "0.ipynb", "0/manifest.json", "1.html", "1.html"]
     words = re.sub(r"\s+", " ", "".join(parsed.words))
-    assert "Study a study 1 complete, 1 failed, 1 not run" in words
-    assert [words.count(w) for w in ("1 min 15 s", "1 h 2 min", "bad <b>", "○ not run")] == [1] * 4
+    assert "Study a study 1 complete, 1 failed" in words
+    assert [words.count(w) for w in ("1 min 15 s", "1 h 2 min", "bad <b>")] == [1] * 3
     assert not parsed.all("script") and not parsed.all("img") and "\x1b" not in text
     assert words.count("<script>alert(1)</script>") == 2
 

@@ -88,5 +88,6 @@ def stamp(notebook: "nbformat.NotebookNode", p: Parameters) -> str:
         return ""
     code = [f for f in sorted((ROOT / "bpo").rglob("*")) if f.is_file() and f.suffix != ".pyc"]
     files = [*code, ROOT / "notebooks" / f"{p.notebook}.ipynb", manifest]
-    parts = [*map(file_hash, files), p.model_dump_json(), json.dumps(notebook.cells, sort_keys=True)]
+    parts = [*map(file_hash, files), p.model_dump_json(),
+             json.dumps(notebook.cells, sort_keys=True)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
