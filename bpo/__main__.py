@@ -1,5 +1,5 @@
 """The command line: python -m bpo run | stage | replicate | report STUDY, and the
-commands that a module of their own holds (`OWN`)."""
+commands of other modules (`MODULES`)."""
 
 import argparse
 import importlib
@@ -23,13 +23,14 @@ STAGES = {1: "evaluation.probe", 2: "pairs.stage", 3: "training.stage",
 TINY_STAGES = {0: "tiny.stage", 6: "tiny.prior"}
 # command -> the module with its `add_arguments` and `run`, imported for that command alone: some
 # bring torch; and what it does
-OWN = {"new": ("new", "write the parameters of a study of your own model and data"),
-       "check": ("check", "read a study's parameters, say what is missing, and the memory"),
-       "verify": ("reports.verify", "name what in a study or its zip is not as in SHA256SUMS"),
-       "pack": ("reports.pack", "make one zip file of a study's reports, parameters and adapters"),
-       "export": ("pairs.export", "write a study's pairs in another tool's layout"),
-       "merge": ("training.merge", "write what a method trained as a plain checkpoint"),
-       "score": ("evaluation.score", "score answers to a public benchmark")}
+MODULES = {
+    "new": ("new", "write the parameters of a study of your own model and data"),
+    "check": ("check", "read a study's parameters, say what is missing, and the memory"),
+    "verify": ("reports.verify", "name what in a study or its zip is not as in SHA256SUMS"),
+    "pack": ("reports.pack", "make one zip file of a study's reports, parameters and adapters"),
+    "export": ("pairs.export", "write a study's pairs in another tool's layout"),
+    "merge": ("training.merge", "write what a method trained as a plain checkpoint"),
+    "score": ("evaluation.score", "score answers to a public benchmark")}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     compare.add_argument("other", help="the second study")
     replicate.add_argument("--seeds", type=int, default=5, metavar="N", help="how many, from the "
                            "study's own upwards (default: 5)")
-    for name, (module, text) in OWN.items():
+    for name, (module, text) in MODULES.items():
         command = add(name, None, text)
         if arguments[:1] == [name]:
             imported = importlib.import_module(f"bpo.{module}")
@@ -78,21 +79,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """The values given with -p, and the study's name given with --as."""
-    return check.overrides(options) | ({"study": options.name} if options.name else {})
-
-
 def _run(options: argparse.Namespace) -> int:
-    return _run_study(options.study, _overrides(options), only=options.only, first=options.first)
+    return _run_study(options.study, check.overrides(options), only=options.only,
+                      first=options.first)
 
 
 def _run_study(study: str, overrides: dict[str, Any], *, only: int | None = None,
                first: int | None = None) -> int:
     """Executes the notebooks in order, each into outputs/<study>/, rendering each as it ends."""
     read = params.read_study(study, overrides)
-    chosen = [n for n in read if (only is None or n.startswith(f"{only}_"))
-              and (first is None or int(n.split("_")[0]) >= first)]
+    chosen = [n for n in read if only in (None, int(n[0])) and int(n[0]) >= (first or 0)]
     if not chosen:
         raise Refusal(f"study {study} has no such notebook; it has {', '.join(read)}")
     lost = [f"{name}: {field} {path}  {note}" for name in chosen
@@ -157,7 +153,7 @@ def _as_it_was(executed: Path, p: params.Parameters) -> bool:
     would be made from, and its stage is up to date."""
     if not executed.is_file() or not report.bears_stamp(executed, p):
         return False
-    module = (STAGES | TINY_STAGES)[int(p.notebook.split("_")[0])]
+    module = (STAGES | TINY_STAGES)[int(p.notebook[0])]
     try:
         with stages.read_only():
             importlib.import_module(f"bpo.{module}").run(p)
@@ -170,12 +166,12 @@ def _stage(options: argparse.Namespace) -> int:
     """The work of one notebook, in this process's share; its notebook then finds it up to date."""
     study, number, file = options.study, options.number, options.parameters
     if file is None:
-        read = params.read_study(study, _overrides(options))
+        read = params.read_study(study, check.overrides(options))
     else:
-        values = params.read_yaml(file) | _overrides(options)
+        values = params.read_yaml(file) | check.overrides(options)
         read = {n: params.validate(schema, values, where=str(file))
-                for n, schema in params.SCHEMAS.items() if n.startswith(f"{number}_")}
-    name = next((n for n in read if n.startswith(f"{number}_")), None)
+                for n, schema in params.SCHEMAS.items() if int(n[0]) == number}
+    name = next((n for n in read if int(n[0]) == number), None)
     if name is None or number not in STAGES:
         raise Refusal(f"study {study} has no stage {number} for this command; it has " + (
             ", ".join(n for n in read if int(n[0]) in STAGES) or "none: run its notebooks"))

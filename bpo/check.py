@@ -27,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """The values given with -p, read as YAML."""
-    return {n: yaml.safe_load(v) if v else "" for n, v in options.overrides}
+    """The values given with -p, read as YAML, and the study's name given with --as."""
+    name = {"study": options.name} if getattr(options, "name", None) else {}
+    return {n: yaml.safe_load(v) if v else "" for n, v in options.overrides} | name
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,13 +53,15 @@ def paths(p: Parameters) -> Iterator[tuple[str, Path]]:
     """(parameter, path) of every path that a notebook reads, resolved; empty ones are left out."""
     for name in PATHS:
         value = getattr(p, name, "")
+        if name == "text_model" and value and p.endpoint:
+            continue
         if name == "data" and isinstance(value, dict):  # file -> its folder below image_folder
             values = [(name, file) for file in value]
             values += [("images", f"{p.image_folder}/{below}") for below in value.values() if below]
         elif isinstance(value, dict):
             values = [(f"{name}.{n}", v) for n, v in value.items()]
         else:
-            values = [(name, value)] if name != "text_model" or not p.endpoint else []
+            values = [(name, value)]
         yield from ((n, p.path(v)) for n, v in values if v)
 
 

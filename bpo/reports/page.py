@@ -92,11 +92,11 @@ def _line(text: str) -> str:
 
 def _shown_cell(text: str) -> str:
     """The cell as HTML; the interval of an estimate is an element, so that it can go below."""
-    found = ESTIMATE.fullmatch(text)
-    if not found:
+    match = ESTIMATE.fullmatch(text)
+    if not match:
         return as_text(text)
-    value, interval, rest = map(as_text, found.groups())
-    return f'{value} <span class="interval">{interval}</span>{rest if found[3] else ""}'
+    value, interval, rest = map(as_text, match.groups())
+    return f'{value} <span class="interval">{interval}</span>{rest if match[3] else ""}'
 
 
 def _cell(value: Any) -> str:

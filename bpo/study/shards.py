@@ -71,11 +71,11 @@ def run(file: Path, plan: Callable[[], Sequence[np.ndarray]], work: Callable[[An
             done[row] = True
     left = [b for b in batches if not done[b].all()]
     processes.wait()  # nobody writes before everybody has read
-    mine = left[processes.rank()::processes.world()]
+    assigned = left[processes.rank()::processes.world()]
     with (folder / f"{file.stem}.{processes.rank()}.jsonl").open("ab") as shard, tqdm(
             total=rows, initial=rows - sum(map(len, left)), desc=label, unit="row", leave=False,
             disable=processes.rank() > 0) as bar:
-        for batch, prepared in _ahead(mine, prepare):
+        for batch, prepared in _ahead(assigned, prepare):
             lines = [f"{row}\t{to_json(record)}\n"
                      for row, record in zip(batch.tolist(), work(prepared), strict=True)]
             shard.write("".join(lines).encode())
