@@ -1,5 +1,5 @@
 """The command line: python -m bpo run | stage | replicate | report STUDY, and the
-commands that a module of their own holds (`OWN`)."""
+commands of other modules (`MODULES`)."""
 
 import argparse
 import importlib
@@ -16,81 +16,79 @@ from bpo.reports import page as report
 from bpo.study import processes
 from bpo.study import stage as stages
 
-# The module whose `run` is a notebook's stage. Notebook 6's is of the tiny world, which nothing but
-# its notebook may import.
+# The module whose `run` is a notebook's stage. Those of the tiny world are for its notebooks alone:
+# no command computes them without a kernel.
 STAGES = {1: "evaluation.probe", 2: "pairs.stage", 3: "training.stage",
           4: "evaluation.comparison", 5: "evaluation.benchmarks"}
+TINY_STAGES = {0: "tiny.stage", 6: "tiny.prior"}
 # command -> the module with its `add_arguments` and `run`, imported for that command alone: some
 # bring torch; and what it does
-OWN = {"new": ("new", "write the parameters of a study of your own model and data"),
-       "check": ("check", "read a study's parameters, say what is missing, and the memory"),
-       "verify": ("reports.verify", "name what in a study or its zip is not as in SHA256SUMS"),
-       "pack": ("reports.pack", "make one zip file of a study's reports, parameters and adapters"),
-       "export": ("pairs.export", "write a study's pairs in another tool's layout"),
-       "merge": ("training.merge", "write what a method trained as a plain checkpoint"),
-       "score": ("evaluation.score", "score answers to a public benchmark")}
+MODULES = {
+    "new": ("new", "write the parameters of a study of your own model and data"),
+    "check": ("check", "read a study's parameters, say what is missing, and the memory"),
+    "verify": ("reports.verify", "name what in a study or its zip is not as in SHA256SUMS"),
+    "pack": ("reports.pack", "make one zip file of a study's reports, parameters and adapters"),
+    "export": ("pairs.export", "write a study's pairs in another tool's layout"),
+    "merge": ("training.merge", "write what a method trained as a plain checkpoint"),
+    "score": ("evaluation.score", "score answers to a public benchmark")}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. A refusal is one message and exit code 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m bpo", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="run a study's notebooks and render their reports")
-    stage = commands.add_parser("stage", help="compute one notebook's stage without a kernel, also "
-                                "under `accelerate launch -m bpo stage STUDY N`")
-    pages = commands.add_parser("report", help="render the executed notebooks again")
-    replicate = commands.add_parser("replicate", help="run a study for several seeds and tell what "
-                                    "holds over them")
-    compare = commands.add_parser("compare", help="write a page of what differs between two "
-                                  "studies")
-    own = {name: commands.add_parser(name, help=does) for name, (_, does) in OWN.items()}
+
+    def add(name: str, work: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(work=work)
+        return command
+
+    run = add("run", _run, "run a study's notebooks and render their reports")
+    stage = add("stage", _stage, "compute one notebook's stage without a kernel, also under "
+                                 "`accelerate launch -m bpo stage STUDY N`")
+    pages = add("report", _report, "render the executed notebooks again")
+    replicate = add("replicate", _replicate,
+                    "run a study for several seeds and tell what holds over them")
+    compare = add("compare", _compare, "write a page of what differs between two studies")
     for command in (run, stage, replicate):
         check.add_arguments(command)
     for command in (pages, compare):
         command.add_argument("study")
+    for command in (run, stage):
+        command.add_argument("--as", dest="name", help="the results' name, if not the study's")
     stage.add_argument("number", type=int, metavar="N", help="the notebook's number")
     stage.add_argument("--parameters", type=Path, metavar="FILE", help="the notebook's parameters, "
                        "in place of the study's")
-    for command in (run, stage):
-        command.add_argument("--as", dest="name", help="the results' name, if not the study's")
-    run.add_argument("--only", type=int, metavar="N",
-                     help="run notebook N alone")
-    run.add_argument("--from", type=int, dest="first", metavar="N",
-                     help="start at notebook N")
+    run.add_argument("--only", type=int, metavar="N", help="run notebook N alone")
+    run.add_argument("--from", type=int, dest="first", metavar="N", help="start at notebook N")
     compare.add_argument("other", help="the second study")
     replicate.add_argument("--seeds", type=int, default=5, metavar="N", help="how many, from the "
                            "study's own upwards (default: 5)")
-    given = sys.argv[1:] if arguments is None else arguments
-    if given and given[0] in own:
-        module = importlib.import_module(f"bpo.{OWN[given[0]][0]}")
-        module.add_arguments(own[given[0]])
-    options = parser.parse_args(given)
+    for name, (module, text) in MODULES.items():
+        command = add(name, None, text)
+        if arguments[:1] == [name]:
+            imported = importlib.import_module(f"bpo.{module}")
+            imported.add_arguments(command)
+            command.set_defaults(work=imported.run)
+    options = parser.parse_args(arguments)
     try:
-        if options.command in OWN:
-            return module.run(options)
-        if options.command == "compare":
-            return _compare(options.study, options.other)
-        if options.command == "report":
-            return _report(options.study)
-        overrides = check.overrides(options)
-        if options.command == "replicate":
-            return _replicate(options.study, overrides, seeds=options.seeds)
-        if options.name:
-            overrides["study"] = options.name
-        if options.command == "stage":
-            return _stage(options.study, overrides, number=options.number,
-                          given=options.parameters)
-        return _run(options.study, overrides, only=options.only, first=options.first)
+        return options.work(options)
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         return 1
 
 
-def _run(study: str, overrides: dict[str, Any], *, only: int | None, first: int | None) -> int:
+def _run(options: argparse.Namespace) -> int:
+    return _run_study(options.study, check.overrides(options), only=options.only,
+                      first=options.first)
+
+
+def _run_study(study: str, overrides: dict[str, Any], *, only: int | None = None,
+               first: int | None = None) -> int:
     """Executes the notebooks in order, each into outputs/<study>/, rendering each as it ends."""
     read = params.read_study(study, overrides)
-    chosen = [n for n in read if (only is None or n.startswith(f"{only}_"))
-              and (first is None or int(n.split("_")[0]) >= first)]
+    chosen = [n for n in read if only in (None, int(n[0])) and int(n[0]) >= (first or 0)]
     if not chosen:
         raise Refusal(f"study {study} has no such notebook; it has {', '.join(read)}")
     lost = [f"{name}: {field} {path}  {note}" for name in chosen
@@ -110,31 +108,36 @@ def _run(study: str, overrides: dict[str, Any], *, only: int | None, first: int 
 
 
 def _execute(notebook: str, p: params.Parameters, folder: Path, *, name: str = "") -> bool:
-    """One notebook through papermill, cleaned and rendered; False when it failed.
+    """One notebook through papermill, cleaned and rendered; False when it failed. One that would
+    come out as it is already is only rendered.
 
     name: the executed notebook's, if not the notebook's own.
     """
+    out = folder / f"{name or notebook}.ipynb"
+    if _as_it_was(out, p):
+        report.html_page(out)
+        print(f"— {notebook}: as it was", flush=True)
+        return True
     import papermill
     from traitlets.config import Config
 
     print(f"— {notebook}", flush=True)
     began = time.monotonic()
-    out = folder / f"{name or notebook}.ipynb"
     # papermill fills the name it is given while it runs: a killed run must not leave half a report.
     running = folder / f".{out.stem}.running.ipynb"
-    given = p.model_dump(mode="json")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     message = None
     try:
         papermill.execute_notebook(
-            params.ROOT / "notebooks" / f"{notebook}.ipynb", running, parameters=given,
-            kernel_name="python3", cwd=str(folder), progress_bar=False,
+            params.ROOT / "notebooks" / f"{notebook}.ipynb", running,
+            parameters=p.model_dump(mode="json"), kernel_name="python3", cwd=str(folder),
+            progress_bar=False,
             # nobody else on a shared machine reads along; "auto": as far as the kernel knows how
             config=Config(KernelManager={"transport_encryption": "auto"}),
             **({"stderr_file": sys.stderr} if sys.stderr.isatty() else {}))
     except papermill.exceptions.PapermillExecutionError as error:
         message = report.plain("\n".join(error.traceback)) or f"{error.ename}: {error.evalue}"
-    report.clean_notebook(running)
+    report.clean_notebook(running, None if message else p)
     running.replace(out)
     report.html_page(out)
     if message:
@@ -145,14 +148,30 @@ def _execute(notebook: str, p: params.Parameters, folder: Path, *, name: str = "
     return True
 
 
-def _stage(study: str, overrides: dict[str, Any], *, number: int, given: Path | None) -> int:
+def _as_it_was(executed: Path, p: params.Parameters) -> bool:
+    """Whether executing a notebook again would give what is there: it bears the stamp of what it
+    would be made from, and its stage is up to date."""
+    if not executed.is_file() or not report.bears_stamp(executed, p):
+        return False
+    module = (STAGES | TINY_STAGES)[int(p.notebook[0])]
+    try:
+        with stages.read_only():
+            importlib.import_module(f"bpo.{module}").run(p)
+    except Refusal:
+        return False
+    return True
+
+
+def _stage(options: argparse.Namespace) -> int:
     """The work of one notebook, in this process's share; its notebook then finds it up to date."""
-    if given is None:
-        read = params.read_study(study, overrides)
+    study, number, file = options.study, options.number, options.parameters
+    if file is None:
+        read = params.read_study(study, check.overrides(options))
     else:
-        read = {n: params.validate(schema, params.read_yaml(given) | overrides, where=str(given))
-                for n, schema in params.SCHEMAS.items() if n.startswith(f"{number}_")}
-    name = next((n for n in read if n.startswith(f"{number}_")), None)
+        values = params.read_yaml(file) | check.overrides(options)
+        read = {n: params.validate(schema, values, where=str(file))
+                for n, schema in params.SCHEMAS.items() if int(n[0]) == number}
+    name = next((n for n in read if int(n[0]) == number), None)
     if name is None or number not in STAGES:
         raise Refusal(f"study {study} has no stage {number} for this command; it has " + (
             ", ".join(n for n in read if int(n[0]) in STAGES) or "none: run its notebooks"))
@@ -166,44 +185,46 @@ def _stage(study: str, overrides: dict[str, Any], *, number: int, given: Path | 
     return 0
 
 
-def _replicate(study: str, overrides: dict[str, Any], *, seeds: int) -> int:
+def _replicate(options: argparse.Namespace) -> int:
     """The study for several seeds, each a study of its own, then what holds over them. A seed that
     is complete is only read, so that a replication that was stopped goes on where it was."""
+    study, overrides = options.study, check.overrides(options)
     for name in ("seed", "study"):
         if name in overrides:
             raise Refusal(f"-p {name}: replicate sets {name} itself; leave it out")
-    if seeds < 2:
-        raise Refusal(f"--seeds {seeds}: a replication needs at least 2 seeds")
+    if options.seeds < 2:
+        raise Refusal(f"--seeds {options.seeds}: a replication needs at least 2 seeds")
     read = params.read_study(study, overrides)
-    compared = params.QualitativeComparison.notebook
-    if compared not in read:
-        raise Refusal(f"study {study} has no {compared}.yaml, and a replication tells over seeds "
-                      "what that notebook compares; write one, or run the study for each seed")
-    own = read[compared]
+    compared = read.get(params.QualitativeComparison.notebook)
+    if compared is None:
+        raise Refusal(f"study {study} has no {params.QualitativeComparison.notebook}.yaml, and a "
+                      "replication tells over seeds what that notebook compares; write one, or "
+                      "run the study for each seed")
     from bpo.evaluation import replication  # here, since transformers comes with it
     from bpo.reports import summary
 
-    named = replication.studies(own.study, seed=own.seed, count=seeds)
+    names = replication.studies(compared.study, seed=compared.seed, count=options.seeds)
     again = "then give the same command again: what is complete is only read"
-    for seed, name in named.items():
+    for seed, name in names.items():
         print(f"— seed {seed}: study {name}", flush=True)
         try:
-            failed = _run(study, {**overrides, "study": name, "seed": seed}, only=None, first=None)
+            failed = _run_study(study, {**overrides, "study": name, "seed": seed})
         except Refusal as refusal:
             raise Refusal(f"{refusal}\nseed {seed} (study {name}) could not run, so the "
                           f"replication stopped; mend it, {again}") from None
         if failed:
             raise Refusal(f"seed {seed} (study {name}) failed, so the replication stopped; mend "
                           f"what its report names, {again}")
-    p = params.Replication(study=own.study, seed=own.seed, studies=list(named.values()))
+    p = params.Replication(study=compared.study, seed=compared.seed, studies=list(names.values()))
     failed = _read_results(p)
     if not failed:
         print(f"the tables over seeds are in {short(summary.write_results(p))}")
     return failed
 
 
-def _compare(study: str, other: str) -> int:
+def _compare(options: argparse.Namespace) -> int:
     """Notebook 7 on one study beside another: what they did differently, and what came out."""
+    study, other = options.study, options.other
     for name in (study, other):
         if not list((params.outputs_root() / name).glob(f"*/{stages.MANIFEST}")):
             raise Refusal(f"outputs/{name}: nothing has finished there; python -m bpo run {name}")
@@ -211,7 +232,7 @@ def _compare(study: str, other: str) -> int:
                          name=f"{studies.AGAINST}{other}")
 
 
-def _read_results(p: params.Replication, *, name: str = params.Replication.notebook) -> int:
+def _read_results(p: params.Replication, *, name: str = "") -> int:
     """Notebook 7, which computes no stage, into the first study's folder."""
     folder = params.outputs_root() / p.study
     done = _execute(p.notebook, p, folder, name=name)
@@ -219,12 +240,13 @@ def _read_results(p: params.Replication, *, name: str = params.Replication.noteb
     return int(not done)
 
 
-def _report(study: str) -> int:
+def _report(options: argparse.Namespace) -> int:
     """Renders all executed notebooks of a study and its index again."""
-    folder = params.outputs_root() / study
-    notebooks = [folder / f"{n}.ipynb" for n in params.SCHEMAS if (folder / f"{n}.ipynb").is_file()]
+    folder = params.outputs_root() / options.study
+    notebooks = [f for n in params.SCHEMAS if (f := folder / f"{n}.ipynb").is_file()]
     if not notebooks:
-        raise Refusal(f"{folder}: no notebook was executed here yet; python -m bpo run {study}")
+        raise Refusal(f"{folder}: no notebook was executed here yet; "
+                      f"python -m bpo run {options.study}")
     for notebook in notebooks:
         report.html_page(notebook)
     print(f"the report is {short(studies.index(folder))}")

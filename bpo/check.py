@@ -4,6 +4,7 @@ missing, and how much memory and disk it takes, by calculation from the checkpoi
 import argparse
 import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """The values given with -p, read as YAML."""
-    return {n: yaml.safe_load(v) if v else "" for n, v in options.overrides}
+    """The values given with -p, read as YAML, and the study's name given with --as."""
+    name = {"study": options.name} if getattr(options, "name", None) else {}
+    return {n: yaml.safe_load(v) if v else "" for n, v in options.overrides} | name
 
 
 def run(options: argparse.Namespace) -> int:
@@ -47,21 +49,20 @@ def run(options: argparse.Namespace) -> int:
     return int(missing > 0)
 
 
-def paths(p: Parameters) -> list[tuple[str, Path]]:
+def paths(p: Parameters) -> Iterator[tuple[str, Path]]:
     """(parameter, path) of every path that a notebook reads, resolved; empty ones are left out."""
-    found = []
     for name in PATHS:
-        value = getattr(p, name, None)
-        if not value or name == "text_model" and p.endpoint:
+        value = getattr(p, name, "")
+        if name == "text_model" and value and p.endpoint:
             continue
-        if isinstance(value, str):
-            found.append((name, value))
-        elif name == "data":  # file -> the folder below image_folder that its names start from
-            found += [(name, file) for file in value]
-            found += [("images", f"{p.image_folder}/{below}") for below in value.values() if below]
+        if name == "data" and isinstance(value, dict):  # file -> its folder below image_folder
+            values = [(name, file) for file in value]
+            values += [("images", f"{p.image_folder}/{below}") for below in value.values() if below]
+        elif isinstance(value, dict):
+            values = [(f"{name}.{n}", v) for n, v in value.items()]
         else:
-            found += [(f"{name}.{n}", v) for n, v in value.items()]
-    return [(n, p.path(v)) for n, v in found]
+            values = [(name, value)]
+        yield from ((n, p.path(v)) for n, v in values if v)
 
 
 def findings(p: Parameters, read: dict[str, Parameters]) -> list[tuple[str, Path, str, bool]]:
@@ -75,16 +76,16 @@ def findings(p: Parameters, read: dict[str, Parameters]) -> list[tuple[str, Path
         writer = next((n for n, q in read.items()
                        if path.is_relative_to(stages.stage_folder(q.study, n))), None)
         note, missing = "", False
-        if not path.exists():
-            note, missing = f"written by {writer}", not writer
-            if missing:
-                note = ": ".join(filter(None, ("MISSING", stages.written_by(path))))
+        if not path.exists() and writer:
+            note = f"written by {writer}"
+        elif not path.exists():
+            note, missing = ": ".join(filter(None, ("MISSING", stages.written_by(path)))), True
         elif field.startswith("folders.") and not writer:
             from bpo.evaluation import benchmarks, official  # here, since they bring torch
 
-            known = benchmarks.KNOWN[field.removeprefix("folders.")]
-            if lost := official.missing(known, path):
-                note, missing = f"lacks {', '.join(lost)}: {known.fetch}", True
+            benchmark = benchmarks.KNOWN[field.removeprefix("folders.")]
+            if lost := official.missing(benchmark, path):
+                note, missing = f"lacks {', '.join(lost)}: {benchmark.fetch}", True
         found.append((field, path, note, missing))
     return found
 
@@ -100,11 +101,10 @@ def memory(study: str, read: dict[str, Parameters]) -> dict[str, str]:
     """What pairs and training take, for people, and how to measure their time; nothing while the
     checkpoint is not there."""
     making, training = read.get(PairGeneration.notebook), read.get(DPOTraining.notebook)
-    folder = making.path(making.model) if making and training else None
-    if folder is None or not (folder / "config.json").is_file():
+    if not making or not training or not (making.path(making.model) / "config.json").is_file():
         return {}
     try:
-        model = skeleton(folder)
+        model = skeleton(making.path(making.model))
     except Refusal as refusal:
         return {"memory": f"not known: {refusal}"}
     weights = model.num_parameters()

@@ -2,13 +2,14 @@
 model and pictures, with numbers of rows, batches and steps that fit what is there."""
 
 import argparse
+import functools
 import hashlib
 import math
 import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,12 @@ def make(name: str, checkpoint: Path, file: Path, *, image_folder: Path | None =
     model, reader = read_checkpoint(checkpoint)
     data = read_data(file, image_folder)
     compared = read_data(held_out, image_folder) if held_out else data
-    held = set(compared.pictures.values()) if held_out else draw_held_out(data)
-    training = [r for r in data.rows if data.pictures[r.image] not in held]
-    test = [r for r in compared.rows if compared.pictures[r.image] in held]
+    held_pictures = set(compared.pictures.values()) if held_out else draw_held_out(data)
+    training = [r for r in data.rows if data.pictures[r.image] not in held_pictures]
+    test = [r for r in compared.rows if compared.pictures[r.image] in held_pictures]
     if not training:
         raise Refusal(f"{compared.file}: every picture of {data.file} is in it too, so none is "
                       "left to train on; give other rows, or leave --held-out away")
-    split = {TRAINING: training} | ({} if held_out else {HELD_OUT: test})
     chosen = decide(model, reader, data, compared, training, test)
     chosen["2_pair_generation"]["data"] = str(folder / TRAINING)
     chosen["4_qualitative_comparison"]["splits"] = {
@@ -106,12 +106,15 @@ def make(name: str, checkpoint: Path, file: Path, *, image_folder: Path | None =
                                | {"study": name, "model": str(checkpoint)}, where=f"params/{name}")
             for n, values in chosen.items()}
     memory = fit(model, read)
-    _write(folder, read, data, split)
-    few = "; so few say little about the model" if len(held) < 30 else ""
+    files = {TRAINING: map(_line, training), HELD_OUT: None if held_out else map(_line, test),
+             REJECTED: map(vars, data.rejected) if data.rejected else None}
+    _write(folder, read, files, truth=data_rows.truth_file(data.file))
+    few = "; so few say little about the model" if len(held_pictures) < 30 else ""
     return [*(f"{short(d.file)}: {len(d.rows):,} rows can be used{_reasons(d.rejected)}"
-              for d in (data, *([compared] if held_out else []))),
-            (f"{len(training):,} rows to train on, {len(test):,} rows about {len(held):,} held-out "
-             f"pictures{few}; batches for {memory / 1e9:.0f} GB of GPU memory"),
+              for d in ([data, compared] if held_out else [data])),
+            (f"{len(training):,} rows to train on, {len(test):,} rows about "
+             f"{len(held_pictures):,} held-out pictures{few}; batches for {memory / 1e9:.0f} GB of "
+             "GPU memory"),
             f"{short(folder)} is written; for benchmarks copy another study's 5_benchmarks.yaml"]
 
 
@@ -130,8 +133,7 @@ def read_checkpoint(folder: Path) -> tuple[Any, checkpoints.Checkpoint]:
                       "when they are read; get the safetensors files of this checkpoint")
     for file in files:
         try:
-            with safetensors.safe_open(file, "pt"):
-                pass
+            safetensors.safe_open(file, "pt")
         except (safetensors.SafetensorError, OSError):
             raise Refusal(f"{file}: the weights are cut off or a pointer to them; get this file "
                           "again") from None
@@ -154,32 +156,28 @@ def read_data(file: Path, image_folder: Path | None) -> Data:
     """
     file = file.resolve()
     root = data_rows.image_root(file, image_folder)
-    found = list(tqdm(data_rows.stream(file, image_folder), desc="reading rows", leave=False,
-                      disable=None))
-    files = list(dict.fromkeys(row.image for row in found if isinstance(row, Row)))
-    bad = {image: problem for image, problem in zip(files, tqdm(
-        images.problems(files), total=len(files), desc="opening pictures", leave=False,
-        disable=None), strict=True) if problem}
+    bar = functools.partial(tqdm, leave=False, disable=None)
+    entries = list(bar(data_rows.stream(file, image_folder), desc="reading rows"))
+    files = list(dict.fromkeys(row.image for row in entries if isinstance(row, Row)))
+    checked = bar(images.problems(files), total=len(files), desc="opening pictures")
+    problems = dict(zip(files, checked, strict=True))
     rows, rejected = [], []
-    for row in found:
-        if isinstance(row, Rejected):
-            rejected.append(row)
-        elif row.image in bad:
-            rejected.append(Rejected(row.id, row.where, bad[row.image]))
-        else:
-            rows.append(row)
+    for row in entries:
+        if isinstance(row, Row) and (problem := problems[row.image]):
+            row = Rejected(row.id, row.where, problem)
+        (rows if isinstance(row, Row) else rejected).append(row)
     if not rows:
         raise Refusal(f"{file}: no row can be used{_reasons(rejected)}; image names start from "
                       f"{root}, give --image-folder if that is wrong")
-    good = [image for image in files if image not in bad]
+    good = [image for image in files if not problems[image]]
     return Data(file, root, rows, rejected, {image: _hash(image) for image in good},
                 max(map(images.size, good), key=math.prod))
 
 
 def _hash(image: Path) -> str:
     source = images.source(image)
-    return hashlib.sha256(source.read_bytes() if isinstance(source, Path) else source.read()
-                          ).hexdigest()
+    content = source.read_bytes() if isinstance(source, Path) else source.read()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _reasons(rejected: Sequence[Rejected]) -> str:
@@ -258,9 +256,9 @@ def fit(model: Any, read: dict[str, params.Parameters]) -> float:
     return memory
 
 
-def _write(folder: Path, read: dict[str, params.Parameters], data: Data,
-           split: dict[str, list[Row]]) -> None:
-    """The study's folder, whole or not at all."""
+def _write(folder: Path, read: dict[str, params.Parameters],
+           files: dict[str, Iterable[dict] | None], *, truth: Path | None) -> None:
+    """The study's folder, whole or not at all. files: name -> its lines, None for no file."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as temporary:
         new = Path(temporary) / folder.name
@@ -270,11 +268,10 @@ def _write(folder: Path, read: dict[str, params.Parameters], data: Data,
             write_whole(new / f"{notebook}.yaml", "".join(
                 f"{n}: {_yaml(v)}  # {fields[n].description}\n"
                 for n, v in p.model_dump(mode="json").items()))
-        for name, rows in split.items():
-            write_lines(new / name, map(_line, rows))
-        if data.rejected:
-            write_lines(new / REJECTED, map(vars, data.rejected))
-        if truth := data_rows.truth_file(data.file):
+        for name, lines in files.items():
+            if lines is not None:
+                write_lines(new / name, lines)
+        if truth:
             shutil.copyfile(truth, new / truth.name)
         new.rename(folder)
 

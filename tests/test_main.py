@@ -1,12 +1,17 @@
 """The command line: what it checks, what it refuses, and in which words."""
 
 import re
+import shutil
 
+import papermill
 import pytest
 
 from bpo import __main__, check, params
 from bpo.__main__ import main
+from bpo.params import Refusal
+from bpo.reports import page as report
 from bpo.study import stage as stages
+from bpo.tiny import prior
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +125,25 @@ def test_a_notebook_that_fails_ends_the_run(monkeypatch, outputs):
     assert (outputs / "tiny" / "index.html").is_file()
 
 
+def test_a_notebook_is_left_as_it_was_only_while_its_stage_is_up_to_date(outputs, monkeypatch,
+                                                                         capsys):
+    def execute(source, executed, **_):
+        shutil.copy(source, executed)
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    monkeypatch.setattr(report, "bears_stamp", lambda *_: True)
+    name, page = "6_where_the_prior_comes_from", outputs / "tiny-prior" / "index.html"
+    for done, as_it_was in ((None, False), (Refusal("stale"), False), ("fresh", True)):
+        def stage(p, done=done):
+            if isinstance(done, Refusal):
+                raise done
+
+        monkeypatch.setattr(prior, "run", stage)
+        assert main(["run", "tiny-prior"]) == 0
+        assert (f"— {name}: as it was" in capsys.readouterr().out) == as_it_was
+        assert page.with_name(f"{name}.html").is_file() and page.is_file()
+
+
 def test_score_has_its_own_options(capsys):
     with pytest.raises(SystemExit) as left:
         main(["score", "--help"])
@@ -128,8 +152,8 @@ def test_score_has_its_own_options(capsys):
     assert "--answers" in told and "--truth" in told and "pope" in told
 
 
-def test_every_stage_has_its_module_and_every_command_of_its_own_another():
-    for module, _ in __main__.OWN.values():
+def test_every_stage_and_every_command_of_another_module_has_that_module():
+    for module, _ in __main__.MODULES.values():
         assert (params.ROOT / "bpo" / f"{module.replace('.', '/')}.py").is_file()
     for number, module in __main__.STAGES.items():
         assert (params.ROOT / "bpo" / f"{module.replace('.', '/')}.py").is_file()

@@ -291,6 +291,16 @@ class TestTheWholeStudy:
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("up to date, read again")
 
+    def test_a_second_run_executes_no_notebook_that_would_come_out_the_same(self, study, root):
+        files = [study / f"{n}{end}" for n in STUDY for end in (".ipynb", ".html")]
+        before = {f: f.read_bytes() for f in files}
+        (study / "1_noise_probability.html").write_text("edited")
+        done = subprocess.run(run_little("little"), env=environment(root), text=True,
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert re.findall("— (.*): as it was", done.stdout) == list(STUDY)
+        assert {f: f.read_bytes() for f in files} == before
+
     def test_one_notebook_runs_alone_with_one_parameter_changed(self, study, root):
         again = [*run_little("little"), "--only", "1", "-p", "draws", "1"]
         done = subprocess.run(again, env=environment(root), text=True, capture_output=True)

@@ -11,7 +11,6 @@ import pytest
 from bpo.__main__ import main
 from bpo.params import Refusal
 from bpo.reports import pack, verify
-from bpo.study import stage as stages
 
 FILES = {"index.html": "<p>page", "2_pair_generation.ipynb": '"endpoint_key_variable = \\"MY\\""',
          "0_tiny_world/model/model.safetensors": "weights", "0_tiny_world/images/1.png": "pixels",
@@ -77,7 +76,7 @@ def test_what_a_stage_wrote_is_listed_by_its_manifest(study, verified, monkeypat
     verify.write(study, manifests)
     assert f"{listed}  2_pair_generation/pairs.jsonl\n" in (study / "SHA256SUMS").read_text()
     assert verified() == (1, ["touched: 2_pair_generation/pairs.jsonl"])
-    monkeypatch.setattr(stages, "SAMPLED_ABOVE", 2)
+    monkeypatch.setattr(verify, "SAMPLED_ABOVE", 2)
     verify.write(study, manifests)
     assert verified() == (0, [])
 

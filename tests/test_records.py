@@ -1,6 +1,9 @@
 """Rows and what is known of them, the draw of rows, and files that are whole or not there."""
 
+import _pyio
+import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -79,6 +82,16 @@ def test_a_file_is_written_whole(tmp_path):
     write_whole(tmp_path / "x", "new ü")
     assert (tmp_path / "x").read_text(encoding="utf-8") == "new ü"
     assert [f.name for f in tmp_path.iterdir()] == ["x"]
+
+
+def test_lines_end_alike_on_every_system(tmp_path, monkeypatch):
+    """Python's own text layer, which asks `os.linesep`, in place of the one in C, which knows."""
+    monkeypatch.setattr(io, "open", _pyio.open)
+    monkeypatch.setattr(os, "linesep", "\r\n")
+    (tmp_path / "plain").write_text("a\n")
+    assert (tmp_path / "plain").read_bytes() == b"a\r\n"
+    write_whole(tmp_path / "x", "a\n")
+    assert (tmp_path / "x").read_bytes() == b"a\n"
 
 
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):

@@ -13,8 +13,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 from test_pages import alone
 
+from bpo.params import NoiseProbability
 from bpo.reports import cards, figures
 from bpo.reports import page as report
+from bpo.reports.template import executed as template
 from bpo.study.results import Estimate
 
 HOSTILE = ("<script>alert(1)</script> **bold** $x^2$ `code` <img src='http://192.0.2.1/x.png'> "
@@ -218,6 +220,43 @@ def test_clean_notebook_takes_out_progress_only(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.fixture
+def executed(outputs, tmp_path, monkeypatch):
+    """An executed notebook 1, cleaned, in a project and a study of small files."""
+    files = {"bpo/a.py": "x = 1", "bpo/b.css": "p {}", "notebooks/1_noise_probability.ipynb": "{}",
+             "outputs/tiny/1_noise_probability/manifest.json": "{}"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(template, "ROOT", tmp_path)
+    path = outputs / "tiny" / "1_noise_probability.ipynb"
+    nbformat.write(new_notebook(cells=[code("1", stream("stdout", "one"))]), path)
+    report.clean_notebook(path, NoiseProbability())
+    return path
+
+
+def test_a_notebook_bears_the_stamp_of_what_it_was_made_from(executed, tmp_path):
+    p = NoiseProbability()
+    assert report.bears_stamp(executed, p)
+    assert not report.bears_stamp(executed, NoiseProbability(draws=3))
+    for name in ("bpo/a.py", "bpo/b.css", "notebooks/1_noise_probability.ipynb",
+                 "outputs/tiny/1_noise_probability/manifest.json",
+                 "outputs/tiny/1_noise_probability.ipynb"):
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(before.replace("one", "two") if "one" in before else "other")
+        assert not report.bears_stamp(executed, p), name
+        (tmp_path / name).write_text(before)
+        assert report.bears_stamp(executed, p)
+    (tmp_path / "bpo" / "new.py").touch()
+    assert not report.bears_stamp(executed, p)
+
+
+def test_a_notebook_without_a_stage_bears_no_stamp(executed, tmp_path):
+    (executed.with_suffix("") / "manifest.json").unlink()
+    report.clean_notebook(executed, NoiseProbability())
+    assert not report.bears_stamp(executed, NoiseProbability())
+
+
 def test_index_lists_and_escapes(tmp_path):
     folder = tmp_path / "a study"
     folder.mkdir()
@@ -226,15 +265,14 @@ def test_index_lists_and_escapes(tmp_path):
          "html": folder / "0 a.html", "ipynb": "0.ipynb", "manifest": "0/manifest.json"},
         {"name": "1", "title": "Two", "status": "failed", "headline": None, "seconds": 3725.2,
          "html": "1.html", "message": "\x1b[31mbad\x1b[0m <b>"},
-        {"name": "2", "title": "Three", "status": "not run", "html": None, "seconds": None},
     ]
     text = report.index_page(folder, entries).read_text(encoding="utf-8")
     parsed = Elements(text)
     assert [a["href"] for a in parsed.all("a")] == [
         "../index.html", "0%20a.html", "0%20a.html", "0.ipynb", "0/manifest.json", "1.html", "1.html"]
     words = re.sub(r"\s+", " ", "".join(parsed.words))
-    assert "Study a study 1 complete, 1 failed, 1 not run" in words
-    assert [words.count(w) for w in ("1 min 15 s", "1 h 2 min", "bad <b>", "○ not run")] == [1] * 4
+    assert "Study a study 1 complete, 1 failed" in words
+    assert [words.count(w) for w in ("1 min 15 s", "1 h 2 min", "bad <b>")] == [1] * 3
     assert not parsed.all("script") and not parsed.all("img") and "\x1b" not in text
     assert words.count("<script>alert(1)</script>") == 2
 

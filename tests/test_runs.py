@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from bpo.params import ROOT, DPOTraining, PairGeneration, Refusal
-from bpo.study import sources
+from bpo.study import launch, sources
 from bpo.study import stage as stages
 
 
@@ -67,14 +67,9 @@ def test_a_fresh_stage_is_computed_and_accounted_for(run, folder, data, capsys):
     assert manifest["inputs"] == {"data": stages.file_hash(data)}
     assert manifest["modules"] == {}  # this file is none of the kit's
     assert set(manifest["outputs"]) == {"pairs.jsonl", "sub/more.txt"}
+    assert result.facts()["differs from the defaults"] == "beta = 0.2"
     assert manifest["versions"].keys() >= {"torch", "transformers", "trl", "peft"}
     assert not (folder / stages.STARTED).exists()
-
-
-def test_the_facts_say_what_differs_from_the_defaults(run):
-    facts = run(Work(), beta=0.2).facts()
-    assert facts["study"] == "s"
-    assert facts["differs from the defaults"] == "beta = 0.2"
 
 
 def test_an_up_to_date_stage_is_read_again(run, folder):
@@ -87,28 +82,12 @@ def test_an_up_to_date_stage_is_read_again(run, folder):
     assert asides(folder) == []
 
 
-def test_a_changed_parameter_is_named_with_both_values(run, folder):
-    work = Work()
-    run(work, beta=0.1)
-    result = run(work, beta=0.3)
-    assert work.calls == 2
-    assert "beta 0.1 -> 0.3" in result.done
-    assert result.manifest["parameters"]["beta"] == 0.3
-
-
 def test_all_reasons_are_named_at_once(run, data):
     run(Work(), beta=0.1, steps=5)
     data.write_text("[1]")
-    done = run(Work(), beta=0.3, steps=6).done
-    assert all(r in done for r in ("beta 0.1 -> 0.3", "steps 5 -> 6", "input data changed"))
-
-
-def test_a_changed_input_makes_a_stage_stale(run, data):
-    work = Work()
-    run(work)
-    data.write_text("[1]")
-    assert "input data changed" in run(work).done
-    assert work.calls == 2
+    result = run(Work(), beta=0.3, steps=6)
+    assert all(r in result.done for r in ("beta 0.1 -> 0.3", "steps 5 -> 6", "input data changed"))
+    assert result.manifest["parameters"]["beta"] == 0.3
 
 
 def test_an_input_that_is_gone_or_new_makes_a_stage_stale(run, data, tmp_path):
@@ -244,6 +223,21 @@ def test_a_noted_path_starts_from_the_outputs_or_the_project(outputs, tmp_path):
     # One below the project's outputs/ is not below these outputs.
     assert stages.noted_path(ROOT / "outputs" / "s") == str(ROOT / "outputs" / "s")
     assert stages.noted_path(tmp_path / "rows.json") == str(tmp_path / "rows.json")
+
+
+def test_a_stage_that_is_only_read_is_not_computed(run, folder):
+    work = Work()
+    with stages.read_only():
+        with pytest.raises(Refusal, match="3_dpo_training is not up to date: there was no result"):
+            run(work)
+        launch.start(DPOTraining(study="s", launch="--config_file none.yaml"))
+    assert work.calls == 0 and not folder.exists()
+    first = run(work, beta=0.1)
+    with stages.read_only():
+        assert run(work, beta=0.1).manifest == first.manifest
+        with pytest.raises(Refusal, match="beta 0.1 -> 0.3"):
+            run(work, beta=0.3)
+    assert work.calls == 1 and asides(folder) == []
 
 
 # --- inputs that other stages wrote -------------------------------------------------------------

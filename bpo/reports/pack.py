@@ -51,30 +51,30 @@ def write(study: str) -> Path:
     chosen |= {f"params/{f.name}": f for f in (params_root() / study).glob("*.yaml")}
     keys, packed, temporary = _keys(chosen.values()), {}, file.with_name(f".{file.name}.tmp")
     try:
-        with zipfile.ZipFile(temporary, "w") as archive:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, source in sorted(chosen.items()):
                 content = source.read_bytes() if source.is_file() else b""
                 packed[name] = hashlib.sha256(content).hexdigest()
                 if packed[name] != listed.get(name, packed[name]):
                     raise Refusal(f"{short(source)} is not as {verify.SUMS} lists it, so nothing "
                                   f"was packed; python -m bpo verify {study} names all such files")
-                for key, variable in keys.items():
-                    if key in content:
-                        raise Refusal(f"{short(source)} holds the value of the environment "
-                                      f"variable {variable}, a key, so nothing was packed; take "
-                                      "it out there (a new key is safer), run that notebook again")
-                _add(archive, f"{study}/{name}", content)
-            _add(archive, f"{study}/{verify.SUMS}", verify.text(packed).encode())
+                if variable := next((v for key, v in keys.items() if key in content), ""):
+                    raise Refusal(f"{short(source)} holds the value of the environment variable "
+                                  f"{variable}, a key, so nothing was packed; take it out there "
+                                  "(a new key is safer), run that notebook again")
+                archive.writestr(_entry(study, name), content)
+            archive.writestr(_entry(study, verify.SUMS), verify.text(packed))
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
     return file
 
 
-def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
-    info = zipfile.ZipInfo(name)  # of 1980-01-01: its bytes depend on no day and no machine
-    info.create_system, info.external_attr = 3, 0o100644 << 16
-    archive.writestr(info, content, zipfile.ZIP_DEFLATED)
+def _entry(study: str, name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(f"{study}/{name}")  # of 1980-01-01: its bytes depend on no day
+    entry.compress_type, entry.create_system = zipfile.ZIP_DEFLATED, 3
+    entry.external_attr = 0o100644 << 16
+    return entry
 
 
 def _keys(files: Iterable[Path]) -> dict[bytes, str]:

@@ -10,14 +10,17 @@ import math
 import os
 import re
 import string
+from collections import Counter
 from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from bpo.params import Parameters
 from bpo.reports.cards import OUTPUT_STYLE, Shown, data_uri
 from bpo.reports.template import executed, filters
+from bpo.study.files import write_whole
 from bpo.study.text import as_text, shortened, visible
 
 if TYPE_CHECKING:
@@ -30,7 +33,9 @@ NUMBER = re.compile(r"[-+−]?\d[\d.,e+-]* ?%?( \[.*\])?( better| worse)?|–|na
 ESTIMATE = re.compile(r"([-+−]?[\d.,]+%?) (\[[-+−\d., %]+\])(.*)")
 # What may be wider than a page is reached and moved by the keyboard. No landmark: a page has many.
 SCROLLS = 'tabindex="0" role="group" aria-label'
-SIGNS = {"complete": "✓", "failed": "✗", "not run": "○"}
+STAMP = "bpo_stamp"  # in the metadata of an executed notebook
+SIGNS = {"complete": "✓", "failed": "✗"}
+LINKS = {"html": "report", "ipynb": "notebook", "manifest": "manifest"}
 
 
 def figure(fig: "matplotlib.figure.Figure", alt: str, caption: str) -> Shown:
@@ -87,11 +92,11 @@ def _line(text: str) -> str:
 
 def _shown_cell(text: str) -> str:
     """The cell as HTML; the interval of an estimate is an element, so that it can go below."""
-    found = ESTIMATE.fullmatch(text)
-    if not found:
+    match = ESTIMATE.fullmatch(text)
+    if not match:
         return as_text(text)
-    value, interval, rest = map(as_text, found.groups())
-    return f'{value} <span class="interval">{interval}</span>{rest if found[3] else ""}'
+    value, interval, rest = map(as_text, match.groups())
+    return f'{value} <span class="interval">{interval}</span>{rest if match[3] else ""}'
 
 
 def _cell(value: Any) -> str:
@@ -126,15 +131,26 @@ def facts(mapping: dict[str, object]) -> Shown:
                  plain="\n".join(f"{name}: {value}" for name, value in mapping.items()))
 
 
+def clean_notebook(path: Path, made_by: Parameters | None = None) -> None:
+    """Take progress bars out of an executed notebook, in place: text bars, widgets, their state.
 
-
-def clean_notebook(path: Path) -> None:
-    """Take progress bars out of an executed notebook, in place: text bars, widgets, their state."""
+    made_by: the parameters of an execution that succeeded; the notebook then gets its stamp.
+    """
     import nbformat
 
-    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    notebook = _read(path)
     executed.drop_progress(notebook)
-    _write(path, nbformat.writes(notebook) + "\n")
+    if made_by is not None:
+        notebook.metadata[STAMP] = executed.stamp(notebook, made_by)
+    write_whole(path, nbformat.writes(notebook) + "\n")
+
+
+def bears_stamp(path: Path, p: Parameters) -> bool:
+    """Whether an executed notebook was made from what it would be made from now, and nobody has
+    changed its cells since. False for one that computes no stage."""
+    notebook = _read(path)
+    stamp = notebook.metadata.get(STAMP)
+    return bool(stamp) and stamp == executed.stamp(notebook, p)
 
 
 def plain(text: str) -> str:
@@ -144,17 +160,19 @@ def plain(text: str) -> str:
 
 def failure_message(notebook: Path) -> str | None:
     """What stopped an executed notebook; None where all of its cells ran."""
-    import nbformat
-
-    failure = executed.failure(nbformat.read(notebook, as_version=4))
+    failure = executed.failure(_read(notebook))
     return failure["message"] if failure else None
 
 
 def headline(notebook: Path) -> str:
     """The last sentence that an executed notebook said with `say`; "" if it said none."""
+    return executed.last_sentence(_read(notebook))
+
+
+def _read(notebook: Path) -> "nbformat.NotebookNode":
     import nbformat
 
-    return executed.last_sentence(nbformat.read(notebook, as_version=4))
+    return nbformat.read(notebook, as_version=4)
 
 
 def html_page(notebook: Path) -> Path:
@@ -163,10 +181,9 @@ def html_page(notebook: Path) -> Path:
     A cell's error is also named at the top, so that a failed run is a report.
     """
     # nbconvert takes seconds to import; only those who render pay for it
-    import nbformat
     from nbconvert.exporters import TemplateExporter
 
-    content = nbformat.read(notebook, as_version=4)
+    content = _read(notebook)
     executed.drop_progress(content)
     # papermill announces an error in cells of its own; the page has its own way
     content.cells = [cell for cell in content.cells
@@ -192,9 +209,8 @@ def html_page(notebook: Path) -> Path:
         "notebook": notebook.name,
         "executed": executed.when(content),
     })
-    out = notebook.with_suffix(".html")
-    _write(out, page.replace(OUTPUT_STYLE, ""))
-    return out
+    write_whole(notebook.with_suffix(".html"), page.replace(OUTPUT_STYLE, ""))
+    return notebook.with_suffix(".html")
 
 
 def _take_facts(notebook: "nbformat.NotebookNode") -> str:
@@ -208,69 +224,45 @@ def _take_facts(notebook: "nbformat.NotebookNode") -> str:
     return ""
 
 
-def index_page(study_folder: Path, notebooks: list[dict[str, Any]],
-               parts: Sequence[Shown] = ()) -> Path:
-    """Write the study's `index.html`: its facts and numbers, then status, headline, time and links
-    of each of its notebooks.
+def index_page(folder: Path, entries: list[dict[str, Any]], parts: Sequence[Shown] = ()) -> Path:
+    """Write a study's `index.html`: its facts and numbers, then status, headline, time and links of
+    each of its notebooks.
 
-    notebooks: {"name", "title", "status": "complete", "failed" or "not run", "headline",
-    "seconds", "html", "ipynb", "manifest", "message"}; what is None or missing is left out.
-    Files are given as absolute paths or relative to the study's folder.
+    entries: {"name", "title", "status": "complete" or "failed", "headline", "seconds", "html",
+    "ipynb", "manifest", "message"}; what is None or missing is left out. Files are given as
+    absolute paths or relative to the study's folder.
     """
-    rows = [_index_row(study_folder, notebook) for notebook in notebooks]
-    return _page("study.html.j2", study_folder / "index.html", rows=rows, parts=parts,
-                 study=visible(study_folder.resolve().name), summary=_counted(rows))
+    return _page("study.html.j2", folder, entries, parts=[part.html for part in parts],
+                 study=visible(folder.resolve().name))
 
 
-def studies_page(root: Path, studies: list[dict[str, Any]]) -> Path:
+def studies_page(root: Path, entries: list[dict[str, Any]]) -> Path:
     """Write the list of all studies, as `index_page` lists notebooks, into their folder."""
-    rows = [_index_row(root, study) for study in studies]
-    return _page("studies.html.j2", root / "index.html", rows=rows, summary=_counted(rows))
+    return _page("studies.html.j2", root, entries)
 
 
-def results_page(out: Path, title: str, parts: Sequence[Shown]) -> Path:
-    """Write tables and sentences that no notebook holds as one offline page beside the index."""
-    return _page("results.html.j2", out, title=visible(title), parts=parts,
-                 study=visible(out.resolve().parent.name))
-
-
-def _page(template: str, out: Path, *, parts: Sequence[Shown] = (), **values: Any) -> Path:
+def _page(template: str, folder: Path, entries: list[dict[str, Any]], **values: Any) -> Path:
     from jinja2 import Environment, FileSystemLoader
 
+    counts = Counter(entry["status"] for entry in entries)
     environment = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True)
-    _write(out, environment.get_template(template).render(
-        **values, parts=[part.html for part in parts], styles=_styles()))
-    return out
+    write_whole(folder / "index.html", environment.get_template(template).render(
+        **values, rows=[_index_row(folder, entry) for entry in entries], styles=_styles(),
+        summary=", ".join(f"{counts[status]} {status}" for status in SIGNS if counts[status])))
+    return folder / "index.html"
 
 
-def _counted(rows: list[dict[str, Any]]) -> str:
-    counts = {status: [row["status"] for row in rows].count(status) for status in SIGNS}
-    return ", ".join(f"{n} {status}" for status, n in counts.items() if n)
-
-
-def _index_row(folder: Path, notebook: dict[str, Any]) -> dict[str, Any]:
-    def link(kind: str) -> str | None:
-        target = notebook.get(kind)
-        return target and quote(os.path.relpath(folder / target, folder))
-
-    status, seconds = notebook["status"], notebook.get("seconds")
-    links = {"report": link("html"), "notebook": link("ipynb"), "manifest": link("manifest")}
-    return {
-        **{key: visible(shortened(notebook.get(key) or ""))
-           for key in ("name", "title", "headline")},
-        "message": filters.strip_ansi(notebook.get("message") or ""),
-        "status": status, "sign": SIGNS[status], "css": f"is-{status.replace(' ', '-')}",
-        "seconds": executed.duration(seconds) if seconds is not None else "",
-        "html": links["report"], "links": [pair for pair in links.items() if pair[1]]}
+def _index_row(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    links = {label: quote(os.path.relpath(folder / entry[kind], folder))
+             for kind, label in LINKS.items() if entry.get(kind)}
+    texts = {key: visible(shortened(entry.get(key) or "")) for key in ("name", "title", "headline")}
+    status, seconds = entry["status"], entry.get("seconds")
+    return texts | {
+        "message": filters.strip_ansi(entry.get("message") or ""),
+        "status": status, "sign": SIGNS[status], "links": links,
+        "seconds": executed.duration(seconds) if seconds is not None else ""}
 
 
 def _styles() -> str:
     return "".join((TEMPLATE / name).read_text(encoding="utf-8")
                    for name in ("page.css", "outputs.css"))
-
-
-def _write(path: Path, text: str) -> None:
-    # by rename, so that a reader never meets half a file
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

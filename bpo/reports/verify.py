@@ -9,9 +9,7 @@ import argparse
 import hashlib
 import os
 import re
-import struct
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -20,14 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bpo.params import Refusal, outputs_root, short
-from bpo.study import stage as stages
-from bpo.study.files import write_whole
+from bpo.study.files import SAMPLED_ABOVE, write_whole
 from bpo.study.text import visible
 
 SUMS = "SHA256SUMS"
-# What reading a damaged zip file raises.
-DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError, ValueError,
-          LookupError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,32 +34,30 @@ def run(options: argparse.Namespace) -> int:
     if not place.exists():
         raise Refusal(f"{options.target}: there is no such study in {short(outputs_root())}, and "
                       "no such folder or zip file; give its path")
-    found = problems(place)
-    for line in found:
-        print(visible(line))
-    print(f"{short(place)}: " + (
-        f"differences from {SUMS}: {len(found)}; after changes of your own, python -m bpo report "
-        "STUDY writes the list again" if found else f"every file is as {SUMS} lists it"))
-    return int(bool(found))
+    lines = problems(place)
+    print(*map(visible, lines), f"{short(place)}: " + (
+        f"differences from {SUMS}: {len(lines)}; after changes of your own, python -m bpo report "
+        "STUDY writes the list again" if lines else f"every file is as {SUMS} lists it"), sep="\n")
+    return int(bool(lines))
 
 
 def write(folder: Path, manifests: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes the list of a study's files. manifests: by stage.
 
     What a stage wrote is listed with the hash in its manifest, so that a later edit is found and
-    little is read. Above `runs.SAMPLED_ABOVE` bytes that hash is of samples, so those are read.
+    little is read. Above `SAMPLED_ABOVE` bytes that hash is of samples, so those are read.
     """
     hashes = {f"{stage}/{name}": sha256 for stage, manifest in manifests.items()
               for name, sha256 in manifest["outputs"].items()}
     write_whole(folder / SUMS, text({
-        name: hashes[name] if name in hashes and file.stat().st_size <= stages.SAMPLED_ABOVE
+        name: hashes[name] if name in hashes and file.stat().st_size <= SAMPLED_ABOVE
         else _sha256(partial(file.open, "rb"))
         for name, file in files(folder).items() if name != SUMS}))
 
 
-def text(listed: Mapping[str, str]) -> str:
+def text(hashes: Mapping[str, str]) -> str:
     """The list in the format of sha256sum, from hashes by name."""
-    return "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(listed.items()))
+    return "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(hashes.items()))
 
 
 def read(lines: str) -> dict[str, str]:
@@ -90,34 +82,34 @@ def problems(place: Path) -> list[str]:
     with ExitStack() as stack:
         try:
             if place.is_dir():
-                found = [(n, partial(f.open, "rb")) for n, f in files(place).items()]
+                entries = [(n, partial(f.open, "rb")) for n, f in files(place).items()]
             else:
                 archive = stack.enter_context(zipfile.ZipFile(place))
-                found = [(entry.filename, partial(archive.open, entry))
-                         for entry in archive.infolist() if not entry.is_dir()]
-            top = min((n for n, _ in found if n.split("/")[-1] == SUMS), key=len)
-            found = [(n.removeprefix(top.removesuffix(SUMS)), opened) for n, opened in found]
-            held = dict(found)
-            with held.pop(SUMS)() as stream:
+                entries = [(e.filename, partial(archive.open, e)) for e in archive.infolist()
+                           if not e.is_dir()]
+            top = min((n for n, _ in entries if n.split("/")[-1] == SUMS), key=len)
+            entries = [(n.removeprefix(top.removesuffix(SUMS)), opener) for n, opener in entries]
+            there = dict(entries)
+            with there.pop(SUMS)() as stream:
                 listed = read(stream.read().decode())
-        except DAMAGE:
+        except Exception:  # a damaged zip file raises of many kinds
             raise Refusal(f"{short(place)}: there is no {SUMS}, or it cannot be read; get the zip "
                           "file again, or write the list with python -m bpo report STUDY") from None
-        times = Counter(n for n, _ in found)
-        return [*(f"missing: {n}" for n in sorted(listed.keys() - held.keys())),
-                *(f"extra: {n}" for n in sorted(held.keys() - listed.keys())),
+        times = Counter(n for n, _ in entries)
+        return [*(f"missing: {n}" for n in sorted(listed.keys() - there.keys())),
+                *(f"extra: {n}" for n in sorted(there.keys() - listed.keys())),
                 *(f"twice: {n}" for n in sorted(times) if times[n] > 1),
-                *(f"touched: {n}" for n in sorted(listed.keys() & held.keys())
-                  if _touched(held[n], listed[n]))]
+                *(f"touched: {n}" for n in sorted(listed.keys() & there.keys())
+                  if _touched(there[n], listed[n]))]
 
 
-def _touched(opened: Callable[[], BinaryIO], sha256: str) -> bool:
+def _touched(opener: Callable[[], BinaryIO], sha256: str) -> bool:
     try:
-        return _sha256(opened) != sha256
-    except DAMAGE:
+        return _sha256(opener) != sha256
+    except Exception:
         return True
 
 
-def _sha256(opened: Callable[[], BinaryIO]) -> str:
-    with opened() as stream:
+def _sha256(opener: Callable[[], BinaryIO]) -> str:
+    with opener() as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,5 +1,6 @@
-"""Files that are whole or not there; JSON, and JSON lines read one at a time."""
+"""Files that are whole or not there, their hashes; JSON, and JSON lines read one at a time."""
 
+import hashlib
 import json
 import os
 from array import array
@@ -7,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+
+SAMPLED_ABOVE = 256 * 2**20  # bytes; `file_hash` reads blocks of a file that is larger
 
 
 class LineFile(Sequence):
@@ -43,10 +46,11 @@ class LineFile(Sequence):
 @contextmanager
 def whole(file: Path) -> Iterator[TextIO]:
     """A file to write text to that takes its name only when all is written and on the disk: a
-    reader sees the old file or the whole new one."""
+    reader sees the old file or the whole new one. Lines end with \\n on Windows too: the bytes are
+    hashed, and `sha256sum` reads no other."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
+        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -73,3 +77,16 @@ def read_lines(file: Path) -> list[dict]:
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+
+
+def file_hash(file: Path) -> str:
+    """sha256 of a file; above 256 MB of its size and 64 blocks of 1 MB spread evenly over it."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= SAMPLED_ABOVE:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256(str(size).encode())
+        for block in range(64):
+            stream.seek((size - 2**20) * block // 63)
+            digest.update(stream.read(2**20))
+    return digest.hexdigest()

@@ -24,7 +24,7 @@ def start(p: Parameters) -> None:
     p.launch: arguments of `accelerate launch`; files in them are named from the project's root.
     Raises Refusal with the end of the log when the processes fail.
     """
-    if not p.launch or processes.world() > 1:
+    if not p.launch or processes.world() > 1 or stages.READ_ONLY.get():
         return
     folder = stages.stage_folder(p.study, p.notebook)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -39,9 +39,9 @@ def start(p: Parameters) -> None:
             env=os.environ | {"BPO_OUTPUTS": str(params.outputs_root())}).returncode
     if code:
         # What the launcher adds, once a process has failed, says nothing of why.
-        said = re.split(r"^[WE]\d{4} ", log.read_text(encoding="utf-8", errors="replace"),
+        printed = re.split(r"^[WE]\d{4} ", log.read_text(encoding="utf-8", errors="replace"),
                         maxsplit=1, flags=re.MULTILINE)[0]
         raise Refusal("\n".join([f"launch: the processes ended with exit code {code}; what they "
                                  f"printed is in {log}, its end:",
-                                 *said.splitlines()[-SHOWN_LINES:]]))
+                                 *printed.splitlines()[-SHOWN_LINES:]]))
     given.unlink()

@@ -9,9 +9,9 @@ is computed, so one process, three, and a killed run that is resumed by two writ
 
 import json
 import os
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bpo.study import processes
-from bpo.study.files import read_lines, to_json
+from bpo.study.files import read_lines, to_json, whole
 
 Item = TypeVar("Item")
 
@@ -66,15 +66,16 @@ def run(file: Path, plan: Callable[[], Sequence[np.ndarray]], work: Callable[[An
     folder = file.parent / "shards"
     processes.first(lambda: _mend(folder, file.stem))
     done = np.zeros(rows, dtype=bool)
-    for _, _, row in _records(folder, file.stem):
-        done[row] = True
+    for shard in _shards(folder, file.stem):
+        for row, _, _ in _records(shard):
+            done[row] = True
     left = [b for b in batches if not done[b].all()]
     processes.wait()  # nobody writes before everybody has read
-    mine = left[processes.rank()::processes.world()]
+    assigned = left[processes.rank()::processes.world()]
     with (folder / f"{file.stem}.{processes.rank()}.jsonl").open("ab") as shard, tqdm(
             total=rows, initial=rows - sum(map(len, left)), desc=label, unit="row", leave=False,
             disable=processes.rank() > 0) as bar:
-        for batch, prepared in _ahead(mine, prepare):
+        for batch, prepared in _ahead(assigned, prepare):
             lines = [f"{row}\t{to_json(record)}\n"
                      for row, record in zip(batch.tolist(), work(prepared), strict=True)]
             shard.write("".join(lines).encode())
@@ -107,41 +108,32 @@ def run_on(file: Path, items: Sequence[Item], batch_size: int,
 
 
 def _shards(folder: Path, stem: str) -> list[Path]:
-    return sorted(f for f in folder.glob(f"{stem}.*.jsonl")
-                  if f.name.removeprefix(f"{stem}.").removesuffix(".jsonl").isdigit())
+    return [f for f in sorted(folder.glob(f"{stem}.*.jsonl"))
+            if f.name.removeprefix(f"{stem}.").removesuffix(".jsonl").isdigit()]
 
 
 def _mend(folder: Path, stem: str) -> None:
     """Cuts off whatever a kill left behind the last whole record of each shard."""
     folder.mkdir(exist_ok=True)
     for shard in _shards(folder, stem):
-        whole = 0
-        with shard.open("rb") as stream:
-            for line in stream:
-                if _row(line) is None:
-                    break
-                whole += len(line)
-        os.truncate(shard, whole)
+        os.truncate(shard, sum(length for _, _, length in _records(shard)))
 
 
-def _row(line: bytes) -> int | None:
-    """The row number of a shard's line; None unless the line is whole."""
-    number, tab, record = line.partition(b"\t")
-    try:
-        json.loads(record)
-        return int(number) if tab and line.endswith(b"\n") else None
-    except ValueError:
-        return None
-
-
-def _records(folder: Path, stem: str) -> Iterator[tuple[int, int, int]]:
-    """(number of the shard, offset, row) of every record; only what was mended or is whole."""
-    for number, shard in enumerate(_shards(folder, stem)):
-        offset = 0
-        with shard.open("rb") as stream:
-            for line in stream:
-                yield number, offset, int(line.partition(b"\t")[0])
-                offset += len(line)
+def _records(shard: Path) -> Iterator[tuple[int, int, int]]:
+    """(row, offset, length in bytes) of the records of a shard, up to one that is not whole."""
+    offset = 0
+    with shard.open("rb") as stream:
+        for line in stream:
+            row, tab, record = line.partition(b"\t")
+            try:
+                json.loads(record)
+                number = int(row)
+            except ValueError:
+                return
+            if not tab or not line.endswith(b"\n"):
+                return
+            yield number, offset, len(line)
+            offset += len(line)
 
 
 def _merge(folder: Path, file: Path, rows: int) -> None:
@@ -149,23 +141,19 @@ def _merge(folder: Path, file: Path, rows: int) -> None:
 
     Ten bytes a row are held: the shard and the place in it.
     """
-    shard, place = array("H", bytes(2 * rows)), array("Q", bytes(8 * rows))
-    for number, offset, row in _records(folder, file.stem):
-        shard[row], place[row] = number, offset
-    files = _shards(folder, file.stem)
-    streams = [f.open("rb") for f in files]
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("wb") as out:
+    shards = _shards(folder, file.stem)
+    shard, place = np.zeros(rows, dtype=np.uint16), np.zeros(rows, dtype=np.uint64)
+    for number, path in enumerate(shards):
+        for row, offset, _ in _records(path):
+            shard[row], place[row] = number, offset
+    with ExitStack() as stack:
+        streams = [stack.enter_context(path.open("rb")) for path in shards]
+        out = stack.enter_context(whole(file))
         for row in range(rows):
             stream = streams[shard[row]]
-            stream.seek(place[row])
-            out.write(stream.readline().partition(b"\t")[2])
-        out.flush()
-        os.fsync(out.fileno())
-    for stream in streams:
-        stream.close()
-    temporary.replace(file)
-    for f in files:
-        f.unlink()
+            stream.seek(int(place[row]))
+            out.write(stream.readline().partition(b"\t")[2].decode())
+    for path in shards:
+        path.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()

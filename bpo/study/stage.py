@@ -11,8 +11,9 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,15 @@ from filelock import FileLock, Timeout
 
 from bpo.params import ROOT, SCHEMAS, Parameters, Refusal, outputs_root
 from bpo.study import processes, sources
-from bpo.study.files import to_json, write_whole
+from bpo.study.files import file_hash, to_json, write_whole
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 TIMINGS = "timings.json"  # seconds differ from run to run, so they are no part of the result
 MERGED = "merged"  # the folder in a study's for merged checkpoints, one below it for each method
 LOCK_PATIENCE = 5.0  # seconds
-SAMPLED_ABOVE = 256 * 2**20  # bytes; `file_hash` reads blocks of a file that is larger
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "numpy", "pillow", "bpo")
+READ_ONLY = ContextVar("READ_ONLY", default=False)
 
 
 @dataclass(frozen=True)
@@ -72,36 +73,44 @@ def stage_folder(study: str, notebook: str) -> Path:
     return outputs_root() / study / notebook
 
 
+@contextmanager
+def read_only() -> Iterator[None]:
+    """In this block a stage that is not up to date raises Refusal instead of being computed."""
+    token = READ_ONLY.set(True)
+    try:
+        yield
+    finally:
+        READ_ONLY.reset(token)
+
+
 def stage(p: Parameters, work: Callable[[Path], dict[str, Any]], *, inputs: Mapping[str, Path]
           ) -> Result:
     """The result of `work`, computed only if nothing valid is there.
 
     work: writes its files into the folder that it is given and returns the metrics (plain JSON).
     It is called again on the same folder after an interruption with the same key, so that it can
-    go on from what it finds there. The code that shapes the result is that of its module and of
-    all that this imports of the kit; comments and layout do not count.
+    go on from what it finds there.
     inputs: files or folders that the result depends on, by name.
     Under a launcher every process calls this and does its share of the work; the first one keeps
     the books. Raises Refusal when an input is missing or was edited, or another run holds the
     study.
     """
     folder = stage_folder(p.study, p.notebook)
-    with ExitStack() as held:
-        key, done = processes.first(lambda: _begin(p, folder, inputs, work.__module__, held))
+    with ExitStack() as lock:
+        key, done = processes.first(lambda: _begin(p, folder, inputs, work.__module__, lock))
         if done is None:
             return Result(folder, read_manifest(folder), "up to date, read again")
         began = time.monotonic()
         metrics = work(folder)
         processes.wait()
-        seconds = round(time.monotonic() - began, 1)
-        return processes.first(lambda: _finish(p, folder, key, inputs, metrics, seconds, done))
+        return processes.first(lambda: _finish(p, folder, key, inputs, metrics, began, done))
 
 
-def _begin(p: Parameters, folder: Path, inputs: Mapping[str, Path],
-           module: str, held: ExitStack) -> tuple[dict[str, Any], str | None]:
+def _begin(p: Parameters, folder: Path, inputs: Mapping[str, Path], module: str, lock: ExitStack
+           ) -> tuple[dict[str, Any], str | None]:
     """Takes the study's lock; the stage's key, and what is to be done (None: nothing)."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    held.enter_context(locked(
+    lock.enter_context(locked(
         folder.parent / ".stage.lock", f"study {p.study} is being computed by another run; "
         "wait for it to end, or write to another study with `--as`"))
     key = {"parameters": p.shaping(),
@@ -110,21 +119,24 @@ def _begin(p: Parameters, folder: Path, inputs: Mapping[str, Path],
     reason = why_stale(folder, key)
     if reason is None:
         return key, None
+    if READ_ONLY.get():
+        raise Refusal(f"{p.notebook} is not up to date: {reason}")
     done = _open_folder(folder, key, reason)
     print(f"{p.notebook} is {done}")
     return key, done
 
 
 def _finish(p: Parameters, folder: Path, key: dict[str, Any], inputs: Mapping[str, Path],
-            metrics: dict[str, Any], seconds: float, done: str) -> Result:
+            metrics: dict[str, Any], began: float, done: str) -> Result:
     manifest = {"stage": p.notebook, "study": p.study, **key,
                 "paths": {n: noted_path(path) for n, path in inputs.items()}, "metrics": metrics,
-                "outputs": {str(f.relative_to(folder)): file_hash(f) for f in _files(folder)},
+                "outputs": {f.relative_to(folder).as_posix(): file_hash(f)
+                            for f in _files(folder)},
                 "versions": {v: importlib.metadata.version(v) for v in VERSIONS},
                 "python": platform.python_version(), "device": device_name(),
                 "processes": processes.world(), "commit": git_commit(),
                 "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-                "seconds": seconds}
+                "seconds": round(time.monotonic() - began, 1)}
     write_whole(folder / MANIFEST, to_json(manifest, indent=1) + "\n")
     (folder / STARTED).unlink()
     return Result(folder, manifest, done)
@@ -135,17 +147,16 @@ def why_stale(folder: Path, key: Mapping[str, Any]) -> str | None:
     if not (folder / MANIFEST).is_file():
         return "there was no result yet"
     manifest = read_manifest(folder)
-    reasons = []
-    for name in key["parameters"].keys() | manifest["parameters"].keys():
-        old, new = manifest["parameters"].get(name), key["parameters"].get(name)
-        if old != new:
-            reasons.append(f"{name} {old} -> {new}")
-    reasons += [f"input {n} changed" for n in key["inputs"].keys() | manifest["inputs"].keys()
-                if manifest["inputs"].get(n) != key["inputs"].get(n)]
-    reasons += [f"code of {n} changed" for n in key["modules"].keys() | manifest["modules"].keys()
-                if manifest["modules"].get(n) != key["modules"].get(n)]
-    touched = _touched(folder, manifest)
-    if touched:
+
+    def differences(part: str, text: str) -> list[str]:
+        old, new = manifest[part], key[part]
+        return [text.format(n, old.get(n), new.get(n)) for n in old.keys() | new.keys()
+                if old.get(n) != new.get(n)]
+
+    reasons = [*differences("parameters", "{} {} -> {}"),
+               *differences("inputs", "input {} changed"),
+               *differences("modules", "code of {} changed")]
+    if touched := _touched(folder, manifest["outputs"]):
         reasons.append(f"{touched} was changed after the stage had finished")
     return "; ".join(sorted(reasons)) or None
 
@@ -154,7 +165,7 @@ def _open_folder(folder: Path, key: Mapping[str, Any], reason: str) -> str:
     """Makes the folder ready for work: new, or the interrupted one, or the old one set aside."""
     started = folder / STARTED
     if started.is_file() and not (folder / MANIFEST).is_file():
-        if json.loads(started.read_text()) == json.loads(to_json(key)):
+        if json.loads(started.read_text(encoding="utf-8")) == json.loads(to_json(key)):
             return "computed on from where it was interrupted"
         reason = "an interrupted run had other parameters, inputs or code"
     if folder.exists():
@@ -172,9 +183,10 @@ def noted_path(path: Path) -> str:
     outputs, else from the project's root, else absolute. No part of what makes a stage stale."""
     path = path.absolute()
     if path.is_relative_to(outputs_root()):
-        return (Path("outputs") / path.relative_to(outputs_root())).as_posix()
-    inside = path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[:1] != ("outputs",)
-    return (path.relative_to(ROOT) if inside else path).as_posix()
+        path = Path("outputs") / path.relative_to(outputs_root())
+    elif path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "outputs"):
+        path = path.relative_to(ROOT)
+    return path.as_posix()
 
 
 def fingerprint(path: Path) -> str:
@@ -192,61 +204,47 @@ def fingerprint(path: Path) -> str:
                           else f"{path}: there is no such file or folder")
         if path.is_file():
             return file_hash(path)
-        return _digest(f"{f.relative_to(path)} {file_hash(f)}" for f in _files(path))
+        return _digest(f"{f.relative_to(path).as_posix()} {file_hash(f)}" for f in _files(path))
     if not (owner / MANIFEST).is_file():
         raise Refusal(f"{path} is not there yet: run notebooks/{owner.name}.ipynb first "
                       f"({written_by(path)})")
-    manifest = read_manifest(owner)
-    mine = below(manifest["outputs"], "" if path == owner else str(path.relative_to(owner)))
-    if not mine:
-        wrote = sorted({n.split("/")[0] for n in manifest["outputs"]})
-        raise Refusal(f"{path}: the stage {owner.name} did not write this; "
-                      f"it wrote {', '.join(wrote)}")
-    touched = _touched(owner, {"outputs": mine})
-    if touched:
+    outputs = read_manifest(owner)["outputs"]
+    hashes = {n: h for n, h in outputs.items() if (owner / n).is_relative_to(path)}
+    if not hashes:
+        wrote = ", ".join(sorted({n.split("/")[0] for n in outputs}))
+        raise Refusal(f"{path}: the stage {owner.name} did not write this; it wrote {wrote}")
+    if touched := _touched(owner, hashes):
         raise Refusal(f"{owner / touched} was changed after the stage that wrote it had finished: "
                       f"put the original back, or run notebooks/{owner.name}.ipynb again")
-    return listed_digest(mine)
-
-
-def below(hashes: Mapping[str, str], inside: str) -> dict[str, str]:
-    """Those of a manifest's outputs that are or lie below a path in the stage's folder; all for "".
-    """
-    return {n: h for n, h in hashes.items()
-            if not inside or n == inside or n.startswith(f"{inside}/")}
-
-
-def listed_digest(hashes: Mapping[str, str]) -> str:
-    """The fingerprint of a stage's files, from their hashes in its manifest."""
     return _digest(f"{n} {h}" for n, h in hashes.items())
+
+
+def _below_outputs(path: Path) -> tuple[str, ...]:
+    root = outputs_root()
+    return path.relative_to(root).parts if path.is_relative_to(root) else ()
 
 
 def owning_stage(path: Path) -> Path | None:
     """The stage folder that a path lies in, if it lies below outputs/<study>/<notebook>."""
-    root = outputs_root()
-    if not path.is_relative_to(root):
-        return None
-    parts = path.relative_to(root).parts
-    return root / parts[0] / parts[1] if len(parts) > 1 and parts[1] in SCHEMAS else None
+    parts = _below_outputs(path)
+    return stage_folder(*parts[:2]) if len(parts) > 1 and parts[1] in SCHEMAS else None
 
 
 def written_by(path: Path) -> str:
     """The command that writes what lies at a path below outputs/<study>/<notebook> or
     outputs/<study>/merged/<method>; "" for other paths."""
-    if owner := owning_stage(path):
-        return f"python -m bpo run {owner.parent.name} --only {owner.name.split('_')[0]}"
-    root = outputs_root()
-    parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
+    parts = _below_outputs(path)
+    if owning_stage(path):
+        return f"python -m bpo run {parts[0]} --only {parts[1].split('_')[0]}"
     if len(parts) > 2 and parts[1] == MERGED:
         return f"python -m bpo merge {parts[0]} --method {parts[2]}"
     return ""
 
 
-def _touched(folder: Path, manifest: Mapping[str, Any]) -> str | None:
-    for name, known in manifest["outputs"].items():
-        if not (folder / name).is_file() or file_hash(folder / name) != known:
-            return name
-    return None
+def _touched(folder: Path, hashes: Mapping[str, str]) -> str | None:
+    """The first of a stage's files that is gone or has another hash."""
+    return next((n for n, sha256 in hashes.items()
+                 if not (folder / n).is_file() or file_hash(folder / n) != sha256), None)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -261,21 +259,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
-def _digest(lines: Iterator[str]) -> str:
+def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def file_hash(file: Path) -> str:
-    """sha256 of a file; above 256 MB of its size and 64 blocks of 1 MB spread evenly over it."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        if size <= SAMPLED_ABOVE:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-        digest = hashlib.sha256(str(size).encode())
-        for block in range(64):
-            stream.seek((size - 2**20) * block // 63)
-            digest.update(stream.read(2**20))
-    return digest.hexdigest()
 
 
 def device_name() -> str:
@@ -288,15 +273,15 @@ def device_name() -> str:
 
 def git_commit() -> str:
     """The commit of the kit's checkout, marked when files differ from it; "none" without git."""
-    command = ["git", "-C", str(ROOT)]
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], check=True,
+                              capture_output=True, text=True).stdout.strip()
+
     try:
-        commit = subprocess.run([*command, "rev-parse", "--short=12", "HEAD"], check=True,
-                                capture_output=True, text=True).stdout.strip()
-        dirty = subprocess.run([*command, "status", "--porcelain"], check=True,
-                               capture_output=True, text=True).stdout.strip()
+        changes = " with changes" if git("status", "--porcelain") else ""
+        return git("rev-parse", "--short=12", "HEAD") + changes
     except (OSError, subprocess.CalledProcessError):
         return "none"
-    return commit + (" with changes" if dirty else "")
 
 
 @contextmanager
@@ -306,12 +291,9 @@ def locked(file: Path, message: str) -> Iterator[None]:
     The lock ends with the process that holds it, so a killed run leaves nothing to clean up. The
     kernel of a killed run notices within seconds that it is alone, so that long is waited for.
     """
-    lock = FileLock(file, timeout=LOCK_PATIENCE)
     try:
-        lock.acquire()
+        lock = FileLock(file, timeout=LOCK_PATIENCE).acquire()
     except Timeout:
         raise Refusal(message) from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()

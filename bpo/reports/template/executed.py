@@ -1,9 +1,14 @@
 """What a page and the index read from an executed notebook, and what they leave out of it."""
 
+import hashlib
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
+from bpo.params import ROOT, Parameters
 from bpo.reports.template.filters import strip_ansi
+from bpo.study import stage as stages
+from bpo.study.files import file_hash
 
 if TYPE_CHECKING:
     import nbformat
@@ -72,3 +77,17 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def stamp(notebook: "nbformat.NotebookNode", p: Parameters) -> str:
+    """A hash of what an executed notebook was made from and of what it holds: the kit's code, the
+    notebook in the project, the parameters, the stage's manifest, the executed cells. "" for a
+    notebook that computes no stage."""
+    manifest = stages.stage_folder(p.study, p.notebook) / stages.MANIFEST
+    if not manifest.is_file():
+        return ""
+    code = [f for f in sorted((ROOT / "bpo").rglob("*")) if f.is_file() and f.suffix != ".pyc"]
+    files = [*code, ROOT / "notebooks" / f"{p.notebook}.ipynb", manifest]
+    parts = [*map(file_hash, files), p.model_dump_json(),
+             json.dumps(notebook.cells, sort_keys=True)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

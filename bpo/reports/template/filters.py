@@ -66,16 +66,16 @@ def formula(tex: str, *, display: str) -> str:
     """
     from latex2mathml.converter import convert
 
-    known = tex.strip().replace("~", r"\ ")
+    text = tex.strip().replace("~", r"\ ")
     # `aligned` is unknown to the converter, letters without braces stay plain in the browser
-    known = re.sub(r"(begin|end)\{aligned\}", r"\1{align*}", known)
-    known = re.sub(r"\\(mathcal|mathbb|mathbf) ?([A-Za-z])", r"\\\1{\2}", known)
+    text = re.sub(r"(begin|end)\{aligned\}", r"\1{align*}", text)
+    text = re.sub(r"\\(mathcal|mathbb|mathbf) ?([A-Za-z])", r"\\\1{\2}", text)
     # TeX sets a thin space on either side of an operator's name
-    known = re.sub(r"([\w}])\s*\\(log|exp|ln)(?![A-Za-z])", r"\1\\,\\\2", known)
-    known = re.sub(r"\\(log|exp|ln)(?![A-Za-z_^(]|\s*\\left)", r"\\\1\\,", known)
+    text = re.sub(r"([\w}])\s*\\(log|exp|ln)(?![A-Za-z])", r"\1\\,\\\2", text)
+    text = re.sub(r"\\(log|exp|ln)(?![A-Za-z_^(]|\s*\\left)", r"\\\1\\,", text)
     try:
         # it reads \sim as a letter, which gets no space around it
-        mathml = convert(known, display=display).replace("<mi>&#x0007E;</mi>", "<mo>∼</mo>")
+        mathml = convert(text, display=display).replace("<mi>&#x0007E;</mi>", "<mo>∼</mo>")
     except Exception:  # it raises of many kinds, and a formula must not cost the page
         mathml = "\\"
     if "\\" in mathml or "<mi>&</mi>" in mathml or tex.count("{") != tex.count("}"):
