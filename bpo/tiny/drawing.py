@@ -183,8 +183,3 @@ def draw_scene(scene: Scene) -> Image.Image:
         top = thing.cell // 2 * CELL + margin + thing.shift[1]
         picture.paste(pixels, (left, top), coverage)
     return picture
-
-
-def scene_array(scenes: list[Scene]) -> np.ndarray:
-    """Pictures of the scenes, (n, 64, 64, 3), uint8."""
-    return np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
