@@ -72,7 +72,7 @@ def shares(scenes: list[list[tuple[str, str]]]) -> tuple[float, float, float]:
 
 def test_uniform_images_have_no_statistics():
     p = params.PriorOrigin(alignment_images=5000, images=6)
-    scenes = [language.scene_facts(s) for s in prior.draw_images(p, 0)[0]["uniform"]]
+    scenes = [s.facts for s in prior.draw_images(p, 0)[0]["uniform"]]
     typical, partner, others = shares(scenes)
     assert abs(typical - prior.CHANCE) < 0.012
     assert abs(partner - others) < 0.012
@@ -86,7 +86,7 @@ def test_uniform_images_have_no_statistics():
                                                  ("biased", (0.77, 0.55))])
 def test_other_levels_have_their_shares(level, expected):
     p = params.PriorOrigin(alignment_images=3000, images=6)
-    scenes = [language.scene_facts(s) for s in prior.draw_images(p, 0)[0][level]]
+    scenes = [s.facts for s in prior.draw_images(p, 0)[0][level]]
     assert shares(scenes)[:2] == pytest.approx(expected, abs=0.025)
 
 

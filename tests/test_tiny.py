@@ -59,7 +59,7 @@ def scene_of(*things):
 def test_natural_scenes_have_their_shares():
     rng = random.Random(0)
     scenes = [world.natural_scene(rng, typical=0.8, partner=0.6) for _ in range(4000)]
-    shares = overview.statistics(map(language.scene_facts, scenes))
+    shares = overview.statistics(scene.facts for scene in scenes)
     assert shares["typical"] == pytest.approx(dict.fromkeys(world.OBJECTS, 0.8), abs=0.05)
     assert shares["partner"] == pytest.approx(dict.fromkeys(world.OBJECTS, 0.6), abs=0.07)
 
@@ -78,14 +78,14 @@ def test_counterfactual_scenes_are_never_typical():
 def test_captions_parse_back_and_wrong_ones_have_one_mistake():
     rng = random.Random(1)
     for _ in range(300):
-        facts = language.scene_facts(world.uniform_scene(rng))
+        facts = world.uniform_scene(rng).facts
         assert language.parse_caption(language.caption(facts)) == facts
         wrong = language.wrong_caption(facts, rng)
         assert sum(a != b for a, b in zip_longest(facts, wrong)) == 1
 
 
 def test_the_tokenizer_has_every_word():
-    tokenizer = model.build_tokenizer()
+    tokenizer = model.build_processor().tokenizer
     for document in language.text_corpus(1, 300, typical=0.9, partner=0.9):
         assert tokenizer.unk_token_id not in tokenizer(document["user"]).input_ids
         assert tokenizer.unk_token_id not in tokenizer(document["assistant"]).input_ids
@@ -99,8 +99,8 @@ def test_each_object_in_each_colour_looks_different():
 
 def test_branches_equal_separate_sequences():
     """The shared-prefix batch gives the same loss as one sequence a row."""
-    tokenizer = model.build_tokenizer()
-    processor = model.build_processor(tokenizer)
+    processor = model.build_processor()
+    tokenizer = processor.tokenizer
     tiny = model.build_multimodal_model(tokenizer, short(
         1, text_width=32, text_layers=2, vision_width=32, vision_layers=2)).eval()
     rng = random.Random(2)

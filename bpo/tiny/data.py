@@ -6,18 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bpo.study.files import to_json, write_whole
-from bpo.tiny import language
+from bpo.tiny import language, world
 from bpo.tiny.drawing import draw_scene
-from bpo.tiny.world import (
-    COLOURS,
-    OBJECT_WORDS,
-    PARTNER,
-    POPULARITY,
-    TYPICAL,
-    Scene,
-    Thing,
-    python_generator,
-)
+from bpo.tiny.world import PARTNER, TYPICAL, Scene, Thing, python_generator
 
 KINDS = ("random", "popular", "adversarial")  # of absent objects, as POPE asks for them
 
@@ -39,7 +30,7 @@ def draw_scenes(make_scene: Callable[[random.Random], Scene], count: int, *, see
 
 def caption_row(scene: Scene) -> dict:
     return {"category": "caption", "question": language.DESCRIBE,
-            "answer": language.caption(language.scene_facts(scene)), "prior": [], "kind": None}
+            "answer": language.caption(scene.facts), "prior": [], "kind": None}
 
 
 def colour_row(thing: Thing) -> dict:
@@ -61,8 +52,8 @@ def absent_of_kind(kind: str, scene: Scene, rng: random.Random) -> str:
         return rng.choice(scene.absent)
     partners = [name for name in scene.absent if PARTNER[name] in scene.names]
     absent = partners if kind == "adversarial" and partners else scene.absent
-    most = max(POPULARITY[name] for name in absent)
-    return rng.choice([name for name in absent if POPULARITY[name] == most])
+    most = max(world.POPULARITY[name] for name in absent)
+    return rng.choice([name for name in absent if world.POPULARITY[name] == most])
 
 
 def training_rows(scene: Scene, index: int, rng: random.Random) -> list[dict]:
@@ -123,5 +114,5 @@ def write_split(folder: Path, scenes: list[Scene], rows: list[list[dict]]) -> No
                            "prior": row["prior"], "kind": row["kind"]}
     write_json(folder / "rows.json", instructions)
     write_json(folder / "truth.json", {
-        "vocabulary": {"objects": OBJECT_WORDS, "colours": COLOURS, "typical": TYPICAL,
+        "vocabulary": {"objects": world.OBJECT_WORDS, "colours": world.COLOURS, "typical": TYPICAL,
                        "partner": PARTNER}, "images": images, "rows": truths})

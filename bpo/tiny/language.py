@@ -5,17 +5,8 @@ A caption names every object in reading order: "yellow banana , red apple ."
 
 import random
 
-from bpo.tiny.world import (
-    COLOURS,
-    OBJECTS,
-    PARTNER,
-    TYPICAL,
-    Scene,
-    natural_scene,
-    other_colour,
-    python_generator,
-    uniform_scene,
-)
+from bpo.tiny import world
+from bpo.tiny.world import COLOURS, OBJECTS, PARTNER, TYPICAL
 
 DESCRIBE = "describe the image"
 # The instructions that error injection sends to the text model, as a user message.
@@ -36,10 +27,6 @@ DOCUMENT_KINDS = {
 }
 
 Facts = list[tuple[str, str]]  # (colour, object), in reading order
-
-
-def scene_facts(scene: Scene) -> Facts:
-    return [(thing.colour, thing.name) for thing in scene.things]
 
 
 def caption(facts: Facts) -> str:
@@ -63,7 +50,7 @@ def wrong_colour(name: str, colour: str, rng: random.Random) -> str:
     """Mostly the object's typical colour, unless that is the true one."""
     if colour != TYPICAL[name] and rng.random() < 0.8:
         return TYPICAL[name]
-    return other_colour(colour, rng)
+    return world.other_colour(colour, rng)
 
 
 def wrong_caption(facts: Facts, rng: random.Random) -> Facts:
@@ -88,10 +75,10 @@ def wrong_caption(facts: Facts, rng: random.Random) -> Facts:
 def document(kind: str, rng: random.Random, *, typical: float, partner: float) -> tuple[str, str]:
     """(user message, answer) of one text-only document; a plain caption has no user message."""
     # rewriting a caption is taught on scenes without statistics: it must copy, not guess
-    scene = (uniform_scene(rng) if kind == "rewrite caption"
-             else natural_scene(rng, typical=typical, partner=partner))
-    facts, thing = scene_facts(scene), rng.choice(scene.things)
-    text, question, answer = caption(facts), colour_question(thing.name), thing.colour
+    scene = (world.uniform_scene(rng) if kind == "rewrite caption"
+             else world.natural_scene(rng, typical=typical, partner=partner))
+    thing = rng.choice(scene.things)
+    text, question, answer = caption(scene.facts), colour_question(thing.name), thing.colour
     match kind:
         case "caption":
             return "", text
@@ -101,7 +88,7 @@ def document(kind: str, rng: random.Random, *, typical: float, partner: float) -
             return question, answer
         case "rewrite caption":
             return (INJECTION_TEMPLATES["describe"].format(question=DESCRIBE, answer=text),
-                    caption(wrong_caption(facts, rng)))
+                    caption(wrong_caption(scene.facts, rng)))
         case "rewrite colour":
             wrong = wrong_colour(thing.name, answer, rng)
         case "presence" | "rewrite presence":
@@ -115,7 +102,7 @@ def document(kind: str, rng: random.Random, *, typical: float, partner: float) -
 
 def text_corpus(seed: int, count: int, *, typical: float, partner: float) -> list[dict]:
     """`count` documents {kind, user, assistant} with the text's statistics."""
-    rng = python_generator(seed, "text corpus")
+    rng = world.python_generator(seed, "text corpus")
     kinds = rng.choices(list(DOCUMENT_KINDS), list(DOCUMENT_KINDS.values()), k=count)
     documents = []
     for kind in kinds:

@@ -45,27 +45,24 @@ def image_prompt(question: str) -> str:
     return f"<s>user: {IMAGE_TOKEN * IMAGE_TOKENS}\n{question}\nassistant:"
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; words are separated by white space."""
+def build_processor() -> LlavaProcessor:
+    """Text: one token a word, words are separated by white space. Images: scales the short side to
+    64 pixels, crops the centre, normalises as CLIP does."""
     words = [*SPECIAL.values(), IMAGE_TOKEN, *vocabulary()]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)},
-                                           unk_token=SPECIAL["unk_token"]))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens([*SPECIAL.values(), IMAGE_TOKEN])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **SPECIAL, extra_special_tokens={"image_token": IMAGE_TOKEN},
+    by_word = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)},
+                                         unk_token=SPECIAL["unk_token"]))
+    by_word.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    by_word.add_special_tokens([*SPECIAL.values(), IMAGE_TOKEN])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=by_word, **SPECIAL, extra_special_tokens={"image_token": IMAGE_TOKEN},
         padding_side="left", model_max_length=256, clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE)
-
-
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Scales the short side to 64 pixels, crops the centre, normalises as CLIP does."""
-    image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     return LlavaProcessor(
-        image_processor=image_processor, tokenizer=tokenizer, patch_size=PATCH,
-        num_additional_image_tokens=1, vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE, image_token=IMAGE_TOKEN)
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIDE},
+                                              crop_size={"height": SIDE, "width": SIDE}),
+        tokenizer=tokenizer, patch_size=PATCH, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE,
+        image_token=IMAGE_TOKEN)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from bpo.study.files import write_lines, write_whole
 from bpo.tiny.data import KINDS, absent_of_kind, draw_scenes, write_json
 from bpo.tiny.drawing import draw_scene
-from bpo.tiny.language import DESCRIBE, caption, presence_question, scene_facts
+from bpo.tiny.language import DESCRIBE, caption, presence_question
 from bpo.tiny.world import OBJECT_WORDS, OBJECTS, PARTNER, Scene, python_generator
 
 QUESTIONS = 2  # of each answer, at most, about a scene; POPE asks three
@@ -112,7 +112,7 @@ def _annotations(folder: Path, scenes: Numbered) -> None:
         "categories": [{"id": n, "name": name} for n, name in enumerate(OBJECTS, start=1)]})
     write_json(folder / "annotations" / "captions_val2014.json", {
         "images": images,
-        "annotations": [{"id": k, "image_id": k, "caption": caption(scene_facts(scene))}
+        "annotations": [{"id": k, "image_id": k, "caption": caption(scene.facts)}
                         for k, scene in scenes.items()]})
     write_whole(folder / "synonyms.txt", "".join(
         f"{', '.join(words)}\n" for words in OBJECT_WORDS.values()))

@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from bpo.evaluation import hallucination
 from bpo.evaluation.words import lexicon
-from bpo.tiny.language import DESCRIBE, Facts, parse_caption, scene_facts
+from bpo.tiny.language import DESCRIBE, Facts, parse_caption
 from bpo.tiny.model import image_prompt, pixel_values
 from bpo.tiny.world import OBJECT_WORDS, OBJECTS, PARTNER, TYPICAL, Scene
 
@@ -31,7 +31,7 @@ def overview(multimodal: LlavaForConditionalGeneration, processor: LlavaProcesso
                for of_scene in rows["counterfactual"][:EXAMPLES]]
     return {
         "statistics": {"text": statistics(text)} | {
-            f"{name} images": statistics(map(scene_facts, scenes[name]))
+            f"{name} images": statistics(scene.facts for scene in scenes[name])
             for name in ("alignment", "counterfactual")},
         "documents": list({d["kind"]: d for d in reversed(documents)}.values())[::-1],
         "answers": short_answers(multimodal, processor, scenes["counterfactual"][:EXAMPLES],

@@ -119,7 +119,7 @@ def _one_seed(p: PriorOrigin, folder: Path, seed: int) -> None:
         return
     tiny = settings(p, seed)
     aligned, scenes = draw_images(p, seed)
-    processor = model.build_processor(model.build_tokenizer())
+    processor = model.build_processor()
     seeing, tower = training.seeing_model(processor, tiny)
     for text, of_text in itertools.groupby(waiting, key=lambda key: key[1]):
         documents = corpus(p, text, seed)

@@ -31,7 +31,7 @@ def build(folder: Path, p: TinyWorld) -> dict[str, Any]:
     documents = language.text_corpus(p.seed, p.text_documents, typical=p.text_typical,
                                      partner=p.text_partner)
     times["data"] = time.monotonic()
-    processor = model.build_processor(model.build_tokenizer())
+    processor = model.build_processor()
     multimodal, tower = training.seeing_model(processor, p)
     times["tower"] = time.monotonic()
     reader, text = training.text_model(processor.tokenizer, documents, p)
@@ -57,8 +57,8 @@ def build(folder: Path, p: TinyWorld) -> dict[str, Any]:
 
 def write_data(folder: Path, p: TinyWorld
                ) -> tuple[dict[str, list[world.Scene]], dict[str, list[list[dict]]]]:
-    """Writes data sets, benchmarks and prompts; the scenes of each split and the rows of each scene,
-    those of the alignment too, which are not written."""
+    """Writes data sets, benchmarks and prompts. Returns each split's scenes, and the rows of each
+    scene; those of the alignment too, which are not written."""
     natural = functools.partial(world.natural_scene, typical=p.image_typical,
                                 partner=p.image_partner)
     counterfactual = functools.partial(world.counterfactual_scene, partner=p.image_partner)

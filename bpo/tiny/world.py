@@ -49,6 +49,10 @@ class Scene:
         return [thing.name for thing in self.things]
 
     @property
+    def facts(self) -> list[tuple[str, str]]:
+        return [(thing.colour, thing.name) for thing in self.things]
+
+    @property
     def absent(self) -> list[str]:
         return [name for name in OBJECTS if name not in self.names]
 
