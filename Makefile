@@ -23,7 +23,7 @@ help:
 	@echo "make test       install, run all tests that a CPU can (make test ARGS='-m fast' for the quick ones, under a minute)"
 	@echo "make lab        install, open the notebooks in JupyterLab"
 	@echo "make pdf        print the reports of a study (STUDY=tiny) to outputs/tiny/pdf/, needs Chromium"
-	@echo "make bench      install, measure the speed ratios, write them into outputs/README.md"
+	@echo "make bench      install, measure the speed ratios, write them into outputs/README.md (make bench ARGS=probing for one group)"
 
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 $(VENV)/.report: requirements.lock pyproject.toml
@@ -53,4 +53,4 @@ outputs/$(STUDY)/pdf/%.pdf: outputs/$(STUDY)/%.html
 	$(PRINT) --print-to-pdf="$@" "file://$(CURDIR)/$<"
 
 bench: $(VENV)/.report
-	$(VENV)/bin/python tests/bench.py
+	$(VENV)/bin/python tests/bench.py $(ARGS)

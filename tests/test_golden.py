@@ -19,14 +19,13 @@ FILE = Path(__file__).parent / "golden" / "little.json"
 SAMPLED = {"4_qualitative_comparison": 20, "5_benchmarks": 20}
 
 
-def numbers(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float | None]]:
+def numbers(value: object, path: str = "") -> Iterator[tuple[str, float | None]]:
     """Every number (or None) in nested metrics as (path, value)."""
     if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for name, inner in items:
-            yield from numbers(inner, (*path, str(name)))
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from numbers(inner, f"{path}/{name}" if path else str(name))
     elif value is None or isinstance(value, int | float):
-        yield "/".join(path), value
+        yield path, value
 
 
 def stages(study: Path) -> dict[str, dict[str, float | None]]:

@@ -126,30 +126,17 @@ class TestTheWholeStudy:
         assert index.count("complete") >= 6 and "4_qualitative_comparison.html" in index
         assert "bpo − sft_matched" in index and "AMBER: AMBER score" in index
 
-    def test_the_world_is_a_plain_checkpoint_with_disjoint_data(self, study):
+    def test_no_two_data_sets_or_benchmarks_share_a_picture(self, study):
         world = study / "0_tiny_world"
-        for part in ("model", "language_model"):
-            assert (world / part / "model.safetensors").is_file()
-        rows = {s: json.loads((world / s / "rows.json").read_text())
-                for s in ("preference", "development", "counterfactual", "natural")}
-        assert [len(r) for r in rows.values()] == [180, 60, 100, 60]
-        pixels = [f.read_bytes() for s in rows for f in (world / s / "images").glob("*.png")]
-        benchmarks = world / "benchmarks"
-        pixels += [f.read_bytes() for place in ("chair/val2014", "object-halbench/images",
-                                                "amber/image")
-                   for f in (benchmarks / place).iterdir()]
-        assert len(set(pixels)) == len(pixels) == 60 + 12 + 20 + 12 + 3 * 12
-        assert {f.read_bytes() for f in (benchmarks / "pope/val2014").iterdir()} == {
-            f.read_bytes() for f in (benchmarks / "chair/val2014").iterdir()}
-
-    def test_noise_probability_has_its_curves(self, study):
-        found = manifest(study, "1_noise_probability")["metrics"]
-        assert found["noise_steps"] == [0, 500, 999]
-        assert len(found["p_true"]) == len(found["p_prior"]) == 3
-        assert all(0 <= v <= 1 for v in found["p_true"] + found["p_prior"])
-        for value, (low, high) in zip(found["p_true"], found["p_true_interval"], strict=True):
-            assert low <= value <= high
-        assert found["prefix_shared"] is True
+        splits = ("preference", "development", "counterfactual", "natural")
+        pictures = [f.read_bytes() for place in (
+            *(f"{split}/images" for split in splits), "benchmarks/chair/val2014",
+            "benchmarks/object-halbench/images", "benchmarks/amber/image")
+            for f in (world / place).iterdir()]
+        assert len(set(pictures)) == len(pictures) == 60 + 12 + 20 + 12 + 3 * 12
+        pope, chair = ({f.read_bytes() for f in (world / f"benchmarks/{b}/val2014").iterdir()}
+                       for b in ("pope", "chair"))
+        assert pope == chair
 
     def test_what_is_done_by_hand_is_what_the_stages_stored(self, study):
         text = text_of(study / "1_noise_probability.ipynb")
@@ -194,32 +181,18 @@ class TestTheWholeStudy:
         step = found["sft_matched"]["flops_per_step"] / found["bpo"]["flops"]
         assert abs(spent - 1) <= step
 
-    def test_the_comparison_measures_every_method_on_both_splits(self, study):
+    def test_every_method_is_measured_on_both_splits_and_every_benchmark(self, study):
         found = manifest(study, "4_qualitative_comparison")["metrics"]
         for split in ("counterfactual", "natural"):
             assert list(found[split]) == METHODS
-            for method in METHODS:
-                for name in MEASURED:
-                    e = found[split][method][name]
-                    assert e.keys() == {"value", "low", "high", "n"}
-                    if e["value"] is not None:
-                        assert e["low"] <= e["value"] <= e["high"] and e["n"] > 0
-            assert set(found["differences"][split]) == {"base", "sft", "sft_matched",
-                                                        "sft_compute"}
-        assert found["counterfactual"]["base"]["colour_accuracy"]["n"] == 20
-
-    def test_the_benchmarks_measure_every_method_from_official_files(self, study):
+            for e in (found[split][method][name] for method in METHODS for name in MEASURED):
+                assert e["value"] is None or e["low"] <= e["value"] <= e["high"] and e["n"] > 0
         found = manifest(study, "5_benchmarks")["metrics"]
         assert list(found["benchmarks"]) == ["chair", "object-halbench", "pope", "amber"]
         for name, values in found["benchmarks"].items():
             assert list(values) == METHODS
-            assert found["differences"][name]["base"].keys() == set(METHODS) - {"base"}
             lines = (study / "5_benchmarks" / f"answers-{name}.jsonl").read_text().splitlines()
             assert len(lines) == found["settings"][name]["questions"]
-        score = found["benchmarks"]["amber"]["bpo"]["amber_score"]
-        assert score["low"] <= score["value"] <= score["high"]
-        assert set(found["image"]) == {"caption", "attribute", "presence"}
-        assert set(found["calibration"]) == {"pope", "amber"}
         page = (study / "5_benchmarks.html").read_text()
         assert "Numbers that others published" in page and "CHAIRi" in page
 

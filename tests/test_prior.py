@@ -11,7 +11,7 @@ import pytest
 
 from bpo import params
 from bpo.reports import page as report
-from bpo.tiny import build, language, prior, prior_tables, world
+from bpo.tiny import language, prior, tables, training, world
 
 pytestmark = pytest.mark.study  # worlds are made and models trained
 
@@ -43,7 +43,7 @@ def work():
 @pytest.fixture(scope="module")
 def study(outputs, work):
     with pytest.MonkeyPatch.context() as patch:
-        calls = {n: counted(patch, build, n) for n in ("seeing_model", "text_model", "align")}
+        calls = {n: counted(patch, n) for n in ("seeing_model", "text_model", "align")}
         result = prior.run(little("whole"))
     work |= {n: len(c) for n, c in calls.items()}
     return result
@@ -53,10 +53,10 @@ def worlds(result) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in (result.folder / "worlds").iterdir()}
 
 
-def counted(monkeypatch, module, name: str) -> list:
-    """Lets `name` do its work and notes each call."""
-    real, calls = getattr(module, name), []
-    monkeypatch.setattr(module, name, lambda *a, **k: (calls.append(name), real(*a, **k))[1])
+def counted(monkeypatch, name: str) -> list:
+    """Lets a phase of the training do its work and notes each call."""
+    real, calls = getattr(training, name), []
+    monkeypatch.setattr(training, name, lambda *a: (calls.append(name), real(*a))[1])
     return calls
 
 
@@ -72,7 +72,7 @@ def shares(scenes: list[list[tuple[str, str]]]) -> tuple[float, float, float]:
 
 def test_uniform_images_have_no_statistics():
     p = params.PriorOrigin(alignment_images=5000, images=6)
-    scenes = [language.scene_facts(s) for s in prior.draw_images(p, 0)[0]["uniform"]]
+    scenes = [s.facts for s in prior.draw_images(p, 0)[0]["uniform"]]
     typical, partner, others = shares(scenes)
     assert abs(typical - prior.CHANCE) < 0.012
     assert abs(partner - others) < 0.012
@@ -86,18 +86,15 @@ def test_uniform_images_have_no_statistics():
                                                  ("biased", (0.77, 0.55))])
 def test_other_levels_have_their_shares(level, expected):
     p = params.PriorOrigin(alignment_images=3000, images=6)
-    found = shares([language.scene_facts(s) for s in prior.draw_images(p, 0)[0][level]])
-    assert found[:2] == pytest.approx(expected, abs=0.025)
+    scenes = [s.facts for s in prior.draw_images(p, 0)[0][level]]
+    assert shares(scenes)[:2] == pytest.approx(expected, abs=0.025)
 
 
-def test_half_is_half_way():
-    levels = params.PriorOrigin().image_levels
+def test_the_biased_levels_are_the_tiny_studys_and_half_is_half_way():
+    p, tiny = params.PriorOrigin(), params.TinyWorld()
+    levels = p.image_levels
     middle = [(a + b) / 2 for a, b in zip(levels["uniform"], levels["biased"], strict=True)]
     assert levels["half"] == pytest.approx(middle)
-
-
-def test_the_biased_levels_are_the_tiny_studys():
-    p, tiny = params.PriorOrigin(), params.TinyWorld()
     assert p.text_levels["biased"] == [tiny.text_typical, tiny.text_partner]
     assert p.image_levels["biased"] == [tiny.image_typical, tiny.image_partner]
     for name in ("text_documents", "alignment_images", "tower_steps", "text_steps",
@@ -168,16 +165,16 @@ def test_the_worlds_of_a_seed_share_tower_and_text_models(study, work):
 
 def test_an_interrupted_study_goes_on_by_world(study, monkeypatch):
     """Worlds that are there are kept, and one built alone has the bytes of one built in turn."""
-    real, asked = prior._asked, []
+    real, calls = prior.answers, []
 
     def killed(*arguments):
-        asked.append(arguments)
-        if len(asked) == 2:
+        calls.append(arguments)
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prior, "_asked", killed)
+        patch.setattr(prior, "answers", killed)
         with pytest.raises(KeyboardInterrupt):
             prior.run(little("killed"))
     folder = params.outputs_root() / "killed" / NOTEBOOK
@@ -185,7 +182,7 @@ def test_an_interrupted_study_goes_on_by_world(study, monkeypatch):
     before = (folder / "worlds" / "0-uniform-uniform.json").stat().st_mtime_ns
     (folder / "worlds" / "0-biased-uniform.json").write_bytes(
         worlds(study)["0-biased-uniform.json"])
-    aligned = counted(monkeypatch, build, "align")
+    aligned = counted(monkeypatch, "align")
     result = prior.run(little("killed"))
     assert len(aligned) == 2
     assert "interrupted" in result.done
@@ -203,83 +200,86 @@ def made(seed: int, text: str, images: str, clean: list[float], last: list[list[
     return {"seed": seed, "text": text, "images": images, "looks": looks}
 
 
-@pytest.fixture
-def by_hand():
+def test_effects_by_hand():
     """One seed, two images. Text: +.1 clean; with biased images also +.2 of rise. Images: +.3 and
     +.5 clean, image by image."""
-    return [made(7, "uniform", "uniform", [0.1, 0.1], [[0.1, 0.3], [0.2, 0.2]]),
-            made(7, "uniform", "biased", [0.4, 0.6], [[0.5, 0.5], [0.7, 0.7]]),
-            made(7, "biased", "uniform", [0.2, 0.2], [[0.3, 0.3], [0.3, 0.3]]),
-            made(7, "biased", "biased", [0.5, 0.7], [[0.8, 0.8], [1.0, 1.0]])]
-
-
-def test_effects_by_hand(by_hand):
     p = little("hand", images=2, seed=7)
-    found = {"effects": prior.effects(by_hand, p)}
+    metrics = {"effects": prior.effects([
+        made(7, "uniform", "uniform", [0.1, 0.1], [[0.1, 0.3], [0.2, 0.2]]),
+        made(7, "uniform", "biased", [0.4, 0.6], [[0.5, 0.5], [0.7, 0.7]]),
+        made(7, "biased", "uniform", [0.2, 0.2], [[0.3, 0.3], [0.3, 0.3]]),
+        made(7, "biased", "biased", [0.5, 0.7], [[0.8, 0.8], [1.0, 1.0]])], p)}
     expected = {("text", "clean"): (0.1, 0.1, 0.1), ("images", "clean"): (0.4, 0.4, 0.4),
                 ("text", "rise"): (0.0, 0.2, 0.1), ("images", "rise"): (0.0, 0.2, 0.1)}
     for (factor, name), values in expected.items():
         for at, value in zip(("uniform", "biased", "all"), values, strict=True):
-            change = prior_tables.effect(found, factor, name, at)
+            change = tables.effect(metrics, factor, name, at)
             assert change["mean"] == change["least"] == change["most"] == pytest.approx(value)
-    pictures = prior_tables.effect(found, "images", "clean")["seeds"][0]
-    assert (pictures["low"], pictures["high"]) == (0.3, 0.5)  # either image alone
-    assert prior_tables.verdict(prior_tables.effect(found, "images", "clean")) == "raises"
-    assert prior_tables.larger(found, "clean") == "the alignment images move it more"
+    pictures = tables.effect(metrics, "images", "clean")
+    assert (pictures["seeds"][0]["low"], pictures["seeds"][0]["high"]) == (0.3, 0.5)  # either image
+    assert tables.verdict(pictures) == "raises"
+    assert tables.larger(metrics, "clean") == "the alignment images move it more"
 
 
 def change(*seeds: tuple[float, float, float]) -> dict:
-    values = [v for v, _, _ in seeds]
+    """An effect with the (value, low, high) of each seed."""
     names = ("value", "low", "high")
-    return {"mean": sum(values) / len(values),
+    return {"mean": sum(values[0] for values in seeds) / len(seeds),
             "seeds": [{"seed": n} | dict(zip(names, s, strict=True)) for n, s in enumerate(seeds)]}
 
 
-def test_a_verdict_needs_every_seed():
-    assert prior_tables.verdict(change((0.1, 0.05, 0.2), (0.2, 0.1, 0.3))) == "raises"
-    assert prior_tables.verdict(change((-0.1, -0.2, -0.05), (-0.2, -0.3, -0.1))) == "lowers"
-    untold = "cannot be told to move"
-    assert prior_tables.verdict(change((0.1, 0.05, 0.2), (-0.2, -0.3, -0.1))) == untold
-    assert prior_tables.verdict(change((0.1, 0.05, 0.2), (0.02, -0.01, 0.05))) == untold
-    assert prior_tables.told(change((0.1, 0, 0), (-0.04, 0, 0))) == "+0.030 (+0.100, -0.040)"
+UNTOLD = "cannot be told to move"
 
 
-def test_the_larger_factor_is_named_only_where_all_seeds_agree():
-    def found(text, pictures):
-        return {"effects": [change(*((v, v, v) for v in values))
-                            | {"factor": factor, "measure": "rise", "at": "all"}
-                            for factor, values in (("text", text), ("images", pictures))]}
+@pytest.mark.parametrize("seeds, verdict", [
+    ([(0.1, 0.05, 0.2), (0.2, 0.1, 0.3)], "raises"),
+    ([(-0.1, -0.2, -0.05), (-0.2, -0.3, -0.1)], "lowers"),
+    ([(0.1, 0.05, 0.2), (-0.2, -0.3, -0.1)], UNTOLD),
+    ([(0.1, 0.05, 0.2), (0.02, -0.01, 0.05)], UNTOLD)])
+def test_a_verdict_needs_every_seed(seeds, verdict):
+    assert tables.verdict(change(*seeds)) == verdict
 
-    assert prior_tables.larger(found((0.3, -0.2), (0.1, 0.1)), "rise") == (
-        "the text moves it more, on every seed")
-    assert "cannot be told" in prior_tables.larger(found((0.3, 0.1), (0.1, 0.2)), "rise")
+
+def test_numbers_are_those_of_each_seed_or_the_interval_of_one():
+    assert tables.numbers(change((0.1, 0, 0), (-0.04, 0, 0))) == "+0.030 (+0.100, -0.040)"
+    assert tables.numbers(change((0.3, 0.2, 0.4))) == "+0.300 [+0.200, +0.400]"
+
+
+@pytest.mark.parametrize("text, images, says", [
+    ((0.3, -0.2), (0.1, 0.1), "the text moves it more, on every seed"),
+    ((0.3, 0.1), (0.1, 0.2), "which moves it more cannot be told: the seeds disagree")])
+def test_the_larger_factor_is_named_only_where_all_seeds_agree(text, images, says):
+    metrics = {"effects": [change(*((v, v, v) for v in values))
+                           | {"factor": factor, "measure": "rise", "at": "all"}
+                           for factor, values in (("text", text), ("images", images))]}
+    assert tables.larger(metrics, "rise") == says
 
 
 def test_what_the_notebook_shows(study):
-    p, found = little("whole"), study.metrics
-    assert len(prior_tables.level_rows(p)) == 4
-    assert [r["text"] for r in prior_tables.cell_rows(found)] == ["uniform"] * 2 + ["biased"] * 2
-    assert [r["images"] for r in prior_tables.effect_rows(found, p, "text")] == [
-        "uniform", "biased", "all"] * 2
-    assert "BELOW the bound" in prior_tables.gates_told(found)
-    said = prior_tables.headline(found)
-    assert said["seeds"] == "1 seed"
-    assert said["tcn"] == prior_tables.told(prior_tables.effect(found, "text", "clean"))
-    assert prior_tables.told(change((0.3, 0.2, 0.4))) == "+0.300 [+0.200, +0.400]"
-    both = prior_tables.together(found, p)
-    assert both["clean_high"] == prior_tables.told(
-        prior_tables.effect(found, "images", "clean", "biased"))
-    assert both["rise_low"] == prior_tables.told(
-        prior_tables.effect(found, "text", "rise", "uniform"))
-    assert said["irn"] == prior_tables.told(prior_tables.effect(found, "images", "rise"))
+    assert len(tables.levels(little("whole"))) == 4
+    cells = tables.cells(study.metrics)
+    assert list(cells["text"]) == ["uniform"] * 2 + ["biased"] * 2
+    assert list(cells["images"]) == ["uniform", "biased"] * 2
+    effects = tables.effects(study.metrics, "text")
+    assert list(effects["images"]) == ["uniform", "biased", "all"] * 2
+    said = str(tables.prior_headline(study.metrics))
+    assert said.startswith("In this tiny world, over 1 seed, ")
+    for factor in ("text", "images"):
+        for measure in ("clean", "rise"):
+            assert tables.numbers(tables.effect(study.metrics, factor, measure)) in said
 
 
 def test_the_figure_draws_every_seed_and_the_mean():
-    cells = [{"text": t, "images": i, "seed": s, "curve": [0.1 * s, 0.2 * s], "clean": 0.1 * s,
-              "rise": 0.1 * s} for t in ("uniform", "biased") for i in ("uniform", "half", "biased")
-             for s in (1, 2)]
-    fig = prior_tables.prior_worlds(cells, [0, 999], 1 / 8)
-    above = [a for a in fig.findobj(lambda a: a.__class__.__name__ == "Axes") if a.get_xlabel()]
+    def cell(text: str, images: str, seed: int) -> dict:
+        first, last = {"value": 0.1 * seed}, {"value": 0.2 * seed}
+        return {"text": text, "images": images, "seed": seed, "text_prior": 0.5, "rise": first,
+                "clean": {"p_true": last, "p_prior": first}, "chair_i": first, "cover": last,
+                "curve": {"p_prior": [first, last]}}
+
+    fig = tables.prior_worlds({"noise_steps": [0, 999], "cells": [
+        cell(t, i, s) for t in ("uniform", "biased") for i in ("uniform", "half", "biased")
+        for s in (1, 2)]})
+    above = [a for a in fig.axes if a.get_xlabel()]
     assert [a.get_title(loc="left") for a in above] == ["text: uniform", "text: biased"]
     for panel in above:
         drawn = [tuple(line.get_ydata()) for line in panel.lines if len(line.get_xdata()) == 2]

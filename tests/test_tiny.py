@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from transformers import (
     AutoTokenizer,
 )
 
-from bpo.tiny import data, language, model, overview, training, world
-from bpo.tiny.build import build
-from bpo.tiny.drawing import draw_scene, scene_array
+from bpo import params
+from bpo.study.stage import Result
+from bpo.tiny import data, language, model, overview, tables, training, world
+from bpo.tiny.drawing import draw_scene
+from bpo.tiny.stage import build
 
 pytestmark = pytest.mark.study  # small worlds are made and models trained
 
@@ -24,14 +27,18 @@ SPLITS = ("preference", "development", "counterfactual", "natural")
 SHORT = {
     "tower_steps": 3, "text_documents": 700, "text_steps": 3, "caption_steps": 2, "mixed_steps": 2,
     "alignment_images": 24, "preference_images": 20, "development_images": 8, "test_images": 12,
-    "natural_images": 8,
-}
+    "natural_images": 8, "benchmark_images": 8}
+
+
+def short(seed: int, **changes) -> params.TinyWorld:
+    return params.TinyWorld(seed=seed, **SHORT | changes)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny") / "world"
-    return folder, build(folder, seed=3, **SHORT)
+    """The folder and the metrics of a short build."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return folder, build(folder, short(3))
 
 
 def read(path):
@@ -40,16 +47,21 @@ def read(path):
 
 def digests(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+            for path in sorted(folder.rglob("*")) if path.is_file() and path.stem != "timings"}
 
 
-def test_natural_scenes_have_the_asked_shares():
+def scene_of(*things):
+    """A scene of (colour, object)."""
+    return world.Scene(tuple(world.Thing(name, colour, cell=i, size=2, shade=2, shift=(0, 0))
+                             for i, (colour, name) in enumerate(things)), 0)
+
+
+def test_natural_scenes_have_their_shares():
     rng = random.Random(0)
     scenes = [world.natural_scene(rng, typical=0.8, partner=0.6) for _ in range(4000)]
-    table = world.statistics([language.scene_facts(scene) for scene in scenes])
-    for row in table:
-        assert abs(row["typical_share"] - 0.8) < 0.05
-        assert abs(row["partner_share"] - 0.6) < 0.07
+    shares = overview.statistics(scene.facts for scene in scenes)
+    assert shares["typical"] == pytest.approx(dict.fromkeys(world.OBJECTS, 0.8), abs=0.05)
+    assert shares["partner"] == pytest.approx(dict.fromkeys(world.OBJECTS, 0.6), abs=0.07)
 
 
 def test_counterfactual_scenes_are_never_typical():
@@ -63,58 +75,50 @@ def test_counterfactual_scenes_are_never_typical():
             assert world.PARTNER[thing.name] not in scene.names
 
 
-def test_captions_parse_back_and_count_mistakes():
+def test_captions_parse_back_and_wrong_ones_have_one_mistake():
     rng = random.Random(1)
     for _ in range(300):
-        facts = language.scene_facts(world.uniform_scene(rng))
+        facts = world.uniform_scene(rng).facts
         assert language.parse_caption(language.caption(facts)) == facts
-        assert language.count_mistakes(facts, facts) == 0
-        assert language.count_mistakes(facts, language.wrong_caption(facts, rng)) == 1
-    assert language.parse_caption("red cup blue") is None
-    assert language.count_mistakes([("red", "cup")], []) == 1
+        wrong = language.wrong_caption(facts, rng)
+        assert sum(a != b for a, b in zip_longest(facts, wrong)) == 1
 
 
-def test_every_word_is_known():
-    tokenizer = model.build_tokenizer()
+def test_the_tokenizer_has_every_word():
+    tokenizer = model.build_processor().tokenizer
     for document in language.text_corpus(1, 300, typical=0.9, partner=0.9):
         assert tokenizer.unk_token_id not in tokenizer(document["user"]).input_ids
         assert tokenizer.unk_token_id not in tokenizer(document["assistant"]).input_ids
 
 
-def test_objects_look_different():
-    """Each object in each colour has a drawing of its own."""
-    pictures = set()
-    for name in world.OBJECTS:
-        for colour in world.COLOURS:
-            thing = world.Thing(name, colour, cell=0, size=2, shade=2, shift=(0, 0))
-            pictures.add(draw_scene(world.Scene((thing,), 0)).tobytes())
+def test_each_object_in_each_colour_looks_different():
+    pictures = {draw_scene(scene_of((colour, name))).tobytes()
+                for name in world.OBJECTS for colour in world.COLOURS}
     assert len(pictures) == len(world.OBJECTS) * len(world.COLOURS)
 
 
 def test_branches_equal_separate_sequences():
     """The shared-prefix batch gives the same loss as one sequence a row."""
-    tokenizer = model.build_tokenizer()
-    processor = model.build_processor(tokenizer)
-    text = model.text_config(tokenizer, width=32, layers=2)
-    tiny = model.build_multimodal_model(tokenizer, text=text, vision_width=32, vision_layers=2,
-                                        seed=1).eval()
+    processor = model.build_processor()
+    tokenizer = processor.tokenizer
+    tiny = model.build_multimodal_model(tokenizer, short(
+        1, text_width=32, text_layers=2, vision_width=32, vision_layers=2)).eval()
     rng = random.Random(2)
     scene = world.natural_scene(rng, typical=0.8, partner=0.6)
     rows = data.training_rows(scene, 0, rng)
     weights = {"caption": 1.0, "attribute": 1.0, "presence": 1.0}
     prefix = tokenizer("<s>user: " + model.IMAGE_TOKEN * model.IMAGE_TOKENS).input_ids
-    features = training.all_features(tiny, processor, [scene])
+    features = training.tower_features(tiny, processor, [scene])
     together = training.branched_batch([training.encode_branches(tokenizer, rows, weights)], prefix)
     loss = training.alignment_loss(tiny, features, together)
     total = count = 0.0
     for row in rows:
         prompt = model.image_prompt(row["question"])
         inputs = tokenizer(f"{prompt} {row['answer']}</s>", return_tensors="pt")
-        asked = len(tokenizer(prompt).input_ids)
         labels = inputs["input_ids"].clone()
-        labels[:, :asked] = -100
-        pixels = model.pixel_values(processor, scene_array([scene]))
-        answered = labels.shape[1] - asked
+        labels[:, :len(tokenizer(prompt).input_ids)] = -100
+        answered = (labels != -100).sum()
+        pixels = model.pixel_values(processor, [scene])
         total += tiny(**inputs, pixel_values=pixels, labels=labels).loss * answered
         count += answered
     assert torch.allclose(loss, total / count, atol=1e-5)
@@ -141,33 +145,32 @@ def test_truth_agrees_with_rows(built):
             human, answer = (turn["value"] for turn in row["conversations"])
             assert human.startswith("<image>\n")
             assert about["true"] == [answer]
-            asked = next((word for word in human.split() if word in world.OBJECTS), None)
+            name = next((word for word in human.split() if word in world.OBJECTS), None)
             if about["category"] == "caption":
                 assert language.parse_caption(answer) == [
                     (item["colour"], item["name"]) for item in objects]
             elif about["category"] == "attribute":
-                assert answer == colours[asked]
-                assert about["prior"] == [truth["vocabulary"]["typical"][asked]]
+                assert answer == colours[name]
+                assert about["prior"] == [truth["vocabulary"]["typical"][name]]
                 if split in ("development", "counterfactual"):
                     assert answer not in about["prior"]
             else:
-                assert answer == ("yes" if asked in colours else "no")
+                assert answer == ("yes" if name in colours else "no")
                 misled = about["kind"] == "adversarial" and answer == "no"
                 assert about["prior"] == (["yes"] if misled else [])
                 if misled and split in ("development", "counterfactual"):
-                    assert truth["vocabulary"]["partner"][asked] in colours
+                    assert truth["vocabulary"]["partner"][name] in colours
 
 
-def test_presence_is_balanced(built):
-    folder, _ = built
-    for split in SPLITS:
-        truths = read(folder / split / "truth.json")["rows"].values()
-        kinds = {about["kind"] for about in truths if about["category"] == "presence"}
-        assert kinds == ({None} if split == "preference" else set(data.KINDS))
-        for kind in kinds:
-            said = [about["true"] == ["yes"] for about in truths
-                    if about["category"] == "presence" and about["kind"] == kind]
-            assert sum(said) * 2 == len(said)
+@pytest.mark.parametrize("split", SPLITS)
+def test_presence_is_balanced(built, split):
+    truths = [about for about in read(built[0] / split / "truth.json")["rows"].values()
+              if about["category"] == "presence"]
+    kinds = {about["kind"] for about in truths}
+    assert kinds == ({None} if split == "preference" else set(data.KINDS))
+    for kind in kinds:
+        yes = [about["true"] == ["yes"] for about in truths if about["kind"] == kind]
+        assert sum(yes) * 2 == len(yes)
 
 
 def test_checkpoint_loads_and_answers(built):
@@ -179,18 +182,15 @@ def test_checkpoint_loads_and_answers(built):
                                         {"type": "text", "text": "what color is the cup ?"}]}
     prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
     assert prompt == "<s>user: <image>\nwhat color is the cup ?\nassistant:"
-    picture = Image.open(folder / "natural/images/00001.png")
-    inputs = processor(images=picture, text=prompt, return_tensors="pt")
+    scene = world.uniform_scene(random.Random(0))
+    inputs = processor(images=draw_scene(scene), text=prompt, return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], model.pixel_values(processor, [scene]))
     trained_on = processor.tokenizer(model.image_prompt("what color is the cup ?")).input_ids
     assert inputs["input_ids"][0].tolist() == trained_on
     placeholders = inputs["input_ids"] == multimodal.config.image_token_id
     features = multimodal.get_image_features(inputs["pixel_values"]).pooler_output
     assert int(placeholders.sum()) == features[0].shape[0] == model.IMAGE_TOKENS
     assert multimodal.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
-    expected = model.pixel_values(processor, scene_array([world.uniform_scene(random.Random(0))]))
-    picture = draw_scene(world.uniform_scene(random.Random(0)))
-    assert torch.equal(processor(images=picture, text=prompt, return_tensors="pt").pixel_values,
-                       expected)
     alone = processor.apply_chat_template([{"role": "user", "content": "is there a cup ?"}],
                                           add_generation_prompt=True)
     text_only = processor(text=alone, return_tensors="pt")
@@ -202,8 +202,7 @@ def test_checkpoint_loads_and_answers(built):
 @pytest.mark.parametrize("content", [
     "is there a cup ?", [{"type": "image"}, {"type": "text", "text": "is there a cup ?"}]])
 def test_prompt_is_a_prefix_of_the_conversation(built, content):
-    folder, _ = built
-    processor = AutoProcessor.from_pretrained(folder / "model")
+    processor = AutoProcessor.from_pretrained(built[0] / "model")
     user = {"role": "user", "content": content}
     prompt = processor.apply_chat_template([user], add_generation_prompt=True)
     for answer in ("yes", [{"type": "text", "text": "yes"}]):
@@ -214,42 +213,41 @@ def test_prompt_is_a_prefix_of_the_conversation(built, content):
         assert ids[:len(prompt_ids)] == prompt_ids
 
 
-def test_text_model_loads_and_rewrites(built):
+@pytest.mark.parametrize("name", ["describe", "question"])
+def test_text_model_loads_and_rewrites(built, name):
     folder, _ = built
     tokenizer = AutoTokenizer.from_pretrained(folder / "language_model")
     text_model = AutoModelForCausalLM.from_pretrained(folder / "language_model")
-    for name in ("describe", "question"):
-        template = (folder / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
-        assert "{question}" in template and "{answer}" in template
-        message = template.replace("{question}", "is there a cup ?").replace("{answer}", "yes")
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": message}],
-                                               add_generation_prompt=True, tokenize=False)
-        assert prompt == f"<s>user: {message}\nassistant:"
-        inputs = tokenizer(prompt, return_tensors="pt")
-        assert tokenizer.unk_token_id not in inputs["input_ids"]
-        assert text_model.generate(**inputs, max_new_tokens=3).shape[0] == 1
+    template = (folder / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
+    assert "{question}" in template and "{answer}" in template
+    message = template.replace("{question}", "is there a cup ?").replace("{answer}", "yes")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": message}],
+                                           add_generation_prompt=True, tokenize=False)
+    assert prompt == f"<s>user: {message}\nassistant:"
+    inputs = tokenizer(prompt, return_tensors="pt")
+    assert tokenizer.unk_token_id not in inputs["input_ids"]
+    assert text_model.generate(**inputs, max_new_tokens=3).shape[0] == 1
 
 
-def test_metrics_and_overview_are_plain(built):
+def test_what_the_notebook_shows(built):
     folder, metrics = built
-    assert json.loads(json.dumps(metrics)).keys() == metrics.keys()
-    assert metrics["gates"]["tower"] is False  # three steps teach nothing
-    shown = read(folder / "overview.json")
-    assert set(shown["statistics"]) == {"text", "alignment", "counterfactual"}
+    result = Result(folder, {"metrics": metrics}, "")
+    shown = tables.overview(result)
     assert {d["kind"] for d in shown["documents"]} == set(language.DOCUMENT_KINDS)
-    for examples in shown["examples"].values():
-        assert len(examples) == 4 and all((folder / e["image"]).is_file() for e in examples)
-    questions = [r["question"] for e in shown["examples"]["counterfactual"] for r in e["rows"]
-                 if r["category"] == "attribute"]
-    assert [answer["question"] for answer in shown["answers"]] == questions
+    assert list(tables.shares(shown, "typical")) == [
+        "object", "text", "alignment images", "counterfactual images"]
+    assert list(tables.shares(shown, "partner")["object"]) == world.OBJECTS
+    assert (tables.shares(shown, "typical")["counterfactual images"].dropna() == 0).all()
+    answers = tables.answers(shown)
+    assert len(answers) == 4 and answers["question"].str.startswith("what color").all()
+    gallery = tables.samples(result, "counterfactual").html
+    assert gallery.count("<img") == 4 and "describe the image → " in gallery
+    assert "NOT passed" in str(tables.gate(metrics))  # three steps teach nothing
+    assert len(tables.base(metrics)) == 8
 
 
 def test_the_untuned_model_s_metrics(monkeypatch):
-    def things(*named):
-        return world.Scene(tuple(world.Thing(name, colour, cell=i, size=2, shade=2, shift=(0, 0))
-                                 for i, (colour, name) in enumerate(named)), 0)
-
-    scenes = [things(("red", "banana"), ("blue", "cup")), things(("green", "fork"))]
+    scenes = [scene_of(("red", "banana"), ("blue", "cup")), scene_of(("green", "fork"))]
     monkeypatch.setattr(overview, "captions", lambda *_: ["red banana , red apple .",
                                                           "green fork ."])
     monkeypatch.setattr(overview, "short_answers", lambda *_: [
@@ -264,18 +262,17 @@ def test_the_untuned_model_s_metrics(monkeypatch):
 
 def test_same_seed_same_bytes(built, tmp_path):
     folder, metrics = built
-    again = build(tmp_path / "again", seed=3, **SHORT)
-    assert digests(tmp_path / "again") == digests(folder)
-    assert again | {"seconds": 0} == metrics | {"seconds": 0}
+    assert build(tmp_path, short(3)) == metrics
+    assert digests(tmp_path) == digests(folder)
 
 
-def test_other_seed_and_fresh_rows(built, tmp_path):
+def test_another_seed_gives_other_pictures_and_fresh_rows_their_own(built, tmp_path):
     folder, _ = built
-    build(tmp_path / "fresh", seed=4, **SHORT | {"preference_rows": "fresh"})
-    pictures = digests(folder / "natural/images").values()
-    assert not set(pictures) & set(digests(tmp_path / "fresh/natural/images").values())
+    build(tmp_path, short(4, preference_rows="fresh"))
+    assert not (set(digests(folder / "natural/images").values())
+                & set(digests(tmp_path / "natural/images").values()))
 
 
-def test_too_few_alignment_images_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="preference_images"):
-        build(tmp_path, seed=1, alignment_images=5, preference_images=6)
+def test_more_preference_images_than_the_alignment_has_are_refused():
+    with pytest.raises(ValueError, match="preference_images .25. cannot exceed"):
+        short(1, preference_images=25)

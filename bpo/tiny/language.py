@@ -4,19 +4,9 @@ A caption names every object in reading order: "yellow banana , red apple ."
 """
 
 import random
-import re
 
-from bpo.tiny.world import (
-    COLOURS,
-    OBJECTS,
-    PARTNER,
-    TYPICAL,
-    Scene,
-    natural_scene,
-    other_colour,
-    python_generator,
-    uniform_scene,
-)
+from bpo.tiny import world
+from bpo.tiny.world import COLOURS, OBJECTS, PARTNER, TYPICAL
 
 DESCRIBE = "describe the image"
 # The instructions that error injection sends to the text model, as a user message.
@@ -35,26 +25,17 @@ DOCUMENT_KINDS = {
     "rewrite colour": 0.06,
     "rewrite presence": 0.06,
 }
-FACT_PATTERN = rf"(?:{'|'.join(COLOURS)}) (?:{'|'.join(OBJECTS)})"
-CAPTION_PATTERN = re.compile(rf"{FACT_PATTERN}(?: , {FACT_PATTERN})* \.")
 
 Facts = list[tuple[str, str]]  # (colour, object), in reading order
-
-
-def scene_facts(scene: Scene) -> Facts:
-    return [(thing.colour, thing.name) for thing in scene.things]
 
 
 def caption(facts: Facts) -> str:
     return " , ".join(f"{colour} {name}" for colour, name in facts) + " ."
 
 
-def parse_caption(text: str) -> Facts | None:
-    """The facts of a caption, or None where the text is not one."""
-    if not CAPTION_PATTERN.fullmatch(text.strip()):
-        return None
-    words = text.split()
-    return [(words[i], words[i + 1]) for i in range(0, len(words), 3)]
+def parse_caption(text: str) -> Facts:
+    """The facts that `caption` made a text of."""
+    return [tuple(fact.split()) for fact in text.removesuffix(" .").split(" , ")]
 
 
 def colour_question(name: str) -> str:
@@ -69,7 +50,7 @@ def wrong_colour(name: str, colour: str, rng: random.Random) -> str:
     """Mostly the object's typical colour, unless that is the true one."""
     if colour != TYPICAL[name] and rng.random() < 0.8:
         return TYPICAL[name]
-    return other_colour(colour, rng)
+    return world.other_colour(colour, rng)
 
 
 def wrong_caption(facts: Facts, rng: random.Random) -> Facts:
@@ -91,57 +72,37 @@ def wrong_caption(facts: Facts, rng: random.Random) -> Facts:
     return facts
 
 
-def count_mistakes(facts: Facts, rewritten: Facts) -> int:
-    """Facts that were changed, added or dropped: the edit distance between the two lists."""
-    row = list(range(len(rewritten) + 1))
-    for i, fact in enumerate(facts, 1):
-        previous, row = row, [i]
-        for j, other in enumerate(rewritten, 1):
-            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (fact != other)))
-    return row[-1]
-
-
-def injection_prompt(template: str, question: str, answer: str) -> str:
-    return template.replace("{question}", question).replace("{answer}", answer)
-
-
-def absent_object(scene: Scene, rng: random.Random) -> str:
-    return rng.choice([name for name in OBJECTS if name not in scene.names])
-
-
 def document(kind: str, rng: random.Random, *, typical: float, partner: float) -> tuple[str, str]:
     """(user message, answer) of one text-only document; a plain caption has no user message."""
     # rewriting a caption is taught on scenes without statistics: it must copy, not guess
-    scene = (uniform_scene(rng) if kind == "rewrite caption"
-             else natural_scene(rng, typical=typical, partner=partner))
-    facts, thing = scene_facts(scene), rng.choice(scene.things)
-    text = caption(facts)
-    describe, question = INJECTION_TEMPLATES["describe"], INJECTION_TEMPLATES["question"]
-    if kind == "caption":
-        return "", text
-    if kind == "described":
-        return DESCRIBE, text
-    asked = colour_question(thing.name)
-    if kind == "known colour":
-        return asked, thing.colour
-    if kind == "colour":
-        return f"{text}\n{asked}", thing.colour
-    if kind == "rewrite caption":
-        return injection_prompt(describe, DESCRIBE, text), caption(wrong_caption(facts, rng))
-    if kind == "rewrite colour":
-        wrong = wrong_colour(thing.name, thing.colour, rng)
-        return injection_prompt(question, asked, thing.colour), wrong
-    yes = rng.random() < 0.5
-    asked = presence_question(thing.name if yes else absent_object(scene, rng))
-    answer, other = ("yes", "no") if yes else ("no", "yes")
-    if kind == "presence":
-        return f"{text}\n{asked}", answer
-    return injection_prompt(question, asked, answer), other
+    scene = (world.uniform_scene(rng) if kind == "rewrite caption"
+             else world.natural_scene(rng, typical=typical, partner=partner))
+    thing = rng.choice(scene.things)
+    text, question, answer = caption(scene.facts), colour_question(thing.name), thing.colour
+    match kind:
+        case "caption":
+            return "", text
+        case "described":
+            return DESCRIBE, text
+        case "known colour":
+            return question, answer
+        case "rewrite caption":
+            return (INJECTION_TEMPLATES["describe"].format(question=DESCRIBE, answer=text),
+                    caption(wrong_caption(scene.facts, rng)))
+        case "rewrite colour":
+            wrong = wrong_colour(thing.name, answer, rng)
+        case "presence" | "rewrite presence":
+            answer, wrong = ("yes", "no") if rng.random() < 0.5 else ("no", "yes")
+            question = presence_question(
+                thing.name if answer == "yes" else rng.choice(scene.absent))
+    if kind in ("colour", "presence"):
+        return f"{text}\n{question}", answer
+    return INJECTION_TEMPLATES["question"].format(question=question, answer=answer), wrong
 
 
 def text_corpus(seed: int, count: int, *, typical: float, partner: float) -> list[dict]:
     """`count` documents {kind, user, assistant} with the text's statistics."""
-    rng = python_generator(seed, "text corpus")
+    rng = world.python_generator(seed, "text corpus")
     kinds = rng.choices(list(DOCUMENT_KINDS), list(DOCUMENT_KINDS.values()), k=count)
     documents = []
     for kind in kinds:

@@ -1,5 +1,6 @@
 """The tiny models: stock Hugging Face classes with small sizes and a word-level tokenizer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from bpo.params import TinyWorld
 from bpo.study.seeds import seed_for
-from bpo.tiny.drawing import SIDE
+from bpo.tiny.drawing import SIDE, draw_scene
 from bpo.tiny.language import vocabulary
+from bpo.tiny.world import Scene
 
 PATCH = 16  # pixels
 IMAGE_TOKENS = (SIDE // PATCH) ** 2
@@ -42,89 +45,77 @@ def image_prompt(question: str) -> str:
     return f"<s>user: {IMAGE_TOKEN * IMAGE_TOKENS}\n{question}\nassistant:"
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; words are separated by white space."""
+def build_processor() -> LlavaProcessor:
+    """Text: one token a word, words are separated by white space. Images: scales the short side to
+    64 pixels, crops the centre, normalises as CLIP does."""
     words = [*SPECIAL.values(), IMAGE_TOKEN, *vocabulary()]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)},
-                                           unk_token=SPECIAL["unk_token"]))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens([*SPECIAL.values(), IMAGE_TOKEN])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **SPECIAL, extra_special_tokens={"image_token": IMAGE_TOKEN},
+    by_word = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)},
+                                         unk_token=SPECIAL["unk_token"]))
+    by_word.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    by_word.add_special_tokens([*SPECIAL.values(), IMAGE_TOKEN])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=by_word, **SPECIAL, extra_special_tokens={"image_token": IMAGE_TOKEN},
         padding_side="left", model_max_length=256, clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE)
-
-
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Scales the short side to 64 pixels, crops the centre, normalises as CLIP does."""
-    image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     return LlavaProcessor(
-        image_processor=image_processor, tokenizer=tokenizer, patch_size=PATCH,
-        num_additional_image_tokens=1, vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE, image_token=IMAGE_TOKEN)
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIDE},
+                                              crop_size={"height": SIDE, "width": SIDE}),
+        tokenizer=tokenizer, patch_size=PATCH, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE,
+        image_token=IMAGE_TOKEN)
 
 
-def text_config(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int) -> LlamaConfig:
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    return {n: getattr(tokenizer, n) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def text_config(tokenizer: PreTrainedTokenizerFast, p: TinyWorld) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=len(tokenizer), hidden_size=p.text_width, intermediate_size=2 * p.text_width,
+        num_hidden_layers=p.text_layers, num_attention_heads=4, num_key_value_heads=4,
         max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.06,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id)
+        **special_ids(tokenizer))
 
 
-def vision_config(*, width: int, layers: int) -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=4, image_size=SIDE, patch_size=PATCH, projection_dim=width)
-
-
-def build_language_model(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int,
-                         seed: int) -> LlamaForCausalLM:
-    """An untrained Llama, its weights drawn from `seed`."""
+def build_language_model(tokenizer: PreTrainedTokenizerFast, p: TinyWorld) -> LlamaForCausalLM:
+    """An untrained Llama, its weights drawn from the study's seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(seed, "language model weights"))
-        return LlamaForCausalLM(text_config(tokenizer, width=width, layers=layers))
+        torch.manual_seed(seed_for(p.seed, "language model weights"))
+        return LlamaForCausalLM(text_config(tokenizer, p))
 
 
-def build_multimodal_model(tokenizer: PreTrainedTokenizerFast, *, text: LlamaConfig,
-                           vision_width: int, vision_layers: int,
-                           seed: int) -> LlavaForConditionalGeneration:
-    """An untrained Llava, its weights drawn from `seed`; image features come from the tower's last
-    layer but one, without the class token."""
+def build_multimodal_model(tokenizer: PreTrainedTokenizerFast, p: TinyWorld
+                           ) -> LlavaForConditionalGeneration:
+    """An untrained Llava, its weights drawn from the study's seed; image features come from the
+    tower's last layer but one, without the class token."""
+    vision = CLIPVisionConfig(
+        hidden_size=p.vision_width, intermediate_size=2 * p.vision_width,
+        num_hidden_layers=p.vision_layers, num_attention_heads=4, image_size=SIDE,
+        patch_size=PATCH, projection_dim=p.vision_width)
     config = LlavaConfig(
-        vision_config=vision_config(width=vision_width, layers=vision_layers), text_config=text,
+        vision_config=vision, text_config=text_config(tokenizer, p),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), vision_feature_layer=-2,
         vision_feature_select_strategy="default", image_seq_length=IMAGE_TOKENS,
-        tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        tie_word_embeddings=True, **special_ids(tokenizer))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(seed, "multimodal model weights"))
+        torch.manual_seed(seed_for(p.seed, "multimodal model weights"))
         return LlavaForConditionalGeneration(config)
 
 
-def adopt_language_model(model: LlavaForConditionalGeneration, language: LlamaForCausalLM) -> None:
-    """Copy the text model's weights into the multimodal model; both heads are tied."""
-    model.model.language_model.load_state_dict(language.model.state_dict())
-
-
-def pixel_values(processor: LlavaProcessor, images: np.ndarray) -> torch.Tensor:
-    """Pictures (n, 64, 64, 3), uint8, as the processor normalises them: (n, 3, 64, 64) float32.
-
-    Equal to the processor's own output for pictures of this size, by a table of the 256 values.
-    """
-    mean = np.array(processor.image_processor.image_mean, dtype=np.float32)
-    std = np.array(processor.image_processor.image_std, dtype=np.float32)
+def pixel_values(processor: LlavaProcessor, scenes: Sequence[Scene]) -> torch.Tensor:
+    """Pictures of the scenes as the processor normalises them, (n, 3, 64, 64) float32: equal to its
+    own output, by a table of the 256 values."""
+    images = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])  # (n, 64, 64, 3)
+    mean, std = (np.array(values, dtype=np.float32) for values in (
+        processor.image_processor.image_mean, processor.image_processor.image_std))
     table = (np.arange(256, dtype=np.float32)[:, None] / 255 - mean) / std
-    return torch.from_numpy(np.stack([table[:, c][images[..., c]] for c in range(3)], axis=1))
+    normalised = table[images, range(3)].transpose(0, 3, 1, 2)
+    return torch.from_numpy(np.ascontiguousarray(normalised))
 
 
 def save_checkpoint(model, processing, folder: Path) -> None:
     """`model` and its processor or tokenizer in the plain Hugging Face layout, greedy decoding."""
     tokenizer = getattr(processing, "tokenizer", processing)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, do_sample=False)
+    model.generation_config = GenerationConfig(do_sample=False, **special_ids(tokenizer))
     model.save_pretrained(folder)
     processing.save_pretrained(folder)

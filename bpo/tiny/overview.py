@@ -1,76 +1,75 @@
-"""What a notebook shows of a built tiny world, as plain data: it is written once, at build time, so
-that the notebook needs neither the corpus nor the model."""
+"""What the untuned model answers, and what notebook 0 shows of a built world: written once, at
+build time, so that the notebook needs neither the corpus nor the model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+from pandas import DataFrame
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from bpo.evaluation import hallucination
 from bpo.evaluation.words import lexicon
-from bpo.tiny.data import image_name, vocabulary_truth
-from bpo.tiny.drawing import scene_array
-from bpo.tiny.language import DESCRIBE, parse_caption, scene_facts
+from bpo.tiny.language import DESCRIBE, Facts, parse_caption
 from bpo.tiny.model import image_prompt, pixel_values
-from bpo.tiny.world import Scene, statistics
+from bpo.tiny.world import OBJECT_WORDS, OBJECTS, PARTNER, TYPICAL, Scene
 
 BATCH = 100
-EXAMPLES = 4  # pictures shown of each split
+EXAMPLES = 4  # counterfactual pictures whose colour questions are shown with the model's answers
 LONGEST_CAPTION = 40  # tokens
-SHOWN_SPLITS = ("preference", "counterfactual")
 
 
 def overview(multimodal: LlavaForConditionalGeneration, processor: LlavaProcessor,
              scenes: dict[str, list[Scene]], rows: dict[str, list[list[dict]]],
-             documents: list[dict]) -> dict:
-    """{statistics, documents, examples, answers} of the world.
-
-    statistics: where (text, alignment, counterfactual) -> a list of {object, typical_colour,
-        partner, count, typical_share, partner_share};
+             documents: list[dict]) -> dict[str, Any]:
+    """statistics: where (text, alignment images, counterfactual images) -> `statistics`;
     documents: one of each kind, {kind, user, assistant};
-    examples: split -> a list of {image, rows}, with image paths relative to the built folder;
-    answers: `short_answers` to the colour questions of the counterfactual examples.
-    """
-    captions = [parse_caption(d["assistant"]) for d in documents
-                if d["kind"] in ("caption", "described")]
-    tables = {"text": statistics(captions)}
-    for name in ("alignment", "counterfactual"):
-        tables[name] = statistics([scene_facts(scene) for scene in scenes[name]])
-    asked = [[row for row in of_scene if row["category"] == "attribute"]
-             for of_scene in rows["counterfactual"][:EXAMPLES]]
+    answers: `short_answers` to the colour questions of the first counterfactual images."""
+    text = [parse_caption(d["assistant"]) for d in documents
+            if d["kind"] in ("caption", "described")]
+    colours = [[row for row in of_scene if row["category"] == "attribute"]
+               for of_scene in rows["counterfactual"][:EXAMPLES]]
     return {
-        "statistics": tables,
+        "statistics": {"text": statistics(text)} | {
+            f"{name} images": statistics(scene.facts for scene in scenes[name])
+            for name in ("alignment", "counterfactual")},
         "documents": list({d["kind"]: d for d in reversed(documents)}.values())[::-1],
-        "examples": {split: [{"image": f"{split}/{image_name(i)}", "rows": of_scene}
-                             for i, of_scene in enumerate(rows[split][:EXAMPLES])]
-                     for split in SHOWN_SPLITS},
-        "answers": short_answers(multimodal, processor, scenes["counterfactual"][:EXAMPLES], asked),
-    }
+        "answers": short_answers(multimodal, processor, scenes["counterfactual"][:EXAMPLES],
+                                 colours)}
+
+
+def statistics(scenes: Iterable[Facts]) -> dict[str, dict[str, float | None]]:
+    """{"typical", "partner"} -> object -> share of its appearances with its typical colour, and
+    with its partner in the same scene; None for an object that is in no scene."""
+    seen = DataFrame([(name, colour == TYPICAL[name], PARTNER[name] in dict(map(reversed, facts)))
+                      for facts in scenes for colour, name in facts],
+                     columns=["object", "typical", "partner"])
+    shares = seen.groupby("object").mean().reindex(OBJECTS).round(4)
+    return shares.astype(object).where(shares.notna(), None).to_dict()
 
 
 def base_metrics(multimodal: LlavaForConditionalGeneration, processor: LlavaProcessor,
                  scenes: Sequence[Scene], rows: Sequence[Sequence[dict]]) -> dict[str, float]:
     """Metrics of the untuned model on an evaluation split, named as in notebook 4; `rows[i]` belong
     to `scenes[i]`. Unlike there, p_true and p_prior also count colours that are typical."""
-    counted = [caption_counts(text, scene) for text, scene in
-               zip(captions(multimodal, processor, scenes), scenes, strict=True)]
+    counts = [caption_counts(text, scene) for text, scene in
+              zip(captions(multimodal, processor, scenes), scenes, strict=True)]
     for answer in short_answers(multimodal, processor, scenes, rows):
-        right = float(answer["answer"] == answer["true"])
-        counted.append({"colour_accuracy": (right, 1), "p_true": (answer["p_true"], 1),
-                        "p_prior": (answer["p_prior"], 1)} if answer["kind"] is None
-                       else {f"pope_{answer['kind']}": (right, 1)})
-    sums: dict[str, list[float]] = {}
-    for counts in counted:
-        for name, (top, bottom) in counts.items():
-            total = sums.setdefault(name, [0, 0])
-            total[0], total[1] = total[0] + top, total[1] + bottom
-    return {name: round(top / max(bottom, 1), 4) for name, (top, bottom) in sums.items()}
+        right = (float(answer["answer"] == answer["true"]), 1)
+        counts.append({f"pope_{answer['kind']}": right} if answer["kind"] else {
+            "colour_accuracy": right, "p_true": (answer["p_true"], 1),
+            "p_prior": (answer["p_prior"], 1)})
+    metrics = {}
+    for name in dict.fromkeys(name for count in counts for name in count):
+        tops, bottoms = zip(*(count[name] for count in counts if name in count), strict=True)
+        metrics[name] = round(sum(tops) / max(sum(bottoms), 1), 4)
+    return metrics
 
 
 def caption_counts(text: str, scene: Scene) -> dict[str, tuple[float, float]]:
     """chair_i and cover of one caption, each as (counted, out of)."""
-    found = hallucination.chair(text, set(scene.names), lexicon(vocabulary_truth()["objects"]))
-    return {name: found[name] for name in ("chair_i", "cover")}
+    counts = hallucination.chair(text, set(scene.names), lexicon(OBJECT_WORDS))
+    return {name: counts[name] for name in ("chair_i", "cover")}
 
 
 @torch.no_grad()
@@ -82,7 +81,7 @@ def captions(multimodal: LlavaForConditionalGeneration, processor: LlavaProcesso
         batch = scenes[start:start + BATCH]
         inputs = tokenizer([image_prompt(DESCRIBE)] * len(batch), return_tensors="pt")
         out = multimodal.generate(**inputs, max_new_tokens=LONGEST_CAPTION,
-                                  pixel_values=pixel_values(processor, scene_array(batch)))
+                                  pixel_values=pixel_values(processor, batch))
         texts += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1]:],
                                         skip_special_tokens=True)
     return [text.strip() for text in texts]
@@ -90,7 +89,7 @@ def captions(multimodal: LlavaForConditionalGeneration, processor: LlavaProcesso
 
 @torch.no_grad()
 def short_answers(multimodal: LlavaForConditionalGeneration, processor: LlavaProcessor,
-                  scenes: Sequence[Scene], rows: Sequence[Sequence[dict]]) -> list[dict]:
+                  scenes: Sequence[Scene], rows: Sequence[Sequence[dict]]) -> list[dict[str, Any]]:
     """The likeliest word for each question of `rows[i]` about `scenes[i]` that one word answers:
     {question, kind, true, prior, answer, p_true, p_prior}.
 
@@ -98,18 +97,17 @@ def short_answers(multimodal: LlavaForConditionalGeneration, processor: LlavaPro
     prior suggests nothing.
     """
     tokenizer, answers = processor.tokenizer, []
-    asked = [(i, row) for i, of_scene in enumerate(rows) for row in of_scene
-             if row["category"] != "caption"]
-    pixels = pixel_values(processor, scene_array(scenes))
-    for start in range(0, len(asked), BATCH):
-        batch = asked[start:start + BATCH]
-        inputs = tokenizer([image_prompt(row["question"]) for _, row in batch],
+    questions = [(scene, row) for scene, of_scene in zip(scenes, rows, strict=True)
+                 for row in of_scene if row["category"] != "caption"]
+    for start in range(0, len(questions), BATCH):
+        batch_scenes, batch = zip(*questions[start:start + BATCH], strict=True)
+        inputs = tokenizer([image_prompt(row["question"]) for row in batch],
                            return_tensors="pt", padding=True)
-        p = multimodal(**inputs, pixel_values=pixels[[i for i, _ in batch]],
+        p = multimodal(**inputs, pixel_values=pixel_values(processor, batch_scenes),
                        logits_to_keep=1).logits[:, -1].softmax(-1)
-        for (_, row), of_words in zip(batch, p, strict=True):
-            true, prior = (sum(float(of_words[tokenizer.convert_tokens_to_ids(word)])
-                               for word in words) for words in ([row["answer"]], row["prior"]))
+        for row, of_words in zip(batch, p, strict=True):
+            true, prior = (sum(of_words[tokenizer.convert_tokens_to_ids(words)].tolist())
+                           for words in ([row["answer"]], row["prior"]))
             answers.append({"question": row["question"], "kind": row["kind"],
                             "true": row["answer"], "prior": row["prior"],
                             "answer": tokenizer.convert_ids_to_tokens(int(of_words.argmax())),

@@ -13,7 +13,7 @@ average other one of the 9 is there with probability E[n (n - 1)] / (9 E[n])
 
 import copy
 import functools
-import inspect
+import itertools
 import json
 import tempfile
 from collections.abc import Sequence
@@ -23,14 +23,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from bpo.evaluation import metrics, probe
-from bpo.params import NoiseProbability, PriorOrigin
+from bpo.params import NoiseProbability, PriorOrigin, TinyWorld
 from bpo.study import results, seeds
 from bpo.study import stage as stages
 from bpo.study.files import read_lines, to_json, write_whole
-from bpo.tiny import build, data, language, model, overview, world
+from bpo.tiny import data, language, model, overview, training, world
+from bpo.tiny.stage import TOWER_GATE
 
 MEASURES = ("clean", "rise")
 ALL = "all"  # averaged over the other factor's levels
@@ -46,8 +52,8 @@ def _work(p: PriorOrigin, folder: Path) -> dict[str, Any]:
     (folder / "worlds").mkdir(exist_ok=True)
     for seed in range(p.seed, p.seed + p.repeats):
         _one_seed(p, folder, seed)
-    summed = summary([json.loads(_file(folder, *key).read_text(encoding="utf-8"))
-                      for key in keys(p)], p)
+    files = [_file(folder, *key) for key in keys(p)]
+    summed = summary([json.loads(file.read_text(encoding="utf-8")) for file in files], p)
     results.write(folder, [
         results.Result(f"text {c['text']}, images {c['images']}", "prior", f"seed {c['seed']}", "",
                        metric, results.Estimate(**e, more_is_better=more))
@@ -65,8 +71,8 @@ def ordered(levels: dict[str, list[float]]) -> list[str]:
 
 def keys(p: PriorOrigin) -> list[tuple[int, str, str]]:
     """(seed, text level, image level) of every world."""
-    return [(seed, text, pictures) for seed in range(p.seed, p.seed + p.repeats)
-            for text in ordered(p.text_levels) for pictures in ordered(p.image_levels)]
+    return list(itertools.product(range(p.seed, p.seed + p.repeats), ordered(p.text_levels),
+                                  ordered(p.image_levels)))
 
 
 def _file(folder: Path, seed: int, text: str, pictures: str) -> Path:
@@ -81,27 +87,29 @@ def corpus(p: PriorOrigin, level: str, seed: int) -> list[dict]:
     return [d for d in documents if not d["kind"].startswith("rewrite")]
 
 
-def draw_images(p: PriorOrigin, seed: int) -> tuple[dict[str, list], list]:
+def draw_images(p: PriorOrigin, seed: int
+                ) -> tuple[dict[str, list[world.Scene]], list[world.Scene]]:
     """The alignment scenes of each image level, and counterfactual ones that none of them shows."""
     seen: set[str] = set()
     aligned = {}
     for level in ordered(p.image_levels):
         typical, partner = p.image_levels[level]
-        own: set[str] = set()
+        seen_here: set[str] = set()
         aligned[level] = data.draw_scenes(
             functools.partial(world.natural_scene, typical=typical, partner=partner),
-            p.alignment_images, seed=seed, purpose="alignment", seen=own)
-        seen |= own
-    usual = settings(p)["image_partner"]  # so many objects a scene as the tiny study's have
-    return aligned, data.draw_scenes(
-        functools.partial(world.counterfactual_scene, partner=usual), p.images, seed=seed,
-        purpose="counterfactual", seen=seen)
+            p.alignment_images, seed=seed, purpose="alignment", seen=seen_here)
+        seen |= seen_here
+    counterfactual = functools.partial(world.counterfactual_scene,
+                                       partner=settings(p, seed).image_partner)
+    return aligned, data.draw_scenes(counterfactual, p.images, seed=seed,
+                                     purpose="counterfactual", seen=seen)
 
 
-def settings(p: PriorOrigin) -> dict[str, Any]:
-    """All settings of `build`: the study's where it has them, else the tiny study's."""
-    usual = {n: a.default for n, a in inspect.signature(build.build).parameters.items()}
-    return usual | {n: v for n, v in p.shaping().items() if n in usual}
+def settings(p: PriorOrigin, seed: int) -> TinyWorld:
+    """How a world is built: as the study says, and as the tiny study's where it says nothing."""
+    shared = TinyWorld.model_fields.keys() & PriorOrigin.model_fields.keys() - {"study", "seed"}
+    return TinyWorld(seed=seed, preference_images=p.alignment_images,
+                     **{name: getattr(p, name) for name in shared})
 
 
 def _one_seed(p: PriorOrigin, folder: Path, seed: int) -> None:
@@ -109,57 +117,43 @@ def _one_seed(p: PriorOrigin, folder: Path, seed: int) -> None:
     waiting = [k for k in keys(p) if k[0] == seed and not _file(folder, *k).is_file()]
     if not waiting:
         return
-    s = settings(p)
+    tiny = settings(p, seed)
     aligned, scenes = draw_images(p, seed)
-    tokenizer = model.build_tokenizer()
-    processor = model.build_processor(tokenizer)
-    seeing, tower = build.seeing_model(
-        tokenizer, processor, text_width=s["text_width"], text_layers=s["text_layers"],
-        vision_width=s["vision_width"], vision_layers=s["vision_layers"], steps=s["tower_steps"],
-        batch=s["tower_batch"], rate=s["tower_rate"], seed=seed)
-    for text in dict.fromkeys(text for _, text, _ in waiting):
+    processor = model.build_processor()
+    seeing, tower = training.seeing_model(processor, tiny)
+    for text, of_text in itertools.groupby(waiting, key=lambda key: key[1]):
         documents = corpus(p, text, seed)
-        reader, read = build.text_model(
-            tokenizer, documents, width=s["text_width"], layers=s["text_layers"],
-            steps=s["text_steps"], rate=s["text_rate"], seed=seed)
-        read["p_typical"] = text_prior(reader, tokenizer)
-        for key in (k for k in waiting if k[1] == text):
-            pictures = aligned[key[2]]
+        reader, read = training.text_model(processor.tokenizer, documents, tiny)
+        read["p_typical"] = text_prior(reader, processor.tokenizer)
+        for key in of_text:
             multimodal = copy.deepcopy(seeing)
-            build.align(
-                multimodal, processor, reader, pictures,
-                build.split_rows(pictures, "alignment", seed), documents,
-                colours=s["alignment_colours"], presences=s["alignment_presences"],
-                presence_weight=s["presence_weight"], caption_steps=s["caption_steps"],
-                caption_batch=s["caption_batch"], caption_rate=s["caption_rate"],
-                mixed_steps=s["mixed_steps"], mixed_batch=s["mixed_batch"],
-                mixed_rate=s["mixed_rate"], seed=seed)
-            found = {"seed": seed, "text": text, "images": key[2], "tower": tower,
-                     "text_model": read, **_asked(p, multimodal, processor, scenes, seed)}
-            write_whole(_file(folder, *key), to_json(found) + "\n")
+            training.align(multimodal, processor, reader, aligned[key[2]], documents, tiny)
+            built = {"seed": seed, "text": text, "images": key[2], "tower": tower,
+                     "text_model": read, **answers(p, multimodal, processor, scenes, seed)}
+            write_whole(_file(folder, *key), to_json(built) + "\n")
 
 
-def _asked(p: PriorOrigin, multimodal, processor, scenes: list, seed: int) -> dict[str, list]:
+def answers(p: PriorOrigin, multimodal: LlavaForConditionalGeneration, processor: LlavaProcessor,
+            scenes: list[world.Scene], seed: int) -> dict[str, list[dict[str, Any]]]:
     """What a world answers about the counterfactual scenes.
 
     looks: {image, step, draw, p_true, p_prior} of the colour question; captions: {image, text,
     chair_i, cover} on the clean image.
     """
-    rows = build.split_rows(scenes, "counterfactual", seed)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         model.save_checkpoint(multimodal, processor, place / "model")
-        data.write_split(place / "counterfactual", scenes, rows)
-        (place / "probe").mkdir()
+        data.write_split(place / "counterfactual", scenes,
+                         data.split_rows(scenes, "counterfactual", seed))
         probe.work(NoiseProbability(
             seed=seed, model=str(place / "model"), rows=0, noise_steps=p.noise_steps,
             data=str(place / "counterfactual" / "rows.json"), draws=p.draws, sampled_answers=1),
-            place / "probe")
-        lines = read_lines(place / "probe" / "looks.jsonl")
+            place)
+        looks = read_lines(place / "looks.jsonl")
     captions = overview.captions(multimodal, processor, scenes)
     return {
         "looks": [{"image": x["image"], "step": x["step"], "draw": x["draw"],
-                   **{f"p_{kind}": _probability(x, kind) for kind in probe.KINDS}} for x in lines],
+                   **{f"p_{kind}": _probability(x, kind) for kind in probe.KINDS}} for x in looks],
         "captions": [{"image": data.image_name(i), "text": text,
                       **overview.caption_counts(text, scene)}
                      for i, (text, scene) in enumerate(zip(captions, scenes, strict=True))]}
@@ -172,7 +166,7 @@ def text_prior(reader: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> 
     prompts = [f"<s>user: {language.colour_question(name)}\nassistant:" for name in world.OBJECTS]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     p = reader(**inputs, logits_to_keep=1).logits[:, -1].softmax(-1)
-    typical = tokenizer.convert_tokens_to_ids([world.TYPICAL[name] for name in world.OBJECTS])
+    typical = tokenizer.convert_tokens_to_ids(list(world.TYPICAL.values()))
     return round(float(p[range(len(typical)), typical].mean()), 4)
 
 
@@ -180,41 +174,40 @@ def _probability(look: dict, kind: str) -> float:
     return round(float(sum(np.exp(a["logp"]) for a in look["answers"] if a["kind"] == kind)), 6)
 
 
-def per_image(found: dict, measure_name: str, steps: Sequence[int]) -> metrics.Ratios:
-    """image -> (value, 1): "clean" is P(prior) at the first step, "rise" what it has gained at the
-    last one; "p_true STEP" and "p_prior STEP" are a probability at a step; draws are averaged."""
-    if measure_name == "rise":
-        clean = per_image(found, f"p_prior {steps[0]}", steps)
-        last = per_image(found, f"p_prior {steps[-1]}", steps)
-        return {image: (last[image][0] - clean[image][0], 1) for image in clean}
-    if measure_name == "clean":
-        return per_image(found, f"p_prior {steps[0]}", steps)
-    kind, step = measure_name.split()
-    sums = metrics.by_image([(x["image"], (x[kind], 1)) for x in found["looks"]
-                             if x["step"] == int(step)])
-    return {image: (top / bottom, 1) for image, (top, bottom) in sums.items()}
+def measures(built: dict, steps: Sequence[int]) -> dict[str, metrics.Ratios]:
+    """Measure -> image -> (value, 1), averaged over draws: "p_true STEP" and "p_prior STEP" of
+    every step, "clean" (P(prior) at the first step) and "rise" (what it has gained at the last)."""
+    found = {}
+    for kind, step in itertools.product(("p_true", "p_prior"), steps):
+        sums = metrics.by_image([(x["image"], (x[kind], 1)) for x in built["looks"]
+                                 if x["step"] == step])
+        found[f"{kind} {step}"] = {image: (top / n, 1) for image, (top, n) in sums.items()}
+    clean, last = (found[f"p_prior {step}"] for step in (steps[0], steps[-1]))
+    rise = {image: (last[image][0] - value, 1) for image, (value, _) in clean.items()}
+    return found | {"clean": clean, "rise": rise}
 
 
 def summary(worlds: Sequence[dict], p: PriorOrigin) -> dict[str, Any]:
     """cells: a row a world with its curves, P(true) and P(prior) clean, the rise, CHAIRi, each with
     its bootstrap interval over images; effects; gates, the tower's accuracy by seed."""
     towers = {w["seed"]: w["tower"]["object_accuracy"] for w in worlds}
-    return {"noise_steps": p.noise_steps, "cells": [_cell(found, p) for found in worlds],
+    return {"noise_steps": p.noise_steps, "cells": [_cell(built, p) for built in worlds],
             "effects": effects(worlds, p),
-            "gates": [{"seed": seed, "value": value, "bound": build.TOWER_GATE,
-                       "passed": value >= build.TOWER_GATE} for seed, value in towers.items()]}
+            "gates": [{"seed": seed, "value": value, "bound": TOWER_GATE,
+                       "passed": value >= TOWER_GATE} for seed, value in towers.items()]}
 
 
-def _cell(found: dict, p: PriorOrigin) -> dict[str, Any]:
-    weights = _weights(p, found["seed"])
-    curve = {kind: [metrics.estimate(per_image(found, f"{kind} {step}", p.noise_steps), weights)
-                    for step in p.noise_steps] for kind in ("p_true", "p_prior")}
-    said = {n: metrics.estimate({c["image"]: c[n] for c in found["captions"]}, weights)
-            for n in ("chair_i", "cover")}
-    return {"text": found["text"], "images": found["images"], "seed": found["seed"],
+def _cell(built: dict, p: PriorOrigin) -> dict[str, Any]:
+    weights = _weights(p, built["seed"])
+    ratios = measures(built, p.noise_steps) | {
+        name: {c["image"]: c[name] for c in built["captions"]} for name in ("chair_i", "cover")}
+    estimates = {name: metrics.estimate(of_image, weights) for name, of_image in ratios.items()}
+    curve = {kind: [estimates[f"{kind} {step}"] for step in p.noise_steps]
+             for kind in ("p_true", "p_prior")}
+    return {"text": built["text"], "images": built["images"], "seed": built["seed"],
             "clean": {kind: points[0] for kind, points in curve.items()}, "curve": curve,
-            "rise": metrics.estimate(per_image(found, "rise", p.noise_steps), weights), **said,
-            "text_prior": found["text_model"]["p_typical"]}
+            **{name: estimates[name] for name in ("rise", "chair_i", "cover")},
+            "text_prior": built["text_model"]["p_typical"]}
 
 
 def _weights(p: PriorOrigin, seed: int) -> np.ndarray:
@@ -230,27 +223,28 @@ def effects(worlds: Sequence[dict], p: PriorOrigin) -> list[dict[str, Any]]:
     worlds share their images, so its interval is a paired bootstrap over them; `least` and `most`
     are over the seeds.
     """
-    table = {(w["seed"], w["text"], w["images"]): w for w in worlds}
+    ratios = {(w["seed"], w["text"], w["images"]): measures(w, p.noise_steps) for w in worlds}
     levels = {"text": ordered(p.text_levels), "images": ordered(p.image_levels)}
+
+    def change(name: str, factor: str, beside: Sequence[str], seed: int) -> dict[str, Any]:
+        def at_level(level: str) -> metrics.Ratios:
+            """The measure at a level of the factor, averaged over levels of the other."""
+            tables = [ratios[(seed, level, o) if factor == "text" else (seed, o, level)][name]
+                      for o in beside]
+            return {image: (fmean(t[image][0] for t in tables), 1) for image in tables[0]}
+
+        difference = metrics.difference(at_level(levels[factor][-1]), at_level(levels[factor][0]),
+                                        _weights(p, seed))
+        return {"seed": seed} | {n: difference[n] for n in ("value", "low", "high")}
+
     rows = []
-    for name in MEASURES:
-        for factor, other in (("text", "images"), ("images", "text")):
-            for at in (*levels[other], ALL):
-                where = levels[other] if at == ALL else [at]
-                found = []
-                for seed in dict.fromkeys(w["seed"] for w in worlds):
-                    most, least = (_average([
-                        per_image(table[seed, *((level, o) if factor == "text" else (o, level))],
-                                  name, p.noise_steps) for o in where])
-                        for level in (levels[factor][-1], levels[factor][0]))
-                    change = metrics.difference(most, least, _weights(p, seed))
-                    found.append({"seed": seed} | {k: change[k] for k in ("value", "low", "high")})
-                values = [f["value"] for f in found]
-                rows.append({"factor": factor, "measure": name, "at": at, "seeds": found,
-                             "mean": round(fmean(values), 6), "least": min(values),
-                             "most": max(values)})
+    for name, (factor, other) in itertools.product(
+            MEASURES, (("text", "images"), ("images", "text"))):
+        for at in (*levels[other], ALL):
+            changes = [change(name, factor, levels[other] if at == ALL else [at], seed)
+                       for seed in dict.fromkeys(w["seed"] for w in worlds)]
+            values = [c["value"] for c in changes]
+            rows.append({"factor": factor, "measure": name, "at": at, "seeds": changes,
+                         "mean": round(fmean(values), 6), "least": min(values),
+                         "most": max(values)})
     return rows
-
-
-def _average(tables: Sequence[metrics.Ratios]) -> metrics.Ratios:
-    return {image: (fmean(t[image][0] for t in tables), 1) for image in tables[0]}

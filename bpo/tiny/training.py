@@ -3,62 +3,69 @@
 The tower is frozen after phase 0, so phase B runs it once over all images and keeps the features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import count, repeat
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
+from transformers import (
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
+from bpo.params import TinyWorld
 from bpo.study.seeds import seed_for, torch_generator
-from bpo.tiny.drawing import scene_array
-from bpo.tiny.model import IMAGE_TOKEN, IMAGE_TOKENS, pixel_values
-from bpo.tiny.world import CELLS, COLOURS, OBJECTS, python_generator, uniform_scene
+from bpo.tiny import data, model
+from bpo.tiny.world import CELLS, COLOURS, OBJECTS, Scene, python_generator, uniform_scene
 
 IGNORED = -100  # a label that carries no loss
 TEXT_BATCH = 24  # documents a step, of similar length
 TEXT_ROWS_IN_ALIGNMENT = 8  # text-only documents beside each mixed batch: the language is not lost
 EVALUATION_BATCH = 250  # pictures
+CLASSES = [len(OBJECTS) + 1, len(COLOURS) + 1]  # of a cell: an empty one has no object, no colour
+
+Encoded = tuple[list[int], list]  # token ids, and a label or a weight of each
 
 
 def fit(parameters: list[nn.Parameter], loss_of: Callable[[int], Tensor], *, steps: int,
-        rate: float, title: str) -> float:
-    """Minimise `loss_of(step)` with AdamW, a short warm-up and a cosine; mean loss of the last
-    tenth."""
+        rate: float, title: str) -> None:
+    """Minimise `loss_of(step)` with AdamW, a short warm-up and a cosine."""
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
     warm_up = max(1, min(40, steps // 10))
     schedule = torch.optim.lr_scheduler.SequentialLR(optimiser, [
         torch.optim.lr_scheduler.LinearLR(optimiser, 0.05, 1.0, warm_up),
         torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps - warm_up), rate / 50),
     ], [warm_up])
-    losses = []
     for step in tqdm(range(steps), desc=title, leave=False):
-        loss = loss_of(step)
-        loss.backward()
+        loss_of(step).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad()
-        losses.append(loss.detach())
-    return float(torch.stack(losses[-max(1, steps // 10):]).mean()) if losses else float("nan")
 
 
 # Phase 0: the vision tower
 
 
-def tower_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """What the projector receives: (n, 16, vision width) from (n, 3, 64, 64)."""
-    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-    return states[model.config.vision_feature_layer][:, 1:]
+def tower_features(multimodal: LlavaForConditionalGeneration, processor: LlavaProcessor,
+                   scenes: Sequence[Scene]) -> Tensor:
+    """What the projector receives of each scene: (n, 16, vision width)."""
+    states = multimodal.model.vision_tower(model.pixel_values(processor, scenes),
+                                           output_hidden_states=True).hidden_states
+    return states[multimodal.config.vision_feature_layer][:, 1:]
 
 
-def cell_labels(scenes) -> Tensor:
+def cell_labels(scenes: Sequence[Scene]) -> Tensor:
     """(n, 4, 2): object and colour of each cell, with the last class for an empty one."""
-    labels = [[[len(OBJECTS), len(COLOURS)] for _ in range(CELLS)] for _ in scenes]
-    for own, scene in zip(labels, scenes):
+    labels = [[[len(OBJECTS), len(COLOURS)]] * CELLS for _ in scenes]
+    for of_scene, scene in zip(labels, scenes, strict=True):
         for thing in scene.things:
-            own[thing.cell] = [OBJECTS.index(thing.name), COLOURS.index(thing.colour)]
+            of_scene[thing.cell] = [OBJECTS.index(thing.name), COLOURS.index(thing.colour)]
     return torch.tensor(labels)
 
 
@@ -69,72 +76,66 @@ def per_cell(features: Tensor) -> Tensor:
     return grid.permute(0, 1, 3, 2, 4, 5).reshape(n, CELLS, 4, width)
 
 
-def train_tower(model: LlavaForConditionalGeneration, processor, *, steps: int, batch: int,
-                rate: float, seed: int) -> dict:
-    """Teach the tower which object and colour each patch belongs to, on scenes without statistics
-    (a stand-in for CLIP); accuracy per occupied cell on 500 other scenes."""
+def seeing_model(processor: LlavaProcessor, p: TinyWorld
+                 ) -> tuple[LlavaForConditionalGeneration, dict[str, float]]:
+    """A model whose tower has learnt which object and colour each patch belongs to, on scenes
+    without statistics (a stand-in for CLIP), and whose language model knows nothing; the tower's
+    accuracies by cell on 500 other scenes."""
+    multimodal = model.build_multimodal_model(processor.tokenizer, p)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(seed, "tower heads"))
-        heads = nn.Linear(model.config.vision_config.hidden_size, len(OBJECTS) + len(COLOURS) + 2)
-    classes = [len(OBJECTS) + 1, len(COLOURS) + 1]
-    rng = python_generator(seed, "tower scenes")
+        torch.manual_seed(seed_for(p.seed, "tower heads"))
+        heads = nn.Linear(p.vision_width, sum(CLASSES))
+    rng = python_generator(p.seed, "tower scenes")
+
+    def logits(scenes: list[Scene]) -> tuple[Tensor, ...]:
+        """Object and colour logits of each patch, (n, 4, 4, 11) and (n, 4, 4, 9)."""
+        features = per_cell(tower_features(multimodal, processor, scenes))
+        return heads(features).split(CLASSES, dim=-1)
 
     def loss_of(step: int) -> Tensor:
-        scenes = [uniform_scene(rng) for _ in range(batch)]
+        scenes = [uniform_scene(rng) for _ in range(p.tower_batch)]
         labels = cell_labels(scenes)[:, :, None].expand(-1, -1, 4, -1)
-        objects, colours = split_scores(model, processor, heads, scenes, classes)
+        objects, colours = logits(scenes)
         # colours are learned at once, objects slowly: they weigh double
         return (2 * functional.cross_entropy(objects.flatten(0, 2), labels[..., 0].flatten())
                 + functional.cross_entropy(colours.flatten(0, 2), labels[..., 1].flatten()))
 
-    model.train()
-    fit([*model.model.vision_tower.parameters(), *heads.parameters()], loss_of, steps=steps,
-        rate=rate, title="vision tower")
-    model.eval()
-    rng = python_generator(seed, "tower held-out scenes")
+    multimodal.train()
+    fit([*multimodal.model.vision_tower.parameters(), *heads.parameters()], loss_of,
+        steps=p.tower_steps, rate=p.tower_rate, title="vision tower")
+    multimodal.eval()
+    rng = python_generator(p.seed, "tower held-out scenes")
     scenes = [uniform_scene(rng) for _ in range(500)]
     labels = cell_labels(scenes)
     occupied = labels[..., 0] < len(OBJECTS)
     with torch.no_grad():
-        found = [part.log_softmax(-1).mean(2).argmax(-1)
-                 for part in split_scores(model, processor, heads, scenes, classes)]
-    return {
-        "object_accuracy": float((found[0] == labels[..., 0])[occupied].float().mean()),
-        "colour_accuracy": float((found[1] == labels[..., 1])[occupied].float().mean()),
-        "empty_accuracy": float((found[0] == labels[..., 0])[~occupied].float().mean()),
-    }
-
-
-def split_scores(model, processor, heads: nn.Linear, scenes, classes: list[int]):
-    """Object and colour logits of each patch, (n, 4, 4, 11) and (n, 4, 4, 9)."""
-    pixels = pixel_values(processor, scene_array(scenes))
-    return heads(per_cell(tower_features(model, pixels))).split(classes, dim=-1)
+        predicted = [part.log_softmax(-1).mean(2).argmax(-1) for part in logits(scenes)]
+    right = [(part == labels[..., i]).float() for i, part in enumerate(predicted)]
+    return multimodal, {"object_accuracy": float(right[0][occupied].mean()),
+                        "colour_accuracy": float(right[1][occupied].mean()),
+                        "empty_accuracy": float(right[0][~occupied].mean())}
 
 
 # Phase A: the text model
 
 
-def encode_documents(tokenizer, documents: list[dict]) -> list[tuple[list[int], list[int]]]:
-    """(token ids, labels) of text-only documents; a user's words carry no loss."""
+def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: list[dict]) -> list[Encoded]:
+    """Ids and labels of text-only documents; a user's words carry no loss."""
     prompts = [f"<s>user: {d['user']}\nassistant:" if d["user"] else "<s>" for d in documents]
-    prompt_ids = tokenizer(prompts).input_ids
-    answer_ids = tokenizer([d["assistant"] + "</s>" for d in documents]).input_ids
-    return [(prompt + answer, [IGNORED] * len(prompt) + answer)
-            for prompt, answer in zip(prompt_ids, answer_ids)]
+    answers = [d["assistant"] + "</s>" for d in documents]
+    return [(prompt + answer, [IGNORED] * len(prompt) + answer) for prompt, answer in zip(
+        tokenizer(prompts).input_ids, tokenizer(answers).input_ids, strict=True)]
 
 
-def text_batch(rows: list[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
+def text_batch(rows: list[Encoded], pad: int) -> dict[str, Tensor]:
     """Documents padded on the right: ids, mask and labels of shape (n, longest)."""
-    longest = max(len(ids) for ids, _ in rows)
-    room = [longest - len(ids) for ids, _ in rows]
-    return {
-        "input_ids": torch.tensor([ids + [pad] * n for (ids, _), n in zip(rows, room)]),
-        "attention_mask": torch.tensor([[1] * (longest - n) + [0] * n for n in room]),
-        "labels": torch.tensor([labels + [IGNORED] * n for (_, labels), n in zip(rows, room)]),
-    }
+    ids, labels = (pad_sequence([torch.tensor(row[i]) for row in rows], batch_first=True,
+                                padding_value=value) for i, value in enumerate((pad, IGNORED)))
+    return {"input_ids": ids, "attention_mask": (ids != pad).long(), "labels": labels}
 
 
-def length_batches(lengths: list[int], *, size: int, steps: int, generator: torch.Generator):
+def length_batches(lengths: list[int], *, size: int, steps: int, generator: torch.Generator
+                   ) -> list[list[int]]:
     """`steps` batches of `size` indices, of similar length within a batch, in random order."""
     batches: list[list[int]] = []
     while len(batches) < steps:
@@ -145,126 +146,141 @@ def length_batches(lengths: list[int], *, size: int, steps: int, generator: torc
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()][:steps]
 
 
-def train_language_model(language: LlamaForCausalLM, tokenizer, documents: list[dict], *,
-                         steps: int, rate: float, seed: int) -> dict:
-    """Next-token training on the text corpus; perplexity of answers on its last documents (a
-    twentieth, at most 500), which are held out."""
+def text_model(tokenizer: PreTrainedTokenizerFast, documents: list[dict], p: TinyWorld
+               ) -> tuple[LlamaForCausalLM, dict[str, float]]:
+    """A language model that has read the documents but the last (a twentieth, at most 500), and
+    its perplexity on the answers of those."""
+    language = model.build_language_model(tokenizer, p)
     rows = encode_documents(tokenizer, documents)
-    kept = len(rows) - min(500, max(1, len(rows) // 20))
-    rows, held_out = rows[:kept], rows[kept:]
-    batches = length_batches([len(ids) for ids, _ in rows], size=TEXT_BATCH, steps=steps,
-                             generator=torch_generator(seed, "text order"))
+    last = min(500, max(1, len(rows) // 20))
+    rows, held_out = rows[:-last], rows[-last:]
+    batches = length_batches([len(ids) for ids, _ in rows], size=TEXT_BATCH, steps=p.text_steps,
+                             generator=torch_generator(p.seed, "text order"))
+
+    def loss_of(step: int) -> Tensor:
+        return language(**text_batch([rows[i] for i in batches[step]],
+                                     tokenizer.pad_token_id)).loss
+
     language.train()
-    fit(list(language.parameters()),
-        lambda step: language(**text_batch([rows[i] for i in batches[step]],
-                                           tokenizer.pad_token_id)).loss,
-        steps=steps, rate=rate, title="text model")
+    fit(list(language.parameters()), loss_of, steps=p.text_steps, rate=p.text_rate,
+        title="text model")
     language.eval()
     with torch.no_grad():
         loss = language(**text_batch(held_out, tokenizer.pad_token_id)).loss
-    return {"perplexity": float(loss.exp())}
+    return language, {"perplexity": float(loss.exp())}
 
 
 # Phase B: alignment
 
 
-def all_features(model: LlavaForConditionalGeneration, processor, scenes) -> Tensor:
-    """The frozen tower's features of every scene, (n, 16, vision width)."""
-    batches = [scenes[i:i + EVALUATION_BATCH] for i in range(0, len(scenes), EVALUATION_BATCH)]
-    with torch.no_grad():
-        return torch.cat([tower_features(model, pixel_values(processor, scene_array(batch)))
-                          for batch in batches])
-
-
-def encode_branches(tokenizer, rows: list[dict], weights: dict[str, float]):
-    """For each row of an image: the ids after the image, and the weight of each as a label."""
+def encode_branches(tokenizer: PreTrainedTokenizerFast, rows: list[dict],
+                    weights: dict[str, float]) -> list[Encoded]:
+    """For each row of an image whose category has a weight: the ids after the image, and the weight
+    of each as a label."""
     branches = []
     for row in rows:
-        question = tokenizer(f"{row['question']}\nassistant:").input_ids
-        answer = tokenizer(f"{row['answer']}</s>").input_ids
-        weight = weights[row["category"]]
-        branches.append((question + answer, [0.0] * len(question) + [weight] * len(answer)))
+        if row["category"] in weights:
+            question = tokenizer(f"{row['question']}\nassistant:").input_ids
+            answer = tokenizer(f"{row['answer']}</s>").input_ids
+            branches.append((question + answer, [0.0] * len(question)
+                             + [weights[row["category"]]] * len(answer)))
     return branches
 
 
-def branched_batch(images: list[list[tuple[list[int], list[float]]]], prefix: list[int]) -> dict:
+def branched_batch(images: list[list[Encoded]], prefix: list[int]) -> dict[str, Tensor]:
     """One sequence an image: the shared prefix, then its rows as branches that do not see each
     other. Equal to one sequence a row, at about half the cost.
 
     Returns ids and positions (n, length), the additive mask (n, 1, length, length), next-token
     targets and their weights (n, length).
     """
-    longest = len(prefix) + max(sum(len(ids) for ids, _ in rows) for rows in images)
-    shape = (len(images), longest)
-    ids, targets = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    positions, branch = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
-    weights = torch.zeros(shape)
-    for i, rows in enumerate(images):
-        start = len(prefix)
-        ids[i, :start], branch[i, :start] = torch.tensor(prefix), 0
-        positions[i, :start] = torch.arange(start)
-        for number, (tokens, weight) in enumerate(rows, 1):
-            stop = start + len(tokens)
-            ids[i, start:stop], branch[i, start:stop] = torch.tensor(tokens), number
-            positions[i, start:stop] = len(prefix) + torch.arange(len(tokens))
-            targets[i, start:stop - 1] = ids[i, start + 1:stop]
-            weights[i, start:stop - 1] = torch.tensor(weight[1:])
-            start = stop
-    causal = torch.ones(longest, longest).tril().bool()
-    same = branch[:, :, None] == branch[:, None, :]
-    seen = causal & (same | (branch[:, None, :] == 0))
-    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    sequences = []
+    for rows in images:
+        # of each token: id, position, branch (1: the prefix; 0: padding), target, weight
+        tokens = [(token, place, 1, 0, 0.0) for place, token in enumerate(prefix)]
+        for number, (ids, weights) in enumerate(rows, 2):
+            tokens += zip(ids, count(len(prefix)), repeat(number), [*ids[1:], 0],
+                          [*weights[1:], 0.0])
+        sequences.append(torch.tensor(tokens))
+    table = pad_sequence(sequences, batch_first=True)
+    ids, positions, branch, targets = table[..., :4].long().unbind(-1)
+    seen = (branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 1)
+    mask = torch.zeros(seen.shape).masked_fill(~seen.tril(), torch.finfo(torch.float32).min)
     return {"ids": ids, "positions": positions, "mask": mask[:, None], "targets": targets,
-            "weights": weights}
+            "weights": table[..., 4]}
 
 
-def alignment_loss(model: LlavaForConditionalGeneration, features: Tensor, batch: dict) -> Tensor:
+def alignment_loss(multimodal: LlavaForConditionalGeneration, features: Tensor,
+                   batch: dict[str, Tensor]) -> Tensor:
     """Weighted mean cross-entropy of the answers' tokens; `features` are (n, 16, vision width)."""
-    embedded = model.model.get_input_embeddings()(batch["ids"])
-    places = (batch["ids"] == model.config.image_token_id)[..., None]
-    embedded = embedded.masked_scatter(places, model.model.multi_modal_projector(features))
-    hidden = model.model.language_model(
+    embedded = multimodal.model.get_input_embeddings()(batch["ids"])
+    places = (batch["ids"] == multimodal.config.image_token_id)[..., None]
+    embedded = embedded.masked_scatter(places, multimodal.model.multi_modal_projector(features))
+    hidden = multimodal.model.language_model(
         inputs_embeds=embedded, attention_mask=batch["mask"], position_ids=batch["positions"],
         use_cache=False).last_hidden_state
-    asked = batch["weights"] > 0
-    losses = functional.cross_entropy(model.lm_head(hidden[asked]), batch["targets"][asked],
-                                      reduction="none")
-    weights = batch["weights"][asked]
+    answered = batch["weights"] > 0
+    losses = functional.cross_entropy(multimodal.lm_head(hidden[answered]),
+                                      batch["targets"][answered], reduction="none")
+    weights = batch["weights"][answered]
     return (losses * weights).sum() / weights.sum()
 
 
-def align(model: LlavaForConditionalGeneration, tokenizer, features: Tensor,
-          rows: list[list[dict]], documents: list[dict], *, steps: int, batch: int, rate: float,
-          weights: dict[str, float], title: str, seed: int) -> float:
-    """Train projector and language model on the images' rows whose category is in `weights`, with
-    a few text-only `documents` a step; the tower stays frozen. Returns the last losses' mean."""
-    images = [encode_branches(tokenizer, [row for row in image if row["category"] in weights],
-                              weights) for image in rows]
-    texts = encode_documents(tokenizer, documents) if documents else []
-    prefix = tokenizer("<s>user: " + IMAGE_TOKEN * IMAGE_TOKENS).input_ids
-    generator = torch_generator(seed, title)
-    trained = [*model.model.multi_modal_projector.parameters(),
-               *model.model.language_model.parameters()]  # the head is tied to the embeddings
-    order: list[int] = []
+def text_loss(multimodal: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy of the documents' answers."""
+    hidden = multimodal.model.language_model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+        use_cache=False).last_hidden_state[:, :-1]
+    return functional.cross_entropy(multimodal.lm_head(hidden).flatten(0, 1),
+                                    batch["labels"][:, 1:].flatten(), ignore_index=IGNORED)
 
-    def loss_of(step: int) -> Tensor:
-        while len(order) < batch:
-            order.extend(torch.randperm(len(images), generator=generator).tolist())
-        chosen = [order.pop() for _ in range(batch)]
-        loss = alignment_loss(model, features[chosen],
-                              branched_batch([images[i] for i in chosen], prefix))
-        if texts:
+
+def align(multimodal: LlavaForConditionalGeneration, processor: LlavaProcessor,
+          language: LlamaForCausalLM, scenes: list[Scene], documents: list[dict], p: TinyWorld
+          ) -> None:
+    """`multimodal` adopts the language model's weights and learns, in place, to answer about the
+    scenes: first captions alone, then all questions beside a few text-only documents. Projector and
+    language model are trained, the tower stays frozen."""
+    multimodal.model.language_model.load_state_dict(language.model.state_dict())
+    rng = python_generator(p.seed, "more alignment rows")
+    rows = [of_scene + data.more_rows(scene, rng, colours=p.alignment_colours,
+                                      presences=p.alignment_presences)
+            for of_scene, scene in zip(data.split_rows(scenes, "alignment", p.seed), scenes,
+                                       strict=True)]
+    with torch.no_grad():
+        features = torch.cat([
+            tower_features(multimodal, processor, scenes[start:start + EVALUATION_BATCH])
+            for start in range(0, len(scenes), EVALUATION_BATCH)])
+    tokenizer = processor.tokenizer
+    texts = encode_documents(tokenizer, documents)
+    prefix = tokenizer("<s>user: " + model.IMAGE_TOKEN * model.IMAGE_TOKENS).input_ids
+    trained = [*multimodal.model.multi_modal_projector.parameters(),
+               *multimodal.model.language_model.parameters()]  # the head is tied to the embeddings
+
+    def phase(title: str, weights: dict[str, float], *, batch: int, steps: int, rate: float,
+              with_text: bool) -> None:
+        images = [encode_branches(tokenizer, of_scene, weights) for of_scene in rows]
+        generator = torch_generator(p.seed, title)
+        order: list[int] = []
+
+        def loss_of(step: int) -> Tensor:
+            while len(order) < batch:
+                order.extend(torch.randperm(len(images), generator=generator).tolist())
+            chosen = [order.pop() for _ in range(batch)]
+            loss = alignment_loss(multimodal, features[chosen],
+                                  branched_batch([images[i] for i in chosen], prefix))
+            if not with_text:
+                return loss
             picked = torch.randint(len(texts), (TEXT_ROWS_IN_ALIGNMENT,), generator=generator)
-            text = text_batch([texts[i] for i in picked.tolist()], tokenizer.pad_token_id)
-            hidden = model.model.language_model(
-                input_ids=text["input_ids"], attention_mask=text["attention_mask"],
-                use_cache=False).last_hidden_state[:, :-1]
-            loss = loss + 0.1 * functional.cross_entropy(
-                model.lm_head(hidden).flatten(0, 1), text["labels"][:, 1:].flatten(),
-                ignore_index=IGNORED)
-        return loss
+            return loss + 0.1 * text_loss(multimodal, text_batch(
+                [texts[i] for i in picked.tolist()], tokenizer.pad_token_id))
 
-    model.train()
-    final = fit(trained, loss_of, steps=steps, rate=rate, title=title)
-    model.eval()
-    return final
+        fit(trained, loss_of, steps=steps, rate=rate, title=title)
+
+    multimodal.train()
+    phase("alignment: captions", {"caption": 1.0}, batch=p.caption_batch, steps=p.caption_steps,
+          rate=p.caption_rate, with_text=False)
+    phase("alignment: all questions",
+          {"caption": 1.0, "attribute": 1.0, "presence": p.presence_weight}, batch=p.mixed_batch,
+          steps=p.mixed_steps, rate=p.mixed_rate, with_text=True)
+    multimodal.eval()

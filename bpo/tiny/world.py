@@ -9,18 +9,9 @@ from dataclasses import dataclass
 
 from bpo.study.seeds import seed_for
 
-TYPICAL = {
-    "cup": "blue",
-    "plate": "white",
-    "banana": "yellow",
-    "apple": "red",
-    "fork": "gray",
-    "knife": "gray",
-    "leaf": "green",
-    "flower": "pink",
-    "keyboard": "black",
-    "mouse": "white",
-}
+TYPICAL = {"cup": "blue", "plate": "white", "banana": "yellow", "apple": "red", "fork": "gray",
+           "knife": "gray", "leaf": "green", "flower": "pink", "keyboard": "black",
+           "mouse": "white"}
 OBJECTS = list(TYPICAL)
 PAIRS = [("cup", "plate"), ("banana", "apple"), ("fork", "knife"), ("leaf", "flower"),
          ("keyboard", "mouse")]
@@ -28,8 +19,8 @@ PAIR_WEIGHTS = [1.6, 1.3, 1.0, 0.8, 0.7]  # how often a pair is drawn: "popular"
 PARTNER = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
 POPULARITY = {name: weight for pair, weight in zip(PAIRS, PAIR_WEIGHTS) for name in pair}
 COLOURS = ["red", "yellow", "green", "blue", "pink", "gray", "black", "white"]
-PLURALS = {name: name + "s" for name in OBJECTS} | {
-    "knife": "knives", "leaf": "leaves", "mouse": "mice"}
+PLURALS = {"knife": "knives", "leaf": "leaves", "mouse": "mice"}  # those that do not end in s
+OBJECT_WORDS = {name: [name, PLURALS.get(name, f"{name}s")] for name in OBJECTS}
 CELLS = 4  # a 2x2 grid in reading order
 SIZES = [24, 26, 28, 30, 32]  # pixels of a 32-pixel cell
 SHADES = [0.88, 0.94, 1.0, 1.06, 1.12]
@@ -57,6 +48,14 @@ class Scene:
     def names(self) -> list[str]:
         return [thing.name for thing in self.things]
 
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        return [(thing.colour, thing.name) for thing in self.things]
+
+    @property
+    def absent(self) -> list[str]:
+        return [name for name in OBJECTS if name not in self.names]
+
 
 def python_generator(seed: int, *purpose: object) -> random.Random:
     """A generator for the many small draws of a scene, where NumPy's is slow."""
@@ -79,11 +78,8 @@ def draw_names(partner: float, rng: random.Random) -> list[str]:
         pair = rng.choices(PAIRS, PAIR_WEIGHTS)[0]
         if pair not in pairs:
             pairs.append(pair)
-    names = []
-    for pair in pairs:
-        both = rng.random() < partner / (2 - partner)
-        names += pair if both else [rng.choice(pair)]
-    return names
+    return [name for pair in pairs for name in
+            (pair if rng.random() < partner / (2 - partner) else [rng.choice(pair)])]
 
 
 def arrange(names: list[str], colours: list[str], rng: random.Random) -> Scene:
@@ -121,23 +117,3 @@ def uniform_scene(rng: random.Random) -> Scene:
     """A scene without statistics: any objects, any colours. The vision tower learns from these."""
     names = rng.sample(OBJECTS, rng.randint(1, CELLS))
     return arrange(names, [rng.choice(COLOURS) for _ in names], rng)
-
-
-def statistics(scenes: list[list[tuple[str, str]]]) -> list[dict]:
-    """For each object: in how many scenes it is, and its share of the typical colour and of the
-    partner in the same scene (None without a scene); a scene is a list of (colour, object)."""
-    table = []
-    for name in OBJECTS:
-        own = [(colour, {other for _, other in facts})
-               for facts in scenes for colour, seen in facts if seen == name]
-        typical = sum(colour == TYPICAL[name] for colour, _ in own)
-        together = sum(PARTNER[name] in names for _, names in own)
-        table.append({
-            "object": name,
-            "typical_colour": TYPICAL[name],
-            "partner": PARTNER[name],
-            "count": len(own),
-            "typical_share": round(typical / len(own), 4) if own else None,
-            "partner_share": round(together / len(own), 4) if own else None,
-        })
-    return table

@@ -1,0 +1,233 @@
+"""What notebooks 0 and 6 show of finished stages: tables, sentences, the figure of the worlds.
+
+Everything is read from metrics and from what the stages wrote; nothing is computed anew.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from pandas import DataFrame, Series
+
+from bpo.params import PriorOrigin
+from bpo.reports import cards, figures, page
+from bpo.study import stage as stages
+from bpo.study.results import Estimate
+from bpo.study.text import visible
+from bpo.tiny import prior
+
+Metrics = Mapping[str, Any]
+
+BASE = {"colour_accuracy": "colour accuracy", "p_true": "P(true colour)",
+        "p_prior": "P(typical colour)", "pope_random": "presence, random",
+        "pope_popular": "presence, popular", "pope_adversarial": "presence, adversarial",
+        "chair_i": "CHAIRi of captions", "cover": "cover: objects that captions name"}
+FACTORS = {"text": "text", "images": "alignment images"}
+MEASURES = {"clean": "P(prior), clean", "rise": "its rise"}
+
+# Notebook 0
+
+
+def overview(result: stages.Result) -> dict[str, Any]:
+    """{statistics, documents, answers} of the world, as the stage wrote them."""
+    return json.loads((result.folder / "overview.json").read_text(encoding="utf-8"))
+
+
+def samples(result: stages.Result, split: str, *, count: int = 4) -> cards.Shown:
+    """The first images of a split with their questions and annotated answers."""
+    rows = json.loads((result.folder / split / "rows.json").read_text(encoding="utf-8"))
+    by_image = itertools.groupby(rows, key=lambda row: row["image"])
+    return cards.sample_gallery([
+        {"image": result.folder / split / image, "lines": [
+            " → ".join(turn["value"].removeprefix("<image>\n") for turn in row["conversations"])
+            for row in of_image]} for image, of_image in itertools.islice(by_image, count)])
+
+
+def shares(shown: Metrics, share: str) -> DataFrame:
+    """A row an object: its share ("typical" or "partner") in each source."""
+    statistics = shown["statistics"]
+    return DataFrame({source: shares[share] for source, shares in statistics.items()},
+                     dtype=float).rename_axis("object").reset_index()
+
+
+def gate(metrics: Metrics) -> cards.Shown:
+    gates = metrics["gates"]
+    return page.say(
+        "Tower, objects named right by patch on held-out images: **{value:.3f}**, required: "
+        "{bound}. Gate **{verdict}**.", value=gates["tower_value"], bound=gates["tower_bound"],
+        verdict="passed" if gates["tower"] else "NOT passed: mistakes below are partly bad sight")
+
+
+def base(metrics: Metrics) -> DataFrame:
+    """The untuned model's metrics: a row a metric, a column a split."""
+    frame = DataFrame(metrics["base"]).loc[list(BASE), ["natural", "development"]]
+    return frame.rename(index=BASE).rename_axis("measure").reset_index()
+
+
+def answers(shown: Metrics) -> DataFrame:
+    """The untuned model's answers to colour questions about counterfactual images, beside the truth
+    and the typical colour."""
+    frame = DataFrame(shown["answers"]).drop(columns="kind")
+    frame["prior"] = frame["prior"].str.join(", ")
+    return frame.rename(columns={"true": "truth", "prior": "typical", "answer": "model",
+                                 "p_true": "P(truth)", "p_prior": "P(typical)"})
+
+
+def world_headline(metrics: Metrics) -> cards.Shown:
+    return page.say(
+        "On counterfactual images the untuned model gives the true colour a probability of "
+        "**{p_true:.2f}** and the typical one **{p_prior:.2f}** (chance: {chance:.2f}); the tower "
+        "sees {sight:.0%} of the objects.", chance=prior.CHANCE,
+        sight=metrics["gates"]["tower_value"], **metrics["base"]["development"])
+
+
+# Notebook 6
+
+
+def levels(p: PriorOrigin) -> DataFrame:
+    """The levels of both factors with their shares, in per cent."""
+    return DataFrame([
+        {"factor": FACTORS[factor], "level": name, "typical colour": f"{typical:.1%}",
+         "partner present": f"{partner:.1%}"}
+        for factor, of_factor in (("text", p.text_levels), ("images", p.image_levels))
+        for name, (typical, partner) in sorted(of_factor.items(), key=lambda item: item[1])])
+
+
+def worlds(metrics: Metrics) -> DataFrame:
+    """A row a world: its levels and seed, its numbers, and its curve of P(prior)."""
+    return DataFrame([{
+        "text": c["text"], "images": c["images"], "seed": c["seed"], "no image": c["text_prior"],
+        "P(true)": c["clean"]["p_true"]["value"], "P(prior)": c["clean"]["p_prior"]["value"],
+        "rise": c["rise"]["value"], "CHAIRi": c["chair_i"]["value"], "cover": c["cover"]["value"],
+        "curve": [e["value"] for e in c["curve"]["p_prior"]]} for c in metrics["cells"]])
+
+
+def cells(metrics: Metrics) -> DataFrame:
+    """A row a pair of levels: mean, lowest and highest over seeds."""
+    by_levels = worlds(metrics).drop(columns=["seed", "curve"]).groupby(["text", "images"],
+                                                                        sort=False)
+    return by_levels.agg(_spread).reset_index()
+
+
+def _spread(values: Series) -> str:
+    """Mean [lowest, highest]; "–" where a world has no such number."""
+    if values.isna().any():
+        return "–"
+    if len(values) == 1:
+        return f"{values.iloc[0]:.3f}"
+    return f"{values.mean():.2f} [{values.min():.2f}, {values.max():.2f}]"
+
+
+def effect(metrics: Metrics, factor: str, measure: str, at: str = prior.ALL) -> dict[str, Any]:
+    return next(e for e in metrics["effects"]
+                if (e["factor"], e["measure"], e["at"]) == (factor, measure, at))
+
+
+def effects(metrics: Metrics, factor: str) -> DataFrame:
+    """A factor's effects: a row a measure and level of the other factor."""
+    other = "images" if factor == "text" else "text"
+    return DataFrame([
+        {"of": MEASURES[e["measure"]], other: e["at"], "mean": f"{e['mean']:+.3f}"}
+        | {f"seed {s['seed']}": Estimate(s["value"], s["low"], s["high"]).text(2, "+")
+           for s in e["seeds"]} | {f"biased {factor}": verdict(e)}
+        for e in metrics["effects"] if e["factor"] == factor])
+
+
+def verdict(change: Metrics) -> str:
+    """What the seeds allow to say: every one's interval leaves zero out on the same side, or
+    nothing can be told."""
+    if all(s["low"] > 0 for s in change["seeds"]):
+        return "raises"
+    if all(s["high"] < 0 for s in change["seeds"]):
+        return "lowers"
+    return "cannot be told to move"
+
+
+def numbers(change: Metrics) -> str:
+    """The mean over seeds with each seed's own value: "+0.301 (+0.288, +0.310, +0.305)"; of one
+    seed its value with its interval."""
+    if len(change["seeds"]) == 1:
+        only = change["seeds"][0]
+        return Estimate(only["value"], only["low"], only["high"]).text(sign="+")
+    each = ", ".join(f"{s['value']:+.3f}" for s in change["seeds"])
+    return f"{change['mean']:+.3f} ({each})"
+
+
+def larger(metrics: Metrics, measure: str) -> str:
+    """The factor whose effect is the larger one, in size, on every seed."""
+    text, images = (effect(metrics, factor, measure)["seeds"] for factor in FACTORS)
+    more = {abs(t["value"]) > abs(i["value"]) for t, i in zip(text, images, strict=True)}
+    if len(more) > 1:
+        return "which moves it more cannot be told: the seeds disagree"
+    mover = "the text moves" if more.pop() else "the alignment images move"
+    return f"{mover} it more{', on every seed' if len(text) > 1 else ''}"
+
+
+def prior_headline(metrics: Metrics) -> cards.Shown:
+    """What each factor does to each measure, averaged over the other factor's levels."""
+    said = {f"{factor}_{measure}_{part.__name__}": part(effect(metrics, factor, measure))
+            for factor in FACTORS for measure in MEASURES for part in (verdict, numbers)}
+    seeds = len(metrics["gates"])
+    return page.say(
+        "In this tiny world, over {seeds}, each factor averaged over the other's levels. The "
+        "prior on clean images: the text's bias **{text_clean_verdict}** it, "
+        "{text_clean_numbers}; the alignment images' bias **{images_clean_verdict}** it, "
+        "{images_clean_numbers}; {more_clean}. Its rise under noise: the text's bias "
+        "**{text_rise_verdict}** it, {text_rise_numbers}; the alignment images' bias "
+        "**{images_rise_verdict}** it, {images_rise_numbers}; {more_rise}.",
+        seeds=f"{seeds} seed{'s' if seeds > 1 else ''}", more_clean=larger(metrics, "clean"),
+        more_rise=larger(metrics, "rise"), **said)
+
+
+def worlds_figure(metrics: Metrics, p: PriorOrigin) -> cards.Shown:
+    return page.figure(
+        prior_worlds(metrics), alt="P(prior) against the noise step for each text and image level; "
+        "below, its clean value and its rise", caption="Probability of the typical colour on "
+        f"{p.images} counterfactual images a seed, which never show it. Thin lines and open "
+        f"markers: single seeds ({p.repeats}); thick lines and bars: their mean.")
+
+
+def prior_worlds(metrics: Metrics) -> Figure:
+    """Above, a panel a text level: P(prior) against the noise step, a line an image level. Below,
+    its value on clean images and its rise to the last step. Every seed is thin or small."""
+    figures.theme()
+    frame, steps = worlds(metrics), metrics["noise_steps"]
+    texts = list(frame["text"].unique())
+    styles = dict(zip(frame["images"].unique(), figures.line_styles(), strict=False))
+    fig = Figure(figsize=(figures.WIDTH, 6.6), layout="constrained")
+    fig.get_layout_engine().set(h_pad=0.09)
+    panels = fig.subplot_mosaic([[number // 2 for number in range(2 * len(texts))],
+                                 ["P(prior)"] * len(texts) + ["rise"] * len(texts)])
+    for number, text in enumerate(texts):
+        panels[number].sharey(panels[0])
+        panels[number].tick_params(labelleft=number == 0)
+        panels[number].set(title=visible(f"text: {text}"), xmargin=0.02,
+                           xlabel="noise step (0 is the clean image)")
+        for level, style in styles.items():
+            same = (frame["text"] == text) & (frame["images"] == level)
+            curves = np.array(frame.loc[same, "curve"].tolist())  # (seeds, steps)
+            panels[number].plot(steps, curves.T, color=style["color"], linewidth=0.8, alpha=0.55)
+            panels[number].plot(steps, curves.mean(0), **style | {"linewidth": 2.2},
+                                label=visible(f"alignment images: {level}"))
+        panels[number].axhline(prior.CHANCE, color=figures.QUIET, linewidth=1,
+                               linestyle=(0, (2, 2)), label="chance")
+    panels[0].set_ylabel("P(prior's answer)")
+    for column, title in (("P(prior)", "P(prior) on clean images"),
+                          ("rise", "Rise to the last step")):
+        panel = panels[column]
+        for number, (level, style) in enumerate(styles.items()):
+            of_level = frame[frame["images"] == level]
+            places = np.arange(len(texts)) + (number - (len(styles) - 1) / 2) * 0.22
+            panel.plot(places[of_level["text"].map(texts.index)], of_level[column], style["marker"],
+                       color=style["color"], markersize=4.5, markerfacecolor="white")
+            means = of_level.groupby("text", sort=False)[column].mean().loc[texts]
+            panel.hlines(means, places - 0.08, places + 0.08, color=style["color"], linewidth=2.2)
+        panel.axhline(0, color="#303030", linewidth=0.8)
+        panel.set_xticks(range(len(texts)), [visible(f"text: {text}") for text in texts])
+        panel.set(title=title, xlim=(-0.5, len(texts) - 0.5))
+        panel.grid(visible=False, axis="x")
+    figures.legend_above(fig, panels[0])
+    return fig
