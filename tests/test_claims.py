@@ -66,7 +66,7 @@ def test_there_are_the_five_claims_with_a_row_for_each_sft(outputs):
     assert list(zip(rows["claim"], rows["against"], strict=True)) == [
         (1, "–"), (2, "base"), (3, "sft"), (3, "sft_matched"), (3, "sft_compute"), (4, "–"),
         (5, "base")]
-    assert set(rows["verdict"]) == {OPEN} and len(claims.summary(rows)) == 7
+    assert set(rows["verdict"]) == {OPEN}
     assert claims.looks(rows) == (
         "0 comparisons were looked at, 0 intervals exclude zero; of the 0 that decide a verdict 0 "
         "do, and 0 survive Holm's correction at 0.05")

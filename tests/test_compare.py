@@ -42,32 +42,33 @@ def line(row_id, base, tuned, *, image="0.png", p_true=None, p_prior=None):
 
 # --- counts -------------------------------------------------------------------------------------
 
-def test_a_caption_counts_for_its_objects():
-    counts = comparison.counts(line("caption", "a dog", "a red dog and two cats"), "bpo", TRUTH)
-    assert counts == {"answer_words": (6, 1), "changed": (1, 1), "chair_s": (1, 1),
-                      "chair_i": (1, 2), "cover": (1, 2), "objects": (2, 1), "words": (6, 1)}
+P = {"p_true": (0.7, 0.2), "p_prior": (0.1, 0.6)}
 
 
-def test_a_colour_counts_for_truth_and_prior():
-    asked = line("colour", "red", "Blue.", p_true=(0.7, 0.2), p_prior=(0.1, 0.6))
-    assert comparison.counts(asked, "base", TRUTH) == {
-        "answer_words": (1, 1), "changed": (0, 1), "colour_accuracy": (1, 1), "prior_rate": (0, 1),
-        "p_true": (0.7, 1), "p_prior": (0.1, 1)}
-    assert comparison.counts(asked, "bpo", TRUTH) == {
-        "answer_words": (1, 1), "changed": (1, 1), "colour_accuracy": (0, 1), "prior_rate": (1, 1),
-        "p_true": (0.2, 1), "p_prior": (0.6, 1)}
-
-
-def test_where_the_prior_is_right_nothing_is_told_of_it():
-    counts = comparison.counts(line("typical", "red", "blue"), "base", TRUTH)
-    assert counts["colour_accuracy"] == (1, 1)
-    assert not {"prior_rate", "p_true", "p_prior"} & set(counts)
-
-
-def test_a_true_answer_that_the_prior_suggests_too_is_no_prior_s_answer():
-    asked = line("both", "red", "blue", p_true=(0.7, 0.2), p_prior=(0.1, 0.6))
-    assert comparison.counts(asked, "base", TRUTH)["prior_rate"] == (0, 1)
-    assert comparison.counts(asked, "bpo", TRUTH)["prior_rate"] == (1, 1)
+@pytest.mark.parametrize("row_id, base, bpo, chances, method, counts", [
+    ("caption", "a dog", "a red dog and two cats", {}, "bpo",
+     {"answer_words": (6, 1), "changed": (1, 1), "chair_s": (1, 1), "chair_i": (1, 2),
+      "cover": (1, 2), "objects": (2, 1), "words": (6, 1)}),
+    ("colour", "red", "Blue.", P, "base",
+     {"answer_words": (1, 1), "changed": (0, 1), "colour_accuracy": (1, 1), "prior_rate": (0, 1),
+      "p_true": (0.7, 1), "p_prior": (0.1, 1)}),
+    ("colour", "red", "Blue.", P, "bpo",
+     {"answer_words": (1, 1), "changed": (1, 1), "colour_accuracy": (0, 1), "prior_rate": (1, 1),
+      "p_true": (0.2, 1), "p_prior": (0.6, 1)}),
+    # Where the prior is right nothing counts for it.
+    ("typical", "red", "blue", {}, "base",
+     {"answer_words": (1, 1), "changed": (0, 1), "colour_accuracy": (1, 1)}),
+    # A true answer that the prior suggests too is no prior's answer.
+    ("both", "red", "blue", P, "base",
+     {"answer_words": (1, 1), "changed": (0, 1), "colour_accuracy": (1, 1), "prior_rate": (0, 1),
+      "p_true": (0.7, 1), "p_prior": (0.1, 1)}),
+    ("both", "red", "blue", P, "bpo",
+     {"answer_words": (1, 1), "changed": (1, 1), "colour_accuracy": (0, 1), "prior_rate": (1, 1),
+      "p_true": (0.2, 1), "p_prior": (0.6, 1)}),
+    # Without a truth only length and change are counted.
+    ("unknown", "a red dog", "A red dog!", {}, "bpo", {"answer_words": (3, 1), "changed": (0, 1)})])
+def test_an_answer_counts_as_by_hand(row_id, base, bpo, chances, method, counts):
+    assert comparison.counts(line(row_id, base, bpo, **chances), method, TRUTH) == counts
 
 
 @pytest.mark.parametrize("text, yes, right", [("No.", 0, 1), ("yes it is", 1, 0), ("a dog", 0, 0)])
@@ -76,11 +77,6 @@ def test_a_presence_question_counts_as_pope_does(text, yes, right):
     assert (counts["yes_rate"], counts["pope_adversarial"]) == ((yes, 1), (right, 1))
     assert not any(n.startswith("pope") for n in comparison.counts(line("plain", text, "no"),
                                                                    "base", TRUTH))
-
-
-def test_without_a_truth_only_length_and_change_are_counted():
-    assert comparison.counts(line("unknown", "a red dog", "A red dog!"), "bpo", TRUTH) == {
-        "answer_words": (3, 1), "changed": (0, 1)}
 
 
 # --- scores -------------------------------------------------------------------------------------
@@ -195,7 +191,7 @@ def test_the_reading_is_one_phrase(intervals, reading, tmp_path):
 def test_the_changes_stand_in_a_table_with_a_column_a_baseline(tmp_path):
     table, = tables.change_tables(with_differences(tmp_path, cover=(0.1, 0.2), words=(0.1, 0.2)))
     assert "bpo minus each baseline, natural images" in table.plain
-    assert table.plain.split() [-8:] == [
+    assert table.plain.split()[-8:] == [
         "metric", "minus", "base", "cover", "+0.150", "[+0.100,", "+0.200]", "better"]
 
 
@@ -215,7 +211,8 @@ def test_the_page_is_about_bpo_on_counterfactual_images_where_there_are(tmp_path
     (("sft", "sft_compute", "sft_matched"), "sft_matched"), (("sft_compute", "sft"), "sft"),
     (("bpo",), "base")])
 def test_the_sharpest_control_comes_first(methods, control, tmp_path):
-    assert tables.control(written(tmp_path, dict.fromkeys(("base", *methods), LEVEL), {})) == control
+    frame = written(tmp_path, dict.fromkeys(("base", *methods), LEVEL), {})
+    assert tables.control(frame) == control
 
 
 def test_tables_show_values_with_intervals_and_counts(scored, tmp_path):
@@ -272,7 +269,8 @@ def test_base_answers_are_those_of_the_plain_model(lines, data_file, checkpoint)
 @pytest.mark.parametrize("method", ("bpo", "bpo_weaken"))
 def test_a_method_s_answers_are_those_of_its_adapter_alone(lines, data_file, model_folder, adapters,
                                                            method):
-    tuned = checkpoints.load_adapters(checkpoints.load(model_folder), {"x": adapters / method / "adapter"})
+    tuned = checkpoints.load_adapters(checkpoints.load(model_folder),
+                                      {"x": adapters / method / "adapter"})
     requests = requests_of(data_file)
     alone = generate.decode(tuned, generate.encode_batch(
         tuned, [requests[x["id"]] for x in lines]), max_new_tokens=5)

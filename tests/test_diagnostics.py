@@ -21,7 +21,8 @@ def rows(data_file):
 
 @pytest.fixture(scope="module")
 def weighed(rows, model_folder, adapters):
-    tuned = checkpoints.load_adapters(checkpoints.load(model_folder), {"bpo": adapters / "bpo" / "adapter"})
+    tuned = checkpoints.load_adapters(checkpoints.load(model_folder),
+                                      {"bpo": adapters / "bpo" / "adapter"})
     lines = diagnostics.weigh(tuned, ["base", "bpo"], {r.id: r for r in rows},
                               diagnostics.requests(rows, seed=3), step=999, seed=3)
     return {line["id"]: line for line in lines}

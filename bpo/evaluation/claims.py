@@ -170,12 +170,6 @@ def _visible(frame: "DataFrame") -> list[dict[str, Any]]:
     return _claim(5, says, [_line(f"{split}, all questions", rows, "wins")], against="base")
 
 
-def summary(claims: "DataFrame") -> "DataFrame":
-    """The claims without their lines, for a page."""
-    return claims.loc[claims["line"] == "", ["claim", "says", "against", "verdict", "because"]
-                      ].reset_index(drop=True)
-
-
 def looks(claims: "DataFrame") -> str:
     """How much was looked at, in a sentence with the names of what survives Holm's correction at
     0.05. The correction is over the measures that decide, which were named beforehand; over all

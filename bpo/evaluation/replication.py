@@ -150,6 +150,7 @@ def shown(mean: DataFrame, *, method: str, against: str) -> DataFrame:
                 & mean["more_is_better"].notna() & ~mean["category"].isin(ASIDE)]
     estimates = results.estimates(rows)
     return DataFrame({
-        "where": rows["split_or_benchmark"], "metric": benchmarks.labels(rows), "seeds": rows["seeds"],
+        "where": rows["split_or_benchmark"], "metric": benchmarks.labels(rows),
+        "seeds": rows["seeds"],
         "difference": [e.text(sign="+") for e in estimates],
         "reading": [e.reading() for e in estimates]}).reset_index(drop=True)

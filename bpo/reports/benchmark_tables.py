@@ -1,5 +1,5 @@
-"""What finished benchmarks allow to say: the tables, figures and sentences of notebook 5, queries on
-its results.csv and answers.
+"""What finished benchmarks allow to say: tables, figures and sentences of notebook 5, from its
+results.csv and answers.
 """
 
 from pandas import DataFrame

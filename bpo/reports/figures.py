@@ -192,7 +192,8 @@ def _panels(frames: Mapping[str, "pandas.DataFrame"]) -> tuple[Figure, list[Axes
               for frame in frames.values()]
     rows = math.ceil(len(frames) / 3)
     columns = math.ceil(len(frames) / rows)
-    fig, axes = grid(rows, columns, width=WIDTH * 0.85 if alone else min(WIDTH, 2.6 + 2.4 * columns),
+    width = WIDTH * 0.85 if alone else min(WIDTH, 2.6 + 2.4 * columns)
+    fig, axes = grid(rows, columns, width=width,
                      height=rows * (0.95 + 0.36 * max(map(len, labels))))
     for place, (panel, title) in enumerate(zip(axes, frames, strict=False)):
         rows_of(panel, labels[place])

@@ -25,7 +25,8 @@ def seeds(by_seed: Mapping[int, str]) -> Shown:
 
 
 def forests(frame: DataFrame, p: Replication) -> list[Shown]:
-    """A figure a baseline: bpo minus it by seed and over seeds, of the metrics on the main split."""
+    """A figure a baseline: bpo minus it by seed and over seeds, of `p.metrics` on the main split.
+    """
     where, shown = comparison.main_split(frame), []
     for baseline in p.baselines:
         panels = {benchmarks.label(where, metric): replication.seed_rows(

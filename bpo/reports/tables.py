@@ -1,5 +1,5 @@
-"""What finished stages allow to say, as tables and figures for people: methods compared (notebooks 4
-and 5), pairs (2), noise (1). Results are queries on results.csv, formatted last.
+"""What finished stages allow to say, as tables and figures: methods compared (notebooks 4 and 5),
+pairs (2), noise (1). Results are queries on results.csv, formatted last.
 """
 
 from typing import Any
