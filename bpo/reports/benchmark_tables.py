@@ -46,7 +46,8 @@ def trade_offs(frame: DataFrame) -> list[Shown]:
     """A figure a benchmark of captions: cover against hallucination of each method."""
     out = []
     for name, measures in TRADE.items():
-        rows = tables.levels(frame.query("split_or_benchmark == @name")).dropna(subset="value")
+        rows = frame.query("split_or_benchmark == @name and against == ''").dropna(subset="value")
+        rows = rows.assign(label=benchmarks.labels(rows))
         # few questions, drawn, may hold none that asks for a description
         up = [m for m in measures if {m, "cover"} <= set(rows["metric"])]
         if up:

@@ -148,16 +148,17 @@ def gallery(p: QualitativeComparison, result: stages.Result, *, split: str, meth
     rows, truth = comparison.read_split(p, split)
     files = {r.id: r.image for r in rows}
     verdicts: dict[str, list[dict]] = {"win": [], "loss": [], "tie": []}
-    for line in read_lines(result.folder / f"answers-{split}.jsonl"):
-        mine, other = (comparison.quality(line, m, truth) or 0.0 for m in (method, against))
-        verdicts["win" if mine > other else "loss" if mine < other else "tie"].append(line)
-    drawn = [[(name, x) for x in sorted(found, key=lambda x: seeds.seed_for(
-        p.seed, "comparison gallery", x["id"]))] for name, found in verdicts.items()]
-    mixed = [d[i] for i in range(p.gallery) for d in drawn if i < len(d)][:p.gallery]
+    for line in sorted(read_lines(result.folder / f"answers-{split}.jsonl"),
+                       key=lambda x: seeds.seed_for(p.seed, "comparison gallery", x["id"])):
+        better, other = (comparison.quality(line, m, truth) or 0.0 for m in (method, against))
+        verdict = "win" if better > other else "loss" if better < other else "tie"
+        verdicts[verdict].append(line)
+    mixed = [(verdict, lines[i]) for i in range(p.gallery) for verdict, lines in verdicts.items()
+             if i < len(lines)][:p.gallery]
     cards = [{"image": images.load(files[x["id"]]), "question": x["question"],
-              "truth": x["annotated"], "verdict": name,
+              "truth": x["annotated"], "verdict": verdict,
               "answers": {m: (text, wrong_words(x, m, truth)) for m, text in x["answers"].items()}}
-             for name, x in mixed]
+             for verdict, x in mixed]
     return cards, {n: len(v) for n, v in verdicts.items()}
 
 
@@ -255,14 +256,11 @@ def shortcuts(found: Found) -> Table:
 
 def displacement(found: Found) -> Table:
     """One row a source: CHES of the kept pairs; empty where candidates were not scored."""
-    out = []
-    for source in sources(found):
-        ches = found[source].get("displacement", {}).get("kept")
-        if ches:
-            out.append({"source": source, "mean CHES": _text(ches["mean"]),
-                        "share above 0": _text(ches["above_zero"]),
-                        "95th percentile": f"{ches['percentile_95']:.2f}"})
-    return out
+    kept = {s: found[s].get("displacement", {}).get("kept") for s in sources(found)}
+    return [{"source": source, "mean CHES": _text(ches["mean"]),
+             "share above 0": _text(ches["above_zero"]),
+             "95th percentile": f"{ches['percentile_95']:.2f}"}
+            for source, ches in kept.items() if ches]
 
 
 def scores() -> Table:
