@@ -6,6 +6,7 @@ import torch
 from bpo.data import rows as data_rows
 from bpo.models import encoding, generate, logprobs, prefix
 from bpo.models.generate import Request
+from bpo.models.logprobs import Weighed
 
 ANSWERS = [["red", "this shows a green cat on the mat", "blue"],
            ["this shows a big big yellow dog"],
@@ -27,41 +28,29 @@ def asked(data_file, checkpoint):
 
 
 def largest_gap(first, second):
-    """The largest difference between log-probs, and between mean states where both have them."""
-    states = [(a.state - b.state).abs().max().item() for row, other in zip(first, second)
-              for a, b in zip(row, other) if hasattr(a, "state") and hasattr(b, "state")]
-    first, second = ([[getattr(c, "logprobs", c) for c in row] for row in side]
-                     for side in (first, second))
-    assert [[c.shape for c in row] for row in first] == [[c.shape for c in row] for row in second]
-    return max([(a - b).abs().max().item() for row, other in zip(first, second, strict=True)
-                for a, b in zip(row, other, strict=True)] + states)
+    """The largest difference between log-probs, and between mean states."""
+    assert [[w.logprobs.shape for w in r] for r in first] == [[w.logprobs.shape for w in r]
+                                                              for r in second]
+    return max((getattr(a, name) - getattr(b, name)).abs().max().item()
+               for row, other in zip(first, second, strict=True)
+               for a, b in zip(row, other, strict=True) for name in ("logprobs", "state"))
 
 
 @torch.no_grad()
 def by_hand(checkpoint, request, answer):
     """One prompt with one answer behind it, alone, in a plain forward pass."""
     inputs = generate.encode_batch(checkpoint, [request])
-    prompt = inputs.pop("input_ids")
-    ids = torch.cat([prompt, torch.tensor([answer])], dim=1)
+    ids = torch.cat([inputs.pop("input_ids"), torch.tensor([answer])], dim=1)
     inputs["attention_mask"] = torch.ones_like(ids)
-    logits = checkpoint.model(input_ids=ids, **inputs).logits[0].float()
-    at = prompt.shape[1] - 1
-    return torch.stack([torch.log_softmax(logits[at + i], dim=-1)[token]
-                        for i, token in enumerate(answer)])
-
-
-@torch.no_grad()
-def test_packed_log_probs_are_the_unpacked_ones(asked, checkpoint):
-    _, batch, answers = asked
-    first = logprobs.weigh(checkpoint, batch, answers)
-    second = logprobs.weigh_unpacked(checkpoint, batch, answers)
-    assert [len(row) for row in first] == [3, 1, 4, 2]
-    assert largest_gap(first, second) < 1e-4
+    out = checkpoint.model(input_ids=ids, output_hidden_states=True, **inputs)
+    predicting = slice(-len(answer) - 1, -1)
+    logps = torch.log_softmax(out.logits[0, predicting].float(), dim=-1)
+    return Weighed(logps[range(len(answer)), answer], out.hidden_states[-1][0, predicting].mean(0))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("score", (logprobs.weigh, logprobs.weigh_unpacked))
-def test_both_agree_with_a_plain_forward_pass_of_each_answer(asked, checkpoint, score):
+def test_both_ways_agree_with_a_plain_forward_pass_of_each_answer(asked, checkpoint, score):
     requests, batch, answers = asked
     plain = [[by_hand(checkpoint, r, a) for a in mine]
              for r, mine in zip(requests, answers, strict=True)]
