@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bpo.data.check import image_root
 from bpo.data.rows import Row
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs
@@ -35,12 +36,6 @@ def views(p: PairGeneration) -> list[View]:
     return [View(mode, step, draw, p.crop_share) for mode in p.weaken_modes
             for step in (p.weaken_steps if WEAKENINGS[mode].stepped else [0])
             for draw in range(p.weaken_draws if WEAKENINGS[mode].drawn else 1)]
-
-
-def image_root(p: PairGeneration) -> Path:
-    """The folder that the image names of rows.jsonl and pairs.jsonl start from."""
-    first = p.path(p.data if isinstance(p.data, str) else next(iter(p.data)))
-    return p.optional_path(p.image_folder) or (first if first.is_dir() else first.parent)
 
 
 def fill(template: str, row: Row) -> str:
@@ -154,8 +149,8 @@ class Candidates(Sequence):
     @cached_property
     def _endpoint(self) -> Endpoint:
         p = self.p
-        return Endpoint(url=p.endpoint, model=p.endpoint_model, key_variable=p.endpoint_key_variable,
-                        at_once=p.endpoint_requests, retries=p.endpoint_retries,
+        return Endpoint(url=p.endpoint, model=p.endpoint_model, at_once=p.endpoint_requests,
+                        key_variable=p.endpoint_key_variable, retries=p.endpoint_retries,
                         timeout=p.endpoint_timeout)
 
     def _inject(self) -> None:
@@ -249,17 +244,15 @@ class Candidates(Sequence):
     def __getitem__(self, number: int) -> dict[str, Any]:
         """{id, image, category, prompt, chosen, candidates: [{source, mode, ..., text, scores}]}"""
         line = self._unscored(number)
-        if self._scores is not None:
+        if self.p.score_candidates:
             for candidate, scores in zip(line["candidates"], self._scores[number]["scores"],
                                          strict=True):
-                if scores is not None:
-                    candidate["scores"] = scores
+                candidate |= {"scores": scores} if scores else {}
         return line
 
     @cached_property
-    def _scores(self) -> LineFile | None:
-        file = self.folder / "scores.jsonl"
-        return LineFile(file) if file.is_file() else None
+    def _scores(self) -> LineFile:
+        return LineFile(self.folder / "scores.jsonl")
 
     @cached_property
     def _made(self) -> list[tuple[dict[str, Any], LineFile]]:
