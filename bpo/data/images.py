@@ -128,7 +128,7 @@ def source(file: Path) -> Path | BinaryIO:
     data = _bytes(Path(inside[1]), int(inside[2])) if inside else None
     if inside and data is None:
         raise Unusable(file, "image file is missing")
-    if not (data if inside else file.stat().st_size):
+    if not (data if inside else os.stat(file).st_size):
         raise Unusable(file, "image file is empty")
     return io.BytesIO(data) if inside else file
 

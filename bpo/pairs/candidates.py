@@ -65,9 +65,10 @@ class Candidates(Sequence):
 
     @cached_property
     def text_model(self) -> Checkpoint:
-        return checkpoints.load_text_model(
-            self.p.path(self.p.text_model), precision=self.p.precision
-        ) if self.p.text_model else self.model
+        if not self.p.text_model:
+            return self.model
+        return checkpoints.load_text_model(self.p.path(self.p.text_model),
+                                           precision=self.p.precision)
 
     @cached_property
     def _reader(self) -> Checkpoint:
@@ -110,13 +111,13 @@ class Candidates(Sequence):
         """{id, texts} of each request: what the stage samples from a view's weakened images, or
         from the text model, whose view is None. inputs: `generate.encode_branches` of both."""
         p = self.p
-        how = {"purpose": f"weakened {view.name}", "temperature": p.weaken_temperature,
-               "top_p": p.weaken_top_p, "samples": p.weaken_samples} if view else {
-               "purpose": "injected", "temperature": p.inject_temperature,
-               "top_p": p.inject_top_p, "samples": p.inject_samples}
+        purpose, temperature, top_p, samples = (
+            (f"weakened {view.name}", p.weaken_temperature, p.weaken_top_p, p.weaken_samples)
+            if view else ("injected", p.inject_temperature, p.inject_top_p, p.inject_samples))
         texts = generate.sample_answers(
-            checkpoint, requests, inputs, view, seed=p.seed, max_new_tokens=p.max_new_tokens,
-            contrast_strength=p.contrast_strength, contrast_cutoff=p.contrast_cutoff, **how)
+            checkpoint, requests, inputs, view, seed=p.seed, purpose=purpose, samples=samples,
+            temperature=temperature, top_p=top_p, max_new_tokens=p.max_new_tokens,
+            contrast_strength=p.contrast_strength, contrast_cutoff=p.contrast_cutoff)
         return [{"id": r.id, "texts": t} for r, t in zip(requests, texts, strict=True)]
 
     def _weaken(self, view: View) -> None:
