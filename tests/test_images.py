@@ -42,6 +42,7 @@ def test_palettes_are_resolved_grey_becomes_rgb_and_what_is_transparent_lies_on_
     image.save(tmp_path / "x.png", **options)
     read = images.load(tmp_path / "x.png")
     assert (read.mode, read.getpixel((1, 1))) == ("RGB", wanted)
+    assert images.load(str(tmp_path / "x.png")) == read  # as rows that trainers take name it
 
 
 def test_cmyk_becomes_rgb(tmp_path):
