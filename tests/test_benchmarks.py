@@ -15,7 +15,7 @@ from bpo.evaluation import benchmarks, diagnostics, official
 from bpo.models import encoding, generate, logprobs
 from bpo.models.generate import Request
 from bpo.params import Benchmarks, Refusal
-from bpo.reports import benchmark_figures, benchmark_tables, tables
+from bpo.reports import benchmark_tables, tables
 from bpo.study import results
 from bpo.study.files import write_lines
 
@@ -271,11 +271,11 @@ def test_kinds_of_questions_stand_in_a_table_of_their_own(frame):
 def test_the_figures_hold_every_method_and_token(parameters, result, frame):
     assert benchmark_tables.few(frame) == ["base", "sft", "bpo"]
     gains = frame.query("split_or_benchmark == 'image' and against == ''").assign(label="over none")
-    drawn = benchmark_figures.image_gains(gains)
+    drawn = benchmark_tables.draw_image_gains(gains)
     assert [t.get_text() for t in drawn.axes[0].get_yticklabels()] == METHODS
     line = benchmarks.probed(result)[0]
     gaps = DataFrame({"base": diagnostics.token_gaps(line, "base")}, index=line["tokens"])
-    labels = [t.get_text() for a in benchmark_figures.token_gaps(gaps).axes
+    labels = [t.get_text() for a in benchmark_tables.draw_token_gaps(gaps).axes
               for t in a.get_xticklabels()]
     assert labels == line["tokens"]
     assert len(benchmark_tables.token_gaps(parameters, result, frame)) == parameters.gallery

@@ -81,7 +81,9 @@ class TestStaticRules:
         assert tags(first) == ["parameters"]
         schema = params.SCHEMAS[notebook.stem]
         values = {}
-        for line in first.source.splitlines():
+        top, _, further = first.source.partition("# further\n")
+        assert len(top.splitlines()) <= 15 or notebook.stem != "2_pair_generation"
+        for line in (top + further).splitlines():
             code, _, comment = line.partition("  # ")
             name, _, literal = code.partition(" = ")
             assert comment and "=" not in comment, line
@@ -141,6 +143,9 @@ class TestTheWholeStudy:
     def test_what_is_done_by_hand_is_what_the_stages_stored(self, study):
         text = text_of(study / "1_noise_probability.ipynb")
         assert float(re.search(r"stored differ by at most (\S+)\.", text)[1]) < 1e-4
+        text = text_of(study / "2_pair_generation.ipynb")
+        by_hand, stored = re.search(r"Sampled by hand: “(.+)”; stored: “(.+)”\. They", text).groups()
+        assert by_hand == stored
         text = text_of(study / "3_dpo_training.ipynb")
         dpo, others, line = map(float, re.search(
             r"DPO by hand (\S+), the others (\S+), first line of history.json (\S+)\.", text).groups())

@@ -17,41 +17,25 @@ from bpo.data.rows import Row
 from bpo.evaluation import metrics
 from bpo.models import encoding, generate
 from bpo.models.weakening import WEAKENINGS, Weakening
-from bpo.pairs import candidates
+from bpo.pairs import candidates, selection
 from bpo.pairs import rows as pair_rows
 from bpo.pairs import stage as pairs
 from bpo.pairs.candidates import Candidates
 from bpo.params import PairGeneration, Refusal
-from bpo.reports import tables
+from bpo.reports import pair_tables
 from bpo.study.files import read_lines, write_lines
-
-
-def row(row_id, answer, *, image="0.png", category="attribute", question="what colour ?"):
-    return Row(row_id, None, image, ({"role": "user", "content": question},), answer, category)
-
 
 # --- prompts, layouts, files --------------------------------------------------------------------
 
-def test_a_prompt_s_places_are_filled():
-    asked = row("a", "red", question="what colour ?")
-    assert candidates.fill("Q {question} A {answer} W", asked) == "Q what colour ? A red W"
-    twice = candidates.fill("{question} {question} {answer}", asked)
-    assert twice == "what colour ? what colour ? red"
-
-
-def test_other_braces_stay_as_they_are():
-    assert candidates.fill('{"a": {}} {x} {answer}', row("a", "red")) == '{"a": {}} {x} red'
-
-
-def test_braces_in_the_data_are_not_filled():
-    braces = row("a", "it says {question}", question="what is in {answer} ?")
-    assert candidates.fill("{question} : {answer}", braces) == \
-        "what is in {answer} ? : it says {question}"
-
-
-def test_the_question_may_stand_behind_the_answer():
-    asked = row("a", "red", question="q ?")
-    assert candidates.fill("{answer} to {question}", asked) == "red to q ?"
+@pytest.mark.parametrize("template, question, answer, filled", [
+    ("Q {question} A {answer} W", "what ?", "red", "Q what ? A red W"),
+    ("{answer} to {question} {question}", "q ?", "red", "red to q ? q ?"),
+    ('{"a": {}} {x} {answer}', "q ?", "red", '{"a": {}} {x} red'),
+    ("{question} : {answer}", "what is in {answer} ?", "it says {question}",
+     "what is in {answer} ? : it says {question}")])
+def test_a_prompt_s_places_are_filled_and_no_other_braces(template, question, answer, filled):
+    row = Row("a", None, "0.png", ({"role": "user", "content": question},), answer, "attribute")
+    assert candidates.fill(template, row) == filled
 
 
 LINES = [
@@ -453,13 +437,55 @@ def test_the_gallery_shows_pairs_with_the_most_rejected_answers_of_each_category
         assert card["image"].mode == "RGB" and card["weakened"].size == (32, 32)
 
 
-def test_the_tables_have_a_row_for_everything_that_was_counted(uninterrupted):
+def rows_of(shown):
+    return shown.plain.splitlines()[2:]
+
+
+def test_the_tables_have_a_row_for_everything_that_was_counted(uninterrupted, parameters):
     found = uninterrupted.metrics
-    assert tables.sources(found) == ["weakened", "injected"]
-    assert len(tables.kept(found)) == 6
-    assert sum(r["how many"] for r in tables.dropped(found)) == 2 * 12 - found["pairs"]
-    checks = {r["measure"]: r for r in tables.checks(found)}
-    assert checks["words more than the chosen answer"]["weakened, as kept"].count("[") == 1
-    assert {r["category"] for r in tables.shortcuts(found)} >= {"all"}
-    assert [r["source"] for r in tables.displacement(found)] == ["weakened", "injected"]
-    assert [r["score"] for r in tables.scores()] == list(params.SCORES)
+    assert pair_tables.sources(found) == ["weakened", "injected"]
+    assert len(rows_of(pair_tables.kept(found))) == 6
+    assert sum(int(r.split()[-1]) for r in rows_of(pair_tables.dropped(found))) == (
+        2 * 12 - found["pairs"])
+    length = next(r for r in rows_of(pair_tables.checks(found)) if "words more than the" in r)
+    assert length.count("[") == 4
+    assert {r.split()[0] for r in rows_of(pair_tables.shortcuts(found))} == {"weakened", "injected"}
+    assert [r.split()[0] for r in rows_of(pair_tables.displacement(found))] == [
+        "weakened", "injected"]
+    assert [r.split()[0] for r in rows_of(pair_tables.scores(parameters))] == list(params.SCORES)
+    assert len(rows_of(pair_tables.weakenings(parameters))) == len(WEAKENINGS)
+    assert f"{found['pairs']} pairs from 12" in pair_tables.headline(found).plain
+
+
+def test_one_row_by_hand_ends_as_the_stage_stored_it(uninterrupted, parameters):
+    number, view = pairs.example(parameters, uninterrupted), candidates.views(parameters)[0]
+    made = Candidates(parameters, uninterrupted.folder)
+    request, stored = made.request(number, view), made[number]["candidates"][0]["text"]
+    inputs = generate.encode_branches(made.model, [request], view, seed=parameters.seed)
+    sampled = made.answers(made.model, [request], inputs, view)[0]["texts"]
+    assert sampled == [stored]
+    assert "They are the same." in pair_tables.agreement(parameters, made[number], sampled).plain
+    other = pair_tables.agreement(parameters, made[number], ["another"]).plain
+    assert f"“another”; stored: “{stored}”. They differ" in other
+    choice = selection.choose(parameters, made[number], pairs.truth(parameters))
+    for row in rows_of(pair_tables.outcomes(uninterrupted, number, choice)):
+        assert row.count("kept") in (0, 2)
+    assert [c["text"] for c in choice.kept] == [
+        r["text"] for r in pair_rows.read_pairs(uninterrupted.folder / "pairs.jsonl")[number][
+            "rejected"]]
+
+
+def test_figures_show_every_way_of_weakening_and_every_kept_answer(
+        uninterrupted, parameters, data_file, outputs, tmp_path):
+    pictures = pairs.weakened_pictures(parameters, uninterrupted, 0)
+    assert list(pictures) == ["clean", *WEAKENINGS]
+    assert pictures["noisy"].size == (32, 32) and len({p.tobytes() for p in pictures.values()}) == 5
+    assert "step 800" in pair_tables.weakening_strip(parameters, uninterrupted, 0).plain
+    kept = {s: uninterrupted.metrics[s]["kept"] for s in ("weakened", "injected")}
+    shown = pair_tables.length_gaps(uninterrupted).plain
+    assert all(f"n = {n}" in shown for n in kept.values())
+    (tmp_path / "rows.json").write_text(json.dumps(json.loads(data_file.read_text())[:3]))
+    alone = changed(parameters, data=str(tmp_path / "rows.json"), sources=["injected"],
+                    image_folder=str(data_file.parent), score_candidates=False)
+    assert list(pairs.weakened_pictures(alone, pairs.run(alone), 0)) == [
+        "clean", *(n for n in WEAKENINGS if n != "swapped")]

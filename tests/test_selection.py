@@ -8,6 +8,7 @@ import torch
 
 from bpo import params
 from bpo.pairs import selection
+from bpo.params import PairGeneration
 
 CHOSEN = "a red dog on a mat"
 
@@ -24,8 +25,8 @@ def line(*candidates, row_id="a", chosen=CHOSEN):
 
 def choose(*candidates, weights=(), keep=1, drop_right=False, right=lambda text: None, seed=0,
            row_id="a"):
-    return selection.choose(line(*candidates, row_id=row_id), weights=dict(weights), keep=keep,
-                            drop_right=drop_right, right=right, seed=seed)
+    p = PairGeneration(select=dict(weights), keep=keep, drop_right=drop_right, seed=seed)
+    return selection.choose(p, line(*candidates, row_id=row_id), lambda line, text: right(text))
 
 
 def texts(candidates):
@@ -136,13 +137,6 @@ def test_each_group_has_its_own_best():
     assert texts(choice.kept) == ["a red cat on a mat", "a fox"]
 
 
-@pytest.mark.parametrize("name", ("image", "beauty"))
-def test_a_weight_on_a_score_that_is_missing_is_an_error_that_names_both(name):
-    said = rf"^a: a weakened candidate \(noisy\) has no score {name}; it has similarity, length:"
-    with pytest.raises(ValueError, match=said):
-        choose(candidate("a cat", ches=1.0), weights={"length": 1, name: 1})
-
-
 def test_a_useless_candidate_needs_no_scores():
     choice = choose(candidate(""), candidate("a cat", logp_clean=0.0, logp_noisy=0.0),
                     weights={"image": 1})
@@ -195,8 +189,7 @@ def test_weights_do_not_move_the_control():
 
 def test_what_comes_in_is_left_as_it_was():
     given = line(*MADE)
-    choice = selection.choose(given, weights={}, keep=1, drop_right=False, right=lambda t: None,
-                              seed=0)
+    choice = selection.choose(PairGeneration(), given, lambda line, text: None)
     assert given == line(*MADE)
     assert choice.kept == [MADE[0]]
 

@@ -7,13 +7,13 @@ with rows counted from 0. This module knows no layouts.
 """
 
 import io
+import itertools
 import os
 import re
 import threading
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +32,6 @@ MAX_ASPECT = 200  # a processor makes the short side as long as the model's: the
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _THREADS = min(8, os.cpu_count() or 1)
-_AHEAD = 8 * _THREADS  # files that may be looked at before the first one's result is taken
 _IN_PARQUET = re.compile(r"(.+\.parquet)#(\d+)", re.DOTALL)
 _reading = threading.Lock()  # a ParquetFile is not made for several threads
 
@@ -86,22 +85,17 @@ def problem(file: Path) -> str | None:
 def problems(files: Iterable[Path]) -> Iterator[str | None]:
     """The problem of each file in order.
 
-    Threads decode (Pillow lets go of the interpreter), a bounded number of files ahead; a file that
-    comes several times in a row is decoded once.
+    Threads decode (Pillow lets go of the interpreter), a few files together; one that comes several
+    times among these is decoded once.
     """
-    waiting: deque[Future] = deque()
-    last, result = None, None
+    files = iter(files)
     # Warnings of odd metadata would drown what matters. Filters belong to the whole process.
     with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        for file in files:
-            if file != last:
-                last, result = file, pool.submit(problem, file)
-            waiting.append(result)
-            if len(waiting) > _AHEAD:
-                yield waiting.popleft().result()
-        for result in waiting:
-            yield result.result()
+        while batch := list(itertools.islice(files, 8 * _THREADS)):
+            distinct = list(dict.fromkeys(batch))
+            found = dict(zip(distinct, pool.map(problem, distinct), strict=True))
+            yield from (found[file] for file in batch)
 
 
 def place(root: Path, name: str) -> Path | None:
@@ -134,7 +128,7 @@ def source(file: Path) -> Path | BinaryIO:
     data = _bytes(Path(inside[1]), int(inside[2])) if inside else None
     if inside and data is None:
         raise Unusable(file, "image file is missing")
-    if not (data if inside else file.stat().st_size):
+    if not (data if inside else os.stat(file).st_size):
         raise Unusable(file, "image file is empty")
     return io.BytesIO(data) if inside else file
 

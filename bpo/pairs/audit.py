@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bpo.evaluation import metrics
-from bpo.pairs.selection import Choice
+from bpo.pairs.selection import Choice, Right
 from bpo.params import SOURCES
 from bpo.study import results, seeds
 from bpo.study.results import Result
@@ -62,11 +62,9 @@ class Counts:
                 for s in SOURCES if self.made[s]}
 
 
-def audit(lines: Sequence[Line], *, seed: int,
-          right: Callable[[Line, str], bool | None]) -> dict[str, Any]:
+def audit(lines: Sequence[Line], *, seed: int, right: Right) -> dict[str, Any]:
     """What the pairs are like, by source; only sources with a candidate are named.
 
-    right: (line, text) -> whether the text is in truth right, None where that is not known.
     sources_agree: of the lines that keep answers of several sources, the share where two sources
     say the same. Of a source {candidates, kept} of
     - length_gap: words (between spaces) more than the chosen answer, mean;
@@ -145,8 +143,7 @@ def gap(name: str, text: str, chosen: str) -> float | None:
     return None if None in values else values[0] - values[1]
 
 
-def _measure(pairs: Sequence[Pair], seed: int,
-             right: Callable[[Line, str], bool | None]) -> dict[str, Any]:
+def _measure(pairs: Sequence[Pair], seed: int, right: Right) -> dict[str, Any]:
     """Every measure of one source and side."""
     interval = _intervals(seed, "audit interval")
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bpo.data.check import image_root
 from bpo.data.rows import Row
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs
@@ -35,12 +36,6 @@ def views(p: PairGeneration) -> list[View]:
     return [View(mode, step, draw, p.crop_share) for mode in p.weaken_modes
             for step in (p.weaken_steps if WEAKENINGS[mode].stepped else [0])
             for draw in range(p.weaken_draws if WEAKENINGS[mode].drawn else 1)]
-
-
-def image_root(p: PairGeneration) -> Path:
-    """The folder that the image names of rows.jsonl and pairs.jsonl start from."""
-    first = p.path(p.data if isinstance(p.data, str) else next(iter(p.data)))
-    return p.optional_path(p.image_folder) or (first if first.is_dir() else first.parent)
 
 
 def fill(template: str, row: Row) -> str:
@@ -70,9 +65,10 @@ class Candidates(Sequence):
 
     @cached_property
     def text_model(self) -> Checkpoint:
-        return checkpoints.load_text_model(
-            self.p.path(self.p.text_model), precision=self.p.precision
-        ) if self.p.text_model else self.model
+        if not self.p.text_model:
+            return self.model
+        return checkpoints.load_text_model(self.p.path(self.p.text_model),
+                                           precision=self.p.precision)
 
     @cached_property
     def _reader(self) -> Checkpoint:
@@ -115,13 +111,13 @@ class Candidates(Sequence):
         """{id, texts} of each request: what the stage samples from a view's weakened images, or
         from the text model, whose view is None. inputs: `generate.encode_branches` of both."""
         p = self.p
-        how = {"purpose": f"weakened {view.name}", "temperature": p.weaken_temperature,
-               "top_p": p.weaken_top_p, "samples": p.weaken_samples} if view else {
-               "purpose": "injected", "temperature": p.inject_temperature,
-               "top_p": p.inject_top_p, "samples": p.inject_samples}
+        purpose, temperature, top_p, samples = (
+            (f"weakened {view.name}", p.weaken_temperature, p.weaken_top_p, p.weaken_samples)
+            if view else ("injected", p.inject_temperature, p.inject_top_p, p.inject_samples))
         texts = generate.sample_answers(
-            checkpoint, requests, inputs, view, seed=p.seed, max_new_tokens=p.max_new_tokens,
-            contrast_strength=p.contrast_strength, contrast_cutoff=p.contrast_cutoff, **how)
+            checkpoint, requests, inputs, view, seed=p.seed, purpose=purpose, samples=samples,
+            temperature=temperature, top_p=top_p, max_new_tokens=p.max_new_tokens,
+            contrast_strength=p.contrast_strength, contrast_cutoff=p.contrast_cutoff)
         return [{"id": r.id, "texts": t} for r, t in zip(requests, texts, strict=True)]
 
     def _weaken(self, view: View) -> None:
@@ -154,8 +150,8 @@ class Candidates(Sequence):
     @cached_property
     def _endpoint(self) -> Endpoint:
         p = self.p
-        return Endpoint(url=p.endpoint, model=p.endpoint_model, key_variable=p.endpoint_key_variable,
-                        at_once=p.endpoint_requests, retries=p.endpoint_retries,
+        return Endpoint(url=p.endpoint, model=p.endpoint_model, at_once=p.endpoint_requests,
+                        key_variable=p.endpoint_key_variable, retries=p.endpoint_retries,
                         timeout=p.endpoint_timeout)
 
     def _inject(self) -> None:
@@ -249,17 +245,15 @@ class Candidates(Sequence):
     def __getitem__(self, number: int) -> dict[str, Any]:
         """{id, image, category, prompt, chosen, candidates: [{source, mode, ..., text, scores}]}"""
         line = self._unscored(number)
-        if self._scores is not None:
+        if self.p.score_candidates:
             for candidate, scores in zip(line["candidates"], self._scores[number]["scores"],
                                          strict=True):
-                if scores is not None:
-                    candidate["scores"] = scores
+                candidate |= {"scores": scores} if scores else {}
         return line
 
     @cached_property
-    def _scores(self) -> LineFile | None:
-        file = self.folder / "scores.jsonl"
-        return LineFile(file) if file.is_file() else None
+    def _scores(self) -> LineFile:
+        return LineFile(self.folder / "scores.jsonl")
 
     @cached_property
     def _made(self) -> list[tuple[dict[str, Any], LineFile]]:

@@ -21,7 +21,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
 
 from bpo.data import images
-from bpo.pairs.candidates import image_root
+from bpo.data.check import image_root
 from bpo.params import PairGeneration, Refusal, short
 from bpo.study import stage as stages
 from bpo.study.files import LineFile, to_json, write_lines, write_whole
@@ -134,23 +134,23 @@ def usable(lines: Iterable[dict], to: str, tally: Tally) -> Iterator[dict]:
     """The lines with the rejected answers that a layout can hold; the tally counts them all."""
     for line in lines:
         tally.positives += 1
-        reason, rejected = None, []
-        if any(map(MEDIA.search, (line["chosen"], *(m["content"] for m in line["prompt"])))):
-            reason = f"positives whose text has {TAGGED}"
-        elif to in ALTERNATING and not alternates(line["prompt"]):
-            reason = "positives whose turns do not alternate"
-        else:
-            for answer in line["rejected"]:
-                if MEDIA.search(answer["text"]):
-                    tally.left_out[f"rejected answers that have {TAGGED}"] += 1
-                elif answer["text"] == line["chosen"]:
-                    tally.left_out["rejected answers that equal the chosen one"] += 1
-                else:
-                    rejected.append(answer)
-            if not rejected and to != "bpo":  # the release has a place for a positive alone
-                reason = "positives without a rejected answer"
-        if reason:
-            tally.left_out[reason] += 1
+        texts = (line["chosen"], *(m["content"] for m in line["prompt"]))
+        if any(map(MEDIA.search, texts)):
+            tally.left_out[f"positives whose text has {TAGGED}"] += 1
+            continue
+        if to in ALTERNATING and not alternates(line["prompt"]):
+            tally.left_out["positives whose turns do not alternate"] += 1
+            continue
+        rejected = []
+        for answer in line["rejected"]:
+            if MEDIA.search(answer["text"]):
+                tally.left_out[f"rejected answers that have {TAGGED}"] += 1
+            elif answer["text"] == line["chosen"]:
+                tally.left_out["rejected answers that equal the chosen one"] += 1
+            else:
+                rejected.append(answer)
+        if not rejected and to != "bpo":  # the release has a place for a positive alone
+            tally.left_out["positives without a rejected answer"] += 1
             continue
         line = {**line, "rejected": rejected}
         tally.rows += 1

@@ -5,14 +5,17 @@ what a model has to say of a candidate is computed elsewhere and read from candi
 """
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from bpo.evaluation import metrics
+from bpo.params import PairGeneration
 from bpo.study import seeds
 
+# (line, text) -> whether the text is in truth right; None where the truth is not known
+Right = Callable[[Mapping[str, Any], str], bool | None]
 SCORES = {
     "similarity": "share of the words that candidate and annotation have in common, in order; 0..1",
     "length": "1 - difference in words / words of the longer one; 1 is the same length",
@@ -50,75 +53,53 @@ def score(candidate: Mapping[str, Any], chosen: str) -> dict[str, float]:
 
     Words are those of `metrics.words`: case and punctuation do not count.
     """
-    mine, other = metrics.words(candidate["text"]), metrics.words(chosen)
-    scores = {"similarity": difflib.SequenceMatcher(None, mine, other, False).ratio(),
-              "length": 1 - abs(len(mine) - len(other)) / max(len(mine), len(other), 1)}
+    words, other = metrics.words(candidate["text"]), metrics.words(chosen)
+    scores = {"similarity": difflib.SequenceMatcher(None, words, other, False).ratio(),
+              "length": 1 - abs(len(words) - len(other)) / max(len(words), len(other), 1)}
     given = candidate.get("scores", {})
     if {"logp_clean", "logp_noisy"} <= given.keys():
         scores["image"] = given["logp_noisy"] - given["logp_clean"]
     return scores
 
 
-def choose(line: Mapping[str, Any], *, weights: Mapping[str, float], keep: int, drop_right: bool,
-           right: Callable[[str], bool | None], seed: int) -> Choice:
+def choose(p: PairGeneration, line: Mapping[str, Any], right: Right) -> Choice:
     """The `keep` best usable candidates of each group, and as many drawn at random as a control.
 
-    Usable is what is not useless, not in truth right (only where drop_right is set; `right` says
-    None where the truth is not known) and not a repeat, but for case and punctuation, of an earlier
-    one in its group. The best have the highest weighted sum of scores; equal ones, and all of them
-    where weights is empty, come in the order of making. Unselected ones are drawn uniformly from
-    all usable ones, so they may be among the kept; the draw depends on this line alone.
-    Raises ValueError when a weight's score is unknown or a usable candidate lacks it.
+    Usable is what is not useless, not in truth right (only where drop_right is set) and not a
+    repeat, but for case and punctuation, of an earlier one in its group. The best have the highest
+    sum of scores, weighted by `select`; equal ones, and all of them where it is empty, come in the
+    order of making. Unselected ones are drawn uniformly from all usable ones, so they may be among
+    the kept; the draw depends on this line alone.
     """
     groups: dict[tuple[str, str], list[dict]] = {}
     for candidate in line["candidates"]:
         groups.setdefault((candidate["source"], candidate["mode"]), []).append(candidate)
     choice = Choice([], [], [])
     for (source, mode), made in groups.items():
-        usable, reasons = _usable(made, line["chosen"], right if drop_right else None)
-        totals = {n: _total(made[n], line, weights) for n in usable}
-        best = sorted(usable, key=lambda n: -totals[n])[:keep]  # sorted() leaves ties in order
-        rng = seeds.numpy_generator(seed, "unselected", line["id"], source, mode)
-        drawn = sorted(rng.choice(usable, size=len(best), replace=False)) if usable else []
+        reasons, seen, totals = [], set(), {}
+        for n, candidate in enumerate(made):
+            text, same = candidate["text"], metrics.normalised(candidate["text"])
+            reason = useless(text, line["chosen"])
+            if not reason and p.drop_right and right(line, text):
+                reason = "in truth right"
+            if not reason and same in seen:
+                reason = "repeats another candidate"
+            reasons.append(reason)
+            if not reason:
+                seen.add(same)
+                # Without weights there is nothing to rank by, and similarity takes its time.
+                scores = score(candidate, line["chosen"]) if p.select else {}
+                totals[n] = sum(weight * scores[name] for name, weight in p.select.items())
+        best = sorted(totals, key=lambda n: -totals[n])[:p.keep]  # sorted() leaves ties in order
+        rng = seeds.numpy_generator(p.seed, "unselected", line["id"], source, mode)
+        drawn = sorted(rng.choice(list(totals), size=len(best), replace=False)) if totals else []
         choice.kept.extend(made[n] for n in best)
         choice.unselected.extend(made[n] for n in drawn)
         choice.dropped.extend(
             {"id": line["id"], "category": line["category"], "source": source, "mode": mode,
-             "text": candidate["text"], "reason": reasons.get(n, "not selected")}
-            for n, candidate in enumerate(made) if n not in best)
+             "text": made[n]["text"], "reason": reason or "not selected"}
+            for n, reason in enumerate(reasons) if n not in best)
     return choice
-
-
-def _usable(made: Sequence[Mapping], chosen: str,
-            right: Callable[[str], bool | None] | None) -> tuple[list[int], dict[int, str]]:
-    """Which of a group's candidates can be used, by their place, and why the others cannot."""
-    usable, reasons, seen = [], {}, set()
-    for n, candidate in enumerate(made):
-        text = candidate["text"]
-        same = metrics.normalised(text)
-        if reason := useless(text, chosen):
-            reasons[n] = reason
-        elif right and right(text):
-            reasons[n] = "in truth right"
-        elif same in seen:
-            reasons[n] = "repeats another candidate"
-        else:
-            usable.append(n)
-            seen.add(same)
-    return usable, reasons
-
-
-def _total(candidate: Mapping[str, Any], line: Mapping[str, Any],
-           weights: Mapping[str, float]) -> float:
-    if not weights:
-        return 0.0  # nothing to rank by: similarity is not worth its time
-    scores = score(candidate, line["chosen"])
-    missing = [name for name in weights if name not in scores]
-    if missing:
-        raise ValueError(f"{line['id']}: a {candidate['source']} candidate ({candidate['mode']}) "
-                         f"has no score {missing[0]}; it has {', '.join(scores)}: weigh those, or "
-                         "score the candidates first")
-    return sum(weight * scores[name] for name, weight in weights.items())
 
 
 def ches(chosen_mean: Any, rejected_mean: Any) -> float:

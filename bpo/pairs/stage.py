@@ -8,31 +8,31 @@ positive with its list of rejected answers. No step holds the rows in memory, on
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from bpo.data import check, images
 from bpo.data import rows as data_rows
-from bpo.data.rows import Row
 from bpo.evaluation import metrics
 from bpo.models import checkpoint as checkpoints
-from bpo.models import generate
+from bpo.models import encoding, generate
+from bpo.models.weakening import WEAKENINGS, View
 from bpo.pairs import audit, candidates, selection
 from bpo.pairs.candidates import Candidates
-from bpo.params import PairGeneration
+from bpo.params import PairGeneration, Refusal
 from bpo.study import launch, processes, results, seeds
 from bpo.study import stage as stages
 from bpo.study.files import LineFile, to_json, whole
 
-Right = Callable[[dict[str, Any], str], bool | None]  # (line, text) -> whether it is right
 
 def run(p: PairGeneration) -> stages.Result:
     """The stage of notebook 2: rows.jsonl, rejected_rows.jsonl, weakened-*.jsonl, injected.jsonl,
     scores.jsonl, candidates.jsonl, dropped.jsonl and pairs.jsonl."""
     launch.start(p)
-    files = list(data_files(p))
+    files = list(check.data_files(p))
     inputs = {"model": p.path(p.model)}
     inputs |= {"data" if len(files) == 1 else f"data {file.name}": file for file in files}
     if "injected" in p.sources:
@@ -45,24 +45,9 @@ def run(p: PairGeneration) -> stages.Result:
     return stages.stage(p, lambda folder: _work(p, folder), inputs=inputs)
 
 
-def data_files(p: PairGeneration) -> dict[Path, str]:
-    """The annotated files or folders, and the folder below image_folder that each starts from."""
-    data = {p.data: ""} if isinstance(p.data, str) else p.data
-    return {p.path(file): below for file, below in data.items()}
-
-
 def _work(p: PairGeneration, folder: Path) -> dict[str, Any]:
-    def too_long(row: Row) -> str | None:
-        words = len(row.answer.split())
-        return f"answer longer than {p.max_words} words" if words > p.max_words else None
-
-    def check_rows() -> None:
-        if not (folder / check.ROWS).is_file():  # else written before an interruption
-            check.take_stock(data_files(p), p.optional_path(p.image_folder), folder, keep=too_long,
-                             count=p.rows, seed=p.seed, purpose="pair rows",
-                             max_bad_share=p.max_bad_share)
-
-    processes.first(check_rows)
+    # Rows that were written before an interruption are not checked again.
+    processes.first(lambda: (folder / check.ROWS).is_file() or check.take_stock(p, folder))
     made = Candidates(p, folder)
     made.make()
     return processes.first(lambda: _choose(p, made))
@@ -81,7 +66,7 @@ def _choose(p: PairGeneration, made: Candidates) -> dict[str, Any]:
             files.enter_context(whole(folder / f"{name}.jsonl"))
             for name in ("candidates", "dropped", "pairs"))
         for line in made:
-            choice = choose(p, line, right)
+            choice = selection.choose(p, line, right)
             pair = {n: line[n] for n in ("id", "image", "category", "prompt", "chosen")}
             pair["rejected"] = choice.kept
             if p.select:
@@ -102,12 +87,6 @@ def _choose(p: PairGeneration, made: Candidates) -> dict[str, Any]:
                     "audited": len(audited)}
 
 
-def choose(p: PairGeneration, line: dict[str, Any], right: Right) -> selection.Choice:
-    """What becomes of the candidates of a line by the stage's parameters."""
-    return selection.choose(line, weights=p.select, keep=p.keep, seed=p.seed,
-                            drop_right=p.drop_right, right=lambda text: right(line, text))
-
-
 def _audited(p: PairGeneration, made: Candidates) -> list[dict[str, Any]]:
     """The positives that the audit reads in full, drawn by seed, in their order."""
     drawn = heapq.nsmallest(p.audit_positives, enumerate(LineFile(made.folder / "pairs.jsonl")),
@@ -116,10 +95,10 @@ def _audited(p: PairGeneration, made: Candidates) -> list[dict[str, Any]]:
             for number, pair in sorted(drawn, key=lambda pair: pair[0])]
 
 
-def truth(p: PairGeneration) -> Right:
+def truth(p: PairGeneration) -> selection.Right:
     """A function that says whether a line's rejected answer is in truth right; None where the truth
     is not known, as of several data files: their ids get the file's name in front."""
-    files = list(data_files(p))
+    files = list(check.data_files(p))
     known = data_rows.read_truth(files[0]) if len(files) == 1 else {"rows": {}}
 
     def right(line: dict[str, Any], text: str) -> bool | None:
@@ -133,6 +112,33 @@ def truth(p: PairGeneration) -> Right:
             known["images"][line["image"]]["objects"])
 
     return right
+
+
+def example(p: PairGeneration, result: stages.Result) -> int:
+    """The number of the first row that keeps an answer of the first view and drops a candidate; of
+    the first row where there is none."""
+    mode = candidates.views(p)[0].mode
+    lines, pairs = (LineFile(result.folder / f"{n}.jsonl") for n in ("candidates", "pairs"))
+    return next((number for number, (line, pair) in enumerate(zip(lines, pairs, strict=True))
+                 if mode in (r["mode"] for r in pair["rejected"])
+                 and len(pair["rejected"]) < len(line["candidates"])), 0)
+
+
+def weakened_pictures(p: PairGeneration, result: stages.Result, number: int
+                      ) -> dict[str, Image.Image]:
+    """A row's image as the model is shown it, clean and by each way of weakening that is possible:
+    another row's image needs two images in the data."""
+    made, processor = Candidates(p, result.folder), checkpoints.load_processor(p.path(p.model))
+    clean = images.load(made.request(number, None).image)
+    pictures = {"clean": encoding.transformed(clean, p.image_transform, processor)}
+    for mode in WEAKENINGS:
+        view = View(mode, p.weaken_steps[0], crop_share=p.crop_share)
+        try:
+            pictures[mode] = generate.view_picture(processor, made.request(number, view), view,
+                                                   transform=p.image_transform, seed=p.seed)
+        except Refusal:
+            continue
+    return pictures
 
 
 def examples(p: PairGeneration, result: stages.Result) -> list[dict[str, Any]]:

@@ -46,9 +46,9 @@ def theme() -> None:
     })
 
 
-def noise_strip(images: list["Image.Image"], steps: list[int],
+def noise_strip(images: list["Image.Image"], steps: list[int | str],
                 answers: list[str]) -> Figure:
-    """The same picture at each noise step, the model's answer under each."""
+    """The same picture at each noise step, or by another name, the model's answer under each."""
     rows = math.ceil(len(images) / 6)
     columns = math.ceil(len(images) / rows)
     width = WIDTH * min(1, columns / 5)
@@ -65,7 +65,7 @@ def noise_strip(images: list["Image.Image"], steps: list[int],
             if image.width > 180:
                 image = image.resize((180, max(1, round(180 * image.height / image.width))))
             panel.imshow(image.convert("RGB"), interpolation="nearest")
-            panel.set_title(f"step {step}", loc="center")
+            panel.set_title(step if isinstance(step, str) else f"step {step}", loc="center")
             panel.set_xlabel(answer, fontsize=8.5, color="#202428")
     return fig
 
@@ -223,6 +223,21 @@ def _interval(axes: Axes, row: Mapping[str, Any], place: int, style: Mapping[str
               markerfacecolor=fill, markeredgewidth=1.5)
     axes.annotate(number, (row["value"], place), xytext=(0, 6), ha="center",
                   textcoords="offset points", fontsize=8, color="#3c4147")
+
+
+def histograms(values: dict[str, list[int]], *, xlabel: str, ylabel: str) -> Figure:
+    """A panel a name with the counts of its whole numbers, on one axis; zero is marked."""
+    fig, panels = grid(1, max(len(values), 1), width=WIDTH, height=3.0)
+    low, high = (find((x for xs in values.values() for x in xs), default=0) for find in (min, max))
+    wide = math.ceil((high - low + 1) / 40)  # of a bar: 40 bars at most
+    edges = [low - 0.5 + wide * n for n in range((high - low) // wide + 2)]
+    for panel, (name, numbers), colour in zip(panels, values.items(), COLOURS, strict=False):
+        panel.hist(numbers, edges, color=colour, edgecolor="white", linewidth=0.6)
+        panel.axvline(0, color="#303030", linewidth=1, linestyle=(0, (2, 2)))
+        panel.set(title=visible(name), xlabel=xlabel, xlim=(edges[0] - wide, edges[-1] + wide))
+        panel.locator_params(axis="x", integer=True)
+    panels[0].set_ylabel(ylabel)
+    return fig
 
 
 def statistics_bars(table: "pandas.DataFrame") -> Figure:

@@ -1,5 +1,5 @@
 """What finished stages allow to say, as tables and figures: methods compared (notebooks 4 and 5),
-pairs (2), noise (1). Results are queries on results.csv, formatted last.
+noise (1). Results are queries on results.csv, formatted last.
 """
 
 from typing import Any
@@ -8,9 +8,7 @@ from pandas import DataFrame
 
 from bpo.data import images
 from bpo.evaluation import benchmarks, comparison, metrics
-from bpo.models.weakening import WEAKENINGS
-from bpo.pairs import selection
-from bpo.params import SOURCES, QualitativeComparison
+from bpo.params import QualitativeComparison
 from bpo.reports import figures
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
@@ -188,105 +186,12 @@ def chair_by_hand(p: QualitativeComparison, result: stages.Result, *, split: str
     return DataFrame(rows, columns=["caption", "in the image", "object words", "wrong"])
 
 
-# --- pairs --------------------------------------------------------------------------------------
-
-CHECKS = {"truth_right": "share in truth right",
-          "near_duplicates": "share nearly equal to the chosen answer",
-          "length_gap": "words more than the chosen answer",
-          "sentences_gap": "sentences more",
-          "characters_gap": "characters a word more",
-          "commas_gap": "commas a word more",
-          "type_token_gap": "type-token ratio (different words a word) more"}
-SIDES = {"candidates": "as made", "kept": "as kept"}
-
-Found = dict[str, Any]
-Table = list[dict[str, Any]]
-
-
-def sources(found: Found) -> list[str]:
-    """The sources that candidates came from, in the kit's order."""
-    return [s for s in SOURCES if s in found]
-
-
-def kept(found: Found) -> Table:
-    """One row a source and category: how many annotated rows, and how many rejected answers."""
-    return [{"source": source, "category": category, "rows": n["rows"], "kept": n["kept"],
-             "kept a row": f"{n['kept'] / n['rows']:.2f}"}
-            for source in sources(found)
-            for category, n in found[source]["by_category"].items()]
-
-
-def dropped(found: Found) -> Table:
-    """One row a reason: candidates that were dropped, rows that could not be used."""
-    out = [{"what": f"{s} candidate", "reason": reason, "how many": n} for s in sources(found)
-           for reason, n in found[s]["dropped"].items()]
-    return out + [{"what": "row of the data", "reason": reason, "how many": n}
-                  for reason, n in found["rows_skipped"].items()]
-
-
-def checks(found: Found) -> Table:
-    """One row a measure, two columns a source: the candidates as made, and those kept."""
-    return [{"measure": label} | {f"{s}, {words}": _text(found[s].get(name, {}).get(side))
-                                  for s in sources(found) for side, words in SIDES.items()}
-            for name, label in CHECKS.items()]
-
-
-def agreement(found: Found) -> str:
-    """How often sources gave the same answer; empty where there is only one."""
-    if len(sources(found)) < 2:
-        return ""
-    return (f" Two sources gave the same answer in {found['sources_agree']:.0%} of the positives "
-            "that have answers of several.")
-
-
-def shortcuts(found: Found) -> Table:
-    """One row a source and category: how well a text-only classifier tells chosen from rejected."""
-    out = []
-    for source in sources(found):
-        for side, words in SIDES.items():
-            whole = (found["shortcut"].get(source) or {}).get(side)
-            parts = {"all": whole, **((whole or {}).get("by_category") or {})}
-            out += [{"source": source, "answers": words, "category": category,
-                     "pairs": part["pairs"] if part else "–",
-                     "accuracy from the text": _text(part and part["text"]),
-                     "from its length alone": _text(part and part["length"])}
-                    for category, part in parts.items()]
-    return out
-
-
-def displacement(found: Found) -> Table:
-    """One row a source: CHES of the kept pairs; empty where candidates were not scored."""
-    kept = {s: found[s].get("displacement", {}).get("kept") for s in sources(found)}
-    return [{"source": source, "mean CHES": _text(ches["mean"]),
-             "share above 0": _text(ches["above_zero"]),
-             "95th percentile": f"{ches['percentile_95']:.2f}"}
-            for source, ches in kept.items() if ches]
-
-
-def scores() -> Table:
-    """The scores that `select` may weigh, and what each means."""
-    return [{"score": name, "meaning": meaning} for name, meaning in selection.SCORES.items()]
-
-
-def weakenings() -> Table:
-    """The ways of weakening an image, from their registry."""
-    return [{"mode": name, "the model answers from": way.meaning,
-             "takes a step": "yes" if way.stepped else "no",
-             "branches": 1 if way.mix is None else 2} for name, way in WEAKENINGS.items()]
-
-
-def objectives() -> Table:
+def objectives() -> list[dict[str, Any]]:
     """The objectives of pairs, from their registry."""
     return [{"name": name, "term of a pair": o.meaning,
              "damaged image": "yes" if o.damaged else "no",
              "computed by": "TRL" if o.function is None else "bpo"}
             for name, o in OBJECTIVES.items()]
-
-
-def _text(e: dict[str, Any] | None) -> str:
-    if e is None or e["value"] is None:
-        return "not known"
-    return Estimate(e["value"], e["low"], e["high"]).text()
 
 
 # --- noise ------------------------------------------------------------------------------------
