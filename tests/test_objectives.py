@@ -75,7 +75,7 @@ def trainer(model_folder, rows, tmp_path):
     def make(packing="always", dataset=rows, **settings):
         return dpo_trainer(
             PackedDPOTrainer, checkpoints.load(model_folder), dataset, tmp_path,
-            own={"packing": packing},
+            own={"packing": packing}, moved=5,
             **{"per_device_train_batch_size": 5, "seed": 0, "max_steps": 2, **settings})
     return make
 

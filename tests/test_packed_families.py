@@ -217,7 +217,7 @@ def pairs() -> Dataset:
 
 
 def trainer(cls, folder, rows: Dataset, out, **own):
-    return dpo_trainer(cls, checkpoints.load(folder), rows, out, own=own)
+    return dpo_trainer(cls, checkpoints.load(folder), rows, out, own=own, moved=5)
 
 
 def step(made) -> tuple[float, torch.Tensor, dict]:

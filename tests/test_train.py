@@ -351,12 +351,6 @@ def history_of(p, method, rows, folder, *, steps):
                               references=folder / "reference")
 
 
-def test_dpo_starts_at_the_log_of_two(parameters, rows, tmp_path):
-    history = history_of(parameters, "bpo", rows, tmp_path, steps=1)
-    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert set(train.LOGGED) - {"rewards/damaged"} <= set(history[0])
-
-
 def test_the_nll_term_is_added_to_dpo(parameters, rows, tmp_path):
     """Step one: ln 2 + weight x the mean NLL a token of the chosen answers, whatever the weight."""
     losses = {w: history_of(changed(parameters, loss=["sigmoid", "sft"],
@@ -623,6 +617,8 @@ def test_sft_compute_spends_what_bpo_spent(stage):
 def test_the_facts_of_a_method_follow_from_its_history(stage):
     found, history = stage.metrics["methods"]["bpo"], train.histories(stage)["bpo"]
     assert (found["loss_first"], found["loss_last"]) == (history[0]["loss"], history[-1]["loss"])
+    assert set(train.LOGGED) - {"rewards/damaged"} <= set(history[0])
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert found["margin_last"] == pytest.approx(history[-1]["rewards/margins"], abs=1e-6)
     assert found["chosen_change"] == pytest.approx(history[-1]["rewards/chosen"] / 0.1, abs=1e-5)
     assert "margin_last" not in stage.metrics["methods"]["sft_matched"]
