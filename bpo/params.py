@@ -24,6 +24,8 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 # The judge-free benchmarks first.
 BENCHMARKS = ("chair", "object-halbench", "pope", "amber", "mm-vet", "llava-bench", "mmhal")
+BULLET = "\n  - "  # before each problem of a refusal
+
 
 class Refusal(Exception):
     """Bad input, said in one message: what was wrong, where, what to do next.
@@ -135,8 +137,8 @@ class Parameters(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Parameters":
-        for conflict in self.conflicts():
-            raise ValueError(conflict)
+        if conflicts := list(self.conflicts()):
+            raise ValueError(BULLET.join(conflicts))
         return self
 
     def shaping(self) -> dict[str, Any]:
@@ -507,9 +509,10 @@ def validate(schema: type[Parameters], values: Mapping[str, Any], *, where: str)
         problems += [_sentence(schema, e) for e in error.errors()]
     if not problems:
         return read
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    lines = "\n".join(f"  - {p}" for p in problems)
-    raise Refusal(f"{schema.notebook}: {count} in the parameters ({where})\n{lines}\n"
+    lines = "".join(BULLET + p for p in problems)
+    count = lines.count(BULLET)
+    raise Refusal(f"{schema.notebook}: {count} problem{'s' if count > 1 else ''} in the parameters "
+                  f"({where}){lines}\n"
                   f"The first cell of notebooks/{schema.notebook}.ipynb lists them all.")
 
 

@@ -106,6 +106,8 @@ def test_the_batch_must_be_whole_device_batches():
     message = refused(DPOTraining, batch_pairs=10, device_batch=4)
     assert "batch_pairs (10) must be a multiple of device_batch (4)" in message
     assert DPOTraining(batch_pairs=12, device_batch=4).batch_pairs == 12
+    message = refused(DPOTraining, batch_pairs=10, device_batch=4, loss_weights=[1.0])
+    assert "2 problems" in message and message.count("\n  - ") == 2
 
 
 @pytest.mark.parametrize("methods", (["sft_compute"], ["sft_compute", "bpo"],
