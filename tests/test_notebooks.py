@@ -142,8 +142,8 @@ class TestTheWholeStudy:
         text = text_of(study / "1_noise_probability.ipynb")
         assert float(re.search(r"stored differ by at most (\S+)\.", text)[1]) < 1e-4
         text = text_of(study / "3_dpo_training.ipynb")
-        dpo, others, line = map(float, re.search(
-            r"DPO by hand (\S+), the others (\S+), first line of history.json (\S+)\.", text).groups())
+        said = r"DPO by hand (\S+), the others (\S+), first line of history.json (\S+)\."
+        dpo, others, line = map(float, re.search(said, text).groups())
         history = json.loads((study / "3_dpo_training/bpo/history.json").read_text())
         assert dpo == pytest.approx(math.log(2), abs=1e-6) and others > 0
         assert dpo + others == pytest.approx(line, abs=2e-6) == history[0]["loss"]
