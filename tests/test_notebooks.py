@@ -147,8 +147,8 @@ class TestTheWholeStudy:
         by_hand, stored = re.search(r"Sampled by hand: “(.+)”; stored: “(.+)”\. They", text).groups()
         assert by_hand == stored
         text = text_of(study / "3_dpo_training.ipynb")
-        dpo, others, line = map(float, re.search(
-            r"DPO by hand (\S+), the others (\S+), first line of history.json (\S+)\.", text).groups())
+        said = r"DPO by hand (\S+), the others (\S+), first line of history.json (\S+)\."
+        dpo, others, line = map(float, re.search(said, text).groups())
         history = json.loads((study / "3_dpo_training/bpo/history.json").read_text())
         assert dpo == pytest.approx(math.log(2), abs=1e-6) and others > 0
         assert dpo + others == pytest.approx(line, abs=2e-6) == history[0]["loss"]
