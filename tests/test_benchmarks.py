@@ -282,8 +282,9 @@ def test_the_figures_hold_every_method_and_token(parameters, result, frame):
     table, figure = benchmark_tables.calibrations(result, frame)
     assert "POPE: calibration" in table.plain and "calibration error" in table.plain
     rows = frame.query("split_or_benchmark == 'chair' and against == ''").assign(label="rate")
-    drawn = benchmark_figures.trade_off(rows.dropna(subset="value"), "cover", ["chair_s"])
-    assert drawn.axes[0].get_title() == "rate" and len(drawn.axes[0].containers) == len(METHODS)
+    drawn = benchmark_tables.draw_trade_off(rows.dropna(subset="value"), "cover", ["chair_s"])
+    (panel,) = drawn.axes
+    assert panel.get_title(loc="left") == "rate" and len(panel.containers) == len(METHODS)
     assert len(benchmark_tables.trade_offs(frame)) == 1
     # Few questions may hold none that asks for a description, as of AMBER's.
     undescribed = frame.query("metric not in ('cover', 'chair_i')")

@@ -11,7 +11,7 @@ from bpo.params import ROOT
 ROOMS = ("study", "data", "models", "evaluation", "pairs", "training", "reports", "tiny")
 LONGEST = 310
 # Those that are still longer, to be split; none may grow.
-LONGER = {"pairs/export.py": 324}
+LONGER: dict[str, int] = {}
 MODULES = sorted(f.relative_to(ROOT) for f in (ROOT / "bpo").rglob("*.py"))
 
 
