@@ -245,7 +245,7 @@ def test_reading_names_what_survives_the_correction(tmp_path):
         "CHAIR CHAIRi (better)")
 
 
-def test_wrong_objects_are_counted_by_their_place(parameters, result, tmp_path):
+def test_wrong_objects_are_counted_by_their_place(parameters, result, frame, tmp_path):
     texts = ["a disc and a cat", "two boxes", "nothing", "a cat , a dog and dogs"]
     write_lines(tmp_path / "answers-chair.jsonl", (
         {"id": str(k), "image": f"{k}.png", "answers": {"bpo": text}}
@@ -256,6 +256,8 @@ def test_wrong_objects_are_counted_by_their_place(parameters, result, tmp_path):
     assert curve[["place", "value", "n"]].values.tolist() == [
         [1, pytest.approx(1 / 3, abs=1e-6), 3], [2, 0.5, 2], [3, 0.0, 1]]
     assert benchmarks.by_place(parameters, moved, "chair", ["bpo"]).empty
+    figure, = benchmark_tables.by_place(parameters, result, frame)  # few captions, so no line
+    assert "places with 20 captions or more" in figure.html
 
 
 def test_kinds_of_questions_stand_in_a_table_of_their_own(frame):
