@@ -269,6 +269,7 @@ def by_place(p: Benchmarks, result: stages.Result, name: str, methods: Sequence[
             counted[m].append((line["image"], {k: (float(o not in present), 1) for k, o in named}))
     places = sorted({k for of_method in counted.values() for _, wrong in of_method for k in wrong})
     values, _ = comparison.scored(counted, places, seed=p.seed, resamples=p.resamples)
+    # Few questions may have no such place: the columns are there all the same.
     rows = [{"method": m, "place": k, **e} for m, of_method in values.items()
             for k, e in of_method.items() if e["n"] >= least]
     return DataFrame(rows, columns=["method", "place", "value", "low", "high", "n"])
