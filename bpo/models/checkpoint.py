@@ -145,8 +145,8 @@ def _require_config(folder: Path) -> None:
         made_of = json.loads((folder / MERGED).read_text())
         study, method = made_of["study"], made_of["method"]
         stage = stages.stage_folder(study, DPOTraining.notebook)
-        if (stage / stages.MANIFEST).is_file() and made_of["adapter"] != stages.listed_digest(
-                stages.below(stages.read_manifest(stage)["outputs"], f"{method}/adapter")):
+        if (stage / stages.MANIFEST).is_file() and made_of["adapter"] != stages.fingerprint(
+                stage / method / "adapter"):
             raise Refusal(f"{folder}: {method} of {study} was trained again after it was merged "
                           f"here; python -m bpo merge {study} --method {method}")
 
