@@ -8,68 +8,32 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import importlib
 import json
-import random
 import shutil
-import signal
 import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from helpers.data import COLOURS, THINGS, conversation, picture
+from helpers.models import PATCH, SIDE, TEMPLATE, TEXT_TEMPLATE, save, small_tokenizer, text_sizes
+from helpers.study import environment, run_little
 from peft import get_peft_model
-from PIL import Image, ImageDraw
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from tqdm import tqdm
 from transformers import (
     CLIPVisionConfig,
-    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from bpo import __main__, params
 from bpo.models import checkpoint as checkpoints
 from bpo.study.seeds import torch_generator
 
 pytest_plugins = ("helpers.server",)  # its fixtures
-SIDE, PATCH = 32, 16
-SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-WORDS = ("user: assistant: describe the picture what colour is the ? there a and yes no red green "
-         "blue yellow disc box cat dog hot mat on lies this shows with big small wrong rewrite "
-         "answer question").split()
-TEMPLATE = (
-    "{{ '<s>' }}{% for message in messages %}{{ message['role'] + ': ' }}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}"
-    "{{ '</s>' if message['role'] == 'assistant' else '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
-TEXT_TEMPLATE = (
-    "{{ '<s>' }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
-    "{{ '</s>' if message['role'] == 'assistant' else '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230),
-           "yellow": (230, 220, 40)}
-THINGS = ("disc", "box", "cat", "dog")
-# The tiny study with little of everything: every line of it runs, nothing is learnt well.
-LITTLE = {"tower_steps": 30, "text_steps": 40, "text_documents": 800, "caption_steps": 20,
-          "mixed_steps": 20, "alignment_images": 60, "preference_images": 60,
-          "development_images": 12, "test_images": 20, "natural_images": 12,
-          "noise_steps": "[0, 500, 999]", "steps": 4, "save_every": 2, "lora_rank": 4,
-          "resamples": 200, "benchmark_images": 12, "probe_rows": 30}
 # Fixtures that make or load a model.
 LOADED = {"little_study", "model_folder", "text_folder"}
 
@@ -89,27 +53,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needing = slow & {item.path for item in items if "little_study" in item.fixturenames}
     first = min(needing, default=None)
     items.sort(key=lambda item: (item.path not in slow, item.path != first, item.path in needing))
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "bpo", *arguments]
-
-
-def run_little(study: str) -> list[str]:
-    overrides = [part for n, v in LITTLE.items() for part in ("-p", n, str(v))]
-    return command("run", "tiny", "--as", study, *overrides)
-
-
-def without_a_kernel(notebook: str, p: params.Parameters, folder: Path) -> bool:
-    """What a notebook computes, in place of `__main__._execute`: tests that are not about notebooks
-    spare a kernel's start."""
-    module = __main__.STAGES.get(int(notebook[0]), "tiny.stage")
-    assert importlib.import_module(f"bpo.{module}").run(p).folder == folder / notebook
-    return True
-
-
-def environment(root: Path) -> dict[str, str]:
-    return {**os.environ, "BPO_OUTPUTS": str(root), "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -145,34 +88,6 @@ def little_study(tmp_path_factory) -> Path:
             assert "index.html" in done.stdout
             (root / "done").touch()
     return root / "little"
-
-
-def small_tokenizer() -> PreTrainedTokenizerFast:
-    words = dict.fromkeys([*SPECIAL.values(), "<image>", *WORDS])
-    tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens([*SPECIAL.values(), "<image>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **SPECIAL, extra_special_tokens={"image_token": "<image>"},
-        padding_side="left", model_max_length=512, clean_up_tokenization_spaces=False)
-
-
-def text_sizes(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
-        tie_word_embeddings=False, initializer_range=0.2, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-
-
-def save(model, processing, folder: Path) -> Path:
-    tokenizer = getattr(processing, "tokenizer", processing)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, do_sample=False)
-    model.save_pretrained(folder)
-    processing.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -253,22 +168,6 @@ def adapters(model_folder, tmp_path_factory):
     return folder
 
 
-def picture(thing: str, colour: str, seed: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
-    """A thing (a disc or a box stands for it) in its colour on RGB noise."""
-    rng = random.Random(seed)
-    image = Image.frombytes("RGB", size, bytes(rng.randrange(256) for _ in range(3 * size[0]
-                                                                                 * size[1])))
-    draw = ImageDraw.Draw(image)
-    shape = draw.ellipse if thing in ("disc", "cat") else draw.rectangle
-    shape((6, 6, size[0] - 8, size[1] - 8), fill=COLOURS[colour])
-    return image
-
-
-def conversation(row_id: str, image: str, question: str, answer: str) -> dict:
-    return {"id": row_id, "image": image, "conversations": [
-        {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]}
-
-
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory) -> Path:
     """rows.json, truth.json and images/: four images with a caption, a colour and a presence row
@@ -306,29 +205,6 @@ def untold_file(data_file, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("untold") / "rows.json"
     file.write_text(data_file.read_text())
     return file
-
-
-def killed_until(done: Path, work: Callable[[], object], *, rng: random.Random,
-                 shortest: float, longest: float) -> int:
-    """Runs `work` in a process of its own, with all libraries there already, and kills it after a
-    random time in seconds, again and again until `done` is there; how often it was killed."""
-    kills = 0
-    while not done.is_file():
-        child = os.fork()
-        if child == 0:
-            try:
-                # Bars of forked processes share a lock, and a killed one may have held it.
-                tqdm.set_lock(threading.RLock())
-                work()
-                os._exit(0)
-            except BaseException:
-                os._exit(1)
-        time.sleep(rng.uniform(shortest, longest))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        kills += os.WIFSIGNALED(status)
-        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return kills
 
 
 @pytest.fixture

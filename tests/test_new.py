@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-from conftest import COLOURS, THINGS, conversation, picture
+from helpers.data import COLOURS, THINGS, conversation, picture
 from helpers.qwen import write_qwen
 
 from bpo import check, new, params

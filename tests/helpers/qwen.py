@@ -7,11 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizing
 from tokenizers.trainers import BpeTrainer
-from transformers import (
-    GenerationConfig,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
+from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 # The turns of Qwen2.5-VL: a system turn of its own, content as text or as parts.
 QWEN_CHAT = (

@@ -1,14 +1,12 @@
 """Images of every kind become RGB by stated rules, or there is a reason why not."""
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import picture
+from helpers.data import picture, png_header
 from PIL import Image, ImageFile
 
 from bpo.data import images
@@ -95,15 +93,6 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path):
 
 
 # --- what cannot be used ------------------------------------------------------------------------
-
-def png_header(width, height):
-    """A PNG that says how large it is, and holds nothing."""
-    def chunk(kind, data):
-        return (struct.pack(">I", len(data)) + kind + data
-                + struct.pack(">I", zlib.crc32(kind + data)))
-    sizes = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", sizes) + chunk(b"IDAT", zlib.compress(b""))
-            + chunk(b"IEND", b""))
 
 
 DAMAGED = {

@@ -9,9 +9,9 @@ from pathlib import Path
 import nbformat
 import pandas
 import pytest
+from helpers.pages import alone
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
-from test_pages import alone
 
 from bpo.params import NoiseProbability
 from bpo.reports import cards, figures
@@ -269,7 +269,8 @@ def test_index_lists_and_escapes(tmp_path):
     text = report.index_page(folder, entries).read_text(encoding="utf-8")
     parsed = Elements(text)
     assert [a["href"] for a in parsed.all("a")] == [
-        "../index.html", "0%20a.html", "0%20a.html", "0.ipynb", "0/manifest.json", "1.html", "1.html"]
+        "../index.html", "0%20a.html", "0%20a.html", "0.ipynb", "0/manifest.json", "1.html",
+        "1.html"]
     words = re.sub(r"\s+", " ", "".join(parsed.words))
     assert "Study a study 1 complete, 1 failed" in words
     assert [words.count(w) for w in ("1 min 15 s", "1 h 2 min", "bad <b>")] == [1] * 3

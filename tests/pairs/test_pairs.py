@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import killed_until
+from helpers.study import killed_until
 from PIL import ImageOps
 
 from bpo import params

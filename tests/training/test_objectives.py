@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import picture
 from datasets import Dataset
+from helpers.data import picture
 from helpers.trainers import dpo_trainer
 
 from bpo.models import checkpoint as checkpoints

@@ -4,10 +4,10 @@ import functools
 import http.server
 import re
 import threading
-from contextlib import contextmanager
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from helpers.pages import alone
 
 pytestmark = pytest.mark.slow
 VIEWS = [(1280, "light"), (390, "dark")]
@@ -38,22 +38,6 @@ def check(browser, files, width: int, scheme: str) -> None:
         assert grave(page) == [], file.name
         assert page.evaluate("document.documentElement.scrollWidth") == width, file.name
     context.close()
-
-
-@contextmanager
-def alone(browser, url: str):
-    """A page on a phone, which asked for nothing else, had no trouble and is no wider."""
-    tab = browser.new_page(viewport={"width": 390, "height": 800})
-    asked, troubles = [], []
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.on("pageerror", lambda error: troubles.append(str(error)))
-    tab.on("console", lambda message: troubles.append(message.text))
-    tab.goto(url)
-    assert [u for u in asked if not u.startswith("data:")] == [url]
-    assert troubles == []
-    assert tab.evaluate("document.documentElement.scrollWidth") == 390
-    yield tab
-    tab.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), VIEWS)

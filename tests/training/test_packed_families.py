@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import picture
 from datasets import Dataset
+from helpers.data import picture
 from helpers.qwen import trained_tokenizer, write_qwen
 from helpers.trainers import dpo_trainer
 from transformers import (

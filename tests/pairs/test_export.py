@@ -13,7 +13,7 @@ import huggingface_hub
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import picture
+from helpers.data import picture
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from trl import DPOConfig, DPOTrainer
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from conftest import SIDE
+from helpers.models import SIDE
 from PIL import ImageFile
 from safetensors.torch import load_file
 from transformers import PrinterCallback, TrainerState
@@ -313,8 +313,9 @@ def test_settings_reach_the_trainer(parameters, rows, tmp_path):
     p = changed(parameters, seed=5, batch_pairs=6, warmup_ratio=0.5, beta=0.3, save_every=7,
                 gradient_checkpointing=True, lora_alpha=12, lora_dropout=0.25, packing="always",
                 precision="bfloat16", image_transform="pad")
+    positives = pair_rows.to_completions(rows)
     bpo, sft = (made(p, method, given, tmp_path, steps=8)
-                for method, given in (("bpo", rows), ("sft_matched", pair_rows.to_completions(rows))))
+                for method, given in (("bpo", rows), ("sft_matched", positives)))
     wanted = dict(
         max_steps=8, seed=5, data_seed=5, per_device_train_batch_size=2, weight_decay=0.0,
         gradient_accumulation_steps=3, learning_rate=1e-2, lr_scheduler_type="cosine",
@@ -685,7 +686,8 @@ def test_a_tracker_that_is_not_installed_is_refused(parameters, lines, tmp_path,
 
 def test_epochs_give_the_steps_where_none_are_set(parameters, lines, tmp_path, outputs):
     p = with_pairs(parameters, lines[:4], tmp_path, steps=0, epochs=0.5, methods=["sft"])
-    assert train.run(p).metrics["methods"]["sft"]["steps"] == math.ceil(0.5 * 7 / 4)  # seven rows of bpo
+    seven = math.ceil(0.5 * 7 / 4)  # rows of bpo
+    assert train.run(p).metrics["methods"]["sft"]["steps"] == seven
 
 
 def test_a_method_without_rows_is_refused(parameters, lines, tmp_path, outputs):

@@ -12,8 +12,10 @@ import threading
 import nbformat
 import pytest
 import yaml
-from conftest import WORDS, command, environment, picture, save
-from test_lab import Lab, check
+from helpers.data import picture
+from helpers.lab import Lab, check
+from helpers.models import WORDS, save
+from helpers.study import command, environment
 from tokenizers import AddedToken
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from conftest import killed_until
+from helpers.study import killed_until
 
 from bpo.study import processes, shards
 from bpo.study.files import read_lines

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIDE
 from datasets import Dataset
+from helpers.models import SIDE
 from helpers.trainers import dpo_trainer
 from PIL import Image
 from trl import DPOTrainer
@@ -313,7 +313,7 @@ def test_out_of_memory_says_what_to_lower(model_folder, tmp_path, monkeypatch):
 RUN = """
 import json, sys
 from bpo.study import processes
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/.."]
 import test_packed as t
 trainer = t.made_trainer(t.PackedDPOTrainer, t.Path(sys.argv[2]), t.made_rows((2, 2, 2, 2)),
                          t.Path(sys.argv[3]), per_device_train_batch_size=int(sys.argv[4]),
@@ -348,7 +348,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from bpo.study import processes
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/.."]
 import test_packed as t
 
 trainer = t.made_trainer(t.PackedDPOTrainer, t.Path(sys.argv[2]), t.made_rows((2, 2)),

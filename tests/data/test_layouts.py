@@ -9,7 +9,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import conversation, picture
+from helpers.data import conversation, picture
 
 from bpo.data import images, layouts
 from bpo.data import rows as data_rows

@@ -12,7 +12,7 @@ import time
 
 import pandas
 import pytest
-from conftest import LITTLE
+from helpers.study import LITTLE
 
 from bpo import __main__, params
 from bpo.__main__ import main

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import LITTLE, command, environment, without_a_kernel
+from helpers.study import LITTLE, command, environment, without_a_kernel
 
 from bpo import __main__, params
 from bpo.models.weakening import WEAKENINGS

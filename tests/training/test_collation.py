@@ -6,8 +6,8 @@ import random
 
 import pytest
 import torch
-from conftest import picture
 from datasets import Dataset
+from helpers.data import picture
 from PIL import Image
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference

@@ -6,9 +6,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import conversation, picture
+from helpers.data import conversation, picture, png_header
 from PIL import Image
-from test_images import png_header
 
 from bpo.data import check, images
 from bpo.data import rows as data_rows
