@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,8 +29,13 @@ from bpo.study import stage as stages
 from bpo.study.files import read_lines, to_json, write_whole
 from bpo.study.results import Estimate, Result
 
+if TYPE_CHECKING:
+    import pandas
+
 RESAMPLES = 2000
 KINDS = ("true", "prior")
+CURVES = {"p_true": "P(true)", "p_prior": "P(prior)", "logp_true": "log P a token, true",
+          "logp_prior": "log P a token, prior"}
 MEASURES = ("p_{}", "p_{}_first", "logp_{}")  # of the answers of a kind, see `summary`
 
 
@@ -255,3 +260,20 @@ def example(p: NoiseProbability, result: stages.Result) -> dict[str, Any]:
     return {"row": row, "images": pictures, "question": row.question, **candidates[row.id],
             "answers": [looks[step]["sampled"] for step in p.noise_steps],
             "p_true": [float(np.exp(looks[step]["answers"][0]["logp"])) for step in p.noise_steps]}
+
+
+def sampled_shares(p: NoiseProbability, metrics: dict[str, Any]) -> "pandas.DataFrame":
+    """A row a noise step: the shares of sampled answers that are true, the prior's, or another."""
+    from pandas import DataFrame  # takes a second to import
+
+    return DataFrame({"noise step": p.noise_steps} | metrics["sampled"]).round(2)
+
+
+def curve_rows(p: NoiseProbability, metrics: dict[str, Any]) -> "pandas.DataFrame":
+    """A row a noise step: each curve's mean with its interval."""
+    from pandas import DataFrame
+
+    return DataFrame({"noise step": p.noise_steps} | {
+        label: [Estimate(value, *interval).text() for value, interval in zip(
+            metrics[name], metrics[f"{name}_interval"], strict=True)]
+        for name, label in CURVES.items()})

@@ -30,7 +30,6 @@ from bpo.study.files import read_lines, to_json
 from bpo.study.text import visible
 
 CHOICES = 24  # rows offered, of each split
-LABELS = {"true": "true answer", "prior": "prior's answer"}
 WIDE = {"width": "min(100%, 34rem)"}
 _loaded: dict[str, Any] = {}  # one model at a time, also where the cell is run again
 
@@ -93,11 +92,11 @@ def noise(p: NoiseProbability, result: stages.Result, checkpoint: Checkpoint) ->
             examples.append({
                 "image": encoding.noised_picture(checkpoint.processor, clean, at, draw),
                 "lines": [f"noise step {at}",
-                          *(f"{LABELS[a['kind']]} “{a['text']}”: {chance:.3g}"
+                          *(f"{tables.KINDS[a['kind']]} “{a['text']}”: {chance:.3g}"
                             for a, chance in zip(answers[at], chances, strict=True)),
                           f"any other answer: {max(0, 1 - sum(chances)):.3g}"]})
         steps, curves = sorted(answers), {}
-        for kind, label in LABELS.items():
+        for kind, label in tables.KINDS.items():
             mean = [sum(np.exp(a["logp"]) for a in answers[s] if a["kind"] == kind) for s in steps]
             curves[label] = {"mean": mean, "low": mean, "high": mean}
         fig = figures.noise_curves(curves, steps, "probability of the answer")

@@ -1,5 +1,5 @@
 """What finished stages allow to say, as tables and figures: methods compared (notebooks 4 and 5),
-noise (1). Results are queries on results.csv, formatted last.
+training (3), noise (1). Results are queries on results.csv, formatted last.
 """
 
 from typing import Any
@@ -8,7 +8,7 @@ from pandas import DataFrame
 
 from bpo.data import images
 from bpo.evaluation import benchmarks, comparison, metrics
-from bpo.params import QualitativeComparison
+from bpo.params import DPOTraining, NoiseProbability, QualitativeComparison
 from bpo.reports import figures
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
@@ -186,29 +186,109 @@ def chair_by_hand(p: QualitativeComparison, result: stages.Result, *, split: str
     return DataFrame(rows, columns=["caption", "in the image", "object words", "wrong"])
 
 
-def objectives() -> list[dict[str, Any]]:
-    """The objectives of pairs, from their registry."""
-    return [{"name": name, "term of a pair": o.meaning,
-             "damaged image": "yes" if o.damaged else "no",
-             "computed by": "TRL" if o.function is None else "bpo"}
-            for name, o in OBJECTIVES.items()]
+# --- training ---------------------------------------------------------------------------------
+
+def objectives(p: DPOTraining) -> Shown:
+    """The objectives of pairs, from their registry, and those of this run."""
+    rows = DataFrame([{"name": name, "term of a pair": o.meaning,
+                       "damaged image": "yes" if o.damaged else "no",
+                       "computed by": "TRL" if o.function is None else "bpo"}
+                      for name, o in OBJECTIVES.items()])
+    sums = ", ".join(f"{w:g} {name}" for name, w in zip(p.loss, p.loss_weights, strict=True))
+    return report.table(rows, "Objectives", f"in this run: {sums}")
+
+
+def budgets(p: DPOTraining, result: stages.Result) -> Shown:
+    """A row a method: its rows, steps and floating point operations."""
+    rows = DataFrame([
+        {"method": method, "rows": m["rows"], "steps": m["steps"],
+         "packed": {True: "yes", False: "no"}.get(m.get("packed"), "–"),
+         "GFLOP a step": round(m["flops_per_step"] / 1e9, 1),
+         "TFLOP in all": round(m["flops"] / 1e12, 2),
+         "seconds": result.timings.get(method, "")}
+        for method, m in result.metrics["methods"].items()])
+    return report.table(
+        rows, "What each method was given",
+        f"{p.batch_pairs} rows a step; floating point operations counted over the first steps, "
+        "forward and backward, the reference apart and once for each row; seconds on the machine "
+        "named above")
+
+
+ENDS = {"loss_first": ("loss, first step", "{:.3f}"), "loss_last": ("loss, end", "{:.3f}"),
+        "margin_last": ("margin, end", "{:.3f}"), "accuracy_last": ("accuracy, end", "{:.2f}"),
+        "chosen_change": ("chosen log-prob", "{:+.2f}"),
+        "rejected_change": ("rejected log-prob", "{:+.2f}")}
+
+
+def training_ends(result: stages.Result) -> Shown:
+    """A row a method: where its curves ended; SFT has a loss alone."""
+    rows = DataFrame([
+        {"method": method} | {label: form.format(m[name]) if name in m else "–"
+                              for name, (label, form) in ENDS.items()}
+        for method, m in result.metrics["methods"].items()])
+    return report.table(rows, "Where each method ended", "end and change: mean of the last tenth "
+                        "of the steps, change against the reference, in nats an answer, on "
+                        "training rows")
+
+
+def training_headline(p: DPOTraining, result: stages.Result) -> Shown:
+    """How many adapters, and which made the chosen answer less likely too."""
+    methods = result.metrics["methods"]
+    dpo = {m: f for m, f in methods.items() if "chosen_change" in f}
+    fell = [m for m, f in dpo.items() if f["chosen_change"] < 0]
+    far = [m for m in fell if dpo[m]["chosen_change"] < -p.fall_warning]
+    warning = (
+        " **Warning:** in {far} by more than {bound} nats an answer on average: there the margin "
+        "was won by making the right answer unlikely too. Add sft, anchor or dpop to loss, or "
+        "raise beta.") if far else ""
+    return report.say(
+        "**{n} adapters** trained. Reward accuracy on training pairs at the end: {ends}. The "
+        "chosen answer's log-probability fell in: {fell}." + warning, n=len(methods),
+        ends=", ".join(f"{m} {f['accuracy_last']:.2f}" for m, f in dpo.items()) or "no DPO method",
+        fell=", ".join(fell) or "none", far=", ".join(far), bound=p.fall_warning)
 
 
 # --- noise ------------------------------------------------------------------------------------
 
-def curves(found: dict[str, Any], measure: str) -> dict[str, dict[str, list[float]]]:
+KINDS = {"true": "true answer", "prior": "prior's answer"}
+MEASURES = {
+    "p": ("probability of the answer", "Probability of the whole answer, mean over {images} images "
+          "and {draws} noise draws; bands are 95 % bootstrap intervals over images."),
+    "p_first": ("probability of the first token", "The same for the answer's first token alone, "
+                "the measure of the paper's figure; {images} images, 95 % bootstrap intervals.")}
+
+
+def curves(metrics: dict[str, Any], measure: str) -> dict[str, dict[str, list[float]]]:
     """The true and the prior's curve of a measure ("p", "p_first", "logp") for the figure."""
     stem, _, first = measure.partition("_")
     out = {}
-    for kind, label in (("true", "true answer"), ("prior", "prior's answer")):
+    for kind, label in KINDS.items():
         name = f"{stem}_{kind}" + (f"_{first}" if first else "")
-        low, high = zip(*found[f"{name}_interval"], strict=True)
-        out[label] = {"mean": found[name], "low": list(low), "high": list(high)}
+        low, high = zip(*metrics[f"{name}_interval"], strict=True)
+        out[label] = {"mean": metrics[name], "low": list(low), "high": list(high)}
     return out
 
 
-def direction(change: dict[str, Any]) -> str:
+def noise_curves(p: NoiseProbability, metrics: dict[str, Any], measure: str) -> Shown:
+    """The figure of a measure against the noise step."""
+    title, caption = MEASURES[measure]
+    return report.figure(
+        figures.noise_curves(curves(metrics, measure), p.noise_steps, title),
+        alt=f"The {title} against the noise step, of the true answer and the prior's",
+        caption=caption.format(images=metrics["images"], draws=p.draws))
+
+
+def direction(change: Estimate) -> str:
     """What an interval allows to say of a change between clean image and last step."""
-    if not Estimate(**change).excludes_zero():
+    if not change.excludes_zero():
         return "does not clearly move"
-    return "rises" if change["low"] > 0 else "falls"
+    return "rises" if change.low > 0 else "falls"
+
+
+def noise_headline(p: NoiseProbability, metrics: dict[str, Any]) -> Shown:
+    """Where both probabilities go, from the clean image to the last step."""
+    true, prior = (Estimate(**metrics[f"change_{kind}"]) for kind in KINDS)
+    return report.say(
+        "From the clean image to step {last}, P(true answer) **{t}** ({td}) and P(prior's answer) "
+        "**{r}** ({rd}); {n} images.", last=p.noise_steps[-1], n=metrics["images"],
+        t=direction(true), r=direction(prior), td=true.text(sign="+"), rd=prior.text(sign="+"))

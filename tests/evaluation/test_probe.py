@@ -11,6 +11,7 @@ from bpo.models import generate, logprobs
 from bpo.models.weakening import View
 from bpo.params import NoiseProbability, Refusal
 from bpo.reports import tables
+from bpo.study.results import Estimate
 
 STEPS = [0, 500, 999]
 
@@ -244,4 +245,4 @@ def test_curves_are_named_for_people():
     (0.1, 0.2, "rises"), (-0.2, -0.1, "falls"), (-0.1, 0.1, "does not clearly move"),
     (0, 0.1, "does not clearly move")])
 def test_a_direction_is_said_only_where_the_interval_allows_it(low, high, words):
-    assert tables.direction({"value": 0.05, "low": low, "high": high}) == words
+    assert tables.direction(Estimate(0.05, low, high)) == words
