@@ -24,7 +24,7 @@ from bpo.data import images
 from bpo.data.check import image_root
 from bpo.params import PairGeneration, Refusal, short
 from bpo.study import stage as stages
-from bpo.study.files import LineFile, to_json, write_lines, write_whole
+from bpo.study.files import LineFile, to_json, whole, write_lines, write_whole
 from bpo.study.text import visible
 
 LAYOUTS = {  # name -> its file, and what it is
@@ -116,7 +116,7 @@ def _write(stage: Path, to: str, folder: Path) -> None:
     elif file.suffix == ".jsonl":
         write_lines(file, rows)
     else:
-        with file.open("w", encoding="utf-8") as stream:  # a list, an element a line
+        with whole(file) as stream:  # a list, an element a line
             for number, row in enumerate(rows):
                 stream.write((",\n" if number else "[\n") + to_json(row))
             stream.write("\n]\n")

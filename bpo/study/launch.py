@@ -31,7 +31,7 @@ def start(p: Parameters) -> None:
     given, log = (folder.with_name(f"{folder.name}.launch.{end}") for end in ("yaml", "log"))
     write_whole(given, yaml.safe_dump(p.model_dump(mode="json") | {"launch": ""}))
     print(f"{p.notebook} is with accelerate launch {p.launch}: {log.name}")
-    with log.open("w", encoding="utf-8") as out:
+    with log.open("wb") as out:
         code = subprocess.run(
             [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(p.launch),
              "-m", "bpo", "stage", p.study, p.notebook.split("_")[0], "--parameters", str(given)],

@@ -9,6 +9,7 @@ from typing import Any
 from bpo.params import TinyWorld
 from bpo.study import results
 from bpo.study import stage as stages
+from bpo.study.files import write_whole
 from bpo.tiny import data, language, model, official, overview, training, world
 
 TOWER_GATE = 0.95  # object accuracy per occupied cell: below it, mistakes are mostly bad sight
@@ -81,5 +82,5 @@ def write_data(folder: Path, p: TinyWorld
                    seen=seen)
     (folder / "prompts").mkdir(exist_ok=True)
     for name, template in language.INJECTION_TEMPLATES.items():
-        (folder / "prompts" / f"{name}.txt").write_text(template, encoding="utf-8")
+        write_whole(folder / "prompts" / f"{name}.txt", template)
     return scenes, rows
