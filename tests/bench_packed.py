@@ -17,7 +17,6 @@ import torch
 from bench_clock import CPU, Row, faster, in_turn, row
 from datasets import Dataset
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -263,9 +262,9 @@ def step(trainer: DPOTrainer, rows: Sequence[dict[str, Any]], *, forget: bool = 
 
 
 def _flops(work: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False, custom_mapping=trainers.ATTENTION) as counter:
+    with trainers.FlopCounter() as counter:
         work()
-    return counter.get_total_flops()
+    return counter.total
 
 
 def _peak(work: Callable[[], object]) -> int:

@@ -15,6 +15,8 @@ from accelerate.utils import DistributedType
 from helpers.models import SIDE
 from PIL import ImageFile
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, TrainerState
 from trl import DPOTrainer
 
@@ -443,13 +445,26 @@ def test_mdpo_trains_through_the_stage_s_trainer(parameters, rows, tmp_path):
 
 def test_attention_is_counted_by_its_products():
     query, key, value = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
-    with trainers.flop_counter() as counter:
+    with trainers.FlopCounter() as counter:
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     product = 2 * 2 * 3 * 5 * 5 * 8
-    assert counter.get_total_flops() == 2 * product
-    with trainers.flop_counter() as counter:
+    assert counter.total == 2 * product
+    with trainers.FlopCounter() as counter:
         out.sum().backward()
-    assert counter.get_total_flops() == 5 * product
+    assert counter.total == 5 * product
+
+
+def test_a_step_of_the_model_counts_as_by_torch_s_own_counter(model_folder):
+    model = checkpoints.load(model_folder).model
+    tokens = torch.full((2, 9), 7)
+    tokens[:, 1:5] = model.config.image_token_id
+    pixels = torch.randn(2, 3, SIDE, SIDE)
+    totals = []
+    for counter in (trainers.FlopCounter(), FlopCounterMode(display=False)):
+        with sdpa_kernel(SDPBackend.MATH), counter:  # its products are torch's to count
+            model(input_ids=tokens, pixel_values=pixels, labels=tokens).loss.backward()
+        totals.append(getattr(counter, "total", None) or counter.get_total_flops())
+    assert totals[0] == totals[1] > 1e6
 
 
 def counts_of(folder):
