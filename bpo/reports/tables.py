@@ -231,9 +231,11 @@ def training_ends(result: stages.Result) -> Shown:
                         "training rows")
 
 
-def training_headline(p: DPOTraining, result: stages.Result) -> Shown:
-    """How many adapters, and which made the chosen answer less likely too."""
-    methods = result.metrics["methods"]
+def training_headline(p: DPOTraining, methods: dict[str, dict[str, Any]]) -> Shown:
+    """How many adapters, and which made the chosen answer less likely too.
+
+    methods: the stage's metrics of each.
+    """
     dpo = {m: f for m, f in methods.items() if "chosen_change" in f}
     fell = [m for m, f in dpo.items() if f["chosen_change"] < 0]
     far = [m for m in fell if dpo[m]["chosen_change"] < -p.fall_warning]

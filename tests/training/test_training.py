@@ -27,7 +27,7 @@ from bpo.models.generate import Request
 from bpo.models.weakening import View
 from bpo.pairs import rows as pair_rows
 from bpo.params import ROOT, DPOTraining, Refusal
-from bpo.reports import page as report
+from bpo.reports import tables
 from bpo.study.files import write_lines
 from bpo.training import stage as train
 from bpo.training import trainers
@@ -714,15 +714,10 @@ def test_a_method_without_rows_is_refused(parameters, lines, tmp_path, outputs):
 
 @pytest.mark.parametrize("change, warned", [(-4.9, False), (-5.1, True), (3.0, False)])
 def test_the_report_warns_of_a_chosen_answer_that_falls_far(change, warned):
-    notebook = json.loads((ROOT / "notebooks" / "3_dpo_training.ipynb").read_text())
-    headline = next("".join(c["source"]) for c in notebook["cells"]
-                    if "headline" in c["metadata"].get("tags", ()))
-    said = headline.replace("report.say(", "said = report.say(", 1)
     facts = {"accuracy_last": 0.9, "chosen_change": change}
-    known = {"p": DPOTraining(study="s"), "report": report, "found": {"methods": {"bpo": facts}}}
-    exec(said, known)
-    assert ("Warning: in bpo by more than 5.0 nats" in known["said"].plain) == warned
-    assert ("fell in: bpo" in known["said"].plain) == (change < 0)
+    said = tables.training_headline(DPOTraining(study="s"), {"bpo": facts}).plain
+    assert ("Warning: in bpo by more than 5.0 nats" in said) == warned
+    assert ("fell in: bpo" in said) == (change < 0)
 
 
 # --- several processes --------------------------------------------------------------------------
