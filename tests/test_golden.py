@@ -53,10 +53,11 @@ def arithmetic() -> str:
 
 
 def agrees(value: float | None, before: float | None) -> bool:
-    """Whether two numbers are apart by no more than another order of sums explains."""
+    """Whether two numbers are apart by no more than another order of sums explains: training that
+    starts 1e-7 apart ends up to 3e-5 nats apart in the differences of log-probs."""
     if value is None or before is None:
         return value is before
-    return value == pytest.approx(before, rel=1e-4, abs=1e-5)
+    return value == pytest.approx(before, rel=1e-4, abs=5e-5)
 
 
 def test_the_metrics_are_those_on_record(little_study):
