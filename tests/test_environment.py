@@ -56,6 +56,7 @@ def test_the_lock_is_what_is_installed_and_what_the_dependencies_need():
     assert needed({}) == locked().keys()
 
 
+@pytest.mark.study  # a dozen resolutions
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_lock_lacks_nothing_on_another_python_or_system(python, system):

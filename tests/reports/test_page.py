@@ -142,6 +142,7 @@ def test_page_loads_nothing_and_runs_nothing(page):
     assert len(parsed.all("style")) == 1  # that of the outputs is not repeated
 
 
+@pytest.mark.study
 def test_page_structure(page):
     text = page.read_text(encoding="utf-8")
     parsed = Elements(text)
@@ -157,6 +158,7 @@ def test_page_structure(page):
     assert not any("open" in fold for fold in parsed.all("details"))
 
 
+@pytest.mark.study
 def test_formulas_become_mathml_or_stay_readable(page):
     text = page.read_text(encoding="utf-8")
     assert text.count("<math ") == 2
@@ -166,6 +168,7 @@ def test_formulas_become_mathml_or_stay_readable(page):
         assert f"<code>{left}</code>" in text
 
 
+@pytest.mark.study
 def test_outputs_are_text_without_progress(page):
     text = page.read_text(encoding="utf-8")
     assert "&lt;b&gt;kept&lt;/b&gt; green" in text
