@@ -262,16 +262,9 @@ def example(p: NoiseProbability, result: stages.Result) -> dict[str, Any]:
             "p_true": [float(np.exp(looks[step]["answers"][0]["logp"])) for step in p.noise_steps]}
 
 
-def sampled_shares(p: NoiseProbability, metrics: dict[str, Any]) -> "pandas.DataFrame":
-    """A row a noise step: the shares of sampled answers that are true, the prior's, or another."""
-    from pandas import DataFrame  # takes a second to import
-
-    return DataFrame({"noise step": p.noise_steps} | metrics["sampled"]).round(2)
-
-
 def curve_rows(p: NoiseProbability, metrics: dict[str, Any]) -> "pandas.DataFrame":
     """A row a noise step: each curve's mean with its interval."""
-    from pandas import DataFrame
+    from pandas import DataFrame  # takes a second to import
 
     return DataFrame({"noise step": p.noise_steps} | {
         label: [Estimate(value, *interval).text() for value, interval in zip(

@@ -280,6 +280,14 @@ def noise_curves(p: NoiseProbability, metrics: dict[str, Any], measure: str) -> 
         caption=caption.format(images=metrics["images"], draws=p.draws))
 
 
+def sampled_shares(p: NoiseProbability, metrics: dict[str, Any]) -> Shown:
+    rows = DataFrame(metrics["sampled"]).map("{:.2f}".format)
+    rows.insert(0, "noise step", p.noise_steps)
+    return report.table(
+        rows, "Share of sampled answers that are the true one, the prior's, or another",
+        f"{p.sampled_answers} images a step")
+
+
 def direction(change: Estimate) -> str:
     """What an interval allows to say of a change between clean image and last step."""
     if not change.excludes_zero():
