@@ -34,7 +34,7 @@ def run_little(study: str) -> list[str]:
 def without_a_kernel(notebook: str, p: params.Parameters, folder: Path) -> bool:
     """What a notebook computes, in place of `__main__._execute`: tests that are not about notebooks
     spare a kernel's start."""
-    module = __main__.STAGES.get(int(notebook[0]), "tiny.stage")
+    module = (__main__.STAGES | __main__.TINY_STAGES)[int(notebook[0])]
     assert importlib.import_module(f"bpo.{module}").run(p).folder == folder / notebook
     return True
 
