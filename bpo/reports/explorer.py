@@ -54,7 +54,7 @@ class Explorer(widgets.VBox):
 
     def _update(self, _: Any) -> None:
         # The old view stays below until the new one is there: the page does not jump.
-        self.view.value = page.say("The model is asked …")._repr_html_() + self.view.value
+        self.view.value = page.say("One moment …")._repr_html_() + self.view.value
         try:
             shown = self._shown()
         except Exception as error:  # what a callback raises is otherwise seen by nobody
