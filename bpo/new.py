@@ -29,6 +29,7 @@ from bpo.models import encoding
 from bpo.params import Refusal, short
 from bpo.study.files import write_lines, write_whole
 from bpo.study.seeds import seed_for
+from bpo.study.text import pieces
 
 TRAINING, HELD_OUT, REJECTED = "training.jsonl", "held_out.jsonl", "rejected_rows.jsonl"
 PATTERN = params.ROOT / "params" / "llava-1.5-7b"  # the paper's settings, where nothing is decided
@@ -221,7 +222,7 @@ def decide(model: Any, reader: checkpoints.Checkpoint, data: Data, compared: Dat
             "max_new_tokens": min(64, answer)},
         "2_pair_generation": {
             **shared, "rows": len(training), "max_new_tokens": answer,
-            "max_words": max(350, *(len(r.answer.split()) for r in training)),
+            "max_words": max(350, *(len(pieces(r.answer)) for r in training)),
             "sources": ["weakened", "injected", *(["given"] if given else [])],
             **(FEW if few else {})},
         "3_dpo_training": {

@@ -20,6 +20,7 @@ from bpo.data.rows import Rejected, Row
 from bpo.params import PairGeneration, Refusal
 from bpo.study.files import to_json, whole
 from bpo.study.seeds import seed_for
+from bpo.study.text import pieces
 
 ROWS, REJECTED = "rows.jsonl", "rejected_rows.jsonl"
 
@@ -107,7 +108,7 @@ def _rows(p: PairGeneration, label: str) -> Iterator[Row | Rejected]:
                 row = replace(row, id=prefix + row.id)
                 if isinstance(row, Row):
                     row = replace(row, image_name=inside + row.image_name)
-                    if len(row.answer.split()) > p.max_words:
+                    if len(pieces(row.answer)) > p.max_words:
                         reason = f"answer longer than {p.max_words} words"
                         row = TooLong(row.id, row.where, reason)
                 yield row

@@ -16,6 +16,7 @@ from typing import Any
 from bpo.data import files, images, layouts
 from bpo.params import Refusal
 from bpo.study.seeds import seed_for
+from bpo.study.text import pieces, words
 
 _PEEK = 100  # entries in which a layout must show itself: the first ones may be bad rows
 _NAMED = 12  # fields of an unknown layout that a message names
@@ -69,10 +70,9 @@ class Rejected:
 
 def guess_category(answer: str) -> str:
     """The category of a row that no truth file describes, from its annotated answer."""
-    words = answer.lower().split()
-    if words and words[0].strip(".,!") in ("yes", "no"):
+    if words(answer)[:1] in (["yes"], ["no"]):
         return "presence"
-    return "caption" if len(words) >= 20 else "question"
+    return "caption" if len(pieces(answer)) >= 20 else "question"
 
 
 def truth_file(data: Path) -> Path | None:

@@ -7,7 +7,8 @@ decide; a function says where its official script asks a language model or word 
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-from bpo.evaluation.words import Lexicon, words
+from bpo.evaluation.words import Lexicon
+from bpo.study.text import normalised, pieces, words
 
 Counts = dict[str, tuple[float, float]]
 
@@ -17,6 +18,7 @@ ARTICLES = frozenset("a an any".split())  # after a "not": "not a dog", "there a
 DENIALS = frozenset("not isn't aren't doesn't don't".split())
 UNSURE = re.compile(r"\b(not|isn't|don't) (sure|certain|clear|know|possible)\b")
 STOPS = frozenset(".,;:!?\n")
+HYPHEN = re.compile(r"(?<=\w)-(?=\w)")
 TURNS = frozenset("but while although though however except instead only".split())
 STARTS = frozenset("a an the some there".split())  # after an "and": "no dog and a cat"
 
@@ -62,9 +64,8 @@ def object_halbench(text: str, present: Collection[str], lexicon: Lexicon) -> Co
     answer's own words are matched, except those that it denies (`denied`). Answers of up to 3 words
     (split at spaces) count as without an object, as there.
     """
-    text = text.replace("’", "'")
     tokens = words(text)
-    mentions = [] if len(text.split()) <= SHORT else lexicon.mentions(tokens)
+    mentions = [] if len(pieces(text)) <= SHORT else lexicon.mentions(tokens)
     refused = denied(text)
     named = {_singular(tokens[a:b], lexicon): name for name, a, b in mentions if not refused[a]}
     wrong = sum(name not in present for name in named.values())
@@ -98,9 +99,9 @@ def denied(text: str) -> list[bool]:
     A scope begins behind one of NEGATORS, or behind not or a word in n't before one of ARTICLES. It
     ends at a punctuation mark, at one of TURNS, and at an "and" before one of STARTS.
     """
-    parts = re.findall(r"[a-z0-9']+|[.,;:!?\n]", text.lower())
+    parts = words(text, "".join(STOPS))
     flags, inside = [], False
-    for part, after in zip(parts, [*parts[1:], ""], strict=True):
+    for part, after in zip(parts, [*parts[1:], ""]):
         if part in STOPS:
             inside = False
             continue
@@ -126,14 +127,15 @@ def amber(text: str, truth: Sequence[str], hallu: Sequence[str],
     are often verbs only behind an article, number or the like, and that list alone says what is
     alike: chair and hal are stricter than the published ones.
     """
-    listed = {w.lower() for noun, others in association.items() for w in (noun, *others)}
-    tokens = re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text.lower())
+    listed = {_noun(w) for noun, others in association.items() for w in (noun, *others)}
+    tokens = [word.removesuffix("'s") for word in words(HYPHEN.sub("", text))]
     nouns = []
     for before, token in zip(["", *tokens], tokens):
         noun = next((base for base in _bases(token) if base in listed), None)
         if noun is not None and (token not in ALSO_VERBS or before in BEFORE_A_NOUN):
             nouns.append(noun)
-    claimed = [noun for noun in nouns if noun not in safe_words]
+    safe = set(map(_noun, safe_words))
+    claimed = [noun for noun in nouns if noun not in safe]
     right, imagined = _stands_for(truth, association), _stands_for(hallu, association)
     wrong = [noun for noun in claimed if noun not in right]
     covered = {right[noun] for noun in claimed if noun in right}
@@ -147,8 +149,13 @@ def _stands_for(objects: Sequence[str], association: Mapping[str, Sequence[str]]
                 ) -> dict[str, int]:
     """word -> the place of the annotated object that naming it covers, the first one's."""
     places = list(enumerate(objects))[::-1]
-    return ({name.lower(): place for place, name in places}
-            | {word.lower(): place for place, name in places for word in association.get(name, ())})
+    return ({_noun(name): place for place, name in places}
+            | {_noun(w): place for place, name in places for w in association.get(name, ())})
+
+
+def _noun(word: str) -> str:
+    """A word of AMBER's lists as it is found in an answer: hyphens joined, one without spaces."""
+    return normalised(HYPHEN.sub("", word))
 
 
 def yes_or_no(text: str) -> str | None:

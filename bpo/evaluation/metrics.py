@@ -9,14 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from bpo.evaluation.words import Lexicon, Vocabulary, lexicon, words
+from bpo.evaluation.words import Lexicon, Vocabulary, lexicon
+from bpo.study.text import normalised as normalised
+from bpo.study.text import words
 
 Ratios = Mapping[str, tuple[float, float]]  # image -> (what is counted, out of how many)
-
-
-def normalised(text: str) -> str:
-    """An answer as its words alone, lower-cased: two answers are the same if this is."""
-    return " ".join(words(text))
 
 
 def wrong_object_words(text: str, vocabulary: Vocabulary | Lexicon, present: set[str]) -> set[str]:

@@ -1,6 +1,7 @@
 """Object words: which class a phrase of a text names, the files that list such phrases, and
 COCO's annotation files, which name the classes in each image (150 MB and more, so they are
-streamed). What is counted of them: `metrics`, `hallucination`.
+streamed). COCO's word list is English; `synonyms.txt` may list words of any language. What is
+counted of them: `metrics`, `hallucination`.
 """
 
 import functools
@@ -13,14 +14,11 @@ from typing import Any
 import ijson
 
 from bpo.params import Refusal
+from bpo.study.text import words
 
 Vocabulary = Mapping[str, Sequence[str]]  # class -> its words and plurals
 COCO = Path(__file__).with_name("objects") / "coco.txt"
 NO_CLASS = ""  # phrases of this class are no object ("train track"), and hide the words in them
-
-
-def words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9']+", text.lower())
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from bpo.pairs.selection import Choice, Right
 from bpo.params import SOURCES
 from bpo.study import results, seeds
 from bpo.study.results import Result
+from bpo.study.text import pieces
 
 NEAR_DUPLICATE = 0.9  # share of matching words from which two answers count as nearly the same
 SIDES = {"candidates": "candidates", "kept": "rejected"}  # what the audit says -> a line's key
@@ -67,7 +68,7 @@ def audit(lines: Sequence[Line], *, seed: int, right: Right) -> dict[str, Any]:
 
     sources_agree: of the lines that keep answers of several sources, the share where two sources
     say the same. Of a source {candidates, kept} of
-    - length_gap: words (between spaces) more than the chosen answer, mean;
+    - length_gap: words (`text.pieces`) more than the chosen answer, mean;
     - characters_gap, type_token_gap, sentences_gap, commas_gap: the same of characters a word,
       different words a word (it falls with length: read it beside length_gap), sentences, and
       commas a word;
@@ -128,12 +129,13 @@ def _per_word(count: float, text: str) -> float | None:
     return count / len(words) if words else None
 
 
+SENTENCE_END, COMMA = re.compile(r"[.!?؟।]+(?=\s|$)|[。！？]+"), re.compile("[,，、،]")
 STYLE: dict[str, Callable[[str], float | None]] = {
-    "length_gap": lambda text: len(text.split()),
+    "length_gap": lambda text: len(pieces(text)),
     "characters_gap": lambda text: _per_word(sum(map(len, metrics.words(text))), text),
     "type_token_gap": lambda text: _per_word(len(set(metrics.words(text))), text),
-    "sentences_gap": lambda text: max(len(re.findall(r"[.!?]+(?=\s|$)", text)), 1),
-    "commas_gap": lambda text: _per_word(text.count(","), text),
+    "sentences_gap": lambda text: max(len(SENTENCE_END.findall(text)), 1),
+    "commas_gap": lambda text: _per_word(len(COMMA.findall(text)), text),
 }
 
 
@@ -245,10 +247,11 @@ def _out_of_fold(texts: Sequence[tuple[str, str]], folds: np.ndarray, *,
     answers = np.array([text for pair in texts for text in pair], dtype=object)
     labels = np.tile([0, 1], len(texts))
     length = make_pipeline(
-        FunctionTransformer(lambda part: np.array([[float(len(text.split()))] for text in part])),
+        FunctionTransformer(lambda part: np.array([[float(len(pieces(text)))] for text in part])),
         StandardScaler(), FunctionTransformer(csr_array))
-    tfidf = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]", lowercase=False,
-                            max_features=MOST_TERMS)
+    tfidf = TfidfVectorizer(ngram_range=(1, 2), lowercase=False, max_features=MOST_TERMS,
+                            token_pattern=None, tokenizer=lambda text: [
+                                t for p in pieces(text) for t in re.findall(r"\w+|[^\w\s]", p)])
     model = make_pipeline(make_union(tfidf, length) if words else length,
                           LogisticRegression(max_iter=1000))
     predicted = cross_val_predict(model, answers, labels,

@@ -1,4 +1,4 @@
-"""Text of models and data shown as text and nothing else; differences with their sign.
+"""The words of a text in any language, and text of models and data shown as text and nothing else.
 
 Text may hold HTML, Markdown, TeX, control and right-to-left characters, and be longer than anyone
 reads: the first `LONGEST` characters are shown, and how many more there are.
@@ -6,12 +6,52 @@ reads: the first `LONGEST` characters are shown, and how many more there are.
 
 import html
 import re
+import unicodedata
 
+import regex
 from markupsafe import Markup
 
 LONGEST, LONGEST_ALT = 4000, 300  # characters; 4000 are about 1000 tokens
 # control characters but tab and newline, overrides of the writing direction, lone surrogates
 HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# Scripts written without spaces: a character is a word (UAX 29); katakana comes in runs.
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Line_Break=SA}]\p{M}*|[\p{Katakana}ー]+"
+_LETTERS = r"[[\p{L}\p{M}\p{N}]--[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Line_Break=SA}]]+"
+_SYMBOL = r"[[\p{S}\p{Co}\p{Cn}]--[`^|~]][\U000e0020-\U000e007f]*"
+_WORD = regex.compile(rf"(?V1){_LETTERS}(?:'{_LETTERS})*|{_UNSPACED}|{_SYMBOL}"
+                      rf"|(?<![\p{{L}}\p{{M}}\p{{N}}])-(?=\p{{N}}){_LETTERS}")
+_PIECE = regex.compile(rf"(?V1){_UNSPACED}|(?:(?!{_UNSPACED})\S)+")
+_QUOTES = dict.fromkeys(map(ord, "’‘ʼ´`"), "'") | {ord("−"): "-"}
+# what joins, hyphenates, directs or varies characters, and is not seen itself
+_UNSEEN = re.compile(r"[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+                     r"\ufe00-\ufe0f\ufeff]")
+
+
+def words(text: str, marks: str = "") -> list[str]:
+    """A text's words in any language, after NFKC and casefold, without punctuation.
+
+    A word is a run of letters, combining marks and digits, with apostrophes inside ("isn't", also
+    written with ’) and a minus before digits. A character of a script without spaces (Chinese,
+    kana, Thai) is a word, and so is a symbol: an emoji, a currency's or a mathematical sign. A text
+    of nothing but punctuation is one word, its marks; only one without anything to see has none.
+    marks: punctuation that is kept, each as a word of its own.
+    """
+    folded = unicodedata.normalize("NFKC", text.translate(_QUOTES)).casefold()
+    folded = _UNSEEN.sub("", unicodedata.normalize("NFKC", folded))
+    if marks:
+        return regex.findall(rf"{_WORD.pattern}|[{regex.escape(marks)}]", folded)
+    return _WORD.findall(folded) or list(filter(None, ["".join(folded.split())]))
+
+
+def normalised(text: str) -> str:
+    """A text as its words alone: two answers are the same if this is."""
+    return " ".join(words(text))
+
+
+def pieces(text: str) -> list[str]:
+    """A text split at spaces and around each character of a script without spaces: its length."""
+    return _PIECE.findall(text)
 
 
 def visible(text: object) -> str:

@@ -36,7 +36,7 @@ def test_a_caption_is_right_if_all_it_names_is_there_in_its_colour(text, right):
 
 
 @pytest.mark.parametrize("text, plain", [
-    ("  A  Red,  DOG! ", "a red dog"), ("it's 5", "it's 5"), ("…", ""), ("red", "red")])
+    ("  A  Red,  DOG! ", "a red dog"), ("it's 5", "it's 5"), ("…", "..."), ("", ""), ("红", "红")])
 def test_an_answer_is_normalised_to_its_words(text, plain):
     assert metrics.normalised(text) == plain
 

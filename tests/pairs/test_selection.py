@@ -42,7 +42,8 @@ def reasons(choice):
 @pytest.mark.parametrize("text, reason", [
     (CHOSEN, "equal to the annotation"), ("A red dog, on a mat.",
                                           "equal but for case and punctuation"),
-    ("", "empty"), (" ... ", "empty"), ("a red cat", None)])
+    ("", "empty"), (" \u200b\n", "empty"), (" ... ", None), ("🐶", None), ("一只狗", None),
+    ("a red cat", None)])
 def test_an_answer_that_would_train_on_nothing_is_useless(text, reason):
     assert selection.useless(text, CHOSEN) == reason
     choice = choose(candidate(text), candidate("a blue dog"))
