@@ -7,20 +7,16 @@ decide; a function says where its official script asks a language model or word 
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-from bpo.evaluation.words import Lexicon
-from bpo.study.text import normalised, pieces, words
+import regex
 
+from bpo.evaluation.words import MARKS, Lexicon, denied, is_colour
+from bpo.study.text import folded, normalised, pieces, words
+
+THOUGHT = re.compile(r"(?s)<think>.*?(</think>|$)|^.*</think>")
 Counts = dict[str, tuple[float, float]]
 
 SHORT = 3  # words: an answer up to this long counts as one without an object (Object HalBench)
-NEGATORS = frozenset("no without nor neither".split())
-ARTICLES = frozenset("a an any".split())  # after a "not": "not a dog", "there aren't any dogs"
-DENIALS = frozenset("not isn't aren't doesn't don't".split())
-UNSURE = re.compile(r"\b(not|isn't|don't) (sure|certain|clear|know|possible)\b")
-STOPS = frozenset(".,;:!?\n")
 HYPHEN = re.compile(r"(?<=\w)-(?=\w)")
-TURNS = frozenset("but while although though however except instead only".split())
-STARTS = frozenset("a an the some there".split())  # after an "and": "no dog and a cat"
 
 IRREGULAR = {"men": "man", "women": "woman", "children": "child", "mice": "mouse",
              "geese": "goose", "knives": "knife", "shelves": "shelf", "leaves": "leaf",
@@ -64,14 +60,14 @@ def object_halbench(text: str, present: Collection[str], lexicon: Lexicon) -> Co
     answer's own words are matched, except those that it denies (`denied`). Answers of up to 3 words
     (split at spaces) count as without an object, as there.
     """
-    tokens = words(text)
+    tokens = words(text, MARKS)
     mentions = [] if len(pieces(text)) <= SHORT else lexicon.mentions(tokens)
-    refused = denied(text)
+    refused = denied(tokens)
     named = {_singular(tokens[a:b], lexicon): name for name, a, b in mentions if not refused[a]}
     wrong = sum(name not in present for name in named.values())
     return {"response": (float(wrong > 0), float(bool(named))), "mention": (wrong, len(named)),
             "cover": (len(set(present) & set(named.values())), len(set(present))),
-            "objects": (len(named), 1), "words": (len(tokens), 1)}
+            "objects": (len(named), 1), "words": (len(words(text)), 1)}
 
 
 def _singular(phrase: Sequence[str], lexicon: Lexicon) -> tuple[str, ...]:
@@ -93,26 +89,6 @@ def _bases(word: str) -> list[str]:
     return [*bases, word]
 
 
-def denied(text: str) -> list[bool]:
-    """Of each of `words(text)`, whether it stands in the scope of a negation.
-
-    A scope begins behind one of NEGATORS, or behind not or a word in n't before one of ARTICLES. It
-    ends at a punctuation mark, at one of TURNS, and at an "and" before one of STARTS.
-    """
-    parts = words(text, "".join(STOPS))
-    flags, inside = [], False
-    for part, after in zip(parts, [*parts[1:], ""]):
-        if part in STOPS:
-            inside = False
-            continue
-        if part in TURNS or part == "and" and after in STARTS:
-            inside = False
-        flags.append(inside)
-        if part in NEGATORS or (part == "not" or part.endswith("n't")) and after in ARTICLES:
-            inside = True
-    return flags
-
-
 def amber(text: str, truth: Sequence[str], hallu: Sequence[str],
           association: Mapping[str, Sequence[str]], safe_words: Collection[str]) -> Counts:
     """AMBER's generative task (arXiv 2311.07397) of one answer; all four are pooled over answers.
@@ -128,11 +104,12 @@ def amber(text: str, truth: Sequence[str], hallu: Sequence[str],
     alike: chair and hal are stricter than the published ones.
     """
     listed = {_noun(w) for noun, others in association.items() for w in (noun, *others)}
-    tokens = [word.removesuffix("'s") for word in words(HYPHEN.sub("", text))]
+    tokens = [word.removesuffix("'s") for word in words(HYPHEN.sub("", text), MARKS)]
     nouns = []
-    for before, token in zip(["", *tokens], tokens):
+    for at, token in enumerate(tokens):
         noun = next((base for base in _bases(token) if base in listed), None)
-        if noun is not None and (token not in ALSO_VERBS or before in BEFORE_A_NOUN):
+        doubtful = token in ALSO_VERBS and (not at or tokens[at - 1] not in BEFORE_A_NOUN)
+        if noun is not None and not doubtful and not is_colour(tokens, at):
             nouns.append(noun)
     safe = set(map(_noun, safe_words))
     claimed = [noun for noun in nouns if noun not in safe]
@@ -158,21 +135,124 @@ def _noun(word: str) -> str:
     return normalised(HYPHEN.sub("", word))
 
 
-def yes_or_no(text: str) -> str | None:
-    """What an answer says: "yes", "no", or None where it says neither.
+# --- yes and no ---------------------------------------------------------------------------------
 
-    The first yes or no decides. Where there is none, one of DENIALS in the first sentence means no
-    ("There is not a dog"), unless it is about knowing ("I am not sure"). POPE's script (arXiv
-    2305.10355) reads the first sentence alone, where any no or not means no and everything else
-    yes; AMBER's takes "Yes" and "No" alone.
+# Phrases in which a no or not denies nothing, and both words named at once; markup.
+_IDIOMS = regex.compile(
+    r"\b(?:no|without(?: a)?|not a) (?:doubt|question|problem|wonder)\b|\bno\.(?=\d)|\bnon-"
+    r"|\bno (?:more|fewer|less) than\b|\bnot (?:only|just|alone|the only)\b|</?\w+>|\*|_|\\\w+"
+    r"|[对對]不起|不好意思"
+    r"|\b(?:yes ?(?:or|/|_) ?no|no ?(?:or|/|_) ?yes)\b")
+_WHY_NOT = regex.compile(r"\b(?:(?:don't|do not|can't|cannot) see |no reason )?why not\b")
+_UNSURE = regex.compile(
+    r"(?:\bnot|n't)(?: [\w%]+){0,2}? (sure|certain|clear|sharp|possible|obvious|enough)\b"
+    r"|(?:\bcan't|\bcannot|\bcan not|\bcould(?:n't| not)|\b(?:not able|unable|hard|difficult"
+    r"|impossible|no way) to)(?: \w+)? (?:tell|say|know|determine|judge|answer|confirm|verify"
+    r"|be (?:sure|certain)|view|access|process|help|assist|see (?:\w+ )?(?:image|picture|photo)s?\b"
+    r"(?! of))|\b(?:don't|do not|dont) know\b|\bno idea\b|\bun(?:sure|certain|clear|known)\b"
+    r"|\bне (?:уверен|знаю|ясно|могу)|\bje ne sais pas|\bpas sûre?|\bno (?:lo )?sé\b|\bno estoy segur"
+    r"|\bnicht sicher|\bweiss (?:es )?nicht|\bnão sei|\bnon (?:lo )?so\b|不(?:确定|確定|清楚|知道|能)"
+    r"|无法|無法|わかりません|모르|ไม่แน่ใจ")
+_ASKS = regex.compile(r"\b(?:asks?|asked|asking|question|whether)\b")
+_YES = regex.compile(
+    r"\b(?:yes|yeah|yep|yup|yea)\b|\A(?:(?:y|ye|true)\Z|(?:oui|sí|si|sì|ja|да|sim|ναι|evet|نعم"
+    r"|(?:जी )?हा[ँं]|네|예|affirmative)\b|はい|是(?![不否])|有(?![没沒])|[对對](?![于於])|ใช่)")
+_NO = regex.compile(
+    r"\b(?:no|nope|nah|nein|нет)\Z|\A(?:(?:n|false)\Z|no (?:sir|way|it|there|i|you|he|she|they|we"
+    r"|the|this|that|a|not)\b|(?:nope|nah|nein|нет|non|não|nie|όχι|hayır|لا|(?:जी )?नहीं|아니요?|아니오"
+    r"|negative|incorrect)\b|いいえ|[不没沒否无無]|ไม่)")
+_OF_COURSE = regex.compile(r"\A\s*(?:sure|certainly|of course|absolutely|definitely|indeed|correct)\b"
+                           r"|\b(?:no|without(?: a)?) doubt\b|\bundoubtedly\b")
+_NONE_THERE = regex.compile(r"\bthere(?: (?:is|are|was|were))?(?:'s|n't| no| not)+ (?!a\b|an\b|one\b)"
+                            r"|\bthere (?:is|are)(?:n't| not| no)\b")
+_FLIP = regex.compile(r"(?:n't|\bnot|\bcannot|\bdont|\bdoesnt) (?:think|believe|suppose|look like"
+                      r"|seem|appear)\b(?! so\b)(.+)")
+_DENIES = regex.compile(
+    r"\b(?:no|not|cannot|none|nobody|without|neither|nor|lacks?|lacking|absent|missing|nichts?"
+    r"|(?:is|are|was|were|do|does|did|ca|wo|have|has)nt|нет|не|pas|keine?[rnms]?|não|nessun\w*|ليس"
+    r"|नहीं)\b|n't\b|\bthere(?: is|'s) nothing\b|[没沒不无無]|ません|ない|없|ไม่")
+_OF_VERBS = frozenset("not cannot none lacks lack lacking absent missing".split())
+_EXISTS = regex.compile(r"\b(?:there|see|any|none|visible|present|contains?|shows?|find|absent|lacks?"
+                        r"|missing)\b|[没沒]|ません|없")
+_AFFIRMS = regex.compile(r"有|います|あります|있|มี")
+_PRESENCE = frozenset("visible there present shown seen here depicted image picture photo scene any "
+                      "one it exist appear found".split())
+_NOT_ASKED = _PRESENCE | frozenset(
+    "is are was were a an the in on of this that these those photograph do does did you see can some "
+    "to at by with have has contain contains show shows please answer yes or no not using use single "
+    "word phrase question and be".split())
+
+
+def yes_or_no(text: str, question: str = "") -> str | None:
+    """What an answer says, as a careful person reads it: "yes", "no", or None for neither.
+
+    Thoughts, questions and what is said not to be known are passed over; what stands behind
+    "answer:" comes first. Sentence by sentence, the first of these decides: a yes or no of a dozen
+    languages (but "Yes, there is no dog" says no), or a statement with all that an English question
+    asks for, affirmed or denied; then any denial, in later sentences only one of what is there.
     """
-    plain = text.replace("’", "'")
-    first = next((w for w in words(plain) if w in ("yes", "no")), None)
-    if first is not None:
-        return first
-    sentence = re.split(r"[.!?\n]", plain.strip().lower())[0]
-    denies = DENIALS & set(words(sentence)) and not UNSURE.search(sentence)
-    return "no" if denies else None
+    asked = set(words(question)) - _NOT_ASKED
+    plain = folded(THOUGHT.sub(" ", text))
+    of_course = _OF_COURSE.search(plain)
+    plain = _WHY_NOT.sub(" yes ", _IDIOMS.sub(" ", plain))
+    for part in reversed(regex.split(r"\banswer\W{0,2}(?: is\b\W?|:)", plain)):
+        sentences = [s for s in regex.findall(r"[^.!?。\n]+[.!?。\n]?", part) if s.strip(" .!?。\n")]
+        sentences = [s for s in sentences if not s.endswith("?")] or sentences
+        for number, sentence in enumerate(sentences):
+            if said := _sentence(sentence, asked, first=not number):
+                return said
+    return "yes" if of_course else None
+
+
+def _sentence(sentence: str, asked: set[str], *, first: bool) -> str | None:
+    clauses = [c for part in regex.split(r"[,;:،、—]|\b(?:but|although|though|however|because|so)\b",
+                                         sentence)
+               if (c := part.strip(" .!?。\n\"'()[]{}-"))]
+    clauses = [c for c in clauses if not _ASKS.search(c)
+               and (not (unsure := _UNSURE.search(c)) or unsure[1] in asked)]
+    for clause, after in zip(clauses, [*clauses[1:], ""]):
+        if _YES.search(clause):
+            return "no" if _NONE_THERE.search(f"{clause} {after}") else "yes"
+        if _NO.search(clause):
+            return "no"
+        if flip := _FLIP.search(clause):
+            return "yes" if _DENIES.search(flip[1]) else "no"
+        if said := _states(clause, asked):
+            return said
+    for clause in clauses:
+        if _DENIES.search(clause) and (first or _EXISTS.search(clause)):
+            return "no"
+        if _AFFIRMS.search(clause):
+            return "yes"
+    return None
+
+
+def _states(clause: str, asked: set[str]) -> str | None:
+    """Whether a clause affirms or denies all that is asked for; None where it lacks some of it."""
+    tokens = words(clause)
+    bases = [set(_bases(token)) for token in tokens]
+    places = [{n for n, of in enumerate(bases) if of & set(_bases(word))} for word in asked]
+    if not places or not all(places):
+        return None
+    flags = denied(tokens)
+    if any(flags[n] for there in places for n in there):
+        return "no"
+    for at, token in enumerate(tokens):
+        if token in _OF_VERBS or token.endswith("n't") or regex.fullmatch(
+                r"(?:is|are|was|were|do|does|did|ca)nt", token):
+            rest = set(tokens[at + 1:])
+            if not rest or rest & _PRESENCE or any(n > at for there in places for n in there):
+                return "no"
+    return "yes"
+
+
+def as_official(text: str, *, positive: str) -> str | None:
+    """What the official script reads. POPE's (positive "yes", arXiv 2305.10355): any no or not in
+    the first sentence means no, everything else yes; AMBER's takes "Yes" and "No" alone."""
+    if positive == "no":
+        return {"Yes": "yes", "No": "no"}.get(text)
+    first = text.partition(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(first) else "yes"
 
 
 def yes_no(text: str, truth: str, *, positive: str) -> Counts:

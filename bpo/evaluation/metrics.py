@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bpo.evaluation.words import Lexicon, Vocabulary, lexicon
+from bpo.evaluation.words import MARKS, Lexicon, Vocabulary, lexicon
 from bpo.study.text import normalised as normalised
 from bpo.study.text import words
 
@@ -18,7 +18,7 @@ Ratios = Mapping[str, tuple[float, float]]  # image -> (what is counted, out of 
 
 def wrong_object_words(text: str, vocabulary: Vocabulary | Lexicon, present: set[str]) -> set[str]:
     """The words of a text that name objects which are not in the image."""
-    tokens = words(text)
+    tokens = words(text, MARKS)
     found = lexicon(vocabulary).mentions(tokens)
     wrong = {t for name, a, b in found if name not in present for t in tokens[a:b]}
     return wrong - {t for name, a, b in found if name in present for t in tokens[a:b]}
@@ -31,7 +31,7 @@ def caption_is_right(text: str, vocabulary: Vocabulary, colours: Sequence[str],
     """
     present = {o["name"] for o in objects}
     coloured = {(o["name"], o["colour"]) for o in objects}
-    tokens = words(text)
+    tokens = words(text, MARKS)
     found = lexicon(vocabulary).mentions(tokens)
     told = {(name, tokens[a - 1]) for name, a, _ in found if a and tokens[a - 1] in colours}
     return bool(found) and {name for name, _, _ in found} <= present and told <= coloured

@@ -18,6 +18,29 @@ from bpo.study.text import words
 
 Vocabulary = Mapping[str, Sequence[str]]  # class -> its words and plurals
 COCO = Path(__file__).with_name("objects") / "coco.txt"
+MARKS = ".,;:!?\n()"  # end phrases and scopes
+# English words that are colours or objects; colours alone; what stands behind a noun, not an adjective
+COLOURS_TOO = frozenset("orange peach plum olive lime lemon cherry rose violet lavender chocolate "
+                        "salmon gold silver chestnut coral cream".split())
+COLOURS = frozenset("red blue green yellow white black brown grey gray pink purple tan beige teal "
+                    "turquoise maroon violet lavender gold silver".split())
+SAID_OF = frozenset("is are was were bright dark light pale deep vivid painted coloured colored in "
+                    "mostly mainly".split())
+AFTER_A_NOUN = frozenset(
+    "and or nor but is are was were has have had can on in at by with without to from of for as "
+    "near next beside besides behind between under over above below into inside onto against among "
+    "around along across through beneath underneath alongside up down off out that which while "
+    "when where there here visible present a an the this these its his her their it also too sits "
+    "sitting lies lying rests resting stands hangs hanging placed seen shown cut sliced peeled "
+    "floating rolling appears seems looks fruit fruits slice slices half halves peel wedge wedges "
+    "segment segments".split())
+NEGATORS = frozenset("no without nor neither".split())
+ARTICLES = frozenset("a an any".split())  # after a "not": "not a dog", "there aren't any dogs"
+SEEING = frozenset("see show have contain include depict feature find spot detect".split())
+STOPS = frozenset(".;:!?\n()")
+TURNS = frozenset("but while although though however except instead only just yet".split())
+VERBS = frozenset("is are was were be has have sits sit stands stand lies lie can".split())
+STARTS = frozenset("a an the some there it he she they one two three several many".split())  # after an "and": "no dog and a cat"
 NO_CLASS = ""  # phrases of this class are no object ("train track"), and hide the words in them
 
 
@@ -39,21 +62,81 @@ class Lexicon:
     def mentions(self, tokens: Sequence[str]) -> list[tuple[str, int, int]]:
         """(class, first word, word after the last) of every object phrase among words.
 
-        From left to right, the longest phrase at a place wins: "hot dog" is no "dog".
+        From left to right, the longest phrase at a place wins: "hot dog" is no "dog". A phrase of
+        one word that is a colour there (`is_colour`) is no object.
         """
         mentions, at = [], 0
         while at < len(tokens):
             sizes = range(min(self.longest, len(tokens) - at), 0, -1)
             size = next((n for n in sizes if tuple(tokens[at:at + n]) in self.phrases), 1)
             name = self.phrases.get(tuple(tokens[at:at + size]), NO_CLASS)
-            if name != NO_CLASS:
+            if name != NO_CLASS and not (size == 1 and is_colour(tokens, at)):
                 mentions.append((name, at, at + size))
             at += size
         return mentions
 
     def objects(self, text: str) -> list[str]:
         """The class of every object phrase of a text, repeats kept, in order of mention."""
-        return [name for name, _, _ in self.mentions(words(text))]
+        return [name for name, _, _ in self.mentions(words(text, MARKS))]
+
+
+def is_colour(tokens: Sequence[str], at: int) -> bool:
+    """Whether an English word that may be a colour or an object ("orange") is the colour: before a
+    noun, among colours, or said of something ("the kite is orange")."""
+    if tokens[at] not in COLOURS_TOO:
+        return False
+    two, one = ["", "", *tokens[:at]][-2:]
+    after, next_one = [*tokens[at + 1:at + 3], "", ""][:2]
+    joints = ("and", "or", ",")
+    if one in SAID_OF or one in joints and two in COLOURS or after in joints and next_one in COLOURS:
+        return True
+    return after not in AFTER_A_NOUN and after not in MARKS  # every string holds ""
+
+
+def denied(tokens: Sequence[str]) -> list[bool]:
+    """Of each of `words(text, MARKS)`, whether it stands in the scope of an English negation.
+
+    A scope begins behind one of NEGATORS, or behind not, cannot or a word in n't before one of
+    ARTICLES, one of SEEING between them or not. It ends at a punctuation mark, at one of TURNS and
+    at an "and" before one of STARTS; a comma ends it unless a list goes on (`_goes_on`).
+    """
+    flags, inside = [], False
+    for at, token in enumerate(tokens):
+        after = [*tokens[at + 1:at + 3], "", ""]
+        if (token in STOPS or token in TURNS or token == "and" and after[0] in STARTS
+                or token == "," and not _goes_on(tokens[at + 1:])):
+            inside = False
+        flags.append(inside)
+        behind = after[1] if after[0] in SEEING else after[0]
+        if token in NEGATORS or (token in ("not", "cannot") or token.endswith("n't")
+                                 ) and behind in ARTICLES:
+            inside = True
+    return flags
+
+
+def _goes_on(rest: Sequence[str]) -> bool:
+    """Whether the words behind a comma go on with a list of what is denied: "no dog, cat or bird".
+
+    Its items are of up to three words and no clause, with an or, nor or and before the last one;
+    without them the items are single words. An article stands in a list with or alone.
+    """
+    items: list[list[str]] = [[]]
+    for at, word in enumerate(rest):
+        follows = rest[at + 1:at + 4]
+        if word in ("or", "nor"):
+            return True
+        if word == "and":
+            return not (STARTS & set(follows[:1]) or VERBS & set(follows)
+                        or any(ARTICLES & set(item) for item in items))
+        if word in STOPS or word in TURNS:
+            break
+        if word == ",":
+            items.append([])
+            continue
+        items[-1].append(word)
+        if len(items[-1]) > 3 or word in VERBS or items[-1][0] in STARTS - ARTICLES:
+            return False
+    return all(len(item) == 1 for item in items)
 
 
 def lexicon(vocabulary: Vocabulary) -> Lexicon:

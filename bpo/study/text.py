@@ -28,6 +28,13 @@ _UNSEEN = re.compile(r"[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060
                      r"\ufe00-\ufe0f\ufeff]")
 
 
+def folded(text: str) -> str:
+    """A text after NFKC and casefold, apostrophes and minus signs of one form, without what is not
+    seen, such as joiners and marks of the writing direction."""
+    plain = unicodedata.normalize("NFKC", text.translate(_QUOTES)).casefold()
+    return _UNSEEN.sub("", unicodedata.normalize("NFKC", plain))
+
+
 def words(text: str, marks: str = "") -> list[str]:
     """A text's words in any language, after NFKC and casefold, without punctuation.
 
@@ -37,11 +44,10 @@ def words(text: str, marks: str = "") -> list[str]:
     of nothing but punctuation is one word, its marks; only one without anything to see has none.
     marks: punctuation that is kept, each as a word of its own.
     """
-    folded = unicodedata.normalize("NFKC", text.translate(_QUOTES)).casefold()
-    folded = _UNSEEN.sub("", unicodedata.normalize("NFKC", folded))
+    plain = folded(text)
     if marks:
-        return regex.findall(rf"{_WORD.pattern}|[{regex.escape(marks)}]", folded)
-    return _WORD.findall(folded) or list(filter(None, ["".join(folded.split())]))
+        return regex.findall(rf"{_WORD.pattern}|[{regex.escape(marks)}]", plain)
+    return _WORD.findall(plain) or list(filter(None, ["".join(plain.split())]))
 
 
 def normalised(text: str) -> str:

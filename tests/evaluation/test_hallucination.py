@@ -78,6 +78,16 @@ def test_a_longer_phrase_is_not_the_object_in_it(text, present, chair_s):
     ("There is no dog here at all.", 0), ("There are no dogs or cats in sight.", 0),
     ("A street without people or dogs.", 0), ("It is not a dog.", 0),
     ("There isn't any dog in it.", 0), ("There aren’t any dogs in it.", 0),
+    ("There is no dog, cat or bus.", 0), ("There are no dogs, cats, or buses.", 0),
+    ("No dogs, big cats and other buses.", 0), ("There is no dog, cat, bus.", 0),
+    ("Without any dogs, cats or a bus.", 0), ("It isn't a dog, a cat or a bus.", 0),
+    ("I don't see any dogs, cats or buses.", 0), ("It does not show a dog.", 0),
+    ("I cannot see a dog or a cat.", 0), ("No dog, no cat, and no bus.", 0),
+    ("There is no dog, but a cat.", 1), ("No dog, only a cat there.", 1),
+    ("No dogs, just cats and buses.", 2), ("No dog, cat or bus, but a man.", 1),
+    ("No dog, and two cats there.", 1), ("No dog, people are there.", 1),
+    ("There is no dog, the cat or bus hides it.", 2), ("There is no dog, it is a cat.", 1),
+    ("No dog, cat or bus. A man sits.", 1), ("No dogs, people and cats are there.", 2),
     ("Neither dog nor cat is there.", 0),
     ("There is no dog, a cat sits there.", 1), ("There is no dog but a cat there.", 1),
     ("There is no dog and a cat sits.", 1), ("There are no dogs and cats there.", 0),
@@ -95,8 +105,8 @@ def test_a_denied_object_is_no_error_but_a_claimed_one_beside_is():
 
 
 def test_each_word_has_its_own_flag():
-    text = "No dog, it's a cat — 2 cats; isn't a bus.\nMen!"
-    assert len(hallucination.denied(text)) == len(vocabulary.words(text))
+    tokens = vocabulary.words("No dog, it's a cat — 2 cats; isn't a bus.\nMen!", vocabulary.MARKS)
+    assert len(vocabulary.denied(tokens)) == len(tokens)
 
 
 def test_cover_and_length_are_those_by_hand():
@@ -120,7 +130,7 @@ def amber(text, truth=TRUTH, hallu=HALLU):
 
 def test_amber_s_golden_answer():
     # Nouns: sky, people, ground, boat, dog, dog, tree, orange; wrong: dog twice, tree.
-    counts = amber("The sky, people on the ground, a boat, a dog, dogs, a tree, an orange mood.")
+    counts = amber("The sky, people on the ground, a boat, a dog, dogs, a tree, an orange here.")
     assert counts == {"chair": (3, 8), "cover": (4, 5), "hal": (1, 1), "cog": (1, 2),
                       "words": (16, 1)}
 
@@ -160,15 +170,83 @@ def test_listed_words_are_nouns(text, nouns):
 
 # --- POPE's and AMBER's yes/no questions ---------------------------------------------------------
 
-@pytest.mark.parametrize("text, said", [
-    ("Yes.", "yes"), ("no", "no"), ("Yes, there is no doubt.", "yes"), ("No. Yes.", "no"),
-    ("The answer is: yes", "yes"), ("There is a dog.", None), ("", None),
-    ("Nothing. Yesterday", None),
-    ("There is not a dog.", "no"), ("It is big. It is not red.", None), ("There isn’t any", "no"),
-    ("I don't see one", "no"), ("I am not sure", None), ("It's not possible to tell.", None),
-    ("I don't know", None), ("Not really, but yes", "yes")])
-def test_an_answer_is_read_by_the_rules_that_are_stated(text, said):
-    assert hallucination.yes_or_no(text) == said
+ASKED = "Is there a dog in the image?"
+# Each as a careful person reads it who asked for a dog.
+READINGS = {"yes": [
+    "Ye", "Y", "Yeah, of course.", "No doubt, a dog is there.", "No.1 answer: yes",
+    "The dog is not the only one; a cat is there.", "A dog is there.", "I don't see why not.",
+    "It doesn't seem that there is no dog.", "Yes, there is no doubt.", "Yes, there is.",
+    "Yes, there is a dog, not a cat.", "Not really, but yes", "Да.", "sí", "Sí, hay un perro.",
+    "ja", "是", "有", "图中有一只狗。", "はい、います。", "犬がいます。", "네", "हाँ", "जी हाँ", "نعم", "มี", "Sim.",
+    "There are two dogs.", "A dog is lying on the floor.", "The dog is not black.",
+    "A dog with no collar.", "A dog without a leash",
+    "The dog sits on grass. There are no people.", "I'm not sure, but I think there is a dog.",
+    "Absolutely.", "Sure, there is a dog.", "Definitely.", "True", "yep", "Yup!",
+    "Is there a dog in the image? Yes", "Final answer: yes", "A. Yes", "either yes or no: yes",
+    "<think>no dog</think>\n\nYes", "no dog here</think>Yes", "I don't think there is no dog.",
+    "no one is there, but a dog is", "Without a doubt, yes", "Without a doubt.",
+    "There is no question that a dog is there", "dog", "ＹＥＳ", "I'd say yes", "Well, yes.",
+    "yes yes", "Why not?", "There are no fewer than two dogs.", "Probably yes", "Correct.",
+    "Yes, I'm not sure why."], "no": [
+    "The answer is: no", "Answer: C. No", "**NO**", "<think>Is it no? Or yes</think>Nope",
+    "No, it isn't, but yes, it is a cat.", "there arent any", "The photo lacks a dog.",
+    "There weren't any.", "They ask whether yes a dog is there; none is.",
+    "I can not find a dog.", "Yes or no? My answer is no.", "Yes, there is no dog.",
+    "Yes there isn't any dog", "not yet", "cannot", "none", "nope.", "Nah", "wasn't",
+    "Нет, собаки нет.", "На изображении нет собаки.", "No hay ningún perro.", "Nein, kein Hund.",
+    "Es gibt keinen Hund.", "Non.", "Il n'y a pas de chien.", "不", "图中没有狗。", "有没有狗？没有。", "いいえ",
+    "犬はいません。", "아니요, 없습니다.", "नहीं", "जी नहीं", "لا", "ไม่มี", "não", "I don't see a dog.",
+    "I don't see one", "I do not see any dogs in this picture.", "There's no dog",
+    "There are no dogs.", "The dog isn't visible.", "A man without a dog.",
+    "I see a cat, but no dog.", "There is a cat but I can't see a dog.",
+    "The image shows a street. There isn't a dog.", "The image shows a street. There is no dog.",
+    "I'm not sure, but no.", "Absolutely not.", "Of course not", "Sure! No, there is not.",
+    "False.", "N", "n.", "Is there a dog? No.", "No?", "\\boxed{No}", "<answer>No</answer>",
+    "{\"answer\": \"no\"}", "The answer is no.", "I thought yes. Answer: no", "(B) No",
+    "I don't think there is a dog.", "I don't think so.", "There is nothing.", "no no no",
+    "NO!!!", "It's a no.", "Not a dog", "Not at all.", "It is absent.", "The dog is absent",
+    "A dog is missing from the image.", "It doesn't appear so.",
+    "The animal is a cat, not a dog.", "Neither a dog nor a cat is there.",
+    "No, but there is a cat.", "There wasnt any dog", "It is hard to tell, but there is no dog.",
+    "Hmm, no", "Maybe not.", "Likely no", "Incorrect.", "I say no to dogs; there are none",
+    "No, I am sure."], None: [
+    "perhaps", "unsure", "I am not completely sure.", "I'm not 90% certain.", "It isn't clear",
+    "yes/no", "It's difficult to say; the photo is not clear enough.",
+    "Not possible to say if it is", "da", "No sé.", "Ich weiß nicht.", "Je ne sais pas.",
+    "是不是狗不确定", "对不起，我无法判断。", "There is a cat.", "The image shows a street. It is not raining.",
+    "I cannot see the image.", "I'm sorry, but I can't view images.",
+    "I'm unable to determine that.", "I can't tell.", "Unclear", "Yes/No", "yes or no",
+    "<think>there is no dog and it", "I doubt it", "There is no way to know.", "No idea", "🐶",
+    "👍", "...", "Nо", "don't know", "I do not know if there is a dog.",
+    "It's unclear whether a dog is there.", "Non-existent"]}
+
+
+@pytest.mark.parametrize("text, said", [(t, said) for said, of in READINGS.items() for t in of])
+def test_an_answer_is_read_as_a_careful_person_reads_it(text, said):
+    assert hallucination.yes_or_no(text, ASKED) == said
+
+
+@pytest.mark.parametrize("text, question, said", [
+    ("There is a dog.", "", None), ("There is no dog.", "", "no"), ("No. Yes.", "", "no"),
+    ("Nothing. Yesterday", "", None), ("It is big. It is not red.", "", None),
+    ("The sky is not clear.", "Is the sky clear?", "no"), ("The dog is black.", "Is the dog black?",
+                                                           "yes"),
+    ("The dog is white.", "Is the dog black?", None), ("The dog is not black.", "Is the dog black?",
+                                                       "no"),
+    ("The dog does not appear to be black.", "Is the dog black?", "no"),
+    ("Two men are playing.", "Is the man playing?", "yes"),
+    ("有", "图中有狗吗？", "yes"), ("没有狗", "图中有狗吗？", "no")])
+def test_a_statement_is_read_by_what_is_asked_for(text, question, said):
+    assert hallucination.yes_or_no(text, question) == said
+
+
+@pytest.mark.parametrize("text, pope, amber_says", [
+    ("Yes", "yes", "yes"), ("No", "no", "no"), ("Yes.", "yes", None), ("no, it isn't", "no", None),
+    ("Nope", "yes", None), ("I am not sure", "no", None), ("Yes. There is no cat.", "yes", None),
+    ("", "yes", None)])
+def test_the_official_scripts_read_by_rules_of_their_own(text, pope, amber_says):
+    assert hallucination.as_official(text, positive="yes") == pope
+    assert hallucination.as_official(text, positive="no") == amber_says
 
 
 def summed(answers, positive):
