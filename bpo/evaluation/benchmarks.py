@@ -7,6 +7,7 @@ judge's replies are kept beside the studies, so that no reply is paid for twice.
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,11 +187,16 @@ def _judged(p: Benchmarks, benchmark: Judged, questions: Sequence[Question],
                 "attempts": p.judge_attempts}
     prompts = [benchmark.prompt(q, line["answers"][m]) for m in methods
                for q, line in zip(questions, lines, strict=True)]
-    scores = iter(judged.ask(endpoint, params.outputs_root() / REPLIES, benchmark, prompts,
-                             **settings))
-    counted = {m: [(q.image, benchmark.counts(q, next(scores))) for q in questions]
-               for m in methods}
+    names = [(q.id, m) for m in methods for q in questions]
+    found = judged.ask(endpoint, params.outputs_root() / REPLIES, benchmark, prompts, names=names,
+                       **settings)
+    counted: dict[str, list] = {m: [] for m in methods}
+    for (_, m), q, (scores, _) in zip(names, questions * len(methods), found, strict=True):
+        counted[m].append((q.image, benchmark.counts(q, scores)))
+    unscored = {m: Counter(why for (_, of), (_, why) in zip(names, found, strict=True)
+                           if why and of == m) for m in methods}
     return counted, {
+        "unscored": {m: dict(sorted(reasons.items())) for m, reasons in unscored.items()},
         "judge": endpoint.model, "prompt": benchmark.template.name,
         "prompt_sha256": hashlib.sha256(benchmark.template.read_bytes()).hexdigest(), **settings,
         "max_new_tokens": benchmark.reply_tokens, "top_p": judged.TOP_P}

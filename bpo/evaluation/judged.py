@@ -8,8 +8,8 @@ a readable score counts as unscored and in no mean: the official evaluations cou
 
 import hashlib
 import json
-import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from bpo.evaluation.official import Benchmark, Counts, Metric, Question, rows
 from bpo.evaluation.words import checked
+from bpo.models import endpoint as endpoints
 from bpo.models.endpoint import Endpoint
+from bpo.models.replies import Reply, fault, without_thoughts
 from bpo.params import Refusal
 from bpo.study import stage as stages
-from bpo.study.files import to_json
-from bpo.study.seeds import seed_for
 
 Score = tuple[float, ...]  # of a reply: one number, or the reference's and the answer's
 Messages = Sequence[Mapping[str, str]]
@@ -80,68 +80,62 @@ class Judged(Benchmark):
 
 
 def ask(endpoint: Endpoint, folder: Path, benchmark: Judged, prompts: Sequence[Messages], *,
-        temperature: float, repeats: int, attempts: int) -> list[list[Score]]:
-    """The scores of each prompt's readable repeats; only replies that `folder` lacks are asked for.
+        names: Sequence[tuple[str, str]], temperature: float, repeats: int, attempts: int
+        ) -> list[tuple[list[Score], str]]:
+    """Of each prompt the scores of its readable repeats and, where there is none, why; only replies
+    that `folder` lacks are asked for.
 
-    attempts: how often one reply is asked for until it can be read, each with a seed of its own.
+    names: question and method of each prompt, which are stored beside the reply.
+    attempts: how often one reply is asked for until it can be read, each with a seed of its own; a
+    prompt that the judge's server refuses is asked again by the next run alone.
     Each reply is on disk before the next question, so that a killed server or run costs nothing
-    twice, and with all replies there no server and no key is needed. Raises Refusal as `endpoint`.
+    twice, and with all replies there no server and no key is needed. Raises Refusal as `endpoint`,
+    and where every prompt was refused.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / REPLIES
+    last: dict[tuple[int, int], Reply] = {}  # of each prompt and repeat
     scores = dict.fromkeys((n, r) for n in range(len(prompts)) for r in range(repeats))
     settings = {"temperature": float(temperature), "top_p": TOP_P,
                 "max_new_tokens": benchmark.reply_tokens}
     with stages.locked(folder / ".replies.lock", f"{folder}: another process asks a judge and "
                        "writes its replies here; wait until it has ended"):
-        replies = _read_replies(file)
+        replies = endpoints.kept(file)
         for attempt in range(attempts):
             # all that a reply depends on; not the url, where the same judge may move
             keys = {(n, r): hashlib.sha256(json.dumps({
                 "model": endpoint.model, "messages": [dict(m) for m in prompts[n]], **settings,
                 "repeat": r, "attempt": attempt}, sort_keys=True).encode()).hexdigest()
-                for (n, r), score in scores.items() if score is None}
+                for (n, r), score in scores.items()
+                if score is None and ((n, r) not in last or last[n, r].status == 200)}
             # By key: a prompt that comes twice is asked once.
-            new = {key: prompts[n] for (n, _), key in keys.items() if key not in replies}
-            if new:
-                _ask_new(endpoint, file, replies, new, settings)
-            scores |= {place: benchmark.parse(replies[key]) for place, key in keys.items()}
-    return [[s for r in range(repeats) if (s := scores[n, r]) is not None]
-            for n in range(len(prompts))]
+            askers = defaultdict(list)
+            for (n, _), key in keys.items():
+                if key not in replies:
+                    askers[key].append(n)
+            if askers:
+                with tqdm(total=len(askers), desc="judge's replies", unit="reply",
+                          leave=False) as bar:
+                    endpoints.keep_answers(
+                        endpoint, file, replies, {k: prompts[n] for k, (n, *_) in askers.items()},
+                        notes={k: {"benchmark": benchmark.name, "question": names[numbers[0]][0],
+                                   "methods": [names[n][1] for n in numbers]}
+                               for k, numbers in askers.items()}, done=bar.update, **settings)
+            last |= {place: replies[key] for place, key in keys.items()}
+            scores |= {place: benchmark.parse(last[place].text) for place in keys
+                       if last[place].status == 200}
+    refused = [reply for reply in last.values() if reply.status != 200]
+    if refused and len(refused) == len(last):
+        raise endpoint.refuses(refused[0])
+    readable = [[s for r in range(repeats) if (s := scores[n, r]) is not None]
+                for n in range(len(prompts))]
+    return [(found, "" if found else _unread(last[n, repeats - 1]))
+            for n, found in enumerate(readable)]
 
 
-def _ask_new(endpoint: Endpoint, file: Path, replies: dict[str, str], new: Mapping[str, Messages],
-             settings: Mapping[str, float]) -> None:
-    """Adds the replies to `new` (key -> prompt) to the file and to `replies` as they come."""
-    keys = list(new)
-    with tqdm(total=len(new), desc="judge's replies", unit="reply", leave=False) as bar:
-        def keep(place: int, text: str) -> None:
-            line = {"key": keys[place], "model": endpoint.model, "reply": text}
-            with file.open("ab") as stream:  # opened for each, so that an interrupt closes none
-                stream.write(f"{to_json(line)}\n".encode())
-                stream.flush()
-                os.fsync(stream.fileno())
-            replies[keys[place]] = text
-            bar.update()
-
-        endpoint.answers(list(new.values()), keep=keep, **settings,
-                         seeds=[seed_for(0, "judge", k) % 2**31 for k in keys])
-
-
-def _read_replies(file: Path) -> dict[str, str]:
-    """key -> reply of a file; what a kill left of its last line is cut off."""
-    *lines, torn = file.read_bytes().split(b"\n") if file.is_file() else [b""]
-    replies = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            replies[record["key"]] = record["reply"]
-        except (ValueError, TypeError, KeyError):
-            raise Refusal(f"{file}, line {number}: is no reply of a judge; remove the line, and "
-                          "its question is asked again") from None
-    if torn:
-        os.truncate(file, file.stat().st_size - len(torn))
-    return replies
+def _unread(reply: Reply) -> str:
+    """Why a reply gives no score."""
+    return fault(reply) or ("no single score in the reply" if reply.text else "empty reply")
 
 
 NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+)(?:\.0)?)?"  # and what it is out of, as in 4/6
@@ -149,11 +143,8 @@ ENDS = r"(?!\w|[.,]\d|\s*[-–/]\s*\d)"  # behind it: no longer number, no range
 
 
 def _verdict(reply: str) -> str:
-    """A reply without emphasis and without the thoughts that some models write before it; nothing
-    where it ends amid them."""
-    if "</think>" not in reply and "<think>" in reply:
-        return ""
-    return re.sub(r"[*`]", "", reply.rpartition("</think>")[2]).strip()
+    """A reply without emphasis and thoughts."""
+    return re.sub(r"[*`]", "", without_thoughts(reply)).strip()
 
 
 def _number(value: str, out_of: str | None, *, low: float, high: float) -> float | None:
@@ -165,6 +156,8 @@ def one_score(reply: str, *, label: str, low: float, high: float, step: float = 
     """The number behind "<label>:", or that the first line consists of; None where there is none,
     where there are several, or where it is out of bounds or no multiple of `step`."""
     text = _verdict(reply)
+    if re.search(rf"(?i)\b{label}\s*[:=]\s*{NUMBER}\s+(?:or|to)\s+\d", text):
+        return None
     numbers = (re.findall(rf"(?i)\b{label}\s*[:=]\s*{NUMBER}{ENDS}", text)
                or re.findall(rf"\A{NUMBER}\.?\s*(?:\n|\Z)", text))
     scores = {_number(*number, low=low, high=high) for number in numbers}

@@ -2,19 +2,25 @@
 hosted one. Nothing is sent before `answers` or `check` is called.
 """
 
+import json
 import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from bpo.models.replies import REFUSED, Reply
 from bpo.params import Refusal
+from bpo.study.files import to_json
+from bpo.study.seeds import seed_for
 
 URL = r"https?://(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d+)?(/[^\s@?#]*)?"
 LOCAL = r"https?://(localhost|127(\.\d+){3}|\[::1\])([:/].*)?"
 MAY_PASS = (408, 409, 429)  # of HTTP's 4xx, those that are worth another try
+OF_PROMPT = (400, 413, 422)  # those that may be about one prompt: too long, filtered, malformed
 REMEDIES = {401: "put a valid key into the environment variable {}",
             403: "put a key that may use it into the environment variable {}",
             404: "the url must end before /chat/completions, often in /v1, and the model must be "
@@ -47,18 +53,28 @@ class Endpoint:
                           "password or query; put the key into the environment variable "
                           f"{self.key_variable}")
 
-    def check(self) -> None:
-        """Asks for one token, which proves more than a list of models; raises as `answers` does."""
-        self.answers([({"role": "user", "content": "Say yes."},)], temperature=0.0, top_p=1.0,
-                     max_new_tokens=1, seeds=[0])
+    def check(self, *, temperature: float, top_p: float, max_new_tokens: int) -> None:
+        """Asks a question of three words with the settings of those to come, which proves more than
+        a list of models; raises as `answers` does, and where the server refuses it."""
+        [reply] = self.answers([({"role": "user", "content": "Say yes."},)], seeds=[0],
+                               temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+        if reply.status != 200:
+            raise self.refuses(reply)
+
+    def refuses(self, reply: Reply) -> Refusal:
+        """What to raise where the server refuses everything as it did in this reply."""
+        remedy = REMEDIES.get(reply.status, "change what it names").format(self.key_variable)
+        return Refusal(f"{self.url}, model {self.model}: refused, HTTP {reply.status}: "
+                       f"{reply.text}; {remedy}")
 
     def answers(self, prompts: Sequence[Sequence[Mapping[str, str]]], *, temperature: float,
                 top_p: float, max_new_tokens: int, seeds: Sequence[int],
-                keep: Callable[[int, str], None] = lambda place, text: None) -> list[str]:
-        """One answer a prompt, in the prompts' order; "" where the model said nothing.
+                keep: Callable[[int, Reply], None] = lambda place, reply: None) -> list[Reply]:
+        """One reply a prompt, in the prompts' order, as it came. A prompt that the server refuses
+        (HTTP 400, 413, 422) has its status and message for a reply, and the others go on.
 
         prompts: messages {role, content} that end with the question.  seeds: one a prompt.
-        keep: gets each prompt's number and answer as it comes, one at a time, before the next
+        keep: gets each prompt's number and reply as it comes, one at a time, before the next
             question. Raises Refusal, or what `keep` raised: nothing new is asked then, and the
             requests under way are waited for.
         """
@@ -74,21 +90,23 @@ class Endpoint:
             max_retries=self.retries,
             # A proxy cannot reach this machine's own servers.
             http_client=openai.DefaultHttpxClient(trust_env=not local))
-        texts, failures, lock = [None] * len(prompts), [], threading.Lock()
+        replies, failures, lock = [None] * len(prompts), [], threading.Lock()
 
         def ask(place: int, messages: Sequence[Mapping[str, str]], seed: int) -> None:
             if failures:
                 return
             try:
-                reply = client.chat.completions.create(
-                    model=self.model, messages=[dict(m) for m in messages], seed=seed,
-                    temperature=temperature, top_p=top_p, max_tokens=max_new_tokens)
-                if not getattr(reply, "choices", None):  # a page or an error sent as HTTP 200
-                    raise ValueError(_first_line(getattr(reply, "error", reply), key))
-                text = (reply.choices[0].message.content or "").strip()
+                try:
+                    reply = _reply(client.chat.completions.create(
+                        model=self.model, messages=[dict(m) for m in messages], seed=seed,
+                        temperature=temperature, top_p=top_p, max_tokens=max_new_tokens), key)
+                except openai.APIStatusError as error:
+                    if error.status_code not in OF_PROMPT:
+                        raise
+                    reply = Reply(_said(error, key), None, error.status_code)
                 with lock:
-                    keep(place, text)
-                texts[place] = text
+                    keep(place, reply)
+                replies[place] = reply
             except Exception as error:
                 failures.append(error)
 
@@ -100,9 +118,9 @@ class Endpoint:
             pool.shutdown(wait=False, cancel_futures=True)
             client.close()
         if failures:
-            answered = f"{len(texts) - texts.count(None)} of this batch's {len(texts)}"
+            answered = f"{len(replies) - replies.count(None)} of this batch's {len(replies)}"
             raise self._refusal(failures[0], key, answered)
-        return texts
+        return replies
 
     def _refusal(self, error: Exception, key: str, answered: str) -> Exception:
         """What is raised in place of an error of openai, which holds the request and so the key."""
@@ -110,11 +128,9 @@ class Endpoint:
 
         where = f"{self.url}, model {self.model}"
         if isinstance(error, openai.APIStatusError):
-            status = error.status_code
-            seen = f"HTTP {status}: {_first_line(error.body or error.response.reason_phrase, key)}"
-            if status < 500 and status not in MAY_PASS:
-                remedy = REMEDIES.get(status, "change what it names").format(self.key_variable)
-                return Refusal(f"{where}: refused, {seen}; {remedy}")
+            if error.status_code < 500 and error.status_code not in MAY_PASS:
+                return self.refuses(Reply(_said(error, key), None, error.status_code))
+            seen = f"HTTP {error.status_code}: {_said(error, key)}"
         elif isinstance(error, openai.APITimeoutError):
             seen = f"silent for {self.timeout:g} s"
         elif isinstance(error, openai.APIError | ValueError):
@@ -124,6 +140,78 @@ class Endpoint:
         return Refusal(f"{where}: gave up (retries: {self.retries}), {seen}; {answered} had been "
                        "answered, and what was written so far is kept: the same command goes on "
                        "from there")
+
+
+def keep_answers(endpoint: Endpoint, file: Path, replies: dict[str, Reply],
+                 prompts: Mapping[str, Sequence[Mapping[str, str]]], *, temperature: float,
+                 top_p: float, max_new_tokens: int, notes: Mapping[str, Mapping[str, Any]],
+                 done: Callable[[], object]) -> None:
+    """Adds the replies to prompts (by key, which seeds them) to a file of JSON lines and to
+    `replies`, as they come: each is on the disk before the next question. notes: by key, what else
+    its line is to hold."""
+    keys = list(prompts)
+
+    def keep(place: int, reply: Reply) -> None:
+        key = keys[place]
+        line = {"key": key, "model": endpoint.model, **notes[key], "status": reply.status,
+                "finish_reason": reply.finish, "reply": reply.text}
+        with file.open("ab") as stream:  # opened for each, so that an interrupt closes none
+            stream.write(f"{to_json(line)}\n".encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        replies[key] = reply
+        done()
+
+    endpoint.answers(list(prompts.values()), keep=keep, temperature=temperature, top_p=top_p,
+                     max_new_tokens=max_new_tokens,
+                     seeds=[seed_for(0, "judge", key) % 2**31 for key in keys])
+
+
+def kept(file: Path) -> dict[str, Reply]:
+    """key -> reply of such a file, without prompts that the server refused; what a kill left of the
+    last line is cut off."""
+    *lines, torn = file.read_bytes().split(b"\n") if file.is_file() else [b""]
+    replies = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if record.get("status", 200) == 200:
+                replies[record["key"]] = Reply(record["reply"], record.get("finish_reason"))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise Refusal(f"{file}, line {number}: is no reply of a judge; remove the line, and "
+                          "its question is asked again") from None
+    if torn:
+        os.truncate(file, file.stat().st_size - len(torn))
+    return replies
+
+
+def _reply(completion: Any, key: str) -> Reply:
+    """The first choice of a completion. Raises ValueError where there is no list of choices: a page
+    or an error sent as HTTP 200."""
+    choices = getattr(completion, "choices", None)
+    if not isinstance(choices, list) or not choices and getattr(completion, "error", None):
+        raise ValueError(_first_line(getattr(completion, "error", completion), key))
+    message = choices[0].message if choices else None
+    finish = choices[0].finish_reason if choices else None
+    text = _text(getattr(message, "content", None))
+    if not text and (refusal := getattr(message, "refusal", None)):
+        text, finish = _text(refusal), REFUSED
+    return Reply(text, finish)
+
+
+def _text(content: Any) -> str:
+    """The text of a message's content: a text, None, or a list of parts, of which those that are
+    text count: not thoughts."""
+    if isinstance(content, list):
+        parts = [p if isinstance(p, Mapping) else {"type": "text", "text": p} for p in content]
+        content = "".join(str(p.get("text") or "") for p in parts
+                          if p.get("type", "text") in ("text", "output_text"))
+    return content.strip() if isinstance(content, str) else ""
+
+
+def _said(error: Any, key: str) -> str:
+    """What the server said in an HTTP error."""
+    return _first_line(error.body or error.response.reason_phrase, key)
 
 
 def _first_line(message: Any, key: str) -> str:

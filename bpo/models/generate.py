@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from bpo.data.images import load
 from bpo.models import encoding
 from bpo.models.checkpoint import Checkpoint
+from bpo.models.replies import Reply
 from bpo.models.weakening import WEAKENINGS, Draw, View
 from bpo.study.seeds import torch_generator
 
@@ -126,11 +127,20 @@ class Contrast(LogitsProcessor):
         return self.mix(clean, weakened, self.strength, self.cutoff).repeat(2, 1)
 
 
-@torch.no_grad()
 def decode(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], *, max_new_tokens: int,
            sampling: SeededSampling | None = None, samples: int = 1,
            contrast: Contrast | None = None) -> list[str]:
-    """The answers to a batch of prompts as text, greedy unless `sampling` is given.
+    """The texts of `replies`."""
+    return [r.text for r in replies(checkpoint, batch, max_new_tokens=max_new_tokens,
+                                    samples=samples, sampling=sampling, contrast=contrast)]
+
+
+@torch.no_grad()
+def replies(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], *, max_new_tokens: int,
+            sampling: SeededSampling | None = None, samples: int = 1,
+            contrast: Contrast | None = None) -> list[Reply]:
+    """The answers to a batch of prompts, greedy unless `sampling` is given; one without an end has
+    the finish "length".
 
     samples: answers a prompt, side by side in the result (needs `sampling` with a generator each);
     the image is encoded once for all of them.
@@ -145,8 +155,10 @@ def decode(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], *, max_new_to
     if contrast is not None:
         tokens = tokens[:len(tokens) // 2]
     answers = tokens[:, batch["input_ids"].shape[1]:]
-    return [t.strip() for t in
-            checkpoint.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    ended = torch.isin(answers, torch.tensor(ends, device=answers.device)).any(1).tolist()
+    texts = checkpoint.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [Reply(text.strip(), "stop" if end else "length")
+            for text, end in zip(texts, ended, strict=True)]
 
 
 def encode_branches(checkpoint: Checkpoint, requests: Sequence[Request], view: View | None, *,
@@ -158,11 +170,11 @@ def encode_branches(checkpoint: Checkpoint, requests: Sequence[Request], view: V
     return {n: torch.cat([b[n] for b in branches]) for n in branches[0]}
 
 
-def sample_answers(checkpoint: Checkpoint, requests: Sequence[Request],
+def sample_replies(checkpoint: Checkpoint, requests: Sequence[Request],
                    inputs: dict[str, torch.Tensor], view: View | None, *, seed: int, purpose: str,
                    temperature: float, top_p: float, samples: int, max_new_tokens: int,
                    contrast_strength: float = 1.0, contrast_cutoff: float = 0.1
-                   ) -> list[list[str]]:
+                   ) -> list[list[Reply]]:
     """For each request `samples` answers, drawn from its weakened image (None: as it is).
 
     inputs: `encode_branches` of the requests and the view.
@@ -176,6 +188,11 @@ def sample_answers(checkpoint: Checkpoint, requests: Sequence[Request],
     draws = [torch_generator(seed, purpose, r.id, k)
              for _ in range(branches) for r in requests for k in range(samples)]
     sampling = SeededSampling(draws, temperature=temperature, top_p=top_p) if temperature else None
-    texts = decode(checkpoint, inputs, max_new_tokens=max_new_tokens, samples=samples,
+    made = replies(checkpoint, inputs, max_new_tokens=max_new_tokens, samples=samples,
                    sampling=sampling, contrast=contrast)
-    return [texts[i:i + samples] for i in range(0, len(texts), samples)]
+    return [made[i:i + samples] for i in range(0, len(made), samples)]
+
+
+def sample_answers(*given: Any, **settings: Any) -> list[list[str]]:
+    """The texts of `sample_replies`."""
+    return [[r.text for r in of_row] for of_row in sample_replies(*given, **settings)]

@@ -92,10 +92,12 @@ def audit(lines: Sequence[Line], *, seed: int, right: Right) -> dict[str, Any]:
 
 
 def _by_source(lines: Sequence[Line]) -> dict[str, dict[str, list[Pair]]]:
-    """source -> side -> pairs, for every source that has a candidate."""
-    pairs = {s: {side: [(k, a) for k in lines for a in k[key] if a["source"] == s]
-                 for side, key in SIDES.items()} for s in SOURCES}
-    return {source: sides for source, sides in pairs.items() if sides["candidates"]}
+    """source -> side -> pairs, for every source that has a candidate; what a text model replied in
+    place of an answer is in none."""
+    made = {c["source"] for k in lines for c in k["candidates"]}
+    return {s: {side: [(k, a) for k in lines for a in k[key]
+                       if a["source"] == s and "fault" not in a] for side, key in SIDES.items()}
+            for s in SOURCES if s in made}
 
 
 def tidy(found: Mapping[str, Any]) -> list[Result]:

@@ -21,6 +21,7 @@ from bpo.models import encoding, generate, logprobs
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.endpoint import Endpoint
 from bpo.models.generate import Request
+from bpo.models.replies import Reply, rewritten
 from bpo.models.weakening import WEAKENINGS, View
 from bpo.pairs import selection
 from bpo.params import PairGeneration, Refusal
@@ -43,9 +44,16 @@ def fill(template: str, row: Row) -> str:
     return re.sub(r"\{(question|answer)\}", lambda place: getattr(row, place[1]), template)
 
 
+def _answer(reply: Reply, annotated: str) -> dict[str, str]:
+    """{text} of the answer in a reply; {text, fault} where it holds none: the reply, and why."""
+    text, fault = rewritten(reply, annotated)
+    return {"text": text, "fault": fault} if fault else {"text": text}
+
+
 def _useful(line: dict[str, Any]) -> list[dict[str, Any]]:
     """The candidates of a line that could be used."""
-    return [c for c in line["candidates"] if not selection.useless(c["text"], line["chosen"])]
+    return [c for c in line["candidates"]
+            if "fault" not in c and not selection.useless(c["text"], line["chosen"])]
 
 
 class Candidates(Sequence):
@@ -75,12 +83,14 @@ class Candidates(Sequence):
         return encoding.reader(self.model)
 
     def make(self) -> None:
-        """Writes weakened-<view>.jsonl and injected.jsonl into the folder, {id, texts} a row, and
-        scores.jsonl, {id, scores} with one entry a candidate. What is there is not made again."""
+        """Writes weakened-<view>.jsonl, {id, texts} a row, injected.jsonl, {id, replies} as they
+        came, and scores.jsonl, {id, scores} with one entry a candidate, into the folder. What is
+        there is not made again."""
         p = self.p
         if "injected" in p.sources and p.endpoint and not processes.first(
                 (self.folder / "injected.jsonl").is_file):
-            processes.first(self._endpoint.check)  # now, and not after hours of weakening
+            # now, and not after hours of weakening
+            processes.first(lambda: self._endpoint.check(**self._injecting))
         if "weakened" in p.sources:
             for view in views(p):
                 self._weaken(view)
@@ -107,17 +117,15 @@ class Candidates(Sequence):
         return Request(row.id, row.prompt, row.image, len(row.answer.split()), other)
 
     def answers(self, checkpoint: Checkpoint, requests: Sequence[Request],
-                inputs: dict[str, torch.Tensor], view: View | None) -> list[dict[str, Any]]:
-        """{id, texts} of each request: what the stage samples from a view's weakened images, or
-        from the text model, whose view is None. inputs: `generate.encode_branches` of both."""
+                inputs: dict[str, torch.Tensor], view: View) -> list[dict[str, Any]]:
+        """{id, texts} of each request: what the stage samples from a view's weakened images.
+        inputs: `generate.encode_branches` of both."""
         p = self.p
-        purpose, temperature, top_p, samples = (
-            (f"weakened {view.name}", p.weaken_temperature, p.weaken_top_p, p.weaken_samples)
-            if view else ("injected", p.inject_temperature, p.inject_top_p, p.inject_samples))
         texts = generate.sample_answers(
-            checkpoint, requests, inputs, view, seed=p.seed, purpose=purpose, samples=samples,
-            temperature=temperature, top_p=top_p, max_new_tokens=p.max_new_tokens,
-            contrast_strength=p.contrast_strength, contrast_cutoff=p.contrast_cutoff)
+            checkpoint, requests, inputs, view, seed=p.seed, purpose=f"weakened {view.name}",
+            samples=p.weaken_samples, temperature=p.weaken_temperature, top_p=p.weaken_top_p,
+            max_new_tokens=p.max_new_tokens, contrast_strength=p.contrast_strength,
+            contrast_cutoff=p.contrast_cutoff)
         return [{"id": r.id, "texts": t} for r, t in zip(requests, texts, strict=True)]
 
     def _weaken(self, view: View) -> None:
@@ -154,6 +162,11 @@ class Candidates(Sequence):
                         key_variable=p.endpoint_key_variable, retries=p.endpoint_retries,
                         timeout=p.endpoint_timeout)
 
+    @property
+    def _injecting(self) -> dict[str, Any]:
+        return {"temperature": self.p.inject_temperature, "top_p": self.p.inject_top_p,
+                "max_new_tokens": self.p.max_new_tokens}
+
     def _inject(self) -> None:
         p, rows = self.p, self.rows
         describe, ask = (p.path(file).read_text(encoding="utf-8").strip()
@@ -179,22 +192,35 @@ class Candidates(Sequence):
         def work(batch: np.ndarray) -> list[dict[str, Any]]:
             requests = [rewriting(number) for number in batch.tolist()]
             if p.endpoint:
-                return self._requested(requests)
-            inputs = generate.encode_branches(self.text_model, requests, None, seed=p.seed)
-            return self.answers(self.text_model, requests, inputs, None)
+                made = self._requested(requests)
+            else:
+                inputs = generate.encode_branches(self.text_model, requests, None, seed=p.seed)
+                made = generate.sample_replies(
+                    self.text_model, requests, inputs, None, seed=p.seed, purpose="injected",
+                    samples=p.inject_samples, **self._injecting)
+            return [{"id": request.id, "replies": [vars(r) for r in replies]}
+                    for request, replies in zip(requests, made, strict=True)]
 
-        shards.run(self.folder / "injected.jsonl", plan, work, label="injected")
+        file = self.folder / "injected.jsonl"
+        shards.run(file, plan, work, label="injected")
+        if p.endpoint:
+            processes.first(lambda: self._require_one(file))
 
-    def _requested(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
-        """`answers` by the endpoint, all samples of all rows under way together."""
-        p, samples = self.p, self.p.inject_samples
+    def _requested(self, requests: Sequence[Request]) -> list[list[Reply]]:
+        """The endpoint's replies to each request, all samples of all rows under way together."""
+        samples = self.p.inject_samples
         each = [(r, k) for r in requests for k in range(samples)]
-        texts = self._endpoint.answers(
-            [r.messages for r, _ in each], temperature=p.inject_temperature, top_p=p.inject_top_p,
-            max_new_tokens=p.max_new_tokens,  # endpoints read seeds of 31 bits
-            seeds=[seeds.seed_for(p.seed, "injected", r.id, k) % 2**31 for r, k in each])
-        return [{"id": r.id, "texts": texts[n * samples:(n + 1) * samples]}
-                for n, r in enumerate(requests)]
+        replies = self._endpoint.answers(  # endpoints read seeds of 31 bits
+            [r.messages for r, _ in each], **self._injecting,
+            seeds=[seeds.seed_for(self.p.seed, "injected", r.id, k) % 2**31 for r, k in each])
+        return [replies[n:n + samples] for n in range(0, len(replies), samples)]
+
+    def _require_one(self, file: Path) -> None:
+        """Raises Refusal where the endpoint refused every prompt; the next run asks again."""
+        if all(r["status"] != 200 for line in LineFile(file) for r in line["replies"]):
+            reply = Reply(**LineFile(file)[0]["replies"][0])
+            file.unlink()
+            raise self._endpoint.refuses(reply)
 
     def _score(self) -> None:
         """Writes scores.jsonl: a list a row with, for every candidate that could be used, its mean
@@ -270,11 +296,15 @@ class Candidates(Sequence):
         return made
 
     def _unscored(self, number: int) -> dict[str, Any]:
-        row = self.rows[number]
-        kinds = [(kind, file[number]["texts"]) for kind, file in self._made]
+        row, kinds = self.rows[number], []
+        for kind, file in self._made:
+            line = file[number]
+            kinds.append((kind, [{"text": t} for t in line["texts"]] if "texts" in line else
+                          [_answer(Reply(**r), row["answer"]) for r in line["replies"]]))
         if "given" in self.p.sources:
-            kinds.append(({"source": "given", "mode": "given"}, row.get("given", [])))
+            kinds.append(({"source": "given", "mode": "given"},
+                          [{"text": t} for t in row.get("given", [])]))
         return {"id": row["id"], "image": row["image"], "category": row["category"],
                 "prompt": row["prompt"], "chosen": row["answer"],
-                "candidates": [{**kind, "sample": k, "text": text} for kind, texts in kinds
-                               for k, text in enumerate(texts)]}
+                "candidates": [{**kind, "sample": k, **made} for kind, all_made in kinds
+                               for k, made in enumerate(all_made)]}

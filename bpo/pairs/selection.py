@@ -65,8 +65,8 @@ def score(candidate: Mapping[str, Any], chosen: str) -> dict[str, float]:
 def choose(p: PairGeneration, line: Mapping[str, Any], right: Right) -> Choice:
     """The `keep` best usable candidates of each group, and as many drawn at random as a control.
 
-    Usable is what is not useless, not in truth right (only where drop_right is set) and not a
-    repeat, but for case and punctuation, of an earlier one in its group. The best have the highest
+    Usable is what is an answer ("fault" says why a reply is none), not useless, not in truth right
+    (only where drop_right is set) and not a repeat, but for case and punctuation, of an earlier one in its group. The best have the highest
     sum of scores, weighted by `select`; equal ones, and all of them where it is empty, come in the
     order of making. Unselected ones are drawn uniformly from all usable ones, so they may be among
     the kept; the draw depends on this line alone.
@@ -79,7 +79,7 @@ def choose(p: PairGeneration, line: Mapping[str, Any], right: Right) -> Choice:
         reasons, seen, totals = [], set(), {}
         for n, candidate in enumerate(made):
             text, same = candidate["text"], metrics.normalised(candidate["text"])
-            reason = useless(text, line["chosen"])
+            reason = candidate.get("fault") or useless(text, line["chosen"])
             if not reason and p.drop_right and right(line, text):
                 reason = "in truth right"
             if not reason and same in seen:

@@ -3,6 +3,7 @@ results.csv and answers.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
@@ -34,6 +35,10 @@ def settings(p: Benchmarks, result: stages.Result) -> DataFrame:
         if judge := how.get("judge"):
             scored = (f"judge {judge['judge']}, prompt {judge['prompt_sha256'][:8]}, temperature "
                       f"{judge['temperature']:g}, replies {judge['repeats']}")
+            unscored = sum(map(Counter, judge["unscored"].values()), Counter())
+            answers = how["questions"] * len(judge["unscored"])
+            scored += f"; unscored answers: {unscored.total()} of {answers}"
+            scored += "".join(f", {why}: {n}" for why, n in sorted(unscored.items()))
         decoding = f"sampled at {how['temperature']:g}, top-p {how['top_p']:g}"
         rows.append({"benchmark": benchmark.title, "questions": how["questions"],
                      "images": how["images"],

@@ -17,6 +17,7 @@ from bpo.evaluation import judged, metrics, official
 from bpo.evaluation.judged import JUDGED, LLAVA_BENCH, MM_VET, MMHAL, TYPES
 from bpo.params import Refusal
 from bpo.study import stage as stages
+from bpo.study.files import read_lines
 
 VET = {
     "v1_0": {"imagename": "v1_0.png", "question": "What is x?", "answer": "-1<AND>-5",
@@ -199,8 +200,13 @@ def scored(number, body):
 
 
 def ask(endpoint, folder, *texts, **changes):
+    return [found for found, _ in judgements(endpoint, folder, *texts, **changes)]
+
+
+def judgements(endpoint, folder, *texts, **changes):
     settings = {"temperature": 0.2, "repeats": 1, "attempts": 1} | changes
-    return judged.ask(endpoint, folder, MM_VET, prompts(*texts), **settings)
+    return judged.ask(endpoint, folder, MM_VET, prompts(*texts), **settings,
+                      names=[(f"question {t}", f"method {n}") for n, t in enumerate(texts)])
 
 
 @pytest.fixture
@@ -289,6 +295,46 @@ def test_a_torn_last_line_is_cut_off_and_a_damaged_one_named(endpoint, judge, tm
         file.write_bytes(first + line + b"\n" + b"".join(others))
         with pytest.raises(Refusal, match=r"replies\.jsonl, line 2: "):
             ask(endpoint, tmp_path, "a")
+
+
+@pytest.mark.parametrize("reply, why", (
+    (completion("rubbish"), "no single score in the reply"),
+    (completion("Score: 0.5 or 0.7"), "no single score in the reply"),
+    (completion("half"), "no single score in the reply"), (completion(None), "empty reply"),
+    (completion("Score:", "length"), "reply cut off"),
+    (completion("<think>Score: 0.5"), "reply of thoughts alone"),
+    (completion("<think>hm</think>"), "reply of thoughts alone"),
+    (completion("", "content_filter"), "reply stopped by a filter"),
+    ((200, {}, {"id": "x", "choices": []}), "empty reply"),
+    ((400, {}, {"error": "no"}), "request refused, HTTP 400")))
+def test_an_answer_without_a_score_has_its_reason_and_the_others_go_on(
+        endpoint, judge, tmp_path, reply, why):
+    judge.reply = lambda number, body: reply if question(body) == "b" else scored(number, body)
+    assert judgements(endpoint, tmp_path, *"abc", attempts=2) == [
+        ([(0.5,)], ""), ([], why), ([(0.0,)], "")]
+    refused = reply[0] != 200
+    assert Counter(judge.questions()) == {"a": 1, "b": 1 if refused else 2, "c": 1}
+    lines = {x["question"]: x for x in read_lines(tmp_path / judged.REPLIES)}
+    assert lines["question a"] | {"key": 0} == {
+        "key": 0, "model": "some/model", "benchmark": "mm-vet", "question": "question a",
+        "methods": ["method 0"], "status": 200, "finish_reason": "stop", "reply": "Score: 0.5"}
+    assert lines["question b"]["status"] == reply[0]
+    # The next run asks again what was refused, and nothing else.
+    judge.seen.clear()
+    judge.reply = scored
+    assert ask(endpoint, tmp_path, *"abc", attempts=2) == [
+        [(0.5,)], [(1.0,)] if refused else [], [(0.0,)]]
+    assert judge.questions() == ["b"] * refused
+
+
+def test_a_judge_that_refuses_everything_ends_the_run_and_is_asked_again(
+        endpoint, judge, tmp_path):
+    judge.reply = lambda number, body: (400, {}, {"error": {"message": "no such model"}})
+    with pytest.raises(Refusal, match="refused, HTTP 400: no such model; change what it names"):
+        ask(endpoint, tmp_path, *"abc", attempts=3)
+    assert sorted(judge.questions()) == list("abc")
+    judge.reply = scored
+    assert ask(endpoint, tmp_path, *"abc") == ALL[:3]
 
 
 def test_two_processes_do_not_pay_for_the_same(endpoint, tmp_path, monkeypatch):

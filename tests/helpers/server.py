@@ -68,10 +68,10 @@ def question(body):
     return body["messages"][-1]["content"]
 
 
-def completion(content):
+def completion(content, finish="stop", **message):
     return 200, {}, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices":
-                     [{"index": 0, "finish_reason": "length",
-                       "message": {"role": "assistant", "content": content}}]}
+                     [{"index": 0, "finish_reason": finish,
+                       "message": {"role": "assistant", "content": content, **message}}]}
 
 
 def echo(body):

@@ -18,6 +18,7 @@ from helpers.server import KEY, completion, echo, free_port, prompts, question
 from bpo.models import checkpoint as checkpoints
 from bpo.models.endpoint import Endpoint
 from bpo.models.generate import Request, decode, encode_batch
+from bpo.models.replies import REFUSED, Reply
 from bpo.pairs import stage as pairs
 from bpo.params import PairGeneration, Refusal
 from bpo.study.files import read_lines
@@ -25,19 +26,24 @@ from bpo.study.files import read_lines
 SETTINGS = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 6}
 
 
-def ask(endpoint, *texts, **changes):
+def replies(endpoint, *texts, **changes):
     return endpoint.answers(prompts(*texts), seeds=range(len(texts)), **SETTINGS | changes)
+
+
+def ask(endpoint, *texts, **changes):
+    return [r.text for r in replies(endpoint, *texts, **changes)]
 
 
 def test_messages_settings_seeds_and_key_are_received_as_they_were_given(endpoint, server):
     messages = ({"role": "system", "content": "be brief"}, {"role": "user", "content": "ä \u2028"})
     large = 2**63 - 1
-    assert endpoint.answers([messages], seeds=[large], **SETTINGS) == ["echo: ä"]
-    endpoint.check()
+    assert endpoint.answers([messages], seeds=[large], **SETTINGS) == [Reply("echo: ä", "stop")]
+    endpoint.check(**SETTINGS)
     (_, headers, body), (_, _, check) = server.seen
     assert body == {"model": "some/model", "messages": list(messages), "temperature": 0.8,
                     "top_p": 0.95, "max_tokens": 6, "seed": large}
-    assert headers["Path"] == "/v1/chat/completions" and check["max_tokens"] == 1
+    assert headers["Path"] == "/v1/chat/completions"
+    assert check | {"messages": 0, "seed": 0} == body | {"messages": 0, "seed": 0}
     assert headers["Authorization"] == f"Bearer {KEY}"
     with pytest.raises(ValueError):
         endpoint.answers(prompts("a", "b"), seeds=[7], **SETTINGS)
@@ -56,10 +62,32 @@ def test_as_many_requests_as_allowed_are_under_way_and_answers_keep_their_order(
     assert {question(b): b["seed"] for _, _, b in server.seen} == dict(zip("abcdefg", range(7)))
 
 
-@pytest.mark.parametrize("content, text", ((None, ""), ("  \n", ""), (" a b\n", "a b")))
-def test_an_answer_without_content_is_empty_and_one_is_stripped(endpoint, server, content, text):
-    server.reply = lambda number, body: completion(content)
-    assert ask(endpoint, "a") == [text]
+@pytest.mark.parametrize("reply, read", (
+    (completion(" a b\n"), Reply("a b", "stop")), (completion("  \n"), Reply("", "stop")),
+    (completion(None), Reply("", "stop")), (completion("a", "length"), Reply("a", "length")),
+    (completion(["a ", "b"]), Reply("a b", "stop")), (completion(3), Reply("", "stop")),
+    (completion([{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]),
+     Reply("a", "stop")),
+    (completion([{"type": "output_text", "text": "a"}, {"type": "text", "text": None}]),
+     Reply("a", "stop")),
+    (completion(None, None, reasoning_content="hm"), Reply("")),
+    (completion(None, refusal="I can't."), Reply("I can't.", REFUSED)),
+    ((200, {}, {"id": "x", "choices": []}), Reply("")),
+    ((200, {}, {"choices": [{"index": 0, "finish_reason": "stop", "message": None}]}),
+     Reply("", "stop")),
+    ((400, {}, {"error": {"message": "filtered.\nmore"}}), Reply("filtered", None, 400)),
+    ((413, {}, b"too long"), Reply("too long", None, 413)),
+    ((422, {}, {"detail": [{"msg": "no"}]}), Reply("[{'msg': 'no'}]", None, 422))))
+def test_a_reply_is_taken_as_it_came(endpoint, server, reply, read):
+    server.reply = lambda number, body: echo(body) if question(body) == "b" else reply
+    assert replies(endpoint, *"bab") == [Reply("echo: b", "stop"), read, Reply("echo: b", "stop")]
+    assert len(server.seen) == 3
+
+
+def test_a_server_that_refuses_the_check_is_refused(endpoint, server):
+    server.reply = lambda number, body: (400, {}, {"error": {"message": f"no model {KEY}"}})
+    with pytest.raises(Refusal, match="model some/model: refused, HTTP 400: no model <key>; "):
+        endpoint.check(**SETTINGS)
 
 
 # --- faults --------------------------------------------------------------------------------------
@@ -106,7 +134,7 @@ def test_what_is_no_completion_is_not_taken_for_an_answer(endpoint, server, repl
 
 
 @pytest.mark.parametrize("status, wrapped", (
-    (400, lambda t: {"error": {"message": t}}), (401, lambda t: {"detail": t}),
+    (402, lambda t: {"error": {"message": t}}), (401, lambda t: {"detail": t}),
     (403, lambda t: {"error": t}), (404, lambda t: t.encode())))
 def test_a_refused_request_is_not_repeated_and_the_key_is_not_shown(
         endpoint, server, caplog, status, wrapped):
@@ -136,7 +164,8 @@ def test_a_failure_waits_for_what_is_under_way_and_starts_nothing_new(endpoint, 
     server.reply, kept = second_fails, {}
     with pytest.raises(Refusal) as refusal:
         ask(replace(endpoint, at_once=3, retries=0), *"abcdef", keep=kept.__setitem__)
-    assert kept == {0: "echo: a", 2: "echo: c"} and sorted(server.questions()) == list("abc")
+    assert {n: r.text for n, r in kept.items()} == {0: "echo: a", 2: "echo: c"}
+    assert sorted(server.questions()) == list("abc")
     assert ("gave up" in str(refusal.value)) == (fault[0] != 401)
 
 
@@ -157,8 +186,8 @@ def test_each_answer_is_handed_over_as_it_comes_and_an_interrupt_loses_none(
             interrupted.wait(60)
         return echo(body)
 
-    def keep(place, text):
-        kept[place] = text
+    def keep(place, reply):
+        kept[place] = reply.text
         if len(kept) == 3:
             handed.set()
 
@@ -191,14 +220,14 @@ def test_this_machine_s_own_server_is_asked_without_proxy_and_without_key(
     assert server.seen[0][1]["Authorization"] == "Bearer none"
     for url in ("https://models.invalid/v1", "http://0.0.0.0:1/v1", "http://localhost.invalid/v1"):
         with pytest.raises(Refusal, match=f"^{url}: no key: .* variable TEST_KEY$"):
-            replace(endpoint, url=url).check()
+            replace(endpoint, url=url).check(**SETTINGS)
 
 
 @pytest.mark.parametrize("key", (f"{KEY} {KEY}", f"{KEY}\n{KEY}", f"{KEY}ä"))
 def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(endpoint, monkeypatch, key):
     monkeypatch.setenv("TEST_KEY", key)
     with pytest.raises(Refusal, match="no key: .* variable TEST_KEY$") as refusal:
-        endpoint.check()
+        endpoint.check(**SETTINGS)
     assert KEY not in str(refusal.value)
 
 
@@ -267,7 +296,7 @@ def test_a_served_model_says_what_it_says_at_home(served, text_folder):
         inputs = encode_batch(checkpoint, [Request("x", prompts(text)[0], None)])
         assert decode(checkpoint, inputs, max_new_tokens=6) == [answer]
     with pytest.raises(Refusal, match="model other: refused, HTTP 400: "):
-        replace(client, model="other").check()
+        replace(client, model="other").check(**SETTINGS)
 
 
 @pytest.mark.slow

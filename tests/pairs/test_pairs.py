@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 
 import pytest
+from helpers.server import completion
 from helpers.study import killed_until
 from PIL import ImageOps
 
@@ -109,8 +111,13 @@ FILES = ("rows.jsonl", "rejected_rows.jsonl", "weakened-noisy-800-0.jsonl", "inj
 
 
 @pytest.fixture(scope="module")
-def parameters(model_folder, text_folder, data_file, prompt_files):
-    return PairGeneration(study="s", model=str(model_folder), text_model=str(text_folder),
+def parameters(model_folder, text_folder, data_file, prompt_files, tmp_path_factory):
+    # A random model hardly ever ends an answer: every second word ends this one's.
+    text_model = shutil.copytree(text_folder, tmp_path_factory.mktemp("ending") / "model")
+    settings = text_model / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {
+        "eos_token_id": [2, *range(7, 200, 2)]}))
+    return PairGeneration(study="s", model=str(model_folder), text_model=str(text_model),
                           data=str(data_file), max_new_tokens=6, batch_tokens=120, **prompt_files)
 
 
@@ -146,7 +153,7 @@ def test_the_stage_writes_a_line_a_positive_and_its_audit(uninterrupted, data_fi
     for line in read_lines(uninterrupted.folder / "candidates.jsonl"):
         for c in line["candidates"]:
             same = metrics.normalised(c["text"]) == metrics.normalised(line["chosen"])
-            assert ("scores" in c) != (same or not metrics.normalised(c["text"]))
+            assert ("scores" in c) != ("fault" in c or same or not metrics.normalised(c["text"]))
     assert sum(found[s]["kept"] for s in ("weakened", "injected")) == kept
     assert set(uninterrupted.manifest["inputs"]) == {
         "model", "text_model", "data", "truth", "describe_prompt", "question_prompt"}
@@ -155,7 +162,8 @@ def test_the_stage_writes_a_line_a_positive_and_its_audit(uninterrupted, data_fi
 
 
 def test_rejected_answers_are_what_the_models_said(uninterrupted):
-    said = {s: {x["id"]: x["texts"] for x in read_lines(uninterrupted.folder / f)}
+    said = {s: {x["id"]: x.get("texts") or [r["text"] for r in x["replies"]]
+                for x in read_lines(uninterrupted.folder / f)}
             for s, f in (("weakened", FILES[2]), ("injected", FILES[3]))}
     for line in pair_rows.read_pairs(uninterrupted.folder / "pairs.jsonl"):
         for rejected in line["rejected"]:
@@ -188,21 +196,21 @@ def test_the_same_parameters_give_the_same_bytes_anywhere(uninterrupted, paramet
 @pytest.mark.parametrize("killed_at", (1, 4))
 def test_an_interrupted_stage_goes_on_to_the_same_bytes(uninterrupted, parameters, outputs,
                                                         monkeypatch, killed_at):
-    decode, calls = generate.decode, []
+    reply, calls = generate.replies, []
 
     def killed(*args, **options):
         calls.append(1)
         if len(calls) > killed_at:
             raise KeyboardInterrupt
-        return decode(*args, **options)
+        return reply(*args, **options)
 
     whole, counted, take_stock = [], [], check.take_stock
     monkeypatch.setattr(check, "take_stock", lambda *args, **options: (
         counted.append(1), take_stock(*args, **options)))
-    monkeypatch.setattr(generate, "decode",
-                        lambda *args, **options: whole.append(1) or decode(*args, **options))
+    monkeypatch.setattr(generate, "replies",
+                        lambda *args, **options: whole.append(1) or reply(*args, **options))
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "decode", killed)
+        patch.setattr(generate, "replies", killed)
         with pytest.raises(KeyboardInterrupt):
             pairs.run(parameters)
     result = pairs.run(parameters)
@@ -327,6 +335,54 @@ def test_contrasts_make_pairs_too(parameters, outputs, mode):
                                score_candidates=False))
     assert (result.folder / f"weakened-{mode}-800-0.jsonl").is_file()
     assert result.metrics["rows"] == 3 and result.metrics["weakened"]["candidates"] == 3
+
+
+REPLIES = (  # what an endpoint replies, the text that is taken from it, or why none is
+    (completion("<think>hm</think>Sure! Here is it:\n\n\"a wrong cat\""), "a wrong cat", None),
+    (completion("a wrong dog"), "a wrong dog", None),
+    (completion("I'm sorry, but I can't help with that."), None, "reply that refuses"),
+    (completion("1. a cat\n2. a dog"), None, "reply of several answers"),
+    (completion("a wrong", "length"), None, "reply cut off"),
+    (completion("<think>a wrong"), None, "reply of thoughts alone"),
+    (completion(None), None, "empty"),
+    ((400, {}, {"error": "filtered"}), None, "request refused, HTTP 400"))
+
+
+@pytest.fixture
+def injected(parameters, endpoint, server, outputs):
+    """Runs the stage with 12 rewrites of a server that gives replies in turn, after its check."""
+    def run(*replies):
+        left = iter([completion("yes"), *replies])
+        server.reply = lambda number, body: next(left)
+        server.seen.clear()
+        return pairs.run(changed(
+            parameters, sources=["injected"], endpoint=server.url, endpoint_model="m",
+            endpoint_key_variable="TEST_KEY", endpoint_requests=1, endpoint_retries=0,
+            score_candidates=False))
+    return run
+
+
+def test_an_endpoint_s_replies_are_cleaned_or_dropped_and_counted(injected, server):
+    replies = [r for r, _, _ in REPLIES]
+    with pytest.raises(Refusal, match="HTTP 503: busy; 1 of this batch's 4 had been answered"):
+        injected(*replies[:5], (503, {}, {"error": "busy"}))
+    result = injected(*replies[4:], *[completion("a wrong dog")] * 4)
+    assert len(server.seen) == 1 + 8, "what was answered is not asked again"
+    made = [line["candidates"][0] for line in read_lines(result.folder / "candidates.jsonl")]
+    for candidate, (_, text, why) in zip(made, REPLIES, strict=False):
+        assert candidate.get("fault") == (why if why != "empty" else None)
+        assert text in (None, candidate["text"])
+    found = result.metrics["injected"]
+    assert found["dropped"] == {why: 1 for _, _, why in REPLIES if why}
+    # What is no answer is not measured as one.
+    assert (found["candidates"], found["near_duplicates"]["candidates"]["n"]) == (12, 7)
+    assert "reply that refuses" in pair_tables.dropped(result.metrics).plain
+
+
+def test_an_endpoint_that_refuses_every_row_ends_the_run_and_is_asked_again(injected, server):
+    with pytest.raises(Refusal, match="model m: refused, HTTP 400: too long; change what it"):
+        injected(*[(400, {}, {"error": "too long"})] * 12)
+    assert injected(*[completion("a wrong dog")] * 12).metrics["injected"]["kept"] == 12
 
 
 def test_a_new_way_of_weakening_is_one_entry(parameters, outputs, monkeypatch):
