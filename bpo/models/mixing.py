@@ -5,6 +5,7 @@ A comparison of numbers alone does not tell: in bfloat16 what a wrong mask moves
 from what rounding moves in a deep model.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,9 @@ def why_not(base: PreTrainedModel) -> str:
             isinstance(m, torch.nn.Conv1d) for m in decoder.modules()):
         kinds = " and ".join(sorted(others)) or "recurrence or convolution"
         return f"its decoder mixes tokens by {kinds}, not by attention alone"
+    if getattr(decoder.config, "alibi", False) or (
+            "position_ids" not in inspect.signature(base.forward).parameters):
+        return "its decoder counts positions by itself"
     return ""
 
 
