@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import random
 import re
 import subprocess
@@ -302,38 +301,6 @@ def test_out_of_memory_says_what_to_lower(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "_compute_loss", full)
     with pytest.raises(MemoryError, match="per_device_train_batch_size .it is 4.*checkpointing"):
         trainer.train()
-
-
-RUN = """
-import json, sys
-from bpo.study import processes
-sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/.."]
-import test_packed as t
-trainer = t.made_trainer(t.PackedDPOTrainer, t.Path(sys.argv[2]), t.made_rows((2, 2, 2, 2)),
-                         t.Path(sys.argv[3]), per_device_train_batch_size=int(sys.argv[4]),
-                         precompute_ref_log_probs=True, num_train_epochs=2)
-curve = t.curves(trainer)
-if trainer.is_world_process_zero():
-    t.Path(sys.argv[5]).write_text(json.dumps(curve))
-processes.leave()
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_give_one_process_s_loss_curve(model_folder, tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
-    found = []
-    for count, batch in ((1, 4), (2, 2)):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] * (
-            count == 2)
-        out = tmp_path / f"{count}.json"
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script), str(Path(__file__).parent), str(model_folder),
-             str(tmp_path / str(count)), str(batch), str(out)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(json.loads(out.read_text()))
-    agree(*found, bound=2e-5)
 
 
 SHARDED = """
