@@ -54,7 +54,7 @@ def survey(dataset: Dataset, dropped: Counter, processor: Any, limit: int | None
     else:
         # What a transform makes of a row is known when it is made.
         stored = dataset if dataset.format["type"] == "custom" else _stored(dataset)
-        sizes = list(map(Sizes(processor), stored))
+        sizes = list(map(Sizes(processor, limit), stored))
     kept = [n for n, size in enumerate(sizes) if limit is None or size.length <= limit]
     rows = _taken(dataset, kept, Counter({_too_long(limit): len(sizes) - len(kept)}), dropped)
     in_tokens = processor is None or limit is not None
@@ -122,7 +122,7 @@ def _empty(value: Any) -> bool:
 
 def too_long(processor: Any, limit: int) -> Callable[[Mapping[str, Any]], str]:
     """Says of a row of a stream whether it is longer than `limit` tokens."""
-    size = Sizes(processor)
+    size = Sizes(processor, limit)
     return lambda row: _too_long(limit) if size(row).length > limit else ""
 
 
@@ -138,25 +138,49 @@ class Size(NamedTuple):
 
 
 class Sizes:
-    """Sizes of rows in tokens; of pictures the file's header is read alone. See `survey`."""
+    """Sizes of rows in tokens; of pictures the file's header is read alone. See `survey`.
 
-    def __init__(self, processor: Any):
-        self.processor = processor
+    A text has no more tokens than bytes. A row that fits even so is not rendered and tokenized, and
+    its length is that bound.
+    """
+
+    def __init__(self, processor: Any, limit: int):
+        self.processor, self.limit = processor, limit
         self.lengths = encoding.Lengths(Checkpoint(None, processor))
+        self.templates: dict[tuple, int] = {}  # roles of the turns -> what their template adds
 
     def __call__(self, row: Mapping[str, Any]) -> Size:
         if self.processor is None:
             return Size(len(row["prompt_ids"]) + max(len(row["chosen_ids"]),
                                                      len(row["rejected_ids"])), False)
         pictures = _pictures(row)
-        texts = {n: row[n] for n in (*TEXTS, "tools", "chat_template_kwargs") if row.get(n)}
+        shown = tuple(_size(i) for i in pictures)
+        texts = {n: row[n] for n in TEXTS}
+        turns = tuple(tuple(m["role"] for m in t) if isinstance(t, list) else ()
+                      for t in texts.values())
+        own = {n: row[n] for n in ("tools", "chat_template_kwargs") if row.get(n)}
+        if not own and turns in self.templates and (not shown or shown in self.lengths.added):
+            prompt, *answers = map(_bytes, texts.values())
+            bound = (prompt + max(answers) + self.templates[turns]
+                     + self.lengths.added.get(shown, 0))
+            if bound <= self.limit:
+                return Size(bound, bool(pictures))
         if is_conversational(texts):
-            for name in texts.keys() & set(TEXTS):
-                shown = {"images": pictures} if name == "prompt" else {}
-                texts[name] = prepare_multimodal_messages(texts[name], **shown)
-            texts = apply_chat_template(texts, self.processor)
-        return Size(self.lengths(texts["prompt"], [_size(i) for i in pictures],
-                                 [texts["chosen"], texts["rejected"]]), bool(pictures))
+            texts = apply_chat_template(own | {
+                n: prepare_multimodal_messages(t, **({"images": pictures} if n == "prompt" else {}))
+                for n, t in texts.items()}, self.processor)
+        length = self.lengths(texts["prompt"], shown, [texts["chosen"], texts["rejected"]])
+        self.templates.setdefault(turns, length - self.lengths.added.get(shown, 0))
+        return Size(length, bool(pictures))
+
+
+def _bytes(value: Any) -> int:
+    """The bytes of all text in a value."""
+    if isinstance(value, str):
+        return len(value.encode())
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return sum(map(_bytes, value)) if isinstance(value, list) else 0
 
 
 def _pictures(row: Mapping[str, Any], none: Sequence[Any] = ()) -> Sequence[Any]:
