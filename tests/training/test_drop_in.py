@@ -2,6 +2,7 @@
 and the numbers that TRL gives on the rows that both train on."""
 
 import random
+from itertools import accumulate
 
 import pytest
 import torch
@@ -277,3 +278,25 @@ def test_pictures_turned_by_their_exif_block_are_measured_as_they_are_shown(mode
                           max_length=1024)
     survey = trainer._surveys[trainer.train_dataset._fingerprint]
     assert survey.longest == [1]
+
+
+def peak(work) -> int:
+    """The most bytes that tensors hold at one time while work runs, above what they held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def test_the_self_check_holds_little_more_than_a_step(model_folder, tmp_path):
+    rows = [{**r, "rejected": said("assistant", text)} for r in made_rows(4)
+            for text in ("blue", "a green cat", "no")]
+    trainer = made(PackedDPOTrainer, model_folder, rows, tmp_path, per_device_train_batch_size=12)
+    batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
+    trainer.data_collator.tried = {True: 0, False: 0}
+    checked = peak(trainer.get_train_dataloader)
+    assert trainer.data_collator.tried[True] > 0 and trainer.data_collator.packing
+    trainer.model.train()
+    step = peak(lambda: trainer.compute_loss(trainer.model, batch).backward())
+    assert checked <= 1.3 * step, (checked, step)
