@@ -65,11 +65,16 @@ def size(file: Path) -> tuple[int, int]:
     Raises Unusable as `load` does, but does not see that the pixels behind the header are damaged.
     """
     with _opened(file) as image:
-        # Pillow decodes a PNG whole to look for orientation behind its pixels, where no camera
-        # writes it.
-        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-        turned = exif.get(ExifTags.Base.Orientation, 1) in SIDEWAYS
-        return image.size[::-1] if turned else image.size
+        return upright_size(image)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of an opened image once it is turned as its EXIF block says."""
+    # Pillow decodes a PNG whole to look for orientation behind its pixels, where no camera
+    # writes it.
+    exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+    turned = exif.get(ExifTags.Base.Orientation, 1) in SIDEWAYS
+    return image.size[::-1] if turned else image.size
 
 
 def problem(file: Path) -> str | None:

@@ -170,7 +170,7 @@ def answer_ids(checkpoint: Checkpoint, text: str) -> list[int]:
 
 class Lengths:
     """Tokens of a prompt with its images and of the longest answer to it. What images add depends
-    on their sizes alone, so the processor sees one blank image of each."""
+    on their sizes alone, so the processor sees one blank image of each (`added`)."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint, self.added = checkpoint, {}
@@ -183,8 +183,9 @@ class Lengths:
         if sizes and sizes not in self.added:
             blank = [transformed(Image.new("RGB", s), self.checkpoint.transform, processor)
                      for s in sizes]
-            whole = processor(text=[prompt], images=[blank], add_special_tokens=False)
-            self.added[sizes] = len(whole["input_ids"][0]) - count
+            whole = processor(text=[prompt], images=[blank], add_special_tokens=False,
+                              return_tensors="pt")
+            self.added[sizes] = whole["input_ids"].shape[1] - count
         return count + self.added.get(sizes, 0) + max(others)
 
 

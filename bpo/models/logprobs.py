@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bpo.models import prefix
+from bpo.models import mixing, prefix
 from bpo.models.checkpoint import Checkpoint
 
 
@@ -29,9 +29,15 @@ Scorer = Callable[[Checkpoint, dict[str, torch.Tensor], Answers], list[list[Weig
 
 def weigh(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], answers: Answers
           ) -> list[list[Weighed]]:
-    """Every answer of every row, all answers of a row in one pass over its prompt. Not exact for
-    every family; see `choose`, which tries on the data at hand."""
+    """Every answer of every row, all answers of a row in one pass over its prompt; a batch beyond
+    the decoder's window goes the unpacked way. Not exact for every family; see `choose`, which
+    tries on the data at hand."""
     prompt = batch["input_ids"]
+    reach = mixing.window(checkpoint.base)
+    if reach is not None and reach < max(
+            len(answer) + tokens for row, tokens in zip(
+                answers, batch["attention_mask"].sum(1).tolist(), strict=True) for answer in row):
+        return weigh_unpacked(checkpoint, batch, answers)
     begins = (prompt.shape[1] - batch["attention_mask"].sum(1)).tolist()
     sequences = [(b, k, answer) for b, row in enumerate(answers) for k, answer in enumerate(row)]
     longest = max(len(answer) for _, _, answer in sequences)
@@ -86,7 +92,8 @@ def choose(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], answers: Answ
     The bound is what float rounding leaves: 1e-3 nats a token in float32, 0.1 in bfloat16.
     """
     bound = 1e-3 if checkpoint.base.dtype == torch.float32 else 0.1
-    plain = weigh_unpacked(checkpoint, batch, answers)
+    with mixing.watched(checkpoint.base) as reasons:
+        plain = weigh_unpacked(checkpoint, batch, answers)
 
     def off() -> float:
         packed = weigh(checkpoint, batch, answers)
@@ -94,7 +101,8 @@ def choose(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], answers: Answ
                    for row, other in zip(packed, plain, strict=True)
                    for x, y in zip(row, other, strict=True))
 
-    why = prefix.settle(checkpoint.base, off, bound=bound, words="log-probs differ by {:.2g}")
+    why = mixing.why_not(checkpoint.base) or next(iter(reasons), "") or prefix.settle(
+        [checkpoint.base], off, bound=bound, words="log-probs differ by {:.2g}")
     if not why:
         return weigh
     print(f"Answers cannot share their prompt's pass with this model ({why}): "

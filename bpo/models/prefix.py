@@ -8,7 +8,7 @@ last token of an answer, which predicts nothing that counts, is left out.
 Two ways to keep branches apart: branch attention, where each branch's queries meet only the keys
 that they may see, and a dense 4-D mask, which any attention takes that honours one. transformers
 hands either on untouched. Neither is right for every family (Gemma 3 puts a mask of its own over an
-image's tokens): who packs compares with the unpacked way first.
+image's tokens): who packs asks `mixing` and compares with the unpacked way first.
 """
 
 import inspect
@@ -196,15 +196,18 @@ def use_mask(base: PreTrainedModel) -> None:
         base.get_decoder().set_attn_implementation("sdpa")
 
 
-def settle(base: PreTrainedModel, off: Callable[[], float], *, bound: float, words: str) -> str:
-    """Leaves the model with branch attention, else with the dense mask: the first with which what
+def settle(bases: Sequence[PreTrainedModel], off: Callable[[], float], *, bound: float, words: str
+           ) -> str:
+    """Leaves the models with branch attention, else with the dense mask: the first with which what
     `off` computes packed is at most `bound` off. Why neither is, or empty.
 
-    words: says how far off it is, a format of one number.
+    bases: the model, and its reference where that is another one. words: says how far off it is, a
+    format of one number.
     """
     why = ""
     for prepare in (use_attention, use_mask):
-        prepare(base)
+        for base in bases:
+            prepare(base)
         try:
             gap = off()
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:

@@ -121,7 +121,7 @@ def loss(trainer: Any, model: "Module", inputs: dict[str, Any], tokens: "Tensor"
     chosen, rejected = tokens[:, -inputs["completion_mask"].shape[1] + 1:].sum(1).chunk(2)
     h = LogRatios(chosen - inputs["ref_chosen_logps"], rejected - inputs["ref_rejected_logps"])
     if damaged is not None:
-        reference = trainer._references(damaged, damaged.get("keys"))["ref_chosen_logps"]
+        reference = trainer.references(damaged, damaged.get("keys"))["ref_chosen_logps"]
         now = trainer.answer_tokens(model, damaged).sum(1).chunk(2)[0]
         h = h._replace(damaged=now - reference)
         mode = "train" if trainer.model.training else "eval"

@@ -30,7 +30,7 @@ from bpo.params import DPOTraining
 from bpo.study import processes
 from bpo.study.files import to_json, write_whole
 from bpo.training import objectives
-from bpo.training.packed import collation
+from bpo.training.packed import rows as packed_rows
 from bpo.training.packed.trainer import PackedDPOTrainer
 
 COUNTED_STEPS = 4
@@ -152,8 +152,8 @@ class CountedSFTTrainer(_Counted, SFTTrainer):
     """TRL's SFTTrainer that measures its compute and takes rows in the packed trainer's order."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-        order = collation.sampler(collation.positives(self.train_dataset), self.args,
-                                  batch=self._train_batch_size)
+        order = packed_rows.sampler(packed_rows.positives(self.train_dataset), self.args,
+                                    batch=self._train_batch_size)
         return order or super()._get_train_sampler(train_dataset)
 
 

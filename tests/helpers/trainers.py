@@ -11,17 +11,18 @@ from bpo.models.checkpoint import Checkpoint
 
 
 def dpo_trainer(kind: type[DPOTrainer], checkpoint: Checkpoint, rows: Dataset, out: Any, *,
-                own: dict[str, Any] | None = None, moved: int = 1, **settings: Any) -> DPOTrainer:
-    """A trainer whose adapters do not start at zero but at a draw seeded by `moved`. own: what the
-    packed one alone takes; settings: TRL's."""
+                own: dict[str, Any] | None = None, moved: int = 1, adapters: bool = True,
+                **settings: Any) -> DPOTrainer:
+    """A trainer whose adapters do not start at zero but at a draw seeded by `moved`; or which
+    trains all weights. own: what the packed one alone takes; settings: TRL's."""
     args = DPOConfig(str(out), **{**dict(
         use_cpu=True, bf16=False, report_to="none", max_length=None, save_strategy="no",
         per_device_train_batch_size=4, logging_steps=1, disable_tqdm=True, learning_rate=1e-3,
         gradient_checkpointing=False), **settings})
+    peft = {"peft_config": checkpoints.adapter_config(
+        checkpoint.model, rank=4, alpha=8, dropout=0.0)} if adapters else {}
     trainer = kind(checkpoint.model, args=args, train_dataset=rows,
-                   processing_class=checkpoint.processor, **(own or {}),
-                   peft_config=checkpoints.adapter_config(checkpoint.model, rank=4, alpha=8,
-                                                          dropout=0.0))
+                   processing_class=checkpoint.processor, **{**(own or {}), **peft})
     draw = torch.Generator().manual_seed(moved)
     with torch.no_grad():
         for name, weight in trainer.model.named_parameters():

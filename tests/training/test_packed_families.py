@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from helpers.data import picture
 from helpers.qwen import trained_tokenizer, write_qwen
 from helpers.trainers import dpo_trainer
@@ -279,8 +279,36 @@ def test_a_family_with_attention_in_both_directions_goes_on_unpacked_as_trl(
     made.get_train_dataloader()
     assert not made.data_collator.packing
     said = capsys.readouterr().out
-    assert "cannot be packed with this model" in said and "slower and right" in said
+    assert "its attention looks ahead within the prompt" in said and "slower and right" in said
     unpacked = step(made)
     assert "packed" not in unpacked[2]
     assert unpacked[0] == pytest.approx(stock[0], abs=CLOSE)
     assert distance(stock[1], unpacked[1]) <= CLOSE
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_mask_of_its_own_is_seen_whatever_comes_first(streamed, precision, folders, pairs,
+                                                        tmp_path, capsys):
+    """Rows of text, and an evaluation on such, before the first row with a picture."""
+    text = [{**row, "images": []} for row in pairs.select(range(2))]
+    rows = Dataset.from_list([*text, *pairs])
+    if streamed:
+        rows = IterableDataset.from_generator(lambda: iter([*text, *pairs]))
+    made = dpo_trainer(PackedDPOTrainer, checkpoints.load(folders("gemma3"), precision=precision),
+                       rows, tmp_path, own={"eval_dataset": Dataset.from_list(text)},
+                       max_steps=3, per_device_train_batch_size=2, bf16=precision == "bfloat16",
+                       train_sampling_strategy="sequential")
+    made.evaluate()
+    assert made.data_collator.packing  # right for text
+    made.train()
+    assert not made.data_collator.packing
+    assert "its attention looks ahead within the prompt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_a_family_that_packs_right_does_so_in_bfloat16(family, folders, pairs, tmp_path):
+    made = dpo_trainer(PackedDPOTrainer, checkpoints.load(folders(family), precision="bfloat16"),
+                       pairs, tmp_path, bf16=True)
+    made.get_train_dataloader()
+    assert made.data_collator.packing

@@ -330,7 +330,8 @@ def test_settings_reach_the_trainer(parameters, rows, tmp_path):
         assert not any(isinstance(c, PrinterCallback) for c in trainer.callback_handler.callbacks)
         assert trainer.model.get_output_embeddings().weight.dtype == torch.bfloat16
         assert trainer.train_dataset[0]["images"][0].size == (48, 48)
-    assert bpo.beta == 0.3 and bpo._checked and sft.args.completion_only_loss
+    assert bpo.beta == 0.3 and sft.args.completion_only_loss
+    assert bpo.data_collator.tried[True] == math.inf
 
 
 def test_a_weight_outside_the_adapters_that_would_be_trained_is_refused(parameters, rows, tmp_path,

@@ -1,96 +1,188 @@
-"""The packed step's self-check: a batch computed packed and unpacked, loss and gradients compared.
+"""The packed step's self-check: one pair computed packed and unpacked, log-probs and gradients
+compared, and one answer changed while the other is watched.
 
-A family whose attention or positions packing does not fit gives no error but wrong gradients, so
-the first batch of every run is tried.
+A family whose attention or positions packing does not fit gives no error but wrong gradients. One
+pair is enough, and no more memory than a step: what is compared is log p(chosen) - log p(rejected),
+whose gradient is that of every preference loss but for a factor.
 """
 
-from collections import defaultdict
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from bpo.models import prefix
+from bpo.models import mixing, prefix
+from bpo.training.packed import collation
 
-# What float rounding leaves between packed and unpacked, relative; a wrong position or a leak
-# between branches moves the gradient by 0.9 % and more.
-BOUNDS = {"float32": 1e-3, "half": 0.05}
+# What float rounding leaves between packed and unpacked, relative, in float32. A wrong position or
+# a leak between branches moves the gradient by 0.9 % and more.
+FLOAT32 = 1e-3
+# In bfloat16 right packing shows 0.5 to 0.9 % in small models and more in deep ones: allowed is
+# this much, or three times what moving the inputs in their last place does.
+HALF = 0.01
 
-LossAndGradients = tuple[float, list[torch.Tensor]]
+
+class Computed(NamedTuple):
+    """log p of answer tokens (2, S - 1), chosen before rejected, and the weights' gradients."""
+
+    logps: torch.Tensor
+    gradients: list[torch.Tensor]
 
 
-def choose(trainer: Any, rows: Sequence[dict[str, Any]]) -> str:
-    """Leaves the trainer's batches packed with branch attention, else with a dense mask: the first
-    that agrees with unpacked on these rows, or on half of them where memory does not hold all; why
-    neither does, or empty. The adapters are as they were afterwards."""
-    half = trainer.args.bf16 or trainer.args.fp16 or trainer.base.dtype != torch.float32
+def try_longest(trainer: Any, rows: Sequence[dict[str, Any]],
+                model: torch.nn.Module | None = None) -> None:
+    """Tries the longest of some rows, if it is longer than any that was tried. Leaves the trainer
+    unpacked where packing is wrong for its model, and says so. model: the wrapped one, where the
+    weights are spread over processes."""
+    collator = trainer.data_collator
+    rows = [{n: v for n, v in r.items() if n not in ("row", "damaged_images")} for r in rows]
     with _tried(trainer):
-        try:
-            plain = _gradients(trainer, rows, packing=False)
-        except torch.OutOfMemoryError:
-            if len(rows) < 2:
-                raise
-            return choose(trainer, rows[:len(rows) // 2])
+        length, number = collation.longest(collator(rows))
+    pictured = collation.pictured(rows)
+    if length <= collator.tried[pictured] or length > (collator.window or math.inf):
+        return
+    with trainer.memory():
+        why = (choose(trainer, rows[number]) if model is None
+               else compare_logps(trainer, model, rows[number]))
+    collator.packing = not why
+    collator.tried[pictured] = length
+    if why:
+        trainer.accelerator.print(f"The batches cannot be packed with this model ({why}): the run "
+                                  "goes on unpacked, which is slower and right.")
+
+
+def choose(trainer: Any, row: dict[str, Any]) -> str:
+    """Leaves the trainer's batches packed with branch attention, else with a dense mask: the first
+    that agrees with unpacked on this pair; why neither does, or empty. The adapters are as they
+    were afterwards."""
+    bases = trainer.bases
+    with _tried(trainer), trainer.accelerator.autocast():
+        with mixing.watched(trainer.base) as reasons:
+            plain = _compute(trainer, _batch(trainer, row, packing=False))
+        if reasons:
+            return reasons[0]
+        bound, still = FLOAT32, FLOAT32
+        if (half := _half(trainer)) is not None:
+            with _rounded_anew(trainer.base, half):
+                moved = _compute(trainer, _batch(trainer, row, packing=False))
+            bound, still = max(HALF, 3 * apart(plain, moved)), _gap(plain.logps, moved.logps)
 
         def off() -> float:
-            trainer.data_collator.dense = not prefix.in_use(trainer.base)
-            return apart(plain, _gradients(trainer, rows, packing=True))
+            trainer.data_collator.dense = not all(map(prefix.in_use, bases))
+            batch = _batch(trainer, row, packing=True)
+            packed = _compute(trainer, batch)
+            if _leak(trainer, batch) > still:
+                raise ValueError("another answer's words move an answer's log-probs")
+            return apart(plain, packed)
 
-        return prefix.settle(trainer.base, off, bound=BOUNDS["half" if half else "float32"],
-                             words="its loss or gradients would be off by {:.1%}")
+        return prefix.settle(bases, off, bound=bound,
+                             words="its log-probs or gradients would be off by {:.1%}")
 
 
-def compare_losses(trainer: Any, model: torch.nn.Module, rows: Sequence[dict[str, Any]]) -> str:
-    """The check where no process holds all weights (FSDP, DeepSpeed): the loss alone, through the
+def compare_logps(trainer: Any, model: torch.nn.Module, row: dict[str, Any]) -> str:
+    """The check where no process holds all weights (FSDP, DeepSpeed): log-probs alone, through the
     wrapped model, on all processes at once. Why packing is wrong, or empty."""
-    losses = []
     with _tried(trainer), torch.no_grad():
-        for packing in (False, True):
-            trainer.data_collator.packing = packing
-            batch = trainer._prepare_inputs(trainer.data_collator(rows))
-            losses.append(trainer._compute_loss(model, batch, False).item())
-    gap = torch.tensor(abs(losses[0] - losses[1]), device=trainer.accelerator.device)
-    off = trainer.accelerator.gather(gap).max().item() / max(1.0, abs(losses[0]))
-    return "" if off <= BOUNDS["half"] else f"its loss would be off by {off:.1%}"
+        with mixing.watched(trainer.base) as reasons:
+            plain = trainer.answer_tokens(model, _batch(trainer, row, packing=False))
+        packed = trainer.answer_tokens(model, _batch(trainer, row, packing=True))
+    gap = torch.tensor(_gap(plain, packed), device=trainer.accelerator.device)
+    off = trainer.accelerator.gather(gap).max().item()
+    if reasons:
+        return reasons[0]
+    bound = FLOAT32 if _half(trainer) is None else 0.1  # nats a token
+    return "" if off <= bound else f"log-probs would differ by {off:.2g}"
 
 
-def apart(first: LossAndGradients, second: LossAndGradients) -> float:
-    """The larger of the relative differences of two losses and of their gradients (L2)."""
-    gap = sum((a - b).square().sum().item() for a, b in zip(first[1], second[1], strict=True))
-    size = sum(a.square().sum().item() for a in first[1])
-    gradient = (gap / size) ** 0.5 if size else gap
-    return max(abs(first[0] - second[0]) / max(1.0, abs(first[0])), gradient)
+def apart(first: Computed, second: Computed) -> float:
+    """The larger of the relative differences (L2) of log-probs and of gradients."""
+    pairs = [(first.logps, second.logps)], list(zip(first.gradients, second.gradients, strict=True))
+    distances = []
+    for both in pairs:
+        gap = sum((a - b).square().sum().item() for a, b in both)
+        size = sum(a.square().sum().item() for a, _ in both)
+        distances.append((gap / size) ** 0.5 if size else gap)
+    return max(distances)
 
 
-def _gradients(trainer: Any, rows: Sequence[dict[str, Any]], *, packing: bool
-               ) -> LossAndGradients:
+def _half(trainer: Any) -> torch.dtype | None:
+    """The half-precision format that the trainer computes in, if it does."""
+    if trainer.base.dtype != torch.float32:
+        return trainer.base.dtype
+    return torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else None
+
+
+def _gap(first: torch.Tensor, second: torch.Tensor) -> float:
+    return (first - second).abs().max().item()
+
+
+def _batch(trainer: Any, row: dict[str, Any], *, packing: bool) -> dict[str, Any]:
     trainer.data_collator.packing = packing
-    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    return trainer._prepare_inputs(trainer.data_collator([row]))
+
+
+def _compute(trainer: Any, batch: dict[str, Any]) -> Computed:
     try:
-        with trainer.accelerator.autocast():
-            loss = trainer._compute_loss(trainer.model, inputs, False)
-        loss.backward()
-        return loss.item(), [torch.zeros(()) if w.grad is None else w.grad.float().cpu()
-                             for w in trainer.model.parameters() if w.requires_grad]
+        logps = trainer.answer_tokens(trainer.model, batch)
+        chosen, rejected = logps.sum(1)
+        (chosen - rejected).backward()
+        return Computed(logps.detach().float(),
+                        [torch.zeros(()) if w.grad is None else w.grad.float().cpu()
+                         for w in trainer.model.parameters() if w.requires_grad])
     finally:
         trainer.model.zero_grad(set_to_none=True)
+        trainer.forget()
+
+
+@torch.no_grad()
+def _leak(trainer: Any, batch: dict[str, Any]) -> float:
+    """How far an answer's log-probs move, in nats, when the words of the other one are changed."""
+    before = trainer.answer_tokens(trainer.model, batch)
+    answered = batch["completion_mask"].bool()
+    furthest = 0.0
+    for one, other in ((0, 1), (1, 0)):
+        places = answered[one].nonzero()[:, 0]
+        words = batch["input_ids"][other][answered[other]]
+        ids = batch["input_ids"].clone()
+        ids[one, places] = words[torch.arange(len(places), device=words.device) % len(words)]
+        after = trainer.answer_tokens(trainer.model, {**batch, "input_ids": ids})
+        furthest = max(furthest, _gap(before[other], after[other]))
+    trainer.forget()
+    return furthest
+
+
+@contextmanager
+def _rounded_anew(base: torch.nn.Module, half: torch.dtype) -> Iterator[None]:
+    """The model with its input embeddings moved by about one unit in the last place of `half`: what
+    comes out differs as two right orders of the same sums do."""
+    draw = torch.Generator().manual_seed(0)
+
+    def move(_: torch.nn.Module, args: Sequence[Any], out: torch.Tensor) -> torch.Tensor:
+        sign = torch.randint(0, 2, out.shape, generator=draw).to(out) * 2 - 1
+        return out + out * sign * torch.finfo(half).eps / 2
+
+    hook = base.get_input_embeddings().register_forward_hook(move)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
 def _tried(trainer: Any) -> Iterator[None]:
-    """The trainer as in a step of which nothing stays: no dropout, no reference kept, and adapters
-    that start at zero (LoRA's B) moved off it, since there half of the gradients would be zero."""
-    model, training = trainer.model, trainer.model.training
+    """The trainer as in a step of which nothing stays: no dropout, no keys, and adapters that start
+    at zero (LoRA's B) moved off it, since there half of the gradients would be zero."""
+    model, collator, training = trainer.model, trainer.data_collator, trainer.model.training
     model.train()
     for part in model.modules():
         if isinstance(part, torch.nn.Dropout):
             part.eval()
     zero = [w for w in model.parameters() if w.requires_grad and not w.detach().any()]
     draw = torch.Generator().manual_seed(0)
-    collator, metrics, tokens = trainer.data_collator, trainer._metrics, trainer._total_train_tokens
-    trainer._metrics = {mode: defaultdict(list) for mode in metrics}
-    keyed, collator.keyed = collator.keyed, False
+    settings = collator.keyed, collator.damaged
+    collator.keyed, collator.damaged = False, False
     try:
         with torch.no_grad():
             for w in zero:
@@ -100,5 +192,5 @@ def _tried(trainer: Any) -> Iterator[None]:
         with torch.no_grad():
             for w in zero:
                 w.zero_()
-        collator.keyed, trainer._metrics, trainer._total_train_tokens = keyed, metrics, tokens
+        collator.keyed, collator.damaged = settings
         model.train(training)

@@ -1,90 +1,19 @@
-"""Batches of preference rows for the packed step: rows of one positive kept together, each image
-through the processor once, and where every token goes when the rows are packed."""
+"""Batches of preference rows for the packed step: each image through the processor once, and where
+every token goes when the rows are packed."""
 
 import hashlib
-import json
+import math
 import pickle
-from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from PIL import Image
-from torch.utils.data import Sampler
-from transformers import TrainingArguments
-from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from bpo.models import encoding, prefix
-from bpo.models.checkpoint import Checkpoint
-
-SAME = ("image", "images", "prompt", "chosen", "completion")  # what one positive's rows share
-
-
-def positives(dataset: Dataset) -> list[list[int]]:
-    """The rows of each positive: those that share image, prompt and chosen answer, in their order.
-
-    Compared as they are stored: an image by its file's name and bytes, not by its pixels. Raises
-    ValueError for a row whose rejected answer is the chosen one, which would train on nothing.
-    Rows for SFT, which have a completion in place of both answers, are told apart by it.
-    """
-    groups: dict[str, list[int]] = {}
-    names = [n for n in (*SAME, "rejected") if n in dataset.column_names]
-    raw = dataset.select_columns(names).with_format("arrow")
-    stored = (row for table in raw.iter(batch_size=64) for row in table.to_pylist())
-    for number, row in enumerate(stored):
-        if "rejected" in row and row.pop("rejected") == row["chosen"]:
-            raise ValueError(f"row {number} of the data set: the rejected answer is the chosen "
-                             "one, which would train on nothing; remove the row")
-        groups.setdefault(_hash(list(row.items())), []).append(number)
-    return list(groups.values())
-
-
-class PositiveSampler(Sampler[int]):
-    """Positives in random order, the rows of each within one batch. One that does not fit into what
-    is left of a batch waits for the next; only one larger than a batch, and what is left over at
-    the end, is spread over several."""
-
-    def __init__(self, groups: Sequence[Sequence[int]], *, batch: int, seed: int):
-        self.groups, self.batch, self.seed, self.epoch = groups, batch, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return sum(map(len, self.groups))
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = deque(self.groups[i] for i in torch.randperm(len(self.groups), generator=generator))
-        waiting: deque[Sequence[int]] = deque()
-        room = self.batch
-        while order or waiting:
-            # One that waits goes first: none is put off for ever.
-            group = next((w for w in waiting if len(w) <= room), None)
-            if group is not None:
-                waiting.remove(group)
-            elif order:
-                group = order.popleft()
-                if len(group) > room and room < self.batch:
-                    waiting.append(group)
-                    continue
-            else:
-                group = waiting.popleft()
-            yield from group
-            room = (room - len(group) - 1) % self.batch + 1
-
-
-def sampler(groups: Sequence[Sequence[int]], args: TrainingArguments, *, batch: int
-            ) -> PositiveSampler | None:
-    """The order of training rows that keeps positives together; None where the trainer's own does:
-    all stand alone, or the order is not to be random."""
-    if args.train_sampling_strategy != "random" or all(len(g) == 1 for g in groups):
-        return None
-    return PositiveSampler(groups, batch=batch,
-                           seed=args.seed if args.data_seed is None else args.data_seed)
+from bpo.models import prefix
 
 
 class Numbered(torch.utils.data.Dataset):
@@ -106,11 +35,12 @@ class Numbered(torch.utils.data.Dataset):
 
 class _OnceEach:
     """A processor that is given every prompt of a batch once, with its images, and hands out the
-    tokens as often as they were asked for. Pixels stay those of the distinct prompts."""
+    tokens as often as they were asked for. Prompts are told apart by the text that the template
+    made of them and by their images. Pixels stay those of the distinct prompts."""
 
     def __init__(self, processor: Any):
         self.processor = processor
-        self.rows: list[int] = []  # for every text asked for, which distinct prompt it is
+        self.prompts: list[int] = []  # for every text asked for, which distinct prompt it is
 
     def __getattr__(self, name: str) -> Any:
         if name == "processor" or name.startswith("__"):  # while a copy of this is being made
@@ -120,15 +50,25 @@ class _OnceEach:
     def __call__(self, text: list[str], **kwargs: Any) -> Any:
         if "images" not in kwargs:  # answers
             return self.processor(text=text, **kwargs)
-        first = [self.rows.index(g) for g in range(max(self.rows) + 1)]
+        images = kwargs["images"] or [[]] * len(text)
+        half = [(t, tuple(map(_picture, i))) for t, i in zip(
+            text[:len(text) // 2], images[:len(text) // 2], strict=True)]  # TRL asks twice
+        self.prompts = number(half) * 2
+        first = [self.prompts.index(g) for g in range(max(self.prompts) + 1)]
         if kwargs["images"] is not None:
-            kwargs["images"] = [kwargs["images"][i] for i in first]
+            kwargs["images"] = [images[i] for i in first]
         out = self.processor(text=[text[i] for i in first], **kwargs)
         shape = out["input_ids"].shape
         for name, values in out.items():
             if values.shape == shape:
-                out[name] = values[self.rows]
+                out[name] = values[self.prompts]
         return out
+
+
+def number(things: Sequence[Hashable]) -> list[int]:
+    """0, 1, ... for each, in order of appearance; equal ones have the same."""
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(t, len(numbers)) for t in things]
 
 
 class PackedCollator:
@@ -136,8 +76,12 @@ class PackedCollator:
 
     Around one of TRL's own preference collators, for images or for tokens. The batch is TRL's to
     the value (2B sequences, chosen before rejected), except that pixels come once for every
-    distinct prompt and image. Also in it: "row", the rows' numbers, if they have any, and "keys", a
-    hash of all that an answer's log-prob depends on but the model, for every sequence, if asked.
+    distinct prompt and image. Also in it: "row", the rows' numbers, if they have any; "keys", a
+    hash of all that an answer's log-prob depends on but the model, for every sequence, if asked;
+    "examples", the rows as given, if one is longer than `tried` allows.
+
+    window: sequences beyond it are not packed, nor is their batch. tried: the longest sequence, in
+    tokens, with which packing was seen to be right, of rows without and with pictures.
     """
 
     def __init__(self, stock: Any):
@@ -147,6 +91,8 @@ class PackedCollator:
         if self.vision:
             self.once.processor = _OnceEach(stock.processor)
         self.packing, self.dense, self.keyed, self.damaged = True, False, False, False
+        self.window: int | None = None
+        self.tried: dict[bool, float] = dict.fromkeys((False, True), math.inf)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if self.damaged and not all("damaged_images" in r for r in rows):
@@ -154,6 +100,8 @@ class PackedCollator:
                              "column damaged_images")
         pairs = [{n: v for n, v in r.items() if n not in ("row", "damaged_images")} for r in rows]
         batch = self._batch(pairs)
+        if "packed" in batch and longest(batch)[0] > self.tried[pictured(rows)]:
+            batch["examples"] = rows
         if self.damaged:
             # Twice the chosen answer, which costs nothing: equal answers are computed once.
             batch["damaged"] = self._batch([
@@ -164,41 +112,60 @@ class PackedCollator:
         return batch
 
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = [dict(r) for r in rows]  # TRL's collators write into what they are given
-        prompts = [_prompt(r, vision=self.vision) for r in rows]
+        given = [dict(r) for r in rows]  # TRL's collators write into what they are given
         if self.packing:
-            numbers: dict[Hashable, int] = {}
-            groups = [numbers.setdefault(p, len(numbers)) for p in prompts]
-            if self.vision:
-                self.once.processor.rows = groups * 2
-            batch = dict(self.once(rows))
-            batch["packed"] = self._placed(batch, groups)
+            batch = dict(self.once(given))
+            if self.window is None or longest(batch)[0] <= self.window:
+                batch["packed"] = self._placed(batch, rows)
+            else:
+                batch = dict(self.stock([dict(r) for r in rows]))
         else:
-            batch = dict(self.stock(rows))
+            batch = dict(self.stock(given))
         if self.keyed:
-            batch["keys"] = _keys(batch, prompts * 2, self.stock)
+            batch["keys"] = self._keys(batch, rows)
         return batch
 
-    def _placed(self, batch: dict[str, torch.Tensor], groups: Sequence[int]) -> dict[str, Any]:
+    def _placed(self, batch: dict[str, torch.Tensor], rows: Sequence[dict[str, Any]]
+                ) -> dict[str, Any]:
         """Where the tokens go; every answer is a branch of its prompt, equal ones the same."""
+        prompts = (self.once.processor.prompts if self.vision
+                   else number([tuple(r["prompt_ids"]) for r in rows]) * 2)
         spans = [_span(m, c) for m, c in zip(batch["attention_mask"].bool(),
                                              batch["completion_mask"].bool(), strict=True)]
         answers = [tuple(ids[begin:end].tolist()) for ids, (_, begin, end)
                    in zip(batch["input_ids"], spans, strict=True)]
-        return prefix.layout(spans, list(zip(groups * 2, answers, strict=True)),
+        return prefix.layout(spans, list(zip(prompts, answers, strict=True)),
                              width=batch["input_ids"].shape[1], rows=self.dense)
+
+    def _keys(self, batch: dict[str, torch.Tensor], rows: Sequence[dict[str, Any]]) -> list[str]:
+        """What a sequence's log-prob depends on, hashed: its tokens, which of them are the
+        answer's, its images' pixels and how they are prepared."""
+        how = getattr(getattr(self.stock, "processor", None), "image_processor", None)
+        settings = how.to_json_string() if how is not None else ""
+        images = [tuple(map(_picture, _pictures(r))) for r in rows] * 2
+        return [_hash((settings, ids[mask].tolist(), completion[mask].tolist(), shown))
+                for ids, mask, completion, shown in zip(
+                    batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"],
+                    images, strict=True)]
+
+
+def longest(batch: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """Tokens of the batch's longest sequence, and the number of its pair."""
+    lengths = batch["attention_mask"].sum(1)
+    return int(lengths.max()), int(lengths.argmax()) % (len(lengths) // 2)
+
+
+def pictured(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether one of the rows has a picture."""
+    return any(_pictures(r) for r in rows)
+
+
+def _pictures(row: dict[str, Any]) -> list[Any]:
+    return [row["image"]] if "image" in row else row.get("images") or []
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(pickle.dumps(value)).hexdigest()
-
-
-def _prompt(row: dict[str, Any], *, vision: bool) -> Hashable:
-    """What tells a row's prompt from others: its text or tokens, and its images' content."""
-    if not vision:
-        return tuple(row["prompt_ids"])
-    pictures = row["images"] if "images" in row else [row["image"]]
-    return json.dumps(row["prompt"], default=_picture), tuple(map(_picture, pictures))
 
 
 def _picture(image: Any) -> str:
@@ -215,37 +182,3 @@ def _span(mask: torch.Tensor, completion: torch.Tensor) -> prefix.Span:
     begin, end = there[0].item(), there[-1].item() + 1
     answer = completion.nonzero()[:, 0]
     return begin, answer[0].item() if len(answer) else end, end
-
-
-def _keys(batch: dict[str, torch.Tensor], prompts: Sequence[Hashable], stock: Any) -> list[str]:
-    """What a sequence's log-prob depends on, hashed: its tokens, which of them are the answer's,
-    its images' pixels and how they are prepared."""
-    how = getattr(getattr(stock, "processor", None), "image_processor", None)
-    settings = how.to_json_string() if how is not None else ""
-    return [_hash((settings, ids[mask].tolist(), completion[mask].tolist(), prompt))
-            for ids, mask, completion, prompt in zip(
-                batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"],
-                prompts, strict=True)]
-
-
-def fitting(rows: Dataset, collator: PackedCollator, limit: int | None) -> list[int]:
-    """The numbers of the rows whose prompt, images and longer answer are at most `limit` tokens."""
-    if limit is None:
-        return list(range(len(rows)))
-    if not collator.vision:
-        return [n for n, row in enumerate(rows) if len(row["prompt_ids"]) + max(
-            len(row["chosen_ids"]), len(row["rejected_ids"])) <= limit]
-    processor = collator.stock.processor
-    lengths = encoding.Lengths(Checkpoint(None, processor))
-    numbers = []
-    for number, row in enumerate(rows):
-        images = row["images"] if "images" in row else [row["image"]]
-        if is_conversational(row):
-            row = apply_chat_template({
-                "prompt": prepare_multimodal_messages(row["prompt"], images=images),
-                **{n: prepare_multimodal_messages(row[n]) for n in ("chosen", "rejected")}},
-                processor)
-        if lengths(row["prompt"], [i.size for i in images],
-                   [row["chosen"], row["rejected"]]) <= limit:
-            numbers.append(number)
-    return numbers

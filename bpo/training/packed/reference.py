@@ -4,17 +4,25 @@ A file holds those of some answers under one model. What was kept under another 
 tokens, pixels or image preparation, has another key and is not found.
 """
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from datasets import IterableDataset
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 from transformers import TrainerCallback
+from trl import DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import dpo_trainer
+from trl.trainer.utils import use_adapter
 
 SUFFIX = ".safetensors"
 
@@ -91,3 +99,111 @@ class Keeper(TrainerCallback):
         self.cache.write()
         self.accelerator.wait_for_everyone()
         self.cache.read()
+
+
+class KeepsReferences(DPOTrainer):
+    """The part of the packed trainer that computes reference log-probs, and keeps them."""
+
+    @contextlib.contextmanager
+    def no_second_model(self) -> Iterator[None]:
+        """While TRL sets itself up: with full fine-tuning it would load the reference, which kept
+        log-probs spare, and which a model made in memory has no path for. Weights that are spread
+        over processes cannot run before training starts: there it is loaded."""
+        load = dpo_trainer.create_model_from_path
+
+        def policy_alone(*args: Any, **kwargs: Any) -> Any:
+            begun = hasattr(self, "accelerator")  # the policy is loaded before
+            return None if begun and not self._sharded else load(*args, **kwargs)
+
+        dpo_trainer.create_model_from_path = policy_alone
+        try:
+            yield
+        finally:
+            dpo_trainer.create_model_from_path = load
+
+    @property
+    def _moves(self) -> bool:
+        """Whether training moves the reference itself: full fine-tuning without a second model."""
+        return self.ref_model is None and not is_peft_model(self.model)
+
+    def keep_references(self, folder: Path | None, others: Iterable[Path]) -> None:
+        """Reads log-probs that were kept, and keeps what is computed; all at once where training
+        moves the reference."""
+        model = self.accelerator.unwrap_model(self.ref_model or self.model)
+        # What runs in half precision under float32 weights has other log-probs.
+        key = f"{model_key(model)} {self.accelerator.mixed_precision}"
+        self.cache = Cache(Path(folder or Path(self.args.output_dir) / "reference"), key)
+        self.cache.read(others)
+        if self.cache.others:
+            self.accelerator.print(
+                f"{self.cache.others} reference log-probs in {self.cache.folder} are those of "
+                "another model or number format: they are computed anew for this one")
+        self.data_collator.keyed = True
+        self.add_callback(Keeper(self.cache, self.accelerator))
+        if not self._moves:
+            return
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {
+            "evaluation": self.eval_dataset}
+        for name, dataset in {"training": self.train_dataset, **evaluated}.items():
+            if isinstance(dataset, IterableDataset):
+                raise ValueError("`precompute_ref_log_probs=True` is not supported with "
+                                 "IterableDataset where all weights are trained: turn it off, or "
+                                 "give a ref_model")
+            if dataset is not None:
+                self._compute_all(dataset, name)
+
+    def _compute_all(self, dataset: Any, name: str) -> None:
+        batches = self._get_dataloader(
+            dataset, name, self.args.precompute_ref_batch_size or self._train_batch_size)
+        for batch in tqdm(batches, desc=f"reference log-probs, {name}", unit="batch", leave=False,
+                          disable=not self.is_world_process_zero()):
+            with self.accelerator.autocast():
+                batch = self._inputs(self.model, self._prepare_inputs(batch))
+                self.reference_tokens(batch, batch["keys"])
+                if "damaged" in batch:
+                    self.reference_tokens(batch["damaged"], batch["damaged"]["keys"])
+            self.forget()
+        self.cache.write()
+        self.accelerator.wait_for_everyone()
+        self.cache.read()
+
+    def references(self, inputs: dict[str, Any], keys: Sequence[str] | None
+                   ) -> dict[str, torch.Tensor]:
+        """ref_chosen_logps and ref_rejected_logps (B,), kept ones where all are."""
+        tokens = self.reference_tokens(inputs, keys)
+        if self.ld_alpha is not None:  # LD-DPO: what is beyond the shorter answer counts less
+            pairs = zip(tokens[:len(tokens) // 2], tokens[len(tokens) // 2:], strict=True)
+            short = [min(len(c), len(r)) for c, r in pairs]
+            tokens = [torch.cat([t[:s], self.ld_alpha * t[s:]])
+                      for t, s in zip(tokens, short * 2, strict=True)]
+        sums = torch.stack([t.sum() for t in tokens]).to(inputs["input_ids"].device)
+        return dict(zip(("ref_chosen_logps", "ref_rejected_logps"), sums.chunk(2), strict=True))
+
+    def reference_tokens(self, inputs: dict[str, Any], keys: Sequence[str] | None
+                         ) -> list[torch.Tensor]:
+        """log p of every sequence's answer tokens under the reference, kept ones where all are.
+
+        Raises ValueError where training has moved what is missing.
+        """
+        missing = keys is None or not self.cache.answers.keys() >= set(keys)
+        if self._sharded:  # all processes run the model, or none
+            flag = torch.tensor(int(missing), device=self.accelerator.device)
+            missing = bool(self.accelerator.gather(flag).max())
+        if not missing:
+            return [self.cache.answers[k] for k in keys]
+        if self._moves and self.state.global_step > 0:
+            raise ValueError("Cannot compute reference log-probs after training has started: the "
+                             "reference was the model itself; give these rows as eval_dataset when "
+                             "the trainer is made, or give it a ref_model")
+        without = contextlib.nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            bare = self.accelerator.unwrap_model(self.model)
+            without = use_adapter(bare, adapter_name="ref" if "ref" in bare.peft_config else None)
+        with torch.no_grad(), without, disable_gradient_checkpointing(
+                self.model, self.args.gradient_checkpointing_kwargs):
+            tokens = self.answer_tokens(self.ref_model or self.model, inputs)
+        answers = [t[m].float().cpu() for t, m in zip(
+            tokens, inputs["completion_mask"][:, 1:].bool(), strict=True)]
+        if keys is not None:
+            self.cache.add(dict(zip(keys, answers, strict=True)))
+        return answers

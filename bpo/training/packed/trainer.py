@@ -10,25 +10,25 @@ losses and metrics run on them unchanged. Reference log-probs are kept (`referen
 import contextlib
 import copy
 import inspect
-import itertools
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 from trl import DPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
-from trl.trainer.utils import use_adapter
 
-from bpo.models import prefix
+from bpo.models import mixing, prefix
 from bpo.training import objectives
 from bpo.training.packed import check as packed_check
-from bpo.training.packed import collation, reference
+from bpo.training.packed import collation
+from bpo.training.packed import rows as packed_rows
 from bpo.training.packed.forward import read_packed
+from bpo.training.packed.reference import KeepsReferences
 
 # What this trainer, its check and its objectives use of TRL's DPOTrainer, and of transformers'
 # Trainer below it, that neither promises to keep. A test looks for each in the TRL installed.
@@ -37,7 +37,7 @@ TRL_PRIVATE = ("_compute_loss", "_get_dataloader", "_get_train_sampler", "_metri
                "_total_train_tokens", "_train_batch_size", "aux_loss_enabled", "beta",
                "f_divergence_type", "ld_alpha", "loss_types", "loss_weights",
                "precompute_ref_logps", "ref_model")
-COLLATORS = DataCollatorForPreference | DataCollatorForVisionPreference
+COLLATORS = (DataCollatorForPreference, DataCollatorForVisionPreference)
 
 
 class NotFinite(FloatingPointError):
@@ -49,22 +49,27 @@ class NotFinite(FloatingPointError):
         self.step, self.rows = step, rows
 
 
-class PackedDPOTrainer(DPOTrainer):
+class PackedDPOTrainer(KeepsReferences):
     """A drop-in for TRL's DPOTrainer: same arguments, columns, losses, logs and checkpoints.
 
     Rows that share image, prompt and chosen answer are found by themselves and kept in one batch;
     `per_device_train_batch_size` counts rows (pairs), as in TRL. Differences:
 
-    packing: "auto" computes the first batch packed and unpacked and compares loss and gradients; on
-        disagreement it says so and goes on unpacked. "always" and "never" force it.
+    packing: "auto" looks at the decoder and computes the longest pair, with pictures and without,
+        packed and unpacked; where packing is wrong it says so and goes on unpacked. A later pair
+        that is longer is tried likewise. "always" and "never" force it. A batch with a sequence
+        beyond the decoder's window is computed unpacked.
     reference_folder: where reference log-probs are kept when `args.precompute_ref_log_probs`, which
-        works for images too: computed when an answer first comes up, each process its share, then
-        read; by default reference/ below the output folder. reference_from: further such folders.
-    max_length: rows that are longer are dropped and counted (`dropped`), never cut.
+        works for images too. With adapters they are computed when an answer first comes up, each
+        process its share, then read; with full fine-tuning before the first step, without a second
+        model. By default reference/ below the output folder. reference_from: further such folders.
+    max_length: rows that are longer are left out, never cut, in training and in evaluation.
+    Rows that can teach nothing (an empty answer or question, no picture, a rejected answer that is
+        the chosen one) are left out. `dropped` counts rows left out by reason.
     loss_type: also those of `objectives`; some want a column `damaged_images`.
 
-    Raises ValueError for a row whose rejected answer is the chosen one, NotFinite with the rows
-    when a loss is no number, MemoryError with what to lower when memory runs out.
+    Raises ValueError where no row is left, NotFinite with the rows when a loss is no number,
+    MemoryError with what to lower when memory runs out (not with `auto_find_batch_size`).
     """
 
     def __init__(self, *args: Any, packing: str = "auto", reference_folder: Path | None = None,
@@ -81,40 +86,51 @@ class PackedDPOTrainer(DPOTrainer):
                                  "kept: turn precompute_ref_log_probs off")
             given["args"] = copy.copy(config)
             given["args"].precompute_ref_log_probs = False
-        super().__init__(**given)
+        if config is not None:
+            # Dispatching cuts a batch's tensors among processes: the layout's are no rows.
+            config.accelerator_config.dispatch_batches = False
+        self.dropped: Counter[str] = Counter()
+        for name in {"train_dataset", "eval_dataset"} & given.keys():
+            given[name] = self._usable(given[name])
+        packs = isinstance(given.get("data_collator"), (*COLLATORS, type(None)))
+        with self.no_second_model() if precomputed and packs else contextlib.nullcontext():
+            super().__init__(**given)
         self.added_losses = objectives.split(self)
-        self.dropped, self.cache, self._groups, self._features = 0, None, [], []
+        self.cache, self._surveys, self._features = None, {}, []
         why = self._why_not()
         if why and packing != "never":
             self.accelerator.print(f"The batches are not packed: {why}.")
-        self._checked = packing == "always"
-        if not isinstance(self.data_collator, COLLATORS):
+        if not packs:
             if precomputed:
                 self.accelerator.print("Reference log-probs are not kept but computed in every "
                                        "step: that wants TRL's own collators.")
             return
         self.data_collator = collation.PackedCollator(self.data_collator)
         self.data_collator.packing = packing != "never" and not why
+        self.data_collator.window = mixing.window(self.base)
+        if packing == "auto":
+            self.data_collator.tried = {False: 0, True: 0}
         self.data_collator.damaged = objectives.damages(n for n, _ in self.added_losses)
         if isinstance(self.train_dataset, Dataset):
-            self._keep_what_fits()
-            self._groups = collation.positives(self.train_dataset)
-        self._features = [read_packed(self._bare(m)) for m in (self.model, self.ref_model)
-                          if m is not None]
+            self.train_dataset = self._fitting(self.train_dataset)
+        self._features = [read_packed(b) for b in self.bases]
         if self.data_collator.packing:
-            prefix.use_attention(self.base)
-            self.data_collator.dense = not prefix.in_use(self.base)
+            for base in self.bases:
+                prefix.use_attention(base)
+            self.data_collator.dense = not all(map(prefix.in_use, self.bases))
         if precomputed:
-            self._keep_references(reference_folder, reference_from)
+            self.keep_references(reference_folder, reference_from)
 
     @property
     def base(self) -> PreTrainedModel:
         """The transformers model that is trained, under accelerate's wrappers and PEFT's."""
-        return self._bare(self.model)
+        return self.bases[0]
 
-    def _bare(self, model: Any) -> PreTrainedModel:
-        model = self.accelerator.unwrap_model(model)
-        return model.get_base_model() if is_peft_model(model) else model
+    @property
+    def bases(self) -> list[PreTrainedModel]:
+        """The model that is trained, and its reference where that is a model of its own."""
+        models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m]
+        return [m.get_base_model() if is_peft_model(m) else m for m in models]
 
     def _why_not(self) -> str:
         """Why batches cannot be packed whatever the model computes; empty if they can."""
@@ -126,33 +142,29 @@ class PackedDPOTrainer(DPOTrainer):
             return "the load-balancing loss of a mixture of experts counts every token"
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             return "prompt learning puts tokens in front of every sequence"
-        return ""
+        return mixing.why_not(self.base)
 
-    def _keep_what_fits(self) -> None:
-        rows, limit = self.train_dataset, self.args.max_length
-        fitting = collation.fitting(rows, self.data_collator, limit)
-        self.dropped = len(rows) - len(fitting)
-        if not fitting:
-            raise ValueError(f"no row fits into max_length = {limit} tokens")
-        if self.dropped:
-            self.accelerator.print(
-                f"{self.dropped} of {len(rows)} rows are longer than max_length = {limit} tokens "
-                "and are left out: a cut answer trains on nothing")
-            self.train_dataset = rows.select(fitting)
+    # Rows and batches
 
-    def _keep_references(self, folder: Path | None, others: Iterable[Path]) -> None:
-        model = self.accelerator.unwrap_model(self.ref_model or self.model)
-        self.cache = reference.Cache(Path(folder or Path(self.args.output_dir) / "reference"),
-                                     reference.model_key(model))
-        self.cache.read(others)
-        if self.cache.others:
-            self.accelerator.print(
-                f"{self.cache.others} reference log-probs in {self.cache.folder} are those of "
-                "another model: they are computed anew for this one")
-        self.data_collator.keyed = True
-        self.add_callback(reference.Keeper(self.cache, self.accelerator))
+    def _usable(self, dataset: Any) -> Any:
+        """The rows of a data set, or of several by name, that can teach something."""
+        if isinstance(dataset, dict):
+            return type(dataset)({n: self._usable(d) for n, d in dataset.items()})
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            return dataset
+        return packed_rows.without(dataset, packed_rows.flaw, self.dropped)
 
-    # Batches
+    def _fitting(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """The rows of at most `max_length` tokens; a data set is surveyed once."""
+        limit, collator = self.args.max_length, self.data_collator
+        processor = collator.stock.processor if collator.vision else None
+        if isinstance(dataset, IterableDataset):
+            return dataset if limit is None else packed_rows.without(
+                dataset, packed_rows.too_long(processor, limit), self.dropped)
+        survey = self._surveys.get(dataset._fingerprint) or packed_rows.survey(
+            dataset, self.dropped, processor, limit, collator.window)
+        self._surveys |= dict.fromkeys((dataset._fingerprint, survey.rows._fingerprint), survey)
+        return survey.rows
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -160,19 +172,24 @@ class PackedDPOTrainer(DPOTrainer):
                                     if n not in self._signature_columns]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        order = collation.sampler(self._groups, self.args, batch=self._train_batch_size)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        survey = self._surveys.get(getattr(dataset, "_fingerprint", None))
+        order = survey and packed_rows.sampler(survey.positives, self.args,
+                                               batch=self._train_batch_size)
         return order or super()._get_train_sampler(train_dataset)
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int,
                         sampler_fn: Any = None, **kwargs: Any) -> Any:
-        packs = isinstance(self.data_collator, collation.PackedCollator)
-        if packs and isinstance(dataset, Dataset):
+        if not isinstance(self.data_collator, collation.PackedCollator):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, **kwargs)
+        dataset = self._fitting(dataset)
+        if isinstance(dataset, Dataset):
+            if self.data_collator.packing and not self._sharded:
+                for number in self._surveys[dataset._fingerprint].longest:
+                    packed_check.try_longest(self, [dataset[number]])
+            order, rows = sampler_fn, dataset
+            sampler_fn = order and (lambda numbered: order(rows))  # it looks at columns
             dataset = collation.Numbered(dataset)
-        if packs and not self._checked and self.data_collator.packing and not self._sharded:
-            with torch.random.fork_rng():  # the run draws what it would draw without the check
-                sampler = sampler_fn(dataset) if sampler_fn else None
-                order = dataset if sampler is None else (dataset[i] for i in sampler)
-                self._check(list(itertools.islice(order, batch_size)))
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, **kwargs)
 
     @property
@@ -180,40 +197,61 @@ class PackedDPOTrainer(DPOTrainer):
         """Whether a process holds a part of the weights only."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
-    def _check(self, rows: Sequence[dict[str, Any]], model: torch.nn.Module | None = None) -> None:
-        """Goes on unpacked where packing is wrong for this model, and says so. model: the wrapped
-        one where the weights are spread over processes."""
-        self._checked = True
-        try:
-            why = (packed_check.choose(self, rows) if model is None
-                   else packed_check.compare_losses(self, model, rows))
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(_lower(self.args)) from error
-        self.data_collator.packing = not why
-        if why:
-            self.accelerator.print(f"The batches cannot be packed with this model ({why}): the run "
-                                   "goes on unpacked, which is slower and right.")
-
     # A step
+
+    def _inputs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch with which packing was seen to be right, or the same unpacked."""
+        rows, collator = inputs.pop("examples", None), self.data_collator
+        if rows is None:
+            return inputs
+        if collator.packing and not (self._sharded and any(collator.tried.values())):
+            packed_check.try_longest(self, rows, model if self._sharded else None)
+        if collator.packing and collation.longest(inputs)[0] <= collator.tried[
+                collation.pictured(rows)]:
+            return inputs
+        with self._unpacked():
+            return self._prepare_inputs(collator(rows))
+
+    @contextlib.contextmanager
+    def _unpacked(self) -> Iterator[None]:
+        collator = self.data_collator
+        packing, collator.packing = getattr(collator, "packing", False), False
+        try:
+            yield
+        finally:
+            collator.packing = packing
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any,
                       **kwargs: Any) -> torch.Tensor:
-        rows = inputs.get("row")
-        if "packed" in inputs and self._sharded and not self._checked and rows:
-            self._check([self.train_dataset[i] for i in rows], model)
-        if "packed" in inputs and not self.data_collator.packing:  # collated before the check
-            inputs = self.data_collator(
-                collation.Numbered(self.train_dataset).__getitems__(rows))
-        try:
+        inputs = self._inputs(model, inputs)
+        with self.memory():
             loss = super().training_step(model, inputs, *args, **kwargs)
-        except RuntimeError as error:
-            if "out of memory" in str(error) or "can't allocate memory" in str(error):
-                raise MemoryError(_lower(self.args)) from error
-            raise
         if not torch.isfinite(loss):
             raise NotFinite(self.state.global_step + 1, loss.item(),
-                            self._bad(model, inputs, rows))
+                            self._bad(model, inputs, inputs.get("row")))
         return loss
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().prediction_step(model, self._inputs(model, inputs), *args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's: the logits of whole sequences, which packed rows have not."""
+        with self._unpacked():
+            return super().predict(*args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return super().evaluate(self._usable(eval_dataset), *args, **kwargs)
+
+    @contextlib.contextmanager
+    def memory(self) -> Iterator[None]:
+        """Says what to lower when memory runs out. `auto_find_batch_size` is to see that itself."""
+        try:
+            yield
+        except RuntimeError as error:
+            full = "out of memory" in str(error) or "can't allocate memory" in str(error)
+            if not full or self.args.auto_find_batch_size:
+                raise
+            raise MemoryError(_lower(self.args)) from error
 
     def _bad(self, model: torch.nn.Module, inputs: dict[str, Any], rows: Sequence[int] | None
              ) -> Sequence[Any]:
@@ -226,16 +264,21 @@ class PackedDPOTrainer(DPOTrainer):
 
     def answer_tokens(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """(N, S - 1) log p of every answer token in TRL's layout, 0 elsewhere."""
-        not_the_model_s = ("row", "keys", "damaged", "completion_mask", "ref_chosen_logps",
-                           "ref_rejected_logps")
+        not_the_model_s = ("row", "keys", "damaged", "examples", "completion_mask",
+                           "ref_chosen_logps", "ref_rejected_logps")
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         return model(**{n: v for n, v in inputs.items() if n not in not_the_model_s},
                      use_cache=False, labels=labels, fused_lm_head=True).log_probs
 
+    def forget(self) -> None:
+        """Lets go of the image features of the batch computed last."""
+        for memo in self._features:
+            memo.clear()
+
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any],
                       return_outputs: bool) -> Any:
         inputs = dict(inputs)
-        _, keys, damaged = (inputs.pop(n, None) for n in ("row", "keys", "damaged"))
+        _, _, keys, damaged = (inputs.pop(n, None) for n in ("row", "examples", "keys", "damaged"))
         outputs = []
 
         def watched(**kwargs: Any) -> Any:
@@ -244,7 +287,7 @@ class PackedDPOTrainer(DPOTrainer):
 
         try:
             if keys is not None or self.added_losses:
-                inputs |= self._references(inputs, keys)
+                inputs |= self.references(inputs, keys)
                 self.precompute_ref_logps = True
             out = super()._compute_loss(watched, inputs, return_outputs)
             if self.added_losses:
@@ -253,44 +296,7 @@ class PackedDPOTrainer(DPOTrainer):
             return out
         finally:
             self.precompute_ref_logps = False
-            for memo in self._features:
-                memo.clear()
-
-    # The reference
-
-    def _references(self, inputs: dict[str, Any], keys: Sequence[str] | None
-                    ) -> dict[str, torch.Tensor]:
-        """ref_chosen_logps and ref_rejected_logps (B,), kept ones where all are."""
-        tokens = self.reference_tokens(inputs, keys)
-        if self.ld_alpha is not None:  # LD-DPO: what is beyond the shorter answer counts less
-            pairs = zip(tokens[:len(tokens) // 2], tokens[len(tokens) // 2:], strict=True)
-            short = [min(len(c), len(r)) for c, r in pairs]
-            tokens = [torch.cat([t[:s], self.ld_alpha * t[s:]])
-                      for t, s in zip(tokens, short * 2, strict=True)]
-        sums = torch.stack([t.sum() for t in tokens]).to(inputs["input_ids"].device)
-        return dict(zip(("ref_chosen_logps", "ref_rejected_logps"), sums.chunk(2), strict=True))
-
-    def reference_tokens(self, inputs: dict[str, Any], keys: Sequence[str] | None
-                         ) -> list[torch.Tensor]:
-        """log p of every sequence's answer tokens under the reference, kept ones where all are."""
-        missing = keys is None or not self.cache.answers.keys() >= set(keys)
-        if self._sharded:  # all processes run the model, or none
-            flag = torch.tensor(int(missing), device=self.accelerator.device)
-            missing = bool(self.accelerator.gather(flag).max())
-        if not missing:
-            return [self.cache.answers[k] for k in keys]
-        without = contextlib.nullcontext()
-        if self.ref_model is None:
-            bare = self.accelerator.unwrap_model(self.model)
-            without = use_adapter(bare, adapter_name="ref" if "ref" in bare.peft_config else None)
-        with torch.no_grad(), without, disable_gradient_checkpointing(
-                self.model, self.args.gradient_checkpointing_kwargs):
-            tokens = self.answer_tokens(self.ref_model or self.model, inputs)
-        answers = [t[m].float().cpu() for t, m in zip(
-            tokens, inputs["completion_mask"][:, 1:].bool(), strict=True)]
-        if keys is not None:
-            self.cache.add(dict(zip(keys, answers, strict=True)))
-        return answers
+            self.forget()
 
 
 def _lower(args: Any) -> str:
