@@ -98,9 +98,11 @@ def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
 
 def described(name: str) -> results.Metrics:
     """The metrics of a benchmark, those that are made of others last; one of questions of a kind
-    alone, such as accuracy_random, has the category "kind"."""
+    alone, such as accuracy_random, has the category "kind", those of `official.READING` "reading".
+    """
     benchmark = KNOWN[name]
-    return {n: (m.label, "kind" if n.rpartition("_")[0] in benchmark.metrics else "all", m.more)
+    return {n: (m.label, "reading" if n in official.READING else
+                "kind" if n.rpartition("_")[0] in benchmark.metrics else "all", m.more)
             for n, m in benchmark.metrics.items()}
 
 

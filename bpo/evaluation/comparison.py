@@ -191,7 +191,7 @@ def counts(line: dict, method: str, truth: dict[str, Any]) -> dict[str, tuple[fl
             out["p_true"] = (line["p_true"][method], 1)
             out["p_prior"] = (line["p_prior"][method], 1)
     if known["category"] == "presence":
-        said = hallucination.yes_or_no(text)
+        said = hallucination.yes_or_no(text, line["question"])
         out["yes_rate"] = (float(said == "yes"), 1)
         if known["kind"]:
             out[f"pope_{known['kind']}"] = (float(said == known["true"][0]), 1)
@@ -211,7 +211,8 @@ def quality(line: dict, method: str, truth: dict[str, Any]) -> float | None:
     if known["category"] == "caption":
         return added["cover"][0] / max(added["cover"][1], 1) - added["chair_i"][0]
     if known["category"] == "presence":
-        return float(hallucination.yes_or_no(line["answers"][method]) == known["true"][0])
+        return float(hallucination.yes_or_no(line["answers"][method], line["question"])
+                     == known["true"][0])
     return added["colour_accuracy"][0]
 
 

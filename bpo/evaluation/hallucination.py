@@ -150,8 +150,8 @@ _UNSURE = regex.compile(
     r"|impossible|no way) to)(?: \w+)? (?:tell|say|know|determine|judge|answer|confirm|verify"
     r"|be (?:sure|certain)|view|access|process|help|assist|see (?:\w+ )?(?:image|picture|photo)s?\b"
     r"(?! of))|\b(?:don't|do not|dont) know\b|\bno idea\b|\bun(?:sure|certain|clear|known)\b"
-    r"|\bне (?:уверен|знаю|ясно|могу)|\bje ne sais pas|\bpas sûre?|\bno (?:lo )?sé\b|\bno estoy segur"
-    r"|\bnicht sicher|\bweiss (?:es )?nicht|\bnão sei|\bnon (?:lo )?so\b|不(?:确定|確定|清楚|知道|能)"
+    r"|\bне (?:уверен|знаю|ясно|могу)|\bje ne sais pas|\bpas sûre?|\bno (?:lo )?sé\b"
+    r"|\bno estoy segur|\bnicht sicher|\bweiss (?:es )?nicht|\bnão sei|\bnon (?:lo )?so\b|不(?:确定|確定|清楚|知道|能)"
     r"|无法|無法|わかりません|모르|ไม่แน่ใจ")
 _ASKS = regex.compile(r"\b(?:asks?|asked|asking|question|whether)\b")
 _YES = regex.compile(
@@ -161,10 +161,9 @@ _NO = regex.compile(
     r"\b(?:no|nope|nah|nein|нет)\Z|\A(?:(?:n|false)\Z|no (?:sir|way|it|there|i|you|he|she|they|we"
     r"|the|this|that|a|not)\b|(?:nope|nah|nein|нет|non|não|nie|όχι|hayır|لا|(?:जी )?नहीं|아니요?|아니오"
     r"|negative|incorrect)\b|いいえ|[不没沒否无無]|ไม่)")
-_OF_COURSE = regex.compile(r"\A\s*(?:sure|certainly|of course|absolutely|definitely|indeed|correct)\b"
-                           r"|\b(?:no|without(?: a)?) doubt\b|\bundoubtedly\b")
-_NONE_THERE = regex.compile(r"\bthere(?: (?:is|are|was|were))?(?:'s|n't| no| not)+ (?!a\b|an\b|one\b)"
-                            r"|\bthere (?:is|are)(?:n't| not| no)\b")
+_OF_COURSE = regex.compile(
+    r"\A\s*(?:sure|certainly|of course|absolutely|definitely|indeed|correct)\b|\b(?:no|without(?: a)?) doubt\b|\bundoubtedly\b")
+_NONE_THERE = regex.compile(r"\bthere(?: is| are| was| were|'s)?(?:n't| not| no)\b")
 _FLIP = regex.compile(r"(?:n't|\bnot|\bcannot|\bdont|\bdoesnt) (?:think|believe|suppose|look like"
                       r"|seem|appear)\b(?! so\b)(.+)")
 _DENIES = regex.compile(
@@ -172,15 +171,15 @@ _DENIES = regex.compile(
     r"|(?:is|are|was|were|do|does|did|ca|wo|have|has)nt|нет|не|pas|keine?[rnms]?|não|nessun\w*|ليس"
     r"|नहीं)\b|n't\b|\bthere(?: is|'s) nothing\b|[没沒不无無]|ません|ない|없|ไม่")
 _OF_VERBS = frozenset("not cannot none lacks lack lacking absent missing".split())
-_EXISTS = regex.compile(r"\b(?:there|see|any|none|visible|present|contains?|shows?|find|absent|lacks?"
-                        r"|missing)\b|[没沒]|ません|없")
+_EXISTS = regex.compile(r"\b(?:there|see|any|none|visible|present|contains?|shows?|find|absent"
+                        r"|lacks?|missing)\b|[没沒]|ません|없")
 _AFFIRMS = regex.compile(r"有|います|あります|있|มี")
-_PRESENCE = frozenset("visible there present shown seen here depicted image picture photo scene any "
-                      "one it exist appear found".split())
+_PRESENCE = frozenset("visible there present shown seen here depicted image picture photo scene "
+                      "any one it exist appear found".split())
 _NOT_ASKED = _PRESENCE | frozenset(
-    "is are was were a an the in on of this that these those photograph do does did you see can some "
-    "to at by with have has contain contains show shows please answer yes or no not using use single "
-    "word phrase question and be".split())
+    "is are was were a an the in on of this that these those photograph do does did you see can "
+    "some to at by with have has contain contains show shows please answer yes or no not using use "
+    "single word phrase question and be".split())
 
 
 def yes_or_no(text: str, question: str = "") -> str | None:
@@ -255,17 +254,22 @@ def as_official(text: str, *, positive: str) -> str | None:
     return "no" if {"No", "no", "not"} & set(first) else "yes"
 
 
-def yes_no(text: str, truth: str, *, positive: str) -> Counts:
+def yes_no(text: str, truth: str, *, positive: str, question: str = "") -> Counts:
     """What one answer to a yes/no question adds to each metric.
 
     truth: "yes" or "no".  positive: the answer that precision and recall are about, "yes" in POPE,
     "no" in AMBER, which asks about what is not there. precision: right / given positives. recall:
     right / true positives. f1: 2 TP / (2 TP + FP + FN), a ratio of sums too. yes_ratio: answers
     that say yes / ANSWERS. unanswered: answers that say neither; they are wrong and no positive.
+    official_*: the same as the official script reads the answers; read_otherwise: where it reads
+    something else. bare: answers of a single word.
     """
-    answer = yes_or_no(text)
-    given, true = float(answer == positive), float(truth == positive)
-    hit = given * true
-    return {"accuracy": (float(answer == truth), 1), "precision": (hit, given),
-            "recall": (hit, true), "f1": (2 * hit, given + true),
-            "yes_ratio": (float(answer == "yes"), 1), "unanswered": (float(answer is None), 1)}
+    answer, official = yes_or_no(text, question), as_official(text, positive=positive)
+    given, theirs, true = (float(said == positive) for said in (answer, official, truth))
+    return {"accuracy": (float(answer == truth), 1), "precision": (given * true, given),
+            "recall": (given * true, true), "f1": (2 * given * true, given + true),
+            "yes_ratio": (float(answer == "yes"), 1), "unanswered": (float(answer is None), 1),
+            "official_accuracy": (float(official == truth), 1),
+            "official_f1": (2 * theirs * true, theirs + true),
+            "read_otherwise": (float(official != answer), 1),
+            "bare": (float(len(text.split()) == 1 and len(words(text)) < 3), 1)}

@@ -7,6 +7,7 @@ images to caption and how they are asked for. The rules of counting: `hallucinat
 
 import base64
 import json
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -178,7 +179,7 @@ def _unpack(row: Mapping[str, Any], image: Path, file: Path) -> None:
 
 def yes_no_counts(question: Question, text: str, *, positive: str) -> Counts:
     """The counts of one answer, and of its kind: accuracy_KIND, f1_KIND."""
-    counts = hallucination.yes_no(text, question.label, positive=positive)
+    counts = hallucination.yes_no(text, question.label, positive=positive, question=question.text)
     return counts | {f"{n}_{question.kind}": counts[n] for n in ("accuracy", "f1")}
 
 
@@ -244,6 +245,13 @@ YES_NO = {"accuracy": Metric("accuracy", True), "precision": Metric("precision",
           "recall": Metric("recall", True), "f1": Metric("F1", True),
           "yes_ratio": Metric("yes answers", None),
           "unanswered": Metric("neither yes nor no", False)}
+# How answers were read and what they look like: no results to compare methods by.
+READING = {"official_accuracy": Metric("accuracy, read by the official script", None),
+           "official_f1": Metric("F1, read by the official script", None),
+           "official_difference": Metric("accuracy minus the official script's", None),
+           "read_otherwise": Metric("read otherwise by the script", None),
+           "bare": Metric("answers of one word", None)}
+DIFFERENCE = {"official_difference": (("accuracy", "official_accuracy"), operator.sub)}
 NAMED = {"cover": Metric("cover", True), "objects": Metric("objects an answer", None),
          "words": Metric("words an answer", None)}
 
@@ -273,7 +281,8 @@ BENCHMARKS = {b.name: b for b in (
     Benchmark(
         "pope", "POPE", {kind: f"coco_pope_{kind}.json" for kind in POPE_KINDS}, "val2014",
         "get the question files of POPE and COCO 2014's val images",
-        f"questions MIT, {_COCO_IMAGES}", {**YES_NO, **_by_kind(POPE_KINDS)}, _pope),
+        f"questions MIT, {_COCO_IMAGES}", {**YES_NO, **_by_kind(POPE_KINDS), **READING}, _pope,
+        DIFFERENCE),
     # Descriptions and yes/no questions, annotated by hand (arXiv 2311.07397); nouns by rule.
     Benchmark(
         "amber", "AMBER",
@@ -285,5 +294,5 @@ BENCHMARKS = {b.name: b for b in (
          "hal": Metric("Hal", False), "cog": Metric("Cog", False),
          "words": Metric("words a description", None), **YES_NO,
          **_by_kind(("existence", "attribute", "relation")),
-         "amber_score": Metric("AMBER score", True)}, _amber,
-        {"amber_score": (("chair", "f1"), lambda chair, f1: (1 - chair + f1) / 2)}))}
+         "amber_score": Metric("AMBER score", True), **READING}, _amber,
+        {"amber_score": (("chair", "f1"), lambda chair, f1: (1 - chair + f1) / 2), **DIFFERENCE}))}

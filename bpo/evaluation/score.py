@@ -14,18 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bpo.data import files as entries
+from bpo.data import answers
 from bpo.evaluation import hallucination, metrics, official
 from bpo.evaluation import words as vocabulary
 from bpo.evaluation.official import BENCHMARKS, Benchmark, Counts, Loaded, Question
 from bpo.params import Refusal
 from bpo.study import seeds
 from bpo.study.files import to_json
+from bpo.study.text import words
 
-# Of several fields the first that an answer has: its image or question, and its text.
-NAMES = ("image_id", "image", "question_id", "id")
-TEXTS = ("caption", "answer", "response", "text")
-QUESTIONS = ("question", "prompt", "text")
+# Of several fields the first that an answer has: its image or question.
+IMAGES = ("image_id", "image", "image_path", "image_name", "image_file", "file_name", "img_path",
+          "image_source")
+NAMES = (*IMAGES, "question_id", "id")
+QUESTIONS = ("question", "prompt", "query", "text")
 # Benchmarks whose questions have numbers, and one answer each.
 NUMBERS = {"pope": ("question_id", "id"), "amber": ("id", "question_id")}
 COCO_FILE = rb'\s*\{\s*"(info|images|licenses|annotations|categories|type)"'
@@ -39,14 +41,16 @@ Counted = dict[tuple[str, str, int], tuple[str, Counts]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmark", choices=sorted(BENCHMARKS))
     parser.add_argument("--answers", type=Path, required=True, metavar="FILE",
-                        help=f"JSON lines or a JSON list with {'|'.join(NAMES)} and "
-                        f"{'|'.join(TEXTS)}")
+                        help="JSON lines, a JSON list or CSV with image_id|image|question_id|id "
+                        f"and {'|'.join(answers.TEXTS)}, or prediction|response|output|...")
     parser.add_argument("--truth", type=Path, required=True, nargs="+", metavar="FILE",
                         help="image -> classes or COCO's instances file; POPE's question files; "
                         "AMBER's annotations.json")
     parser.add_argument("--synonyms", type=Path, metavar="FILE",
                         help="a class a line with its words (default: COCO's 80 classes)")
     parser.add_argument("--against", type=Path, metavar="FILE", help="answers to compare with")
+    parser.add_argument("--field", metavar="NAME", default="",
+                        help="the field of the answers, where several may be meant")
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
 
 
@@ -54,11 +58,14 @@ def run(options: argparse.Namespace) -> int:
     """Prints what the answers score; raises Refusal for files that do not fit together."""
     benchmark = BENCHMARKS[options.benchmark]
     truth, note = read_truth(benchmark, options.truth, options.synonyms)
-    counts, summary = match(options.answers, benchmark, truth)
+    counts, summary = match(options.answers, benchmark, truth, field=options.field)
+    if options.field not in ("", summary["field"]):
+        raise Refusal(f"--field: {options.answers} has no field {options.field}, but "
+                      f"{summary['field']}")
     result = {"benchmark": benchmark.name, "answers": summary | {"note": note},
               "metrics": estimates(benchmark, counts)}
     if options.against:
-        other, summary = match(options.against, benchmark, truth)
+        other, summary = match(options.against, benchmark, truth, field=options.field)
         shared = counts.keys() & other.keys()
         if not shared:
             raise Refusal(f"{options.against}: answers none of the questions that "
@@ -136,44 +143,47 @@ def _pope(files: Sequence[Path]) -> Loaded:
 def _amber(folder: Path) -> tuple[Loaded, str]:
     loaded = official.read_amber(folder)
     queries = [folder / BENCHMARKS["amber"].files[r] for r in ("generative", "discriminative")]
-    images = {str(q["id"]): q["image"] for file in queries if file.is_file()
-              for _, q in official.rows(file, "id", "image")}
+    images = {str(q["id"]): (q["image"], str(q.get("query", "")))
+              for file in queries if file.is_file() for _, q in official.rows(file, "id", "image")}
     note = "" if images else ("no query/ beside the annotations: which questions share an image is "
                               "not known, and the intervals are over questions")
-    questions = tuple(replace(q, image=images.get(q.id, q.id)) for q in loaded.questions)
+    questions = tuple(replace(q, image=images.get(q.id, (q.id, ""))[0],
+                              text=images.get(q.id, ("", ""))[1]) for q in loaded.questions)
     return Loaded(questions, loaded.counts), note
 
 
-def match(file: Path, benchmark: Benchmark, truth: Loaded) -> tuple[Counted, dict[str, int]]:
+def match(file: Path, benchmark: Benchmark, truth: Loaded, *, field: str = ""
+          ) -> tuple[Counted, dict[str, Any]]:
     """The counts of every answer that has a truth, and how many there are with and without.
 
     Several answers to an image are told apart by their question, those to the same by their order.
-    Raises Refusal where no answer has a truth, or a numbered question two answers.
+    field: where the answers are; "": where `answers.field` finds them. Raises Refusal where no
+    answer has a truth, a numbered question has two, or all answers are the truth word by word.
     """
-    if not file.is_file():
-        raise Refusal(f"{file}: there is no such file of answers")
+    rows = answers.read(file)
+    fields = list(dict.fromkeys(name for _, entry in rows for name in entry))
+    named = field in fields
+    field = field if named else answers.field(file, [entry for _, entry in rows], fields)
     index: dict[Any, list[Question]] = defaultdict(list)
     for q in truth.questions:
         index[q.id].append(q)
         if benchmark.name == "pope":  # its files number their questions alike
             index[q.id.rpartition("-")[2]].append(q)
             index[vocabulary.image_key(q.image), metrics.normalised(q.text)].append(q)
-    answered: list[tuple[Question, str, Counts]] = []
+    answered: list[tuple[Question, str, str]] = []
     texts: dict[str, str] = {}
-    read = without = 0
-    for read, (row, entry) in enumerate(entries.read(file, file.parent), start=1):
-        where = f"{file.parent / row}"
-        field = _field(entry, TEXTS, where)
-        text = entry[field]
-        if not isinstance(text, str):
-            raise Refusal(f"{where}: the answer must be a text, is {str(text)[:40]}")
+    without = 0
+    for where, entry in rows:
+        text = answers.text(entry, field, where, yes_no=benchmark.name in NUMBERS)
         asked = next((str(entry[n]) for n in QUESTIONS
                       if n != field and entry.get(n) is not None), "")
-        if benchmark.name == "pope" and asked and "image" in entry:
-            key = vocabulary.image_key(entry["image"]), metrics.normalised(asked)
-            questions = index.get(key, [])
+        image = next((entry[n] for n in IMAGES if entry.get(n) is not None), None)
+        if benchmark.name == "pope" and asked and image is not None:
+            key = vocabulary.image_key(image)
+            questions = next(filter(None, (index.get((key, metrics.normalised(part)))
+                                           for part in (asked, asked.partition("\n")[0]))), [])
         else:
-            name = _field(entry, NUMBERS.get(benchmark.name, NAMES), where)
+            name = _first(entry, NUMBERS.get(benchmark.name, NAMES), where)
             questions = index.get(vocabulary.image_key(entry[name]), [])
             if len(questions) > 1:
                 raise Refusal(f"{where}: its question number is in {len(questions)} question "
@@ -181,37 +191,55 @@ def match(file: Path, benchmark: Benchmark, truth: Loaded) -> tuple[Counted, dic
         without += not questions
         for q in questions:  # POPE asks the same of an image in several of its files
             if benchmark.name not in NUMBERS or q.id not in texts:
-                answered.append((q, asked, truth.counts(q, text)))
+                answered.append((q, asked, text))
             elif texts[q.id] != text:
                 raise Refusal(f"{where}: question {q.id} has another answer already; leave one")
             texts[q.id] = text
     if not answered:
-        raise Refusal(f"{file}: none of its {read} answers is to an image or question of the "
+        raise Refusal(f"{file}: none of its {len(rows)} answers is to an image or question of the "
                       f"truth; they must share {' or '.join(NAMES)}")
+    if not named:
+        _refuse_truth(file, field, fields, answered)
     times, order, counted = Counter(q.id for q, _, _ in answered), Counter(), {}
-    for q, asked, counts in answered:
+    for q, asked, text in answered:
         name = (q.id, asked if times[q.id] > 1 else "")
-        counted[*name, order[name]] = (q.image, counts)
+        counted[*name, order[name]] = (q.image, truth.counts(q, text))
         order[name] += 1
-    return counted, {"read": read, "scored": read - without, "without_truth": without,
+    return counted, {"read": len(rows), "scored": len(rows) - without, "without_truth": without,
+                     "field": field, "empty": sum(not words(text) for _, _, text in answered),
                      "truth": len(truth.questions),
                      "truth_without_answer": len(truth.questions) - len(times)}
 
 
-def _field(entry: Any, names: Sequence[str], where: str) -> str:
+def _refuse_truth(file: Path, field: str, fields: Sequence[str],
+                  answered: Sequence[tuple[Question, str, str]]) -> None:
+    """Raises Refusal where all answers are the questions, or all the labels and both occur."""
+    same = [(metrics.normalised(text), q) for q, _, text in answered]
+    labels = {q.label for _, q in same}
+    what = ("the benchmark's questions"
+            if all(t and t == metrics.normalised(q.text) for t, q in same) else "the truth, word by word" if labels == {"yes", "no"}
+            and all(t == q.label for t, q in same) else "")
+    if what:
+        raise Refusal(f"{file}: the {len(same)} answers in {field} are all {what}; its fields are "
+                      f"{', '.join(fields)}: name that of the model's answers by --field, "
+                      f"{field} itself if it is")
+
+
+def _first(entry: Mapping[str, Any], names: Sequence[str], where: str) -> str:
     """The first of the names that an answer has; raises Refusal for none."""
     for name in names:
-        if isinstance(entry, dict) and entry.get(name) is not None:
+        if entry.get(name) is not None:
             return name
-    raise Refusal(f"{where}: the answer needs one of {', '.join(names)}, in a JSON object")
+    raise Refusal(f"{where}: the answer needs one of {', '.join(names)}")
 
 
 def table(benchmark: Benchmark, result: Mapping[str, Any]) -> str:
     """The lines for the terminal; rates in per cent."""
     n, header = result["answers"], "{:28}    value   95 % interval     {:>8}"
     lines = [(f"{benchmark.title}: {n['scored']} of {n['read']} answers scored, "
-              f"{n['without_truth']} without truth; {n['truth_without_answer']} of {n['truth']} in "
-              "the truth have no answer"), *filter(None, [n["note"]]), "",
+              f"{n['without_truth']} without truth, {n['empty']} empty, from the field "
+              f"{n['field']}; {n['truth_without_answer']} of {n['truth']} in the truth have no "
+              "answer"), *filter(None, [n["note"]]), "",
              header.format("metric", "out of")]
     lines += [_row(name, e) + f"{e['n']:>8}" for name, e in result["metrics"].items()]
     if "differences" in result:

@@ -19,7 +19,7 @@ from bpo.study.text import words
 Vocabulary = Mapping[str, Sequence[str]]  # class -> its words and plurals
 COCO = Path(__file__).with_name("objects") / "coco.txt"
 MARKS = ".,;:!?\n()"  # end phrases and scopes
-# English words that are colours or objects; colours alone; what stands behind a noun, not an adjective
+# English words that are colours or objects; colours; what stands behind nouns, not adjectives.
 COLOURS_TOO = frozenset("orange peach plum olive lime lemon cherry rose violet lavender chocolate "
                         "salmon gold silver chestnut coral cream".split())
 COLOURS = frozenset("red blue green yellow white black brown grey gray pink purple tan beige teal "
@@ -40,7 +40,8 @@ SEEING = frozenset("see show have contain include depict feature find spot detec
 STOPS = frozenset(".;:!?\n()")
 TURNS = frozenset("but while although though however except instead only just yet".split())
 VERBS = frozenset("is are was were be has have sits sit stands stand lies lie can".split())
-STARTS = frozenset("a an the some there it he she they one two three several many".split())  # after an "and": "no dog and a cat"
+# After an "and" or a comma they begin what is no longer denied: "no dog and a cat".
+STARTS = frozenset("a an the some there it he she they one two three several many".split())
 NO_CLASS = ""  # phrases of this class are no object ("train track"), and hide the words in them
 
 
@@ -88,7 +89,8 @@ def is_colour(tokens: Sequence[str], at: int) -> bool:
     two, one = ["", "", *tokens[:at]][-2:]
     after, next_one = [*tokens[at + 1:at + 3], "", ""][:2]
     joints = ("and", "or", ",")
-    if one in SAID_OF or one in joints and two in COLOURS or after in joints and next_one in COLOURS:
+    if one in SAID_OF or (one in joints and two in COLOURS
+                          or after in joints and next_one in COLOURS):
         return True
     return after not in AFTER_A_NOUN and after not in MARKS  # every string holds ""
 

@@ -266,11 +266,17 @@ def test_golden_answers_with_yes_positive():
     # TP 2, FP 1, TN 1, FN 2 (one said no, one nothing); of 7 answers 3 say yes, 2 neither.
     assert summed(GOLDEN, "yes") == {
         "accuracy": (3, 7), "precision": (2, 3), "recall": (2, 4), "f1": (4, 7),
-        "yes_ratio": (3, 7), "unanswered": (2, 7)}
+        "yes_ratio": (3, 7), "unanswered": (2, 7),
+        # POPE's script reads both "perhaps" as yes: TP 3, FP 2, FN 1.
+        "official_accuracy": (4, 7), "official_f1": (6, 9), "read_otherwise": (2, 7),
+        "bare": (6, 7)}
 
 
 def test_golden_answers_with_no_positive():
     # TP 1 (no, no), FP 1 (no, yes), FN 2 (yes and perhaps to a no).
     assert summed(GOLDEN, "no") == {
         "accuracy": (3, 7), "precision": (1, 2), "recall": (1, 3), "f1": (2, 5),
-        "yes_ratio": (3, 7), "unanswered": (2, 7)}
+        "yes_ratio": (3, 7), "unanswered": (2, 7),
+        # AMBER's script takes "Yes" and "No" alone, as they are written.
+        "official_accuracy": (0, 7), "official_f1": (0, 3), "read_otherwise": (5, 7),
+        "bare": (6, 7)}

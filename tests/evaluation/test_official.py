@@ -216,7 +216,8 @@ def test_pope_s_questions_keep_their_kind_and_truth(pope):
     assert loaded.counts(loaded.questions[3], "Yes") == {
         "accuracy": (0, 1), "precision": (0, 1), "recall": (0, 0), "f1": (0, 1),
         "yes_ratio": (1, 1), "unanswered": (0, 1), "accuracy_popular": (0, 1),
-        "f1_popular": (0, 1)}
+        "f1_popular": (0, 1), "official_accuracy": (0, 1), "official_f1": (0, 1),
+        "read_otherwise": (0, 1), "bare": (1, 1)}
 
 
 def test_a_truth_that_is_neither_is_refused(pope):
@@ -257,7 +258,8 @@ def test_amber_s_two_tasks_are_one_benchmark(amber):
     assert loaded.counts(loaded.questions[1], "No.") == {
         "accuracy": (1, 1), "precision": (1, 1), "recall": (1, 1), "f1": (2, 2),
         "yes_ratio": (0, 1), "unanswered": (0, 1), "accuracy_existence": (1, 1),
-        "f1_existence": (2, 2)}
+        "f1_existence": (2, 2), "official_accuracy": (0, 1), "official_f1": (0, 1),
+        "read_otherwise": (1, 1), "bare": (1, 1)}
 
 
 def test_amber_s_score_is_made_of_chair_and_f1():

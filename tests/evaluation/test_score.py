@@ -53,7 +53,8 @@ def test_captions_are_scored_by_image_number(files, capsys):
     assert values(found["metrics"]) == {"chair_s": (0.5, 2), "chair_i": (0.25, 4), "cover": (1, 3),
                                         "objects": (2, 2), "words": (5, 2)}
     assert found["answers"] == {"read": 3, "scored": 2, "without_truth": 1, "truth": 3,
-                                "truth_without_answer": 1, "note": ""}
+                                "truth_without_answer": 1, "field": "caption", "empty": 0,
+                                "note": ""}
 
 
 def test_object_halbench_counts_as_it_says(files, capsys):
@@ -66,7 +67,7 @@ def test_object_halbench_counts_as_it_says(files, capsys):
 
 def test_the_table_shows_per_cent_interval_and_counts(files, capsys):
     out = call(capsys, *chair(files, "--against", files / "other.json"))
-    assert "CHAIR: 2 of 3 answers scored, 1 without truth; 1 of 3 in the truth have no" in out
+    assert "CHAIR: 2 of 3 answers scored, 1 without truth, 0 empty, from the field caption" in out
     rows = [line.split() for line in out.splitlines()]
     assert ["CHAIRi", "25.0", "%", "[0.0,", "33.3]", "4"] in rows
     assert ["words", "an", "answer", "5.0", "[2.0,", "8.0]", "2"] in rows
@@ -79,6 +80,7 @@ def test_a_difference_is_on_the_answers_that_both_have(files, capsys):
     found = numbers(capsys, *chair(files, "--against", files / "other.json"))
     assert found["against"] | {"note": ""} == {
         "read": 3, "scored": 3, "without_truth": 0, "truth": 3, "truth_without_answer": 0,
+        "field": "answer", "empty": 0,
         "matched": 2, "without_partner": 0, "without_partner_against": 1, "note": ""}
     gap = found["differences"]
     # CHAIRi 1/4 against 1/3 (woman, cat, dog); cover 3/3 against 2/3; CHAIRs 1/2 both.
@@ -145,7 +147,8 @@ def test_pope_by_question_number_and_one_file(pope, capsys):
     assert values(found["metrics"]) == {
         "accuracy": (0.5, 2), "precision": (1, 1), "recall": (1, 1), "f1": (1, 2),
         "yes_ratio": (0.5, 2), "unanswered": (0.5, 2), "accuracy_popular": (0.5, 2),
-        "f1_popular": (1, 2)}
+        "f1_popular": (1, 2), "official_accuracy": (0.5, 2), "official_f1": (0.666667, 3),
+        "official_difference": (0, 2), "read_otherwise": (0.5, 2), "bare": (1, 2)}
     assert found["answers"]["without_truth"] == 1
 
 
@@ -218,14 +221,93 @@ def test_amber_s_images_are_the_unit_where_its_queries_are_there(amber, capsys):
     assert found["answers"]["note"] == ""
 
 
+# --- whose answers ----------------------------------------------------------------------------
+
+LABELS = ["yes", "no", "no", "no"]  # of four questions; the model says yes to all
+
+
+@pytest.mark.parametrize("made", [
+    {"answer": LABELS, "prediction": ["Yes"] * 4}, {"answer": LABELS, "response": ["Yes"] * 4},
+    {"answer": LABELS, "Model Answer": ["Yes"] * 4}, {"answer": LABELS, "output": [["Yes"]] * 4},
+    {"gt": LABELS, "answer": ["Yes"] * 4}, {"ref": LABELS, "text": ["Yes"] * 4},
+    {"label": LABELS, "caption": ["Yes"] * 4}, {"ground_truth": LABELS, "pred": [True] * 4},
+    {"answer": LABELS, "prediction": ["Yes"] * 4, "response": ["yes."] * 4},
+    {"text": ["Is there a dog?"] * 4, "answer": ["Yes"] * 4, "label": LABELS},
+    {"target": LABELS, "doc": [{"answer": x} for x in LABELS], "resps": [[["Yes"]]] * 4,
+     "filtered_resps": [["Yes"]] * 4}])
+def test_the_model_s_answers_are_scored_and_not_the_labels(tmp_path, capsys, made):
+    lines(tmp_path / "coco_pope_random.json", [
+        {"question_id": n, "image": f"COCO_val2014_{n:012d}.jpg", "text": "Is there a dog?",
+         "label": label} for n, label in enumerate(LABELS)])
+    rows = [{"question_id": n, **{name: of[n] for name, of in made.items()}} for n in range(4)]
+    lines(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.csv").write_text("\n".join(
+        ",".join(map(str, cells)) for cells in ([*rows[0]], *(r.values() for r in rows))))
+    as_table = all(isinstance(v, str | int) for v in rows[0].values())
+    for file in ("a.jsonl", "a.csv")[:1 + as_table]:
+        found = numbers(capsys, "pope", "--answers", tmp_path / file, "--truth",
+                        tmp_path / "coco_pope_random.json")
+        assert values(found["metrics"])["accuracy"] == (0.25, 4)
+
+
+@pytest.mark.parametrize("made, said", [
+    ({"answer": LABELS}, "4 answers in answer are all the truth, word by word; its fields are"),
+    ({"answer": LABELS, "llava": ["Yes"] * 4}, "fields are question_id, answer, llava: name that"),
+    ({"text": ["Is there a dog?"] * 4, "label": LABELS}, "are all the benchmark's questions"),
+    ({"answer": LABELS, "text": ["Yes", "no", "Yes", "Yes"]}, "may be in answer .* or text"),
+    ({"answer": LABELS, "caption": ["Yes"] * 4}, "may be in caption .* or answer")])
+def test_answers_that_may_be_the_truth_are_refused_until_they_are_named(tmp_path, capsys, made,
+                                                                        said):
+    truth = tmp_path / "coco_pope_random.json"
+    lines(truth, [{"question_id": n, "image": f"{n}.jpg", "text": "Is there a dog?",
+                   "label": label} for n, label in enumerate(LABELS)])
+    lines(tmp_path / "a.jsonl", [{"question_id": n, **{name: of[n] for name, of in made.items()}}
+                                 for n in range(4)])
+    arguments = ("pope", "--answers", tmp_path / "a.jsonl", "--truth", truth)
+    with pytest.raises(Refusal, match=said):
+        call(capsys, *arguments)
+    with pytest.raises(Refusal, match="has no field nothing, but"):
+        lines(tmp_path / "b.jsonl", [{"question_id": 0, "answer": "well"}])
+        call(capsys, "pope", "--answers", tmp_path / "b.jsonl", "--truth", truth, "--field",
+             "nothing")
+    named = numbers(capsys, *arguments, "--field", list(made)[-1])
+    assert named["answers"]["field"] == list(made)[-1]
+
+
+def test_a_reference_caption_beside_a_response_is_not_scored(files, capsys):
+    lines(files / "mine.jsonl", [{"image_id": 7, "caption": "A woman.", "response": "A dog here."}])
+    assert values(numbers(capsys, *chair(files))["metrics"])["chair_s"] == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["chair", "object-halbench"])
+@pytest.mark.parametrize("text", ["", None, "一只狗和一只猫", "🐶", "...", " ", "Собака и кошка тут"])
+def test_a_collapsed_model_s_answers_name_no_object(files, capsys, name, text):
+    lines(files / "mine.jsonl", [{"image_id": 7, "caption": text}])
+    found = numbers(capsys, *chair(files, name=name))
+    assert values(found["metrics"])["cover"] == (0, 1)
+    assert values(found["metrics"])["objects"] == (0, 1)
+    assert found["answers"]["empty"] == (not (text or "").strip())
+
+
+def test_a_spreadsheet_is_named(files, capsys):
+    (files / "mine.xlsx").write_bytes(b"PK\3\4")
+    with pytest.raises(Refusal, match="mine.xlsx: is a spreadsheet; save it as CSV"):
+        call(capsys, "chair", "--answers", files / "mine.xlsx", "--truth", files / "objects.json")
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rows, said", [
     ([{"image_id": 5, "caption": "x"}], "none of its 1 answers is to an image or question"),
-    ([{"image_id": 7}], "row 1: the answer needs one of caption, answer, response, text"),
-    ([{"caption": "x"}], "needs one of image_id, image, question_id, id"),
-    ([{"image_id": 7, "caption": ["x"]}], "must be a text"),
-    ([MINE[0], "x"], "row 2: .* in a JSON object"),
+    ([{"image_id": 7}], "fields are image_id; the answers must be in one of caption, answer, text"),
+    ([MINE[0], {"image_id": 7}], "row 2: has no caption"),
+    ([{"caption": "x"}], "needs one of image_id, image, .*, question_id, id"),
+    ([{"image_id": 7, "caption": ["x", "y"]}], "must be a text"),
+    ([{"image_id": 7, "caption": True}], "must be a text"),
+    ([MINE[0], "x"], "row 2: is no JSON object"),
+    ([{"image_id": 7, "caption": "a dog", "answer": "a cat"}],
+     "may be in caption .'a dog' first. or answer .'a cat' first.; say which by --field"),
+    ([{"image_id": 7, "output": "a dog", "prediction": "a cat"}], "in prediction .* or output"),
     ([], "empty")])
 def test_answers_that_cannot_be_scored_are_refused(files, capsys, rows, said):
     lines(files / "mine.jsonl", rows)
