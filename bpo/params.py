@@ -37,6 +37,21 @@ class Refusal(Exception):
         return str(self).splitlines()
 
 
+def movable(value: Any) -> Any:
+    """A parameter's value with paths as they stay right when project and outputs move: those in
+    there are relative; others stay as they were typed."""
+    if isinstance(value, dict):
+        return {movable(k): movable(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [movable(v) for v in value]
+    if isinstance(value, str) and (path := Path(value)).is_absolute():
+        if path.is_relative_to(outputs_root()):
+            return (Path("outputs") / path.relative_to(outputs_root())).as_posix()
+        if path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "outputs"):
+            return path.relative_to(ROOT).as_posix()
+    return value
+
+
 def field(default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, **limits)
 
@@ -134,6 +149,11 @@ class Parameters(BaseModel):
     def conflicts(self) -> Iterator[str]:
         """What does not fit together, a sentence each that names the parameter."""
         yield from ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _movable(cls, values: Any) -> Any:
+        return movable(values)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Parameters":

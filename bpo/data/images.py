@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -25,6 +25,7 @@ import pyarrow.parquet
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from bpo.params import Refusal
+from bpo.study.files import LineFile
 
 MAX_PIXELS = 89_478_485  # 256 MB as RGB: where Pillow begins to warn of decompression bombs
 MAX_ASPECT = 200  # a processor makes the short side as long as the model's: the other grows with it
@@ -116,6 +117,18 @@ def place(root: Path, name: str) -> Path | None:
         return file
     inside = Path(real).is_relative_to(root) and not Path(name).is_absolute()
     return file if inside else None
+
+
+def named(lists: Mapping[Path, Path]) -> dict[str, Path]:
+    """The files of all images that files of lines name under "image", by name. lists: file of lines
+    -> the folder that its names start from. Those inside a parquet file are that file."""
+    found = {}
+    for lines, root in lists.items():
+        for line in LineFile(lines):
+            inside = _IN_PARQUET.fullmatch(line["image"])
+            name = inside[1] if inside else line["image"]
+            found[f"{name} of {lines.name}"] = root / name
+    return found
 
 
 def exists(file: Path) -> bool:

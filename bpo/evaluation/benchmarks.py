@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bpo import params
+from bpo.data import files, images
 from bpo.data import rows as data_rows
 from bpo.evaluation import comparison, diagnostics, judged, metrics, official, words
 from bpo.evaluation.judged import Judged, JudgedQuestion
@@ -51,13 +52,18 @@ def run(p: Benchmarks) -> stages.Result:
         folder = p.path(p.folders[name])
         if stages.owning_stage(folder) is None:  # else the stage tells better what is missing
             official.require(benchmark, folder)
-        files = {**benchmark.files, **{o: o for o in official.OPTIONAL if (folder / o).is_file()}}
-        inputs |= {f"{name} {role}": folder / file for role, file in files.items()}
+        needed = {**benchmark.files, **{o: o for o in official.OPTIONAL if (folder / o).is_file()}}
+        inputs |= {f"{name} {role}": folder / file for role, file in needed.items()}
         if p.judge and isinstance(benchmark, Judged):
             inputs[f"{name} judge's prompt"] = benchmark.template
     if p.probe_data:
         inputs["probe data"] = p.path(p.probe_data)
-    return stages.stage(p, lambda folder: _work(p, folder), inputs=inputs)
+    roots = {f"answers-{n}.jsonl": p.path(p.folders[n]) / b.images for n, b in chosen(p).items()}
+    if p.probe_data:
+        roots[PROBED] = p.optional_path(p.probe_image_folder) or files.home(inputs["probe data"])
+    return stages.stage(p, lambda folder: _work(p, folder), inputs=inputs,
+                        pictures=lambda folder: images.named(
+                            {folder / file: root for file, root in roots.items()}))
 
 
 def chosen(p: Benchmarks) -> dict[str, Benchmark | Judged]:
@@ -139,9 +145,9 @@ def _answers(p: Benchmarks, folder: Path, checkpoint: Checkpoint, methods: Seque
              benchmark: Benchmark | Judged, questions: Sequence[Question]) -> list[dict]:
     """answers-<benchmark>.jsonl: a line a question, {id, image, kind, label, question, answers,
     p_yes}, the last two by method; p_yes is P(yes) among yes and no, for yes/no questions."""
-    images = p.path(p.folders[benchmark.name]) / benchmark.images
+    place = p.path(p.folders[benchmark.name]) / benchmark.images
     asked = {q.id: q for q in questions}
-    requests = [Request(q.id, ({"role": "user", "content": q.text},), images / q.image)
+    requests = [Request(q.id, ({"role": "user", "content": q.text},), place / q.image)
                 for q in questions]
     return shards.run_on(folder / f"answers-{benchmark.name}.jsonl", requests, p.batch_size,
                          functools.partial(_ask, p, checkpoint, methods, asked),

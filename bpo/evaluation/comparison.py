@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bpo.data import files, images
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
 from bpo.evaluation import hallucination, metrics
@@ -55,7 +56,10 @@ def run(p: QualitativeComparison) -> stages.Result:
         inputs[split] = p.path(data)
         if truth := data_rows.truth_file(inputs[split]):
             inputs[f"{split} truth"] = truth
-    return stages.stage(p, lambda folder: _work(p, folder), inputs=inputs)
+    roots = {s: p.optional_path(p.image_folder) or files.home(inputs[s]) for s in p.splits}
+    return stages.stage(p, lambda folder: _work(p, folder), inputs=inputs,
+                        pictures=lambda folder: images.named(
+                            {folder / f"answers-{s}.jsonl": root for s, root in roots.items()}))
 
 
 def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bpo.data import images
+from bpo.data import files, images
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
 from bpo.evaluation import metrics
@@ -32,6 +32,7 @@ from bpo.study.results import Estimate, Result
 if TYPE_CHECKING:
     import pandas
 
+LOOKS = "looks.jsonl"
 RESAMPLES = 2000
 KINDS = ("true", "prior")
 CURVES = {"p_true": "P(true)", "p_prior": "P(prior)", "logp_true": "log P a token, true",
@@ -56,7 +57,9 @@ def run(p: NoiseProbability) -> stages.Result:
     inputs = {"model": p.path(p.model), "data": data}
     if truth := data_rows.truth_file(data):
         inputs["truth"] = truth
-    return stages.stage(p, lambda folder: work(p, folder), inputs=inputs)
+    root = p.optional_path(p.image_folder) or files.home(data)
+    return stages.stage(p, lambda folder: work(p, folder), inputs=inputs,
+                        pictures=lambda folder: images.named({folder / LOOKS: root}))
 
 
 def work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
@@ -89,7 +92,7 @@ def work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
                                 _answer_ids(checkpoint, looks[:4], candidates))
     sampled = {r.id for r in rows[:p.sampled_answers]}
     lines = shards.run_on(
-        folder / "looks.jsonl", looks, p.batch_size,
+        folder / LOOKS, looks, p.batch_size,
         lambda batch: look(p, checkpoint, batch, candidates, score=score, sampled=sampled),
         label="noise steps")
     curves = summary(lines, p.noise_steps, seed=p.seed)

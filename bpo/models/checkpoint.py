@@ -28,7 +28,7 @@ from transformers import (
 from transformers.utils import logging
 
 from bpo.params import DPOTraining, Refusal, outputs_root
-from bpo.study import processes
+from bpo.study import environment, processes
 from bpo.study import stage as stages
 
 MERGED = "merged.json"  # beside a merged checkpoint: what it is made of
@@ -114,6 +114,8 @@ def _load(auto: Any, folder: Path, precision: str, *, device: str = "") -> PreTr
         model = auto.from_pretrained(folder, dtype=getattr(torch, precision), use_safetensors=True)
     except (OSError, ValueError) as error:
         raise Refusal(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    environment.attention.update(m.config._attn_implementation for m in model.modules()
+                                 if isinstance(m, PreTrainedModel))
     return model.to(device or processes.device())
 
 

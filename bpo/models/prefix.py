@@ -21,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from bpo.study import environment
+
 ATTENTION = "branches"  # the name that branch attention has among transformers' attentions
 
 Span = tuple[int, int, int]  # columns of a sequence: its begin, the end of its prompt, its end
@@ -97,6 +99,7 @@ def inputs(base: PreTrainedModel, placed: Mapping[str, Any],
             out[name] = moved.masked_fill(~placed["alive"], 0)
     out["position_ids"] = _positions(base, placed, padded)
     if in_use(base):
+        environment.attention.add(ATTENTION)
         # The table itself, where a 4-D mask would be. It stays on the CPU: it is read by hand.
         out["attention_mask"] = torch.tensor(placed["table"])[None, None]
     else:  # a float mask is right under every attention; eager attention misreads a bool one

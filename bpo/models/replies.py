@@ -57,8 +57,8 @@ _YES = (r"(?:sure(?: thing)?|certainly|of course|absolutely|definitely|ok(?:ay)?
         r"|understood|got it|no problem|claro|por supuesto|natürlich|gerne?|bien sûr|certo|конечно"
         r"|好的|当然(?:可以)?|没问题|もちろん(?:です)?|はい|네|물론(?:입니다|이죠)?)")
 _HERE = (r"(?:here(?:['’]s| is| are| you go| it is)|below (?:is|are)|the following (?:is|are)"
-         r"|this is|voici|voilà|hier (?:ist|sind)|aquí (?:está|tienes?)|aqui está|ecco|вот|以下[是为]"
-         r"|[这這]是|改写后的?|修改后的?|以下は|다음은)")
+         r"|this is|voici|voilà|hier (?:ist|sind)|aquí (?:está|tienes?)|aqui está|ecco|вот"
+         r"|以下[是为]|[这這]是|改写后的?|修改后的?|以下は|다음은)")
 _PREFACES = (  # "Sure!", "Here is the rewritten answer:", "**Rewritten answer:**"
     re.compile(rf"(?i)\A\W*{_YES}\s*(?:[!.。！]+|[,，:：](?=\s*{_HERE})|\n)\s*"),
     re.compile(rf"(?i)\A\W*{_HERE}(?:[^:：\n]{{0,120}}[:：][*_]*\s*\n+|[^:：\n]{{0,80}}"

@@ -66,10 +66,10 @@ def choose(p: PairGeneration, line: Mapping[str, Any], right: Right) -> Choice:
     """The `keep` best usable candidates of each group, and as many drawn at random as a control.
 
     Usable is what is an answer ("fault" says why a reply is none), not useless, not in truth right
-    (only where drop_right is set) and not a repeat, but for case and punctuation, of an earlier one in its group. The best have the highest
-    sum of scores, weighted by `select`; equal ones, and all of them where it is empty, come in the
-    order of making. Unselected ones are drawn uniformly from all usable ones, so they may be among
-    the kept; the draw depends on this line alone.
+    (only where drop_right is set) and not a repeat, but for case and punctuation, of an earlier
+    one in its group. The best have the highest sum of scores, weighted by `select`; equal ones, and
+    all of them where it is empty, come in the order of making. Unselected ones are drawn uniformly
+    from all usable ones, so they may be among the kept; the draw depends on this line alone.
     """
     groups: dict[tuple[str, str], list[dict]] = {}
     for candidate in line["candidates"]:

@@ -42,7 +42,9 @@ def run(p: PairGeneration) -> stages.Result:
             inputs["text_model"] = p.path(p.text_model)
     if len(files) == 1 and (truth := data_rows.truth_file(files[0])):
         inputs["truth"] = truth
-    return stages.stage(p, lambda folder: _work(p, folder), inputs=inputs)
+    return stages.stage(
+        p, lambda folder: _work(p, folder), inputs=inputs,
+        pictures=lambda folder: images.named({folder / check.ROWS: check.image_root(p)}))
 
 
 def _work(p: PairGeneration, folder: Path) -> dict[str, Any]:

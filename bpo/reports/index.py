@@ -10,7 +10,7 @@ from bpo.params import SCHEMAS, Refusal
 from bpo.reports import page as report
 from bpo.reports import verify
 from bpo.reports.cards import Shown
-from bpo.study import results
+from bpo.study import environment, results
 from bpo.study import stage as stages
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def facts(known: Manifests) -> Shown:
                                      or "nothing",
         "inputs": ", ".join(inputs[:INPUTS]) + more if inputs else "none",
         "versions": ", ".join(f"{k} {v}" for k, v in first["versions"].items()),
-        "commit": one["commit"],
+        "kernels": environment.kernels(known.values()), "commit": one["commit"],
         "anyone can check": f"sha256sum -c {verify.SUMS}"})
 
 

@@ -132,7 +132,8 @@ def facts(mapping: dict[str, object]) -> Shown:
 
 
 def clean_notebook(path: Path, made_by: Parameters | None = None) -> None:
-    """Take progress bars out of an executed notebook, in place: text bars, widgets, their state.
+    """Take progress bars out of an executed notebook, in place: text bars, widgets, their state;
+    and the folders that papermill noted, since a study may move.
 
     made_by: the parameters of an execution that succeeded; the notebook then gets its stamp.
     """
@@ -140,6 +141,8 @@ def clean_notebook(path: Path, made_by: Parameters | None = None) -> None:
 
     notebook = _read(path)
     executed.drop_progress(notebook)
+    for name in {"input_path", "output_path"} & notebook.metadata.get("papermill", {}).keys():
+        notebook.metadata.papermill[name] = Path(notebook.metadata.papermill[name]).name
     if made_by is not None:
         notebook.metadata[STAMP] = executed.stamp(notebook, made_by)
     write_whole(path, nbformat.writes(notebook) + "\n")

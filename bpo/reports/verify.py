@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bpo.params import Refusal, outputs_root, short
-from bpo.study.files import SAMPLED_ABOVE, write_whole
+from bpo.study.files import SAMPLED_ABOVE, Hashes, write_whole
 from bpo.study.text import visible
 
 SUMS = "SHA256SUMS"
+READ = ".sums.json"  # what `write` read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,14 +46,15 @@ def write(folder: Path, manifests: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes the list of a study's files. manifests: by stage.
 
     What a stage wrote is listed with the hash in its manifest, so that a later edit is found and
-    little is read. Above `SAMPLED_ABOVE` bytes that hash is of samples, so those are read.
+    little is read. Above `SAMPLED_ABOVE` bytes that hash is of samples, so those are read, but not
+    again while their size and times stay.
     """
     hashes = {f"{stage}/{name}": sha256 for stage, manifest in manifests.items()
               for name, sha256 in manifest["outputs"].items()}
-    write_whole(folder / SUMS, text({
-        name: hashes[name] if name in hashes and file.stat().st_size <= SAMPLED_ABOVE
-        else _sha256(partial(file.open, "rb"))
-        for name, file in files(folder).items() if name != SUMS}))
+    with Hashes(folder / READ, lambda file: _sha256(partial(file.open, "rb"))) as whole:
+        write_whole(folder / SUMS, text({
+            name: hashes[name] if name in hashes and file.stat().st_size <= SAMPLED_ABOVE
+            else whole(file) for name, file in files(folder).items() if name != SUMS}))
 
 
 def text(hashes: Mapping[str, str]) -> str:

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -90,3 +91,48 @@ def file_hash(file: Path) -> str:
             stream.seek((size - 2**20) * block // 63)
             digest.update(stream.read(2**20))
     return digest.hexdigest()
+
+
+class Hashes:
+    """Hashes of files, of which those are read again whose size or times of change differ from when
+    they were read last.
+
+    file: where they are kept, beside what it is about and no part of it: names are hashed too, so
+    that it holds none, and those below its folder are relative, so that they move with it. Without
+    it every file is read once.  read: a file's hash.
+    changed: files whose hash was another one before.
+    A file that changed just before it was read is not kept: a later change may bear the same times.
+    """
+
+    def __init__(self, file: Path, read: Callable[[Path], str] | None = None):
+        self.file, self.read, self.changed = file, read or file_hash, set()
+        try:
+            self._kept = dict(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError):
+            self._kept = {}
+        self._new = False
+
+    def __call__(self, file: Path) -> str:
+        state = file.stat()
+        seen = f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
+        name = file.absolute()
+        name = name.relative_to(self.file.parent) if name.is_relative_to(self.file.parent) else name
+        key = hashlib.sha256(os.fsencode(name.as_posix())).hexdigest()[:24]
+        before, sha256 = self._kept.get(key, ("", ""))
+        if before == seen:
+            return sha256
+        found = self.read(file)
+        if sha256 not in ("", found):
+            self.changed.add(file)
+        moment = max(state.st_mtime_ns, state.st_ctime_ns)
+        # The clock of a file system ticks every few milliseconds, of some in whole seconds.
+        if time.time_ns() - moment > (5e7 if moment % 10**9 else 2e9):
+            self._kept[key], self._new = (seen, found), True
+        return found
+
+    def __enter__(self) -> "Hashes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._new:
+            write_whole(self.file, to_json(self._kept))

@@ -6,10 +6,7 @@ work runs again. The manifest is written last, by rename: a folder that has one 
 """
 
 import hashlib
-import importlib.metadata
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,16 +17,16 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from bpo.params import ROOT, SCHEMAS, Parameters, Refusal, outputs_root
-from bpo.study import processes, sources
-from bpo.study.files import file_hash, to_json, write_whole
+from bpo.params import SCHEMAS, Parameters, Refusal, outputs_root
+from bpo.study import environment, processes, sources
+from bpo.study.files import Hashes, file_hash, to_json, write_whole
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 TIMINGS = "timings.json"  # seconds differ from run to run, so they are no part of the result
 MERGED = "merged"  # the folder in a study's for merged checkpoints, one below it for each method
 LOCK_PATIENCE = 5.0  # seconds
-VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "numpy", "pillow", "bpo")
+HASHES = ".hashes.json"  # beside a study's stages: see `Hashes`
 READ_ONLY = ContextVar("READ_ONLY", default=False)
 
 
@@ -59,7 +56,8 @@ class Result:
                 "differs from the defaults": ", ".join(
                     f"{n} = {v}" for n, v in changed(m).items()) or "nothing",
                 "inputs": ", ".join(f"{n} {h[:8]}" for n, h in m["inputs"].items()) or "none",
-                "versions": versions, "commit": m["commit"]}
+                "versions": versions, "kernels": environment.kernels([m]),
+                "commit": m["commit"]}
 
 
 def changed(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,58 +81,63 @@ def read_only() -> Iterator[None]:
         READ_ONLY.reset(token)
 
 
-def stage(p: Parameters, work: Callable[[Path], dict[str, Any]], *, inputs: Mapping[str, Path]
-          ) -> Result:
+def stage(p: Parameters, work: Callable[[Path], dict[str, Any]], *, inputs: Mapping[str, Path],
+          pictures: Callable[[Path], Mapping[str, Path]] = lambda folder: {}) -> Result:
     """The result of `work`, computed only if nothing valid is there.
 
     work: writes its files into the folder that it is given and returns the metrics (plain JSON).
     It is called again on the same folder after an interruption with the same key, so that it can
     go on from what it finds there.
     inputs: files or folders that the result depends on, by name.
+    pictures: the finished folder -> the users' pictures that the result depends on, by name.
     Under a launcher every process calls this and does its share of the work; the first one keeps
     the books. Raises Refusal when an input is missing or was edited, or another run holds the
     study.
     """
     folder = stage_folder(p.study, p.notebook)
     with ExitStack() as lock:
-        key, done = processes.first(lambda: _begin(p, folder, inputs, work.__module__, lock))
+        key, done = processes.first(
+            lambda: _begin(p, folder, inputs, pictures, work.__module__, lock))
         if done is None:
             return Result(folder, read_manifest(folder), "up to date, read again")
         began = time.monotonic()
         metrics = work(folder)
         processes.wait()
-        return processes.first(lambda: _finish(p, folder, key, inputs, metrics, began, done))
+        return processes.first(lambda: _finish(p, folder, key, pictures, metrics, began, done))
 
 
-def _begin(p: Parameters, folder: Path, inputs: Mapping[str, Path], module: str, lock: ExitStack
+def _begin(p: Parameters, folder: Path, inputs: Mapping[str, Path],
+           pictures: Callable[[Path], Mapping[str, Path]], module: str, lock: ExitStack
            ) -> tuple[dict[str, Any], str | None]:
     """Takes the study's lock; the stage's key, and what is to be done (None: nothing)."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock.enter_context(locked(
         folder.parent / ".stage.lock", f"study {p.study} is being computed by another run; "
         "wait for it to end, or write to another study with `--as`"))
-    key = {"parameters": p.shaping(),
-           "inputs": {n: fingerprint(path) for n, path in inputs.items()},
-           "modules": sources.code(module)}
-    reason = why_stale(folder, key)
+    with Hashes(folder.parent / HASHES) as hashes:
+        key = {"parameters": p.shaping(),
+               "inputs": {n: fingerprint(path, hashes) for n, path in inputs.items()},
+               "modules": sources.code(module)}
+        reason = why_stale(folder, key, hashes) or _other_picture(folder, pictures, hashes)
     if reason is None:
         return key, None
     if READ_ONLY.get():
         raise Refusal(f"{p.notebook} is not up to date: {reason}")
     done = _open_folder(folder, key, reason)
+    environment.attention.clear()
     print(f"{p.notebook} is {done}")
     return key, done
 
 
-def _finish(p: Parameters, folder: Path, key: dict[str, Any], inputs: Mapping[str, Path],
-            metrics: dict[str, Any], began: float, done: str) -> Result:
-    manifest = {"stage": p.notebook, "study": p.study, **key,
-                "paths": {n: noted_path(path) for n, path in inputs.items()}, "metrics": metrics,
-                "outputs": {f.relative_to(folder).as_posix(): file_hash(f)
-                            for f in _files(folder)},
-                "versions": {v: importlib.metadata.version(v) for v in VERSIONS},
-                "python": platform.python_version(), "device": device_name(),
-                "processes": processes.world(), "commit": git_commit(),
+def _finish(p: Parameters, folder: Path, key: dict[str, Any],
+            pictures: Callable[[Path], Mapping[str, Path]], metrics: dict[str, Any], began: float,
+            done: str) -> Result:
+    with Hashes(folder.parent / HASHES) as hashes:
+        used = pictures(folder)
+        result = {"pictures": {"count": len(used), "sha256": _picture_digest(used, hashes)},
+                  "metrics": metrics,
+                  "outputs": {f.relative_to(folder).as_posix(): hashes(f) for f in _files(folder)}}
+    manifest = {"stage": p.notebook, "study": p.study, **key, **result, **environment.described(),
                 "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
                 "seconds": round(time.monotonic() - began, 1)}
     write_whole(folder / MANIFEST, to_json(manifest, indent=1) + "\n")
@@ -142,7 +145,8 @@ def _finish(p: Parameters, folder: Path, key: dict[str, Any], inputs: Mapping[st
     return Result(folder, manifest, done)
 
 
-def why_stale(folder: Path, key: Mapping[str, Any]) -> str | None:
+def why_stale(folder: Path, key: Mapping[str, Any], hashed: Callable[[Path], str] = file_hash
+              ) -> str | None:
     """None when the folder holds this very result, else the reason, for people."""
     if not (folder / MANIFEST).is_file():
         return "there was no result yet"
@@ -156,9 +160,29 @@ def why_stale(folder: Path, key: Mapping[str, Any]) -> str | None:
     reasons = [*differences("parameters", "{} {} -> {}"),
                *differences("inputs", "input {} changed"),
                *differences("modules", "code of {} changed")]
-    if touched := _touched(folder, manifest["outputs"]):
+    if touched := _touched(folder, manifest["outputs"], hashed):
         reasons.append(f"{touched} was changed after the stage had finished")
     return "; ".join(sorted(reasons)) or None
+
+
+def _other_picture(folder: Path, pictures: Callable[[Path], Mapping[str, Path]], hashes: Hashes
+                   ) -> str | None:
+    """None where the pictures of a finished stage are as it read them, else which is not. Raises
+    Refusal where one is gone: computing again would leave it out."""
+    listed = read_manifest(folder).get("pictures")
+    if not listed:  # of an earlier version of the kit
+        return None
+    files = pictures(folder)
+    if gone := next((f for f in files.values() if not f.is_file()), None):
+        raise Refusal(f"{gone}: this picture is gone, and {folder.name} was computed from it: put "
+                      f"it back, or move {folder} away to compute without it")
+    if _picture_digest(files, hashes) == listed["sha256"]:
+        return None
+    return f"picture {next((n for n, f in files.items() if f in hashes.changed), 'file')} changed"
+
+
+def _picture_digest(files: Mapping[str, Path], hashes: Hashes) -> str:
+    return _digest(f"{n} {hashes(file)}" for n, file in sorted(files.items()))
 
 
 def _open_folder(folder: Path, key: Mapping[str, Any], reason: str) -> str:
@@ -178,18 +202,7 @@ def _open_folder(folder: Path, key: Mapping[str, Any], reason: str) -> str:
     return f"computed, since {reason}"
 
 
-def noted_path(path: Path) -> str:
-    """A path as a manifest keeps it, for who wants to look again: outputs/... from the root of the
-    outputs, else from the project's root, else absolute. No part of what makes a stage stale."""
-    path = path.absolute()
-    if path.is_relative_to(outputs_root()):
-        path = Path("outputs") / path.relative_to(outputs_root())
-    elif path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "outputs"):
-        path = path.relative_to(ROOT)
-    return path.as_posix()
-
-
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, hashed: Callable[[Path], str] = file_hash) -> str:
     """sha256 of what lies at a path; raises Refusal if nothing does or a stage's file was edited.
 
     Below an earlier stage's folder the hashes come from its manifest, after the files were
@@ -203,8 +216,8 @@ def fingerprint(path: Path) -> str:
             raise Refusal(f"{path} is not there yet: {command}" if command
                           else f"{path}: there is no such file or folder")
         if path.is_file():
-            return file_hash(path)
-        return _digest(f"{f.relative_to(path).as_posix()} {file_hash(f)}" for f in _files(path))
+            return hashed(path)
+        return _digest(f"{f.relative_to(path).as_posix()} {hashed(f)}" for f in _files(path))
     if not (owner / MANIFEST).is_file():
         raise Refusal(f"{path} is not there yet: run notebooks/{owner.name}.ipynb first "
                       f"({written_by(path)})")
@@ -213,7 +226,7 @@ def fingerprint(path: Path) -> str:
     if not hashes:
         wrote = ", ".join(sorted({n.split("/")[0] for n in outputs}))
         raise Refusal(f"{path}: the stage {owner.name} did not write this; it wrote {wrote}")
-    if touched := _touched(owner, hashes):
+    if touched := _touched(owner, hashes, hashed):
         raise Refusal(f"{owner / touched} was changed after the stage that wrote it had finished: "
                       f"put the original back, or run notebooks/{owner.name}.ipynb again")
     return _digest(f"{n} {h}" for n, h in hashes.items())
@@ -241,10 +254,11 @@ def written_by(path: Path) -> str:
     return ""
 
 
-def _touched(folder: Path, hashes: Mapping[str, str]) -> str | None:
+def _touched(folder: Path, hashes: Mapping[str, str], hashed: Callable[[Path], str]
+             ) -> str | None:
     """The first of a stage's files that is gone or has another hash."""
     return next((n for n, sha256 in hashes.items()
-                 if not (folder / n).is_file() or file_hash(folder / n) != sha256), None)
+                 if not (folder / n).is_file() or hashed(folder / n) != sha256), None)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -261,27 +275,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def device_name() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"CPU {platform.machine()}, threads: {torch.get_num_threads()}"
-
-
-def git_commit() -> str:
-    """The commit of the kit's checkout, marked when files differ from it; "none" without git."""
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], check=True,
-                              capture_output=True, text=True).stdout.strip()
-
-    try:
-        changes = " with changes" if git("status", "--porcelain") else ""
-        return git("rev-parse", "--short=12", "HEAD") + changes
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
 
 
 @contextmanager

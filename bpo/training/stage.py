@@ -40,7 +40,9 @@ def run(p: DPOTraining) -> stages.Result:
     """The stage of notebook 3: for every method adapter/, history.json and compute.json."""
     launch.start(p)
     inputs = {"model": p.path(p.model), "pairs": p.path(p.pairs)}
-    return stages.stage(p, lambda folder: _work(p, folder), inputs=inputs)
+    return stages.stage(
+        p, lambda folder: _work(p, folder), inputs=inputs,
+        pictures=lambda folder: images.named({p.path(p.pairs): p.path(p.image_folder)}))
 
 
 def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
@@ -152,6 +154,9 @@ def train_method(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path
     if processes.rank() == 0:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder / "adapter",
                                                                         state_dict=whole)
+        for file in (folder / "adapter" / "adapter_config.json", folder / "adapter" / "README.md"):
+            write_whole(file, file.read_text(encoding="utf-8").replace(
+                str(p.path(p.model)), p.model.replace("{study}", p.study)))
         timings = folder.parent / stages.TIMINGS
         before = json.loads(timings.read_text()) if timings.is_file() else {}
         write_whole(timings, to_json({**before, method: round(time.monotonic() - began, 1)}))

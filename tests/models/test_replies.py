@@ -26,10 +26,11 @@ PLAIN = (
     ANSWER, "Yes", "Okay.", "Sure, there is a dog.", "*", "2", "Great weather, blue sky.",
     "Here is a cat on a mat.", "This is a photo of a cat: it is black.", "The answer is no.",
     '"stop" and "go"', 'A sign says "stop".', "'Tis a cat's toy, the dogs'", "It can't be helped.",
-    "The text on the sign: stop", "The image shows:\n- a cat\n- a dog", "Please keep off the grass.",
+    "The text on the sign: stop", "The image shows:\n- a cat\n- a dog", "一只黑色的猫。",
     "There is a note on the table.\nNote the dog.", "I cannot see the man's face.",
     "I can't tell what colour it is.", "Sorry is written on the sign.", "It works as a machine.",
-    "Unfortunately the dog is hidden.", "He shares an image and can't help it.", "一只黑色的猫。")
+    "Unfortunately the dog is hidden.", "He shares an image and can't help it.",
+    "Please keep off the grass.")
 REFUSALS = (
     "I'm sorry, but I can't assist with that.", "I’m sorry, but I can’t help with that request.",
     "Sorry, I can't do that.", "I cannot provide a wrong answer.", "I'm unable to help with this.",

@@ -1,13 +1,16 @@
 """Stages: done once, run again when something that shapes them changed, resumed, accounted for."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
-from bpo.params import ROOT, DPOTraining, PairGeneration, Refusal
-from bpo.study import launch, sources
+from bpo.params import DPOTraining, PairGeneration, Refusal
+from bpo.study import files, launch, sources
 from bpo.study import stage as stages
 
 
@@ -210,21 +213,6 @@ def test_timings_are_no_part_of_the_result(run, folder):
     assert run(work).done == "up to date, read again"
 
 
-def test_a_manifest_says_where_its_inputs_lay_and_that_makes_nothing_stale(run, data, tmp_path):
-    assert run(Work()).manifest["paths"] == {"data": str(data)}
-    moved = tmp_path / "moved.json"
-    data.rename(moved)
-    assert run(Work(), inputs={"data": moved}).done == "up to date, read again"
-
-
-def test_a_noted_path_starts_from_the_outputs_or_the_project(outputs, tmp_path):
-    assert stages.noted_path(outputs / "s" / "model") == "outputs/s/model"
-    assert stages.noted_path(ROOT / "params" / "x.json") == "params/x.json"
-    # One below the project's outputs/ is not below these outputs.
-    assert stages.noted_path(ROOT / "outputs" / "s") == str(ROOT / "outputs" / "s")
-    assert stages.noted_path(tmp_path / "rows.json") == str(tmp_path / "rows.json")
-
-
 def test_a_stage_that_is_only_read_is_not_computed(run, folder):
     work = Work()
     with stages.read_only():
@@ -303,6 +291,109 @@ def test_a_folder_s_fingerprint_changes_with_names_and_contents(tmp_path):
     prints.append(stages.fingerprint(folder))
     assert len(set(prints)) == 4
     assert stages.fingerprint(folder) == prints[-1]
+
+
+# --- what is read again -------------------------------------------------------------------------
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The names of the files that are hashed, on a clock by which no file is fresh."""
+    names, right = [], files.file_hash
+    monkeypatch.setattr(files, "file_hash", lambda f: names.append(f.name) or right(f))
+    now = time.time_ns
+    monkeypatch.setattr(files.time, "time_ns", lambda: now() + 10**10)
+    return names
+
+
+@pytest.fixture
+def study(outputs, data, tmp_path):
+    """Runs notebook 2 on a file, then notebook 3 on its pairs, a model and two pictures."""
+    for name in ("model/config.json", "model/more/weights", "images/a.png", "images/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    work = Work()
+
+    def run():
+        pairs = stages.stage(PairGeneration(study="s"), Work(), inputs={"data": data})
+        return stages.stage(
+            DPOTraining(study="s"), work,
+            inputs={"pairs": pairs.folder / "pairs.jsonl", "model": tmp_path / "model"},
+            pictures=lambda folder: {n: tmp_path / "images" / n for n in ("a.png", "b.png")})
+
+    run.work = work
+    return run
+
+
+def test_a_study_is_not_read_again_while_sizes_and_times_stay(study, reads):
+    study()
+    assert sorted(reads) == sorted(
+        ["rows.json", "config.json", "weights", "a.png", "b.png", *["pairs.jsonl", "more.txt"] * 2])
+    reads.clear()
+    assert study().done == "up to date, read again" and reads == []
+
+
+@pytest.mark.parametrize("name", (
+    "rows.json", "model/more/weights", "images/b.png", "outputs/s/2_pair_generation/pairs.jsonl",
+    "outputs/s/3_dpo_training/sub/more.txt"))
+def test_a_touched_file_is_read_once_and_a_changed_one_makes_its_stage_stale(
+        study, reads, tmp_path, outputs, capsys, name):
+    file = outputs.parent / name if name.startswith("outputs") else tmp_path / name
+    first, text = study(), file.read_text()
+    reads.clear()
+    os.utime(file, (1, 1))
+    assert study().manifest == first.manifest and reads == [file.name]
+    study()
+    assert study.work.calls == 1 and reads == [file.name]
+    state = file.stat()
+    file.write_text(text[:-1] + "~")  # as long as before, and as old
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    capsys.readouterr()
+    study()
+    said = capsys.readouterr().out
+    assert "changed" in said and ("picture b.png changed" in said) == ("images" in name)
+
+
+def test_a_copied_study_is_up_to_date_and_read_once(study, reads, outputs, tmp_path, monkeypatch):
+    first = study()
+    for place in ("elsewhere", "deep/below/it"):
+        shutil.copytree(outputs, tmp_path / place, copy_function=shutil.copyfile)
+        monkeypatch.setenv("BPO_OUTPUTS", str(tmp_path / place))
+        reads.clear()
+        assert study().manifest == first.manifest
+        assert sorted(reads) == ["more.txt"] * 2 + ["pairs.jsonl"] * 2
+        reads.clear()
+        assert study().manifest == first.manifest and reads == []
+    assert study.work.calls == 1
+    assert str(tmp_path) not in "".join(
+        f.read_text() for f in tmp_path.glob("deep/below/it/s/**/*") if f.is_file())
+
+
+@pytest.mark.parametrize("kept", (None, "", "[1]", '{"a": 3}'))
+def test_without_the_list_of_hashes_all_is_read_once(study, reads, outputs, kept):
+    study()
+    reads.clear()
+    file = outputs / "s" / stages.HASHES
+    file.unlink() if kept is None else file.write_text(kept)
+    assert study().done == "up to date, read again" and len(reads) == 9
+    study()
+    assert len(reads) == 9
+
+
+def test_a_picture_that_is_gone_is_refused_by_name(study, tmp_path, outputs):
+    study()
+    (tmp_path / "images" / "a.png").unlink()
+    with pytest.raises(Refusal, match=r"images/a\.png: this picture is gone, and 3_dpo_training"):
+        study()
+    assert study.work.calls == 1 and asides(outputs / "s" / "3_dpo_training") == []
+
+
+def test_a_file_that_has_just_changed_is_read_again(data, tmp_path):
+    hashes = files.Hashes(tmp_path / "kept.json")
+    os.utime(data, ns=(time.time_ns(), time.time_ns() + 10**9))  # within one tick of a clock
+    first = hashes(data)
+    data.write_text("{}")
+    os.utime(data, ns=(time.time_ns(), time.time_ns() + 10**9))
+    assert hashes(data) != first and hashes.changed == set()
 
 
 # --- hashes -------------------------------------------------------------------------------------

@@ -202,7 +202,6 @@ def test_a_second_round_makes_pairs_and_trains_on_the_merged_checkpoint(little_s
         assert main(["stage", "tiny-round-2", number, *few]) == 0
         manifest = stages.read_manifest(outputs / "tiny-round-2" / stage)
         assert manifest["inputs"]["model"] == stages.fingerprint(merged)
-        assert manifest["paths"]["model"] == "outputs/tiny/merged/bpo"
     assert manifest["metrics"]["methods"]["bpo"]["steps"] == 2
     assert (outputs / "tiny-round-2/3_dpo_training/bpo/adapter").is_dir()
     assert main(["stage", "tiny-round-2", "2", *few]) == 0
