@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bpo.data import turns
 from bpo.data.check import image_root
 from bpo.data.rows import Row
 from bpo.models import checkpoint as checkpoints
@@ -45,7 +46,8 @@ def fill(template: str, row: Row) -> str:
 
 def _useful(line: dict[str, Any]) -> list[dict[str, Any]]:
     """The candidates of a line that could be used."""
-    return [c for c in line["candidates"] if not selection.useless(c["text"], line["chosen"])]
+    return [c for c in line["candidates"]
+            if "strange" not in c and not selection.useless(c["text"], line["chosen"])]
 
 
 class Candidates(Sequence):
@@ -56,7 +58,19 @@ class Candidates(Sequence):
 
     def __init__(self, p: PairGeneration, folder: Path):
         self.p, self.folder, self.root = p, folder, image_root(p)
-        self.rows = LineFile(folder / "rows.jsonl")
+
+    @cached_property
+    def rows(self) -> LineFile:
+        return LineFile(self.folder / "rows.jsonl")
+
+    @cached_property
+    def special(self) -> re.Pattern:
+        """The tokens that no text may hold: those of the checkpoint and of the text model."""
+        p = self.p
+        local = p.text_model if "injected" in p.sources and not p.endpoint else ""
+        return encoding.special(
+            checkpoints.load_without_weights(p.path(p.model)).processor,
+            *[checkpoints.load_tokenizer(p.path(local))] * bool(local))
 
     @cached_property
     def model(self) -> Checkpoint:
@@ -274,7 +288,10 @@ class Candidates(Sequence):
         kinds = [(kind, file[number]["texts"]) for kind, file in self._made]
         if "given" in self.p.sources:
             kinds.append(({"source": "given", "mode": "given"}, row.get("given", [])))
+        made = [{**kind, "sample": k, "text": text} for kind, texts in kinds
+                for k, text in enumerate(texts)]
+        for candidate in made:  # a model may spell a token out: its tokenizer would read one
+            if reason := turns.strange(candidate["text"], self.special):
+                candidate["strange"] = reason
         return {"id": row["id"], "image": row["image"], "category": row["category"],
-                "prompt": row["prompt"], "chosen": row["answer"],
-                "candidates": [{**kind, "sample": k, "text": text} for kind, texts in kinds
-                               for k, text in enumerate(texts)]}
+                "prompt": row["prompt"], "chosen": row["answer"], "candidates": made}

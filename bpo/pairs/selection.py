@@ -79,7 +79,7 @@ def choose(p: PairGeneration, line: Mapping[str, Any], right: Right) -> Choice:
         reasons, seen, totals = [], set(), {}
         for n, candidate in enumerate(made):
             text, same = candidate["text"], metrics.normalised(candidate["text"])
-            reason = useless(text, line["chosen"])
+            reason = useless(text, line["chosen"]) or candidate.get("strange")
             if not reason and p.drop_right and right(line, text):
                 reason = "in truth right"
             if not reason and same in seen:
