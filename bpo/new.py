@@ -91,8 +91,9 @@ def make(name: str, checkpoint: Path, file: Path, *, image_folder: Path | None =
             raise Refusal(f"{short(there)} is there already; choose another name, or delete it")
     checkpoint = checkpoint.resolve()
     model, reader = read_checkpoint(checkpoint)
-    data = read_data(file, image_folder)
-    compared = read_data(held_out, image_folder) if held_out else data
+    special = encoding.special(reader.processor)
+    data = read_data(file, image_folder, special)
+    compared = read_data(held_out, image_folder, special) if held_out else data
     held_pictures = set(compared.pictures.values()) if held_out else draw_held_out(data)
     training = [r for r in data.rows if data.pictures[r.image] not in held_pictures]
     test = [r for r in compared.rows if compared.pictures[r.image] in held_pictures]
@@ -108,7 +109,7 @@ def make(name: str, checkpoint: Path, file: Path, *, image_folder: Path | None =
             for n, values in chosen.items()}
     memory = fit(model, read)
     files = {TRAINING: map(_line, training), HELD_OUT: None if held_out else map(_line, test),
-             REJECTED: map(vars, data.rejected) if data.rejected else None}
+             REJECTED: (r.line(data.root) for r in data.rejected) if data.rejected else None}
     _write(folder, read, files, truth=data_rows.truth_file(data.file))
     few = "; so few say little about the model" if len(held_pictures) < 30 else ""
     return [*(f"{short(d.file)}: {len(d.rows):,} rows can be used{_reasons(d.rejected)}"
@@ -150,7 +151,7 @@ def read_checkpoint(folder: Path) -> tuple[Any, checkpoints.Checkpoint]:
     return model, reader
 
 
-def read_data(file: Path, image_folder: Path | None) -> Data:
+def read_data(file: Path, image_folder: Path | None, special: re.Pattern | None = None) -> Data:
     """The rows of a data set whose images can be decoded, all in memory.
 
     Raises Refusal when the data cannot be read, or none of its rows can be used.
@@ -158,18 +159,19 @@ def read_data(file: Path, image_folder: Path | None) -> Data:
     file = file.resolve()
     root = data_rows.image_root(file, image_folder)
     bar = functools.partial(tqdm, leave=False, disable=None)
-    entries = list(bar(data_rows.stream(file, image_folder), desc="reading rows"))
+    entries = list(bar(data_rows.stream(file, image_folder, special=special), desc="reading rows"))
     files = list(dict.fromkeys(row.image for row in entries if isinstance(row, Row)))
     checked = bar(images.problems(files), total=len(files), desc="opening pictures")
     problems = dict(zip(files, checked, strict=True))
     rows, rejected = [], []
     for row in entries:
         if isinstance(row, Row) and (problem := problems[row.image]):
-            row = Rejected(row.id, row.where, problem)
+            row = Rejected(row.id, row.where, problem, str(row.image))
         (rows if isinstance(row, Row) else rejected).append(row)
     if not rows:
-        raise Refusal(f"{file}: no row can be used{_reasons(rejected)}; image names start from "
-                      f"{root}, give --image-folder if that is wrong")
+        hint = data_rows.hint(data_rows.Reasons(rejected), "give --image-folder, if it is not "
+                              f"{root},")
+        raise Refusal(f"{file}: no row can be used{_reasons(rejected)}{hint}")
     good = [image for image in files if not problems[image]]
     return Data(file, root, rows, rejected, {image: _hash(image) for image in good},
                 max(map(images.size, good), key=math.prod))
@@ -182,8 +184,7 @@ def _hash(image: Path) -> str:
 
 
 def _reasons(rejected: Sequence[Rejected]) -> str:
-    reasons = data_rows.told(Counter(r.reason for r in rejected))
-    return f"; left out: {reasons}, first {rejected[0].where}" if rejected else ""
+    return f"; left out: {data_rows.Reasons(rejected)}" if rejected else ""
 
 
 def draw_held_out(data: Data) -> set[str]:

@@ -236,8 +236,9 @@ def test_rows_that_cannot_be_used_are_named_and_left_out(ten, model_folder, stud
     lines = [json.loads(x) for x in
              (studies / "mine" / "rejected_rows.jsonl").read_text().splitlines()]
     assert lines == [{"id": "3", "where": "answers.csv, row 4",
-                      "reason": "image is cut off or damaged"},
-                     {"id": "4", "where": "answers.csv, row 5", "reason": "image file is missing"}]
+                      "reason": "image is cut off or damaged", "detail": "3.png"},
+                     {"id": "4", "where": "answers.csv, row 5", "reason": "image file is missing",
+                      "detail": "4.png"}]
     training, held = rows_of("mine")
     assert {r.image_name for r in training + held} == {f"{n}.png" for n in range(10)
                                                        if n not in (3, 4)}

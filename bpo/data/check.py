@@ -7,16 +7,16 @@ what rows there are; here they are drawn, their images decoded, and bad ones cou
 import heapq
 import itertools
 import math
-from collections import Counter
+import re
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from bpo.data import images
 from bpo.data import rows as data_rows
-from bpo.data.rows import Rejected, Row
+from bpo.data.rows import Reasons, Rejected, Row
 from bpo.params import PairGeneration, Refusal
 from bpo.study.files import to_json, whole
 from bpo.study.seeds import seed_for
@@ -41,9 +41,9 @@ def image_root(p: PairGeneration) -> Path:
     return p.optional_path(p.image_folder) or (first if first.is_dir() else first.parent)
 
 
-def take_stock(p: PairGeneration, folder: Path) -> None:
+def take_stock(p: PairGeneration, folder: Path, *, special: re.Pattern | None = None) -> None:
     """Writes rows.jsonl, the usable rows in the order of the data files, and rejected_rows.jsonl
-    (id, where, reason) into `folder`.
+    (id, where, reason, detail) into `folder`. special: as in `rows.stream`.
 
     With several data files an id becomes "<name of the data file>/<id>". Where `p.rows` is not 0,
     those with the smallest hashes of (seed, id) are drawn among the rows that are not too long, and
@@ -56,15 +56,15 @@ def take_stock(p: PairGeneration, folder: Path) -> None:
     def draw(row: Row | Rejected) -> int:
         return seed_for(p.seed, "pair rows", row.id)
 
-    limit = math.inf
+    root, limit = image_root(p).resolve(), math.inf
     if p.rows:
-        draws = (draw(row) for row in _rows(p, "drawing rows") if isinstance(row, Row))
+        draws = (draw(row) for row in _rows(p, special, "drawing rows") if isinstance(row, Row))
         smallest = heapq.nsmallest(p.rows + 1, draws)
         limit = smallest[p.rows - 1] if len(smallest) > p.rows else math.inf
-    drawn, ahead = itertools.tee(row for row in _rows(p, "checking rows")
+    drawn, ahead = itertools.tee(row for row in _rows(p, special, "checking rows")
                                  if isinstance(row, Rejected) or draw(row) <= limit)
     problems = images.problems(row.image for row in ahead if isinstance(row, Row))
-    reasons, faults, usable = Counter(), Counter(), 0
+    reasons, faults, usable = Reasons(), Reasons(), 0
     with whole(folder / ROWS) as good:
         with whole(folder / REJECTED) as rejected:
             for row in drawn:
@@ -74,22 +74,23 @@ def take_stock(p: PairGeneration, folder: Path) -> None:
                         good.write(f"{to_json(row.line())}\n")
                         usable += 1
                         continue
-                    row = Rejected(row.id, row.where, problem)
-                rejected.write(f"{to_json(asdict(row))}\n")
-                reasons[row.reason] += 1
+                    row = Rejected(row.id, row.where, problem, str(row.image))
+                rejected.write(f"{to_json(row.line(root))}\n")
+                reasons.add(row)
                 if not isinstance(row, TooLong) and draw(row) <= limit:
-                    faults[row.reason] += 1
+                    faults.add(row)
         bad, count = faults.total(), faults.total() + usable
         if not usable:
             raise Refusal(f"none of the {reasons.total()} rows can be used: "
-                          f"{data_rows.told(reasons)}; {folder / REJECTED} lists them")
+                          f"{reasons}{data_rows.hint(reasons)}; {folder / REJECTED} lists them")
         if bad > p.max_bad_share * count:
             raise Refusal(f"{bad} of {count} rows cannot be used ({bad / count:.1%}, more than "
-                          f"max_bad_share = {p.max_bad_share}): {data_rows.told(faults)}; "
+                          f"max_bad_share = {p.max_bad_share}): {faults}; "
                           f"{folder / REJECTED} lists them; mend the data or raise max_bad_share")
 
 
-def _rows(p: PairGeneration, label: str) -> Iterator[Row | Rejected]:
+def _rows(p: PairGeneration, special: re.Pattern | None, label: str
+          ) -> Iterator[Row | Rejected]:
     """All rows of the data files, with a bar."""
     files = data_files(p)
     names = [f.resolve().stem if f.is_file() else f.resolve().name for f in files]
@@ -103,7 +104,7 @@ def _rows(p: PairGeneration, label: str) -> Iterator[Row | Rejected]:
         for (data, below), name in zip(files.items(), names, strict=True):
             prefix = f"{name}/" if len(files) > 1 else ""
             inside = f"{Path(below).as_posix()}/" if below else ""
-            for row in data_rows.stream(data, image_root(p) / below):
+            for row in data_rows.stream(data, image_root(p) / below, special=special):
                 bar.update()
                 row = replace(row, id=prefix + row.id)
                 if isinstance(row, Row):

@@ -3,7 +3,7 @@
 Rules of conversion: EXIF orientation is applied; of an animation the first frame is taken; palettes
 are resolved; what is transparent lies on white; CMYK and grey become RGB; 16-bit grey is scaled to
 8 bits. An image is a file, or row N of a parquet file's image column, written `train.parquet#N`
-with rows counted from 0. This module knows no layouts.
+with rows counted from 0. Of layouts this module knows the names of image columns alone.
 """
 
 import io
@@ -24,6 +24,7 @@ import pyarrow
 import pyarrow.parquet
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from bpo.data.layouts import IMAGE_FIELDS
 from bpo.params import Refusal
 from bpo.study.files import LineFile
 
@@ -138,14 +139,22 @@ def exists(file: Path) -> bool:
 
 
 def source(file: Path) -> Path | BinaryIO:
-    """Where an image's bytes are: its file, or what lies in its parquet row. Raises Unusable where
-    there are none."""
+    """Where an image's bytes are: its file, or what lies in its parquet row; where that holds a
+    path alone, the file of that name beside the parquet file. Raises Unusable where there are none.
+    """
     inside = _IN_PARQUET.fullmatch(str(file))
     if not exists(file):
         raise Unusable(file, "image file is missing")
-    data = _bytes(Path(inside[1]), int(inside[2])) if inside else None
-    if inside and data is None:
-        raise Unusable(file, "image file is missing")
+    if inside:
+        data = _bytes(Path(inside[1]), int(inside[2]))
+        if isinstance(data, str):
+            folder = Path(inside[1]).parent
+            beside = place(folder.resolve(), data)
+            if beside is None or not exists(beside):
+                raise Unusable(folder / data, "image file is missing")
+            return source(beside)
+        if data is None:
+            raise Unusable(file, "image file is missing")
     if not (data if inside else os.stat(file).st_size):
         raise Unusable(file, "image file is empty")
     return io.BytesIO(data) if inside else file
@@ -173,20 +182,25 @@ def _opened(file: Path) -> Iterator[Image.Image]:
 
 
 def image_column(schema: pyarrow.Schema) -> str | None:
-    """The column of a parquet file that holds images, not their names: bytes, {bytes, path}, or a
-    list of them."""
-    for name in ("image", "images"):
-        kind = schema.field(name).type if name in schema.names else None
-        if kind and (pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)):
+    """The column of a parquet file that holds images, not their names: {bytes, path} under any
+    name, bytes under a usual one, or a list of them."""
+    usual = [n for n in IMAGE_FIELDS if n in schema.names]
+    for name in dict.fromkeys((*usual, *schema.names)):
+        kind = schema.field(name).type
+        if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
             kind = kind.value_type
-        if kind and (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
-                     or pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
+        if pyarrow.types.is_struct(kind):
+            if kind.get_field_index("bytes") >= 0 and not re.search("audio|video", name):
+                return name
+        elif name in usual and (pyarrow.types.is_binary(kind)
+                                or pyarrow.types.is_large_binary(kind)):
             return name
     return None
 
 
-def _bytes(file: Path, row: int) -> bytes | None:
-    """The image bytes of a row; None where there are none. Reads its row group and keeps it."""
+def _bytes(file: Path, row: int) -> bytes | None | str:
+    """The image bytes of a row, or its path where only that was stored; None where there is
+    neither. Reads its row group and keeps it."""
     state = file.stat()
     with _reading:
         parquet, column, starts = _parquet(file, state.st_mtime_ns, state.st_size)
@@ -195,8 +209,9 @@ def _bytes(file: Path, row: int) -> bytes | None:
         group = int(np.searchsorted(starts, row, side="right")) - 1
         value = _row_group(parquet, column, group)[row - int(starts[group])].as_py()
     value = value[0] if isinstance(value, list) and value else value
-    value = value["bytes"] if isinstance(value, dict) else value
-    return value if isinstance(value, bytes) else None
+    if isinstance(value, dict):
+        value = value["path"] if value["bytes"] is None and value.get("path") else value["bytes"]
+    return value if isinstance(value, (bytes, str)) else None
 
 
 @lru_cache(maxsize=8)

@@ -17,6 +17,7 @@ import torch
 from bpo import params
 from bpo.data import files, images
 from bpo.data import rows as data_rows
+from bpo.data import turns
 from bpo.evaluation import comparison, diagnostics, judged, metrics, official, words
 from bpo.evaluation.judged import Judged, JudgedQuestion
 from bpo.evaluation.official import Benchmark, Question
@@ -25,7 +26,7 @@ from bpo.models import encoding, generate, logprobs
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.endpoint import Endpoint
 from bpo.models.generate import Request
-from bpo.params import Benchmarks
+from bpo.params import Benchmarks, Refusal
 from bpo.study import results, seeds, shards
 from bpo.study import stage as stages
 from bpo.study.files import read_lines
@@ -76,11 +77,16 @@ def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"methods": methods, "benchmarks": {}, "differences": {},
                              "settings": {}}
     lines: dict[str, list[dict]] = {}
+    special = encoding.special(checkpoint.processor)
     for name, benchmark in chosen(p).items():
         loaded = benchmark.load(p.path(p.folders[name]))
         questions = data_rows.draw_rows(
             loaded if isinstance(benchmark, Judged) else loaded.questions, p.questions, p.seed,
             purpose=f"{name} questions")
+        for q in questions:
+            if reason := turns.strange(q.text, special):
+                raise Refusal(f"{p.path(p.folders[name])}: question {q.id} has {reason}, which the "
+                              "checkpoint does not read as text; take it out of the question")
         lines[name] = _answers(p, folder, checkpoint, methods, benchmark, questions)
         found["settings"][name] = {
             "questions": len(questions), "images": len({q.image for q in questions}),
@@ -239,7 +245,8 @@ def _probed(p: Benchmarks, folder: Path, checkpoint: Checkpoint, methods: Sequen
     if not p.probe_data:
         return {}
     rows, _ = data_rows.read_rows(p.path(p.probe_data), p.optional_path(p.probe_image_folder),
-                                  count=p.probe_rows, seed=p.seed, purpose="probed rows")
+                                  count=p.probe_rows, seed=p.seed, purpose="probed rows",
+                                  special=encoding.special(checkpoint.processor))
     work = functools.partial(diagnostics.weigh, checkpoint, methods, {r.id: r for r in rows},
                              step=p.probe_step, seed=p.seed)
     lines = shards.run_on(folder / PROBED, diagnostics.requests(rows, seed=p.seed), p.batch_size,

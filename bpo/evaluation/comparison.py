@@ -25,6 +25,7 @@ from bpo.models.generate import Request
 from bpo.params import QualitativeComparison, Refusal
 from bpo.study import results, seeds, shards
 from bpo.study import stage as stages
+from bpo.study.files import to_json, write_whole
 from bpo.study.results import Estimate, Result
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
     checkpoint, methods = load_methods(p)
     levels, differences, table = {}, {}, []
     for split in p.splits:
-        rows, truth = read_split(p, split)
+        rows, truth, skipped = read_split(p, split)
+        if skipped:
+            write_whole(folder / f"rows_skipped-{split}.json", to_json(skipped, indent=1))
         requests = [Request(r.id, r.prompt, r.image, len(r.answer.split())) for r in rows]
         score_answers = _scorer(checkpoint, requests, truth)
         lines = shards.run_on(
@@ -92,11 +95,14 @@ def main_split(frame: "DataFrame") -> str:
     return "counterfactual" if "counterfactual" in set(splits) else first
 
 
-def read_split(p: QualitativeComparison, split: str) -> tuple[list[Row], dict[str, Any]]:
+def read_split(p: QualitativeComparison, split: str
+               ) -> tuple[list[Row], dict[str, Any], dict[str, int]]:
+    """A split's rows, what is known of them, and how many are left out by reason."""
     data = p.path(p.splits[split])
-    rows, _ = data_rows.read_rows(data, p.optional_path(p.image_folder), count=p.rows, seed=p.seed,
-                                  purpose=f"{split} rows")
-    return rows, data_rows.read_truth(data)
+    special = encoding.special(checkpoints.load_processor(p.path(p.model)))
+    rows, skipped = data_rows.read_rows(data, p.optional_path(p.image_folder), count=p.rows,
+                                        seed=p.seed, purpose=f"{split} rows", special=special)
+    return rows, data_rows.read_truth(data), dict(sorted(skipped.items()))
 
 
 def load_methods(p: QualitativeComparison) -> tuple[Checkpoint, list[str]]:

@@ -65,7 +65,7 @@ def run(p: NoiseProbability) -> stages.Result:
 def work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
     """Writes the looks and answers of notebook 1 into a folder, and returns its metrics."""
     data = p.path(p.data)
-    rows, skipped = data_rows.list_rows(data, p.optional_path(p.image_folder))
+    rows, skipped = listed(p)
     rows = [r for r in rows if not p.category or r.category == p.category]
     if p.question:
         rows = [asked(p, r) for r in {r.image: r for r in reversed(rows)}.values()]
@@ -75,13 +75,13 @@ def work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
     rows, bad = data_rows.open_images(
         data_rows.draw_rows(rows, p.rows, p.seed, purpose="probe rows"))
     if not rows:
-        raise Refusal(f"{data}: no image can be used: {data_rows.told(bad)}")
+        raise Refusal(f"{data}: no image can be used: {bad}")
     checkpoint = checkpoints.load(p.path(p.model), precision=p.precision,
                                   transform=p.image_transform)
     candidates, unused = _candidates(p, checkpoint, rows)
     rows = [r for r in rows if r.id in candidates]
     if not rows:
-        raise Refusal(f"{data}: no row is left to analyse: {data_rows.told(unused)}")
+        raise Refusal(f"{data}: no row is left to analyse: {data_rows.Reasons() + unused}")
     write_whole(folder / "candidates.json", to_json(candidates, indent=1))
     # A row's looks stay together; step 0 has no noise and so a single draw.
     looks = [Look(f"{row.id}|{step}|{draw}", row, step, draw, len(rows) - number)
@@ -99,6 +99,12 @@ def work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
     results.write(folder, tidy(curves, images=len(rows)))
     return {**curves, "images": len(rows), "prefix_shared": score is logprobs.weigh,
             "rows_skipped": dict(sorted((skipped + bad + unused).items()))}
+
+
+def listed(p: NoiseProbability) -> tuple[list[Row], data_rows.Reasons]:
+    """The rows of the data whose texts the checkpoint can read, and why others are left out."""
+    special = encoding.special(checkpoints.load_processor(p.path(p.model)))
+    return data_rows.list_rows(p.path(p.data), p.optional_path(p.image_folder), special=special)
 
 
 def asked(p: NoiseProbability, row: Row) -> Row:
@@ -253,7 +259,7 @@ def example(p: NoiseProbability, result: stages.Result) -> dict[str, Any]:
     probability of the first true answer}, at the first draw."""
     lines, candidates = load(result)
     first = min(x["row"] for x in lines if x["sampled"] is not None)
-    rows, _ = data_rows.list_rows(p.path(p.data), p.optional_path(p.image_folder))
+    rows, _ = listed(p)
     row = asked(p, next(r for r in rows if r.id == first))
     looks = {x["step"]: x for x in lines if x["row"] == first and x["draw"] == 0}
     processor = checkpoints.load_processor(p.path(p.model))

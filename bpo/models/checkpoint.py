@@ -105,7 +105,12 @@ def load_without_weights(folder: Path, *, transform: str = "processor") -> Check
 def load_text_model(folder: Path, *, precision: str = "float32") -> Checkpoint:
     """The causal language model of a folder with its tokenizer; raises Refusal as `load` does."""
     model = _load(AutoModelForCausalLM, folder, precision)
-    return _ready(Checkpoint(model.eval(), AutoTokenizer.from_pretrained(folder)), folder)
+    return _ready(Checkpoint(model.eval(), load_tokenizer(folder)), folder)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    _require_config(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def _load(auto: Any, folder: Path, precision: str, *, device: str = "") -> PreTrainedModel:

@@ -5,13 +5,16 @@ Nothing here knows a model family, runs a model or reads a file.
 """
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image, ImageOps
+from transformers import AddedToken
 
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.noise import add_noise
@@ -20,10 +23,30 @@ from bpo.params import Refusal
 Messages = Sequence[Mapping[str, str]]
 
 
+def special(*processors: Any) -> re.Pattern:
+    """The tokens that tokenizers take for themselves wherever they stand in a text: ends, places of
+    images, turns."""
+    names = set()
+    for processor in processors:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        names.update(tokenizer.all_special_tokens)
+        names.update(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+        names.update(str(v) for n, v in vars(processor).items()
+                     if n.endswith("_token") and isinstance(v, (str, AddedToken)))
+    return re.compile("|".join(map(re.escape, sorted(filter(str.strip, names), key=len,
+                                                     reverse=True))))
+
+
 def prompt_text(checkpoint: Checkpoint, messages: Messages, *, image: bool) -> str:
-    """The prompt in front of an answer, as the chat template writes it."""
-    return checkpoint.processor.apply_chat_template(
-        _turns(checkpoint, messages, image=image), add_generation_prompt=True, tokenize=False)
+    """The prompt in front of an answer, as the chat template writes it; raises Refusal where it
+    takes no such turns (some know no system)."""
+    try:
+        return checkpoint.processor.apply_chat_template(
+            _turns(checkpoint, messages, image=image), add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        roles = ", ".join(m["role"] for m in messages)
+        raise Refusal(f"the checkpoint's chat template takes no turns of {roles} ({error}): leave "
+                      "such rows out, or take another checkpoint") from None
 
 
 def answer_text(checkpoint: Checkpoint, messages: Messages, answer: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bpo.data import turns
 from bpo.data.check import image_root
 from bpo.data.rows import Row
 from bpo.models import checkpoint as checkpoints
@@ -64,7 +65,19 @@ class Candidates(Sequence):
 
     def __init__(self, p: PairGeneration, folder: Path):
         self.p, self.folder, self.root = p, folder, image_root(p)
-        self.rows = LineFile(folder / "rows.jsonl")
+
+    @cached_property
+    def rows(self) -> LineFile:
+        return LineFile(self.folder / "rows.jsonl")
+
+    @cached_property
+    def special(self) -> re.Pattern:
+        """The tokens that no text may hold: those of the checkpoint and of the text model."""
+        p = self.p
+        local = p.text_model if "injected" in p.sources and not p.endpoint else ""
+        return encoding.special(
+            checkpoints.load_without_weights(p.path(p.model)).processor,
+            *[checkpoints.load_tokenizer(p.path(local))] * bool(local))
 
     @cached_property
     def model(self) -> Checkpoint:
@@ -304,7 +317,10 @@ class Candidates(Sequence):
         if "given" in self.p.sources:
             kinds.append(({"source": "given", "mode": "given"},
                           [{"text": t} for t in row.get("given", [])]))
+        made = [{**kind, "sample": k, **answer} for kind, answers in kinds
+                for k, answer in enumerate(answers)]
+        for candidate in made:  # a model may spell a token out: its tokenizer would read one
+            if reason := turns.strange(candidate["text"], self.special):
+                candidate.setdefault("fault", reason)
         return {"id": row["id"], "image": row["image"], "category": row["category"],
-                "prompt": row["prompt"], "chosen": row["answer"],
-                "candidates": [{**kind, "sample": k, **made} for kind, all_made in kinds
-                               for k, made in enumerate(all_made)]}
+                "prompt": row["prompt"], "chosen": row["answer"], "candidates": made}

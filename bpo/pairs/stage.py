@@ -49,8 +49,9 @@ def run(p: PairGeneration) -> stages.Result:
 
 def _work(p: PairGeneration, folder: Path) -> dict[str, Any]:
     # Rows that were written before an interruption are not checked again.
-    processes.first(lambda: (folder / check.ROWS).is_file() or check.take_stock(p, folder))
     made = Candidates(p, folder)
+    processes.first(lambda: (folder / check.ROWS).is_file() or check.take_stock(
+        p, folder, special=made.special))
     made.make()
     return processes.first(lambda: _choose(p, made))
 

@@ -73,7 +73,7 @@ def noise(p: NoiseProbability, result: stages.Result, checkpoint: Checkpoint) ->
     """
     lines, candidates = probe.load(result)
     sampled = {x["row"] for x in lines if x["sampled"] is not None}
-    rows, _ = data_rows.list_rows(p.path(p.data), p.optional_path(p.image_folder))
+    rows, _ = probe.listed(p)
     rows = [probe.asked(p, r) for r in rows if r.id in sampled]
 
     def show(row: Row, step: int) -> Shown:
@@ -117,7 +117,7 @@ def ask(p: QualitativeComparison, result: stages.Result) -> Explorer:
     splits = {s: comparison.read_split(p, s) for s in p.splits}
     lines = {s: {x["id"]: x for x in read_lines(result.folder / f"answers-{s}.jsonl")}
              for s in p.splits}
-    choices = [(f"{s}: {r.question}", (s, r)) for s, (rows, _) in splits.items()
+    choices = [(f"{s}: {r.question}", (s, r)) for s, (rows, *_) in splits.items()
                for r in data_rows.draw_rows(rows, CHOICES, p.seed, purpose="explorer")]
 
     def show(row: tuple[str, Row], question: str) -> Shown:

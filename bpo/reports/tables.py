@@ -143,7 +143,7 @@ def gallery(p: QualitativeComparison, result: stages.Result, *, split: str, meth
 
     As many wins, losses and ties as far as there are any, each drawn by seed.
     """
-    rows, truth = comparison.read_split(p, split)
+    rows, truth, _ = comparison.read_split(p, split)
     files = {r.id: r.image for r in rows}
     verdicts: dict[str, list[dict]] = {"win": [], "loss": [], "tie": []}
     for line in sorted(read_lines(result.folder / f"answers-{split}.jsonl"),

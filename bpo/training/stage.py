@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from pandas import DataFrame
 
-from bpo.data import images
+from bpo.data import images, turns
 from bpo.evaluation import metrics
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding
@@ -97,9 +98,11 @@ def method_rows(method: str, lines: Sequence[dict], image_folder: Path) -> list[
 
 def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
            max_tokens: int) -> tuple[list[dict], dict[str, int]]:
-    """Lines whose prompt and longest answer fit, and how many were dropped by reason. Cutting is
+    """Lines whose prompt and longest answer fit and hold none of the checkpoint's own tokens, and
+    how many were dropped by reason. Cutting is
     worse than dropping: a cut answer trains on nothing, a cut image fails."""
-    fitting, lengths = [], encoding.Lengths(checkpoint)
+    fitting, dropped, lengths = [], Counter(), encoding.Lengths(checkpoint)
+    special = encoding.special(checkpoint.processor)
     for line in lines:
         file = image_folder / line["image"]
         if not images.exists(file):
@@ -110,12 +113,17 @@ def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
         if any(metrics.normalised(t) == metrics.normalised(line["chosen"]) for t in texts[1:]):
             raise Refusal(f"pair {line['id']}: a rejected answer equals the chosen one, "
                           "which would train on nothing")
+        messages = (*(m["content"] for m in line["prompt"]), *texts)
+        if reason := next(filter(None, (turns.strange(t, special) for t in messages)), None):
+            dropped[reason] += 1
+            continue
         prompt = encoding.prompt_text(checkpoint, line["prompt"], image=True)
         answers = [encoding.answer_text(checkpoint, line["prompt"], t) for t in texts]
         if lengths(prompt, [images.size(file)], answers) <= max_tokens:
             fitting.append(line)
-    dropped = len(lines) - len(fitting)
-    return fitting, {f"longer than {max_tokens} tokens": dropped} if dropped else {}
+        else:
+            dropped[f"longer than {max_tokens} tokens"] += 1
+    return fitting, dict(dropped)
 
 
 def train_method(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, steps: int,

@@ -82,7 +82,7 @@ def sorrows(folder):
         conversation("silent", "palette.png", "q ?", " "), text_only, "neither"]
     return entries, [*good, "talk#0", "talk#1", "palette.png~2"], {
         "image is cut off or damaged": 1, "image file is empty": 1, "image is too large": 1,
-        "image file is missing": 1, "image path leaves the image folder": 3, "duplicate id": 1,
+        "image file is missing": 1, "image path leaves the image folder": 3, "repeated row": 1,
         "empty answer": 1, "no image": 1, "not a row": 1}
 
 
@@ -97,7 +97,8 @@ def test_one_folder_with_all_that_goes_wrong_gives_its_usable_rows(tmp_path):
     listed = rejected_in(out)
     assert Counter(x["reason"] for x in listed) == reasons
     assert listed[0] == {"id": "cut.jpg", "where": "rows.json, row 8",
-                         "reason": "image is cut off or damaged"}
+                         "reason": "image is cut off or damaged",
+                         "detail": "cut.jpg"}
     assert sorted(f.name for f in out.iterdir()) == [check.REJECTED, check.ROWS]
 
 
@@ -152,7 +153,8 @@ def test_a_bad_image_among_the_drawn_makes_the_rows_fewer(tmp_path):
 def test_too_many_bad_rows_are_refused_with_their_reasons(tmp_path):
     data, out = written(tmp_path, many(tmp_path, 20, bad=(3, 5, 7))), tmp_path / "out"
     with pytest.raises(Refusal, match=r"3 of 20 rows cannot be used \(15.0%, more than max_bad_sh"
-                                      r"are = 0.1\): 3 image file is missing; .*rejected_rows"):
+                                      r"are = 0.1\): 3 image file is missing \(first: rows.json, row 4: "
+                                      r".*/none.png\); .*rejected_rows"):
         taken(data, out, share=0.1)
     assert [x["id"] for x in rejected_in(out)] == ["r3", "r5", "r7"]
     assert [f.name for f in out.iterdir()] == [check.REJECTED]

@@ -48,7 +48,7 @@ def message(role, content):
 
 # --- layouts ------------------------------------------------------------------------------------
 
-TRIO = {"question": "what <image>colour ?", "chosen": "red", "rejected": "blue"}
+TRIO = {"question": "what colour ? <image>", "chosen": "red", "rejected": "blue"}
 TYPED = [{"type": "image", "text": None}, {"type": "text", "text": "what colour ?"}]
 ENTRIES = {  # layout: entries that say the same
     "LLaVA": [conversation("r", "a.png", "what colour ?", " red ")],
@@ -132,7 +132,7 @@ def test_a_folder_of_images_with_a_csv_is_read(folder, delimiter):
         assert (row.id, row.prompt, row.answer) == ("0", DESCRIBED, 'a "red", round;\nthing')
         assert row.image == folder / "a.png"
         assert missing == Rejected("1", "rows.csv, row 2", "image file is missing")
-        assert short == Rejected("2", "rows.csv, row 3", "not a row")
+        assert short == Rejected("2", "rows.csv, row 3", "more or fewer cells than the header")
 
 
 def test_a_csv_with_questions_and_ids_is_read(folder):
@@ -254,8 +254,9 @@ def test_a_broken_line_of_json_lines_is_one_bad_row(folder):
     with data.open("ab") as stream:
         stream.write(b'\n{"id": "s", "image":\n\xff\n[1]\n')
     row, *bad = data_rows.stream(data)
-    assert bad == [Rejected(str(n), f"rows.jsonl, row {w}", "not a row")
-                   for n, w in ((1, 3), (2, 4), (3, 5))]
+    encoded = "not UTF-8 text: save the file as UTF-8"
+    assert bad == [Rejected(str(n), f"rows.jsonl, row {n + 2}", reason)
+                   for n, reason in ((1, "not a row"), (2, encoded), (3, "not a row"))]
 
 
 def test_damaged_parquet_is_refused(tmp_path):
@@ -301,7 +302,7 @@ def bad_entries(folder):
         "image file is missing": [{**whole, "image": n} for n in ("none.png", ".", "a\0.png")],
         "image path leaves the image folder": [{**whole, "image": n} for n in (
             "../outside.png", str(folder.parent / "outside.png"), str(folder / "a.png"))],
-        "empty answer": [conversation("r", "a.png", "q ?", " <image> ")],
+        "empty answer": [conversation("r", "a.png", "q ?", "  ")],
         "no conversation": [
             without("conversations"), {**whole, "conversations": "q"},
             {**whole, "conversations": [{"from": "human"}]}, {**whole, "conversations": []},
@@ -321,17 +322,22 @@ def test_a_row_that_cannot_be_used_is_skipped_and_counted(folder, reason, number
     assert skipped == {reason: 1}
 
 
+NOT_TEXT = "not a text: numbers and truth values must be written as one"
+
+
 @pytest.mark.parametrize("name, change, reason", [
     ("BPO", {"completions": [{"score": 1, "response": "x", "type": "llm-hal"}]},
      "no annotated answer"),
     ("BPO", {"completions": None}, "no annotated answer"), ("BPO", {"completions": 3}, "not a row"),
-    ("RLHF-V", {"question": ""}, "no conversation"), ("RLHF-V", {"chosen": None}, "empty answer"),
-    ("TRL", {"prompt": message("assistant", "q")}, "no conversation"),
-    ("TRL", {"prompt": ["q"]}, "not a row"),
+    ("RLHF-V", {"question": ""}, "empty question"), ("RLHF-V", {"chosen": None}, "empty answer"),
+    ("TRL", {"prompt": message("assistant", "q")}, "the assistant speaks first"),
+    ("TRL", {"prompt": ["q"]}, "no conversation"),
     ("TRL", {"images": ["a.png"] * 2}, "more than one image"),
-    ("TRL", {"prompt": message("user", TYPED + TYPED)}, "more than one image"),
-    ("TRL", {"chosen": message("user", "q") + message("assistant", "a")}, "no conversation"),
-    ("answers", {"answer": {"text": "red"}}, "not a row")])
+    ("TRL", {"prompt": message("user", TYPED + TYPED)},
+     "<image> more often than there are images"),
+    ("TRL", {"chosen": message("user", "q") + message("assistant", "a")},
+     "an answer of several turns"),
+    ("answers", {"answer": {"text": "red"}}, NOT_TEXT)])
 def test_bad_rows_of_other_layouts_are_rejected(folder, name, change, reason):
     good = ENTRIES[name][0]
     bad = {**good, "id": "bad", **change}
@@ -343,7 +349,7 @@ def test_a_repeated_row_is_skipped_and_a_repeated_id_gets_a_number(folder):
     same_id = [conversation("r", "a.png", "q ?", a) for a in ("first", "second", "first", "third")]
     rows, skipped = data_rows.read_rows(written(folder, same_id))
     assert [(r.id, r.answer) for r in rows] == [("r", "first"), ("r~2", "second"), ("r~3", "third")]
-    assert skipped == {"duplicate id": 1}
+    assert skipped == {"repeated row": 1}
 
 
 def test_a_file_of_unusable_rows_alone_is_refused_with_the_counts(folder):
@@ -386,7 +392,7 @@ def test_only_images_of_drawn_rows_are_opened(folder, monkeypatch):
 def test_streaming_does_not_hold_the_rows(folder):
     peaks = {}
     for count in (250, 2000):
-        data = written(folder, [conversation(str(n), "a.png", "q ?", "word " * 800)
+        data = written(folder, [conversation(str(n), "a.png", f"q {n} ?", "word " * 800)
                                 for n in range(count)], f"{count}.json")
         tracemalloc.start()
         assert sum(isinstance(r, Row) for r in data_rows.stream(data)) == count
