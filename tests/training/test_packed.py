@@ -6,12 +6,12 @@ import json
 import random
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from helpers import warm
 from helpers.models import SIDE
 from helpers.trainers import dpo_trainer
 from PIL import Image
@@ -335,7 +335,7 @@ def test_two_processes_give_one_process_s_loss_curve(model_folder, tmp_path):
             count == 2)
         out = tmp_path / f"{count}.json"
         done = subprocess.run(
-            [sys.executable, *launcher, str(script), str(Path(__file__).parent), str(model_folder),
+            [warm.python(), *launcher, str(script), str(Path(__file__).parent), str(model_folder),
              str(tmp_path / str(count)), str(batch), str(out)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads(out.read_text()))
@@ -390,7 +390,7 @@ def test_a_model_in_shards_has_the_loss_and_gradients_of_the_whole(model_folder,
     script = tmp_path / "run.py"
     script.write_text(SHARDED)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        [warm.python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
          str(script), str(Path(__file__).parent), str(model_folder), str(tmp_path / "out")],
         capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
