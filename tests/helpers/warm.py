@@ -25,11 +25,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-# No matplotlib: it looks at MPLBACKEND, which a kernel sets, when it is imported.
+# Neither matplotlib nor ipykernel.kernelapp: as they are imported they look at variables that are
+# a kernel's own.
 LIBRARIES = ("torch", "transformers.trainer", "transformers.models.llava.modeling_llava",
              "transformers.models.clip.modeling_clip", "transformers.models.llama.modeling_llama",
              "peft", "trl.trainer.dpo_trainer", "trl.trainer.sft_trainer", "datasets", "pandas",
-             "scipy.stats", "papermill", "nbconvert", "ipykernel.kernelapp", "ipywidgets")
+             "scipy.stats", "papermill", "nbconvert", "ipywidgets")
 # Looked at when a library is imported or Python starts, so they must be those of the first process.
 READ_EARLY = ("HF_", "TRANSFORMERS_", "OMP_", "MKL_", "CUDA_", "PYTHON")
 
