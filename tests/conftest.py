@@ -11,11 +11,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from helpers import warm
 from helpers.data import COLOURS, THINGS, conversation, picture
 from helpers.models import PATCH, SIDE, TEMPLATE, TEXT_TEMPLATE, save, small_tokenizer, text_sizes
 from helpers.study import environment, run_little
@@ -213,6 +215,12 @@ def outputs(tmp_path, monkeypatch) -> Path:
     root = tmp_path / "outputs"
     monkeypatch.setenv("BPO_OUTPUTS", str(root))
     return root
+
+
+@pytest.fixture
+def warm_launches(monkeypatch) -> None:
+    """Processes that the library starts are forked from a warm one."""
+    monkeypatch.setattr(sys, "executable", warm.python())
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import warm
 from helpers.lab import PATIENCE, Lab, check, code_cells, edited, errors
 from helpers.study import LITTLE
 
@@ -59,7 +60,7 @@ def lab(tmp_path_factory, little_study, browser):
                         root / "notebooks" / f"{name}.ipynb", study="little",
                         **{n: v for n, v in LITTLE.items() if n in fields})
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    lab = Lab(root / "notebooks", root / "outputs", page)
+    lab = Lab(root / "notebooks", root / "outputs", page, python=warm.python())
     try:
         yield lab
     finally:

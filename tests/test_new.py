@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -14,6 +13,7 @@ import pytest
 import yaml
 from helpers.data import COLOURS, THINGS, conversation, picture
 from helpers.qwen import write_qwen
+from helpers.study import command
 
 from bpo import check, new, params
 from bpo.__main__ import main
@@ -74,7 +74,7 @@ def plain(rows):
 @pytest.mark.slow
 def test_ten_pictures_become_a_report(tmp_path, ten, model_folder, outputs):
     def bpo(*arguments):
-        done = subprocess.run([sys.executable, "-m", "bpo", *arguments], cwd=tmp_path, text=True,
+        done = subprocess.run(command(*arguments), cwd=tmp_path, text=True,
                               capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

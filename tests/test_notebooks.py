@@ -16,6 +16,7 @@ from pathlib import Path
 import datasets
 import nbformat
 import pytest
+from helpers import warm
 from helpers.study import LITTLE, command, environment, run_little
 
 from bpo import params
@@ -291,7 +292,7 @@ class TestTheWholeStudy:
         done = _papermill("3_dpo_training", tmp_path / "out.ipynb", root, tmp_path, "-f",
                           str(params.ROOT / "params/tiny/3_dpo_training.yaml"), "-p", "beta", "0.3",
                           "-p", "study", "little", "-p", "steps", "1", "-p", "lora_rank", "4",
-                          "-y", "methods: [bpo_weaken]")
+                          "-y", "methods: [bpo_weaken]", python=sys.executable)
         assert done.returncode == 0, done.stderr
         again = manifest(study, "3_dpo_training")
         assert again["parameters"]["beta"] == 0.3
@@ -299,17 +300,19 @@ class TestTheWholeStudy:
         assert "beta 0.1 -> 0.3" in (tmp_path / "out.ipynb").read_text()
 
 
-def _papermill(notebook: str, out: Path, root: Path, cwd: Path, *arguments: str):
+def _papermill(notebook: str, out: Path, root: Path, cwd: Path, *arguments: str,
+               python: str = ""):
     return subprocess.run(
-        [sys.executable, "-m", "papermill", "--no-progress-bar",
+        [python or warm.python(), "-m", "papermill", "--no-progress-bar",
          str(params.ROOT / "notebooks" / f"{notebook}.ipynb"), str(out), *arguments],
         env=environment(root), cwd=cwd, text=True, capture_output=True)
 
 
 def _kill_when(root: Path, watched: Path, ready) -> None:
     """Starts the study and kills it, and its kernel, as soon as `watched` is ready."""
-    process = subprocess.Popen([*run_little("killed"), "--from", "2"], env=environment(root),
-                               text=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*run_little("killed", python=sys.executable), "--from", "2"],
+                               env=environment(root), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not ready(watched):
         assert process.poll() is None, "the run ended before it could be killed"

@@ -7,11 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from helpers import warm
 from helpers.qwen import LLAVAR, SHAREGPT4V, trained_tokenizer, write_qwen
 from PIL import Image
 from transformers import (
@@ -186,7 +186,7 @@ def environment(project) -> dict[str, str]:
 
 
 def bpo(project, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "bpo", *arguments], cwd=project, text=True,
+    return subprocess.run([warm.python(), "-m", "bpo", *arguments], cwd=project, text=True,
                           capture_output=True, env=environment(project))
 
 
@@ -202,7 +202,7 @@ def test_the_whole_study_of_a_real_model_runs_on_photographs(project, study):
     else:  # the others' stages without a kernel, but for a notebook that draws what the model sees
         stages = [["stage", study, n[0], *less] for n in params.study_files(study)]
         program = f"from bpo.__main__ import main\nassert not any(map(main, {stages}))"
-        done = subprocess.run([sys.executable, "-c", program], cwd=project, text=True,
+        done = subprocess.run([warm.python(), "-c", program], cwd=project, text=True,
                               capture_output=True, env=environment(project))
         if study == "qwen2.5-vl-7b" and not done.returncode:
             done = bpo(project, "run", study, *less, "--only", "1")

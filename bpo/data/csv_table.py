@@ -4,7 +4,7 @@ import csv
 import re
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import TextIO
 
 from bpo.data.layouts import IMAGE_FIELDS, Broken
 

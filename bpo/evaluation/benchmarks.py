@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bpo import params
-from bpo.data import files, images
+from bpo.data import files, images, turns
 from bpo.data import rows as data_rows
-from bpo.data import turns
 from bpo.evaluation import comparison, diagnostics, judged, metrics, official, words
 from bpo.evaluation.judged import Judged, JudgedQuestion
 from bpo.evaluation.official import Benchmark, Question

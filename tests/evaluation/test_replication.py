@@ -13,6 +13,7 @@ from pathlib import Path
 import helpers
 import pandas
 import pytest
+from helpers import warm
 from helpers.study import LITTLE
 
 from bpo import __main__, params
@@ -172,7 +173,7 @@ def test_the_tables_of_a_replication_hold_means_intervals_and_each_seed(outputs)
 # --- the commands -------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_compare_writes_a_page_of_two_studies(three, outputs, capsys):
+def test_compare_writes_a_page_of_two_studies(three, outputs, capsys, warm_launches):
     assert main(["compare", "mine", "mine-seed1"]) == 0
     text = (outputs / "mine" / "against-mine-seed1.html").read_text(encoding="utf-8")
     assert "What mine and mine-seed1 did differently" in text and "bpo.models.noise" in text
@@ -245,11 +246,11 @@ def test_a_replication_that_is_killed_goes_on(tmp_path, little_study):
     little = {n: v for n, v in LITTLE.items() if n not in ("noise_steps", "probe_rows")} | {
         "methods": "[sft, bpo]", "steps": 2}
     overrides = [x for n, v in little.items() for x in ("-p", n, str(v))]
-    command = [sys.executable, "-c", REPLICATE, str(Path(helpers.__file__).parents[1]),
+    command = ["-c", REPLICATE, str(Path(helpers.__file__).parents[1]),
                "replicate", study, "--seeds", "2", *overrides]
     environment = {**os.environ, "BPO_OUTPUTS": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *command], env=environment,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     pairs = tmp_path / study / "2_pair_generation" / stages.MANIFEST
     try:
         while not pairs.is_file():
@@ -261,7 +262,8 @@ def test_a_replication_that_is_killed_goes_on(tmp_path, little_study):
     finished = [tmp_path / s / n / stages.MANIFEST
                 for s, n in ((study, "0_tiny_world"), (study, "2_pair_generation"))]
     before = {f: f.stat().st_mtime_ns for f in finished}
-    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    done = subprocess.run([warm.python(), *command], env=environment, text=True,
+                          capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert before == {f: f.stat().st_mtime_ns for f in finished}  # those were only read
     assert not list(tmp_path.glob("*/*.old-*"))

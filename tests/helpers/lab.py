@@ -33,9 +33,12 @@ def edited(source: str, **changes: object) -> str:
 
 
 class Lab:
-    """A JupyterLab server over a folder of notebooks and a browser that was never elsewhere."""
+    """A JupyterLab server over a folder of notebooks and a browser that was never elsewhere.
 
-    def __init__(self, folder: Path, outputs: Path, page):
+    python: what runs the server and its kernels.
+    """
+
+    def __init__(self, folder: Path, outputs: Path, page, *, python: str = sys.executable):
         self.folder, self.page = folder, page
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -49,7 +52,7 @@ class Lab:
             (settings / name).write_text(json.dumps(values))
         self.log = (folder.parent / "lab.log").open("w")
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
+            [python, "-m", "jupyterlab", "--no-browser", "--allow-root",
              f"--config={params.ROOT / 'bpo' / 'reports' / 'template' / 'lab_config.py'}",
              f"--ServerApp.port={self.port}", "--ServerApp.ip=127.0.0.1",
              f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={folder}"],

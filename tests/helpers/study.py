@@ -4,7 +4,6 @@ import importlib
 import os
 import random
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bpo import __main__, params
+from helpers import warm
 
 # The tiny study with little of everything: every line of it runs, nothing is learnt well.
 LITTLE = {"tower_steps": 30, "text_steps": 40, "text_documents": 800, "caption_steps": 20,
@@ -22,13 +22,14 @@ LITTLE = {"tower_steps": 30, "text_steps": 40, "text_documents": 800, "caption_s
           "resamples": 200, "benchmark_images": 12, "probe_rows": 30}
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "bpo", *arguments]
+def command(*arguments: str, python: str = "") -> list[str]:
+    """python: sys.executable for a fresh process, such as one that will be killed."""
+    return [python or warm.python(), "-m", "bpo", *arguments]
 
 
-def run_little(study: str) -> list[str]:
+def run_little(study: str, *, python: str = "") -> list[str]:
     overrides = [part for n, v in LITTLE.items() for part in ("-p", n, str(v))]
-    return command("run", "tiny", "--as", study, *overrides)
+    return command("run", "tiny", "--as", study, *overrides, python=python)
 
 
 def without_a_kernel(notebook: str, p: params.Parameters, folder: Path) -> bool:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import warm
 from helpers.server import completion
 from helpers.study import killed_until
 from PIL import ImageOps
@@ -232,11 +233,11 @@ def test_another_budget_of_tokens_gives_the_same_answers(uninterrupted, paramete
     assert written(result.folder)[FILES[2]] == written(uninterrupted.folder)[FILES[2]]
 
 
-def launched(processes, parameters, root, tmp_path):
+def launched(processes, parameters, root, tmp_path, *, python=""):
     """The stage under the launcher of accelerate, in so many processes."""
     values = {n: v for n, v in parameters.model_dump().items()
               if v != type(parameters).model_fields[n].get_default() and n != "study"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+    command = [python or warm.python(), "-m", "accelerate.commands.launch", "--multi_gpu",
                "--num_machines", "1", "--num_processes", str(processes), "--mixed_precision", "no",
                "--dynamo_backend", "no", "--main_process_port", "0",
                "-m", "bpo", "stage", "tiny", "2", "--as", "s",
@@ -251,7 +252,8 @@ def test_several_processes_write_the_bytes_of_one(parameters, outputs, tmp_path,
                                                   temperature):
     p = changed(parameters, weaken_temperature=temperature, inject_temperature=temperature)
     alone = pairs.run(p)
-    done = launched(processes, p, tmp_path / "out", tmp_path)
+    fresh = sys.executable if temperature == 0 else ""
+    done = launched(processes, p, tmp_path / "out", tmp_path, python=fresh)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "out" / "s" / "2_pair_generation"
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -261,7 +263,7 @@ def test_several_processes_write_the_bytes_of_one(parameters, outputs, tmp_path,
 
 
 @pytest.mark.slow
-def test_the_notebook_starts_the_processes_that_it_is_told_to(parameters, outputs):
+def test_the_notebook_starts_the_processes_that_it_is_told_to(parameters, outputs, warm_launches):
     result = pairs.run(changed(parameters, launch="--multi_gpu --num_machines 1 --num_processes 2 "
                                "--mixed_precision no --dynamo_backend no --main_process_port 0"))
     assert (result.done, result.manifest["processes"]) == ("up to date, read again", 2)

@@ -4,10 +4,10 @@ was, and effects computed by hand."""
 import json
 import os
 import subprocess
-import sys
 
 import nbformat
 import pytest
+from helpers import warm
 
 from bpo import params
 from bpo.reports import page as report
@@ -291,7 +291,7 @@ def test_the_figure_draws_every_seed_and_the_mean():
 def test_the_notebook_runs_headless(tmp_path):
     given = json.dumps(LITTLE | {"repeats": 2})
     done = subprocess.run(
-        [sys.executable, "-m", "papermill", "--no-progress-bar",
+        [warm.python(), "-m", "papermill", "--no-progress-bar",
          str(params.ROOT / "notebooks" / f"{NOTEBOOK}.ipynb"), str(tmp_path / "out.ipynb"),
          "-y", given], cwd=tmp_path, text=True, capture_output=True,
         env={**os.environ, "BPO_OUTPUTS": str(tmp_path), "HF_HUB_OFFLINE": "1"})

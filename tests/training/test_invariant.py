@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from helpers import warm
 from helpers.data import picture
 from helpers.trainers import dpo_trainer
 from trl import DPOTrainer
@@ -84,7 +85,7 @@ def test_a_run_is_the_committed_one(name, model_folder, tmp_path):
 @pytest.mark.parametrize("name", ["two processes", "two processes, kept references"])
 def test_a_run_on_two_processes_is_the_committed_one(name, model_folder, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        [warm.python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
          __file__, str(model_folder), str(tmp_path / "out"), str("kept" in name)],
         capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(TESTS)])})

@@ -5,12 +5,12 @@ import dataclasses
 import random
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from helpers import warm
 from helpers.models import SIDE
 from helpers.trainers import dpo_trainer
 from PIL import Image
@@ -351,7 +351,7 @@ def test_a_model_in_shards_has_the_loss_and_gradients_of_the_whole(model_folder,
     script = tmp_path / "run.py"
     script.write_text(SHARDED)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        [warm.python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
          str(script), str(Path(__file__).parent), str(model_folder), str(tmp_path / "out")],
         capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

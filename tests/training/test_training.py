@@ -728,7 +728,8 @@ TWO = ("--multi_gpu --num_machines 1 --num_processes 2 --mixed_precision no --dy
 
 
 @pytest.mark.slow
-def test_two_launched_processes_give_the_curves_of_one(parameters, lines, tmp_path, outputs):
+def test_two_launched_processes_give_the_curves_of_one(parameters, lines, tmp_path, outputs,
+                                                       warm_launches):
     """In one process two batches are added up, in two each has one. Within an epoch: at its end
     accelerate fills the last batches up, so that all processes have as many."""
     p = with_pairs(parameters, lines, tmp_path, methods=["bpo", "sft_matched"],
@@ -748,7 +749,7 @@ def test_two_launched_processes_give_the_curves_of_one(parameters, lines, tmp_pa
 
 
 @pytest.mark.slow
-def test_launched_processes_that_fail_say_why(parameters, lines, tmp_path, outputs):
+def test_launched_processes_that_fail_say_why(parameters, lines, tmp_path, outputs, warm_launches):
     p = with_pairs(parameters, lines, tmp_path, methods=["bpo"], device_batch=4, launch=TWO)
     with pytest.raises(Refusal, match=r"exit code 1(.|\n)*must be a multiple of device_batch \(4\) "
                                       "times the 2 processes"):
