@@ -25,6 +25,9 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    Ovis2Config,
+    Ovis2ForConditionalGeneration,
+    Ovis2Processor,
     PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
@@ -39,12 +42,14 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
+from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from trl import DPOTrainer
 
 from bpo.models import checkpoint as checkpoints
 from bpo.models import prefix
+from bpo.training.packed.rows import Sizes
 from bpo.training.packed.trainer import PackedDPOTrainer
 
 pytestmark = pytest.mark.study  # a model of each family
@@ -161,6 +166,20 @@ def write_internvl(folder):
         words, processor="InternVLProcessor", video="InternVLVideoProcessor", image_seq_length=4)
 
 
+def write_ovis2(folder):
+    """Images as words of a visual vocabulary; tokens mark rows and columns of tiles."""
+    marks = ["<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
+    words = tokenizer(*marks, image_token="<image>")
+    atom, *others = words.convert_tokens_to_ids(marks)
+    write(folder, Ovis2ForConditionalGeneration(Ovis2Config(
+        vision_config={**VISION, "vocab_size": 40, "hidden_stride": 2},
+        text_config=Qwen2Config(**sizes(words)), image_token_id=atom,
+        visual_indicator_token_ids=others, vocab_size=len(words), hidden_size=48)),
+        Ovis2Processor(Ovis2ImageProcessorPil(size={"height": 32, "width": 32},
+                                              crop_to_patches=True, max_patches=4),
+                       words, image_seq_length=4, chat_template=chat("<image>\n")))
+
+
 def write_gemma3(folder):
     """An image's tokens see each other in both directions; one of two layers has a window."""
     words = tokenizer(boi_token="<start_of_image>", eoi_token="<end_of_image>",
@@ -181,7 +200,8 @@ def write_gemma3(folder):
 
 
 WRITERS = {"llava-next": write_llava_next, "idefics3": write_idefics3, "smolvlm": write_smolvlm,
-           "internvl": write_internvl, "qwen2.5-vl": write_qwen, "gemma3": write_gemma3}
+           "internvl": write_internvl, "qwen2.5-vl": write_qwen, "ovis2": write_ovis2,
+           "gemma3": write_gemma3}
 PACKED = [n for n in WRITERS if n != "gemma3"]
 
 
@@ -312,3 +332,16 @@ def test_a_family_that_packs_right_does_so_in_bfloat16(family, folders, pairs, t
                        pairs, tmp_path, bf16=True)
     made.get_train_dataloader()
     assert made.data_collator.packing
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_rows_are_measured_in_every_family(family, folders, pairs, tmp_path):
+    """TRL's default max_length: the longest row is the one that TRL's own batch has the most tokens
+    of."""
+    made = dpo_trainer(PackedDPOTrainer, checkpoints.load(folders(family)), pairs, tmp_path,
+                       max_length=1024)
+    assert not made.dropped
+    batch = made.data_collator.stock([copy.copy(row) for row in pairs])
+    lengths = batch["attention_mask"].sum(1).view(2, -1).amax(0)
+    size = Sizes(made.data_collator.stock.processor, 0)
+    assert [size(row).length for row in pairs] == lengths.tolist()
