@@ -274,9 +274,10 @@ def _has(*fields: str) -> Callable[[Entry], bool]:
 
 
 def _has_answer(entry: Entry) -> bool:
-    """An answer without its question is a caption; a numbered question has its text elsewhere."""
+    """An answer without its question is a caption; a numbered question has its text elsewhere, and
+    a text with a label is no answer."""
     return ("image" in entry and "answer" in entry
-            and ("question" in entry or "question_id" not in entry))
+            and ("question" in entry or not entry.keys() & {"question_id", "label"}))
 
 
 # An entry is in the first layout that it fits.

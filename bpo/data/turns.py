@@ -88,6 +88,8 @@ def ordered(messages: Messages) -> Messages:
             raise Unusable("empty question")
     if any(not m["content"] for m in messages[:-1]):
         raise Unusable("empty answer")
+    if any(IMAGE in m["content"] for m in messages):
+        raise Unusable(f"{IMAGE} in a text")
     return messages
 
 

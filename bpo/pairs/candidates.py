@@ -74,10 +74,10 @@ class Candidates(Sequence):
     def special(self) -> re.Pattern:
         """The tokens that no text may hold: those of the checkpoint and of the text model."""
         p = self.p
-        local = p.text_model if "injected" in p.sources and not p.endpoint else ""
-        return encoding.special(
-            checkpoints.load_without_weights(p.path(p.model)).processor,
-            *[checkpoints.load_tokenizer(p.path(local))] * bool(local))
+        readers = [checkpoints.load_without_weights(p.path(p.model)).processor]
+        if "injected" in p.sources and p.text_model and not p.endpoint:
+            readers.append(checkpoints.load_tokenizer(p.path(p.text_model)))
+        return encoding.special(*readers)
 
     @cached_property
     def model(self) -> Checkpoint:
