@@ -104,8 +104,10 @@ def test_rows_that_teach_nothing_are_left_out_and_counted(change, reason, stream
     assert reason in capsys.readouterr().out
 
 
-def test_an_answer_that_calls_a_tool_is_one_and_a_row_without_pictures_has_a_use():
-    call = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}]
+@pytest.mark.parametrize("call", [
+    [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}],
+    ['{"role": "assistant", "tool_calls": []}']])  # as a data set keeps messages of many forms
+def test_an_answer_that_calls_a_tool_is_one_and_a_row_without_pictures_has_a_use(call):
     assert packed_rows.flaw({"prompt": said("user", "what ?"), "chosen": call,
                              "rejected": said("assistant", "no"), "images": []}) == ""
 

@@ -111,10 +111,11 @@ def flaw(row: Mapping[str, Any]) -> str:
 def _empty(value: Any) -> bool:
     """Whether a text, or the last of some messages, says nothing."""
     if isinstance(value, list) and value:
-        message = value[-1]
-        if message.get("tool_calls"):
+        value = value[-1]
+    if isinstance(value, Mapping):
+        if value.get("tool_calls"):
             return False
-        value = message.get("content")
+        value = value.get("content")
         if isinstance(value, list):
             value = " ".join(part.get("text") or "" for part in value)
     return not (value and value.strip())
