@@ -101,9 +101,9 @@ def write_stage(root, image_bytes, lines, study="study"):
 def made(image_bytes, tmp_path_factory):
     """layout -> its export, of one stage."""
     root = tmp_path_factory.mktemp("made")
-    write_stage(root, image_bytes, LINES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BPO_OUTPUTS", str(root))
+        write_stage(root, image_bytes, LINES)
         return {to: export.export("study", to) for to in export.LAYOUTS}
 
 
