@@ -1,6 +1,8 @@
 """Packed DPO steps of other decoders, random and small, on text: TRL's own loss and gradients,
 within a window and beyond it, or a refusal that names what stands against packing."""
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -10,6 +12,7 @@ from helpers.trainers import dpo_trainer
 from trl import DPOTrainer
 
 from bpo.models.checkpoint import Checkpoint
+from bpo.params import ROOT
 from bpo.training.packed import check as packed_check
 from bpo.training.packed.trainer import PackedDPOTrainer
 
@@ -124,3 +127,13 @@ def test_half_precision_packs_what_packs_right(family, weights, words, tmp_path)
     trainer = made(PackedDPOTrainer, decoder(family, words, dtype), pairs(12), tmp_path, bf16=True)
     trainer.get_train_dataloader()
     assert trainer.data_collator.packing
+
+
+def test_the_families_of_the_readme_are_these():
+    table = (ROOT / "params" / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\w+) \(text\) \| (.*) \|$", table, re.MULTILINE))
+    assert rows.keys() == DECODERS.keys()
+    for family, (settings, why) in DECODERS.items():
+        windows = {"sliding_window", "attention_chunk_size"} & settings.keys()
+        expected = f"refused: .*{why}.*" if why else "packs by window" if windows else "packs"
+        assert re.fullmatch(expected, rows[family]), family

@@ -3,6 +3,7 @@ own loss and gradients, or a run that notices by itself that it must not pack.""
 
 import copy
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -49,6 +50,7 @@ from trl import DPOTrainer
 
 from bpo.models import checkpoint as checkpoints
 from bpo.models import prefix
+from bpo.params import ROOT
 from bpo.training.packed.rows import Sizes
 from bpo.training.packed.trainer import PackedDPOTrainer
 
@@ -345,3 +347,10 @@ def test_rows_are_measured_in_every_family(family, folders, pairs, tmp_path):
     lengths = batch["attention_mask"].sum(1).view(2, -1).amax(0)
     size = Sizes(made.data_collator.stock.processor, 0)
     assert [size(row).length for row in pairs] == lengths.tolist()
+
+
+def test_the_families_of_the_readme_are_these():
+    table = (ROOT / "params" / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([\w.-]+) \| (packs|refused: .*) \|$", table, re.MULTILINE))
+    assert [n for n, verdict in rows.items() if verdict == "packs"] == ["llava", *PACKED]
+    assert rows.keys() == {"llava", *WRITERS}
