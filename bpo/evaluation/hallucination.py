@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 import regex
 
 from bpo.evaluation.words import MARKS, Lexicon, denied, is_colour
+from bpo.models.replies import without_thoughts
 from bpo.study.text import folded, normalised, pieces, words
 
-THOUGHT = re.compile(r"(?s)<think>.*?(</think>|$)|^.*</think>")
 Counts = dict[str, tuple[float, float]]
 
 SHORT = 3  # words: an answer up to this long counts as one without an object (Object HalBench)
@@ -191,7 +191,7 @@ def yes_or_no(text: str, question: str = "") -> str | None:
     asks for, affirmed or denied; then any denial, in later sentences only one of what is there.
     """
     asked = set(words(question)) - _NOT_ASKED
-    plain = folded(THOUGHT.sub(" ", text))
+    plain = folded(without_thoughts(text))
     of_course = _OF_COURSE.search(plain)
     plain = _WHY_NOT.sub(" yes ", _IDIOMS.sub(" ", plain))
     for part in reversed(regex.split(r"\banswer\W{0,2}(?: is\b\W?|:)", plain)):
