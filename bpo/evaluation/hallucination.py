@@ -141,8 +141,7 @@ def _noun(word: str) -> str:
 _IDIOMS = regex.compile(
     r"\b(?:no|without(?: a)?|not a) (?:doubt|question|problem|wonder)\b|\bno\.(?=\d)|\bnon-"
     r"|\bno (?:more|fewer|less) than\b|\bnot (?:only|just|alone|the only)\b|</?\w+>|\*|_|\\\w+"
-    r"|[对對]不起|不好意思"
-    r"|\b(?:yes ?(?:or|and|/|_) ?no|no ?(?:or|/|_) ?yes)\b")
+    r"|[对對]不起|不好意思|\b(?:yes ?(?:or|and|/|_) ?no|no ?(?:or|/|_) ?yes)\b")
 _WHY_NOT = regex.compile(r"\b(?:(?:don't|do not|can't|cannot) see |no reason )?why not\b")
 _UNSURE = regex.compile(
     r"(?:\bnot|n't)(?: [\w%]+){0,2}? (sure|certain|clear|sharp|possible|obvious|enough)\b"
@@ -151,7 +150,8 @@ _UNSURE = regex.compile(
     r"|be (?:sure|certain)|view|access|process|help|assist|see (?:\w+ )?(?:image|picture|photo)s?\b"
     r"(?! of))|\b(?:don't|do not|dont) know\b|\bno idea\b|\bun(?:sure|certain|clear|known)\b"
     r"|\bне (?:уверен|знаю|ясно|могу)|\bje ne sais pas|\bpas sûre?|\bno (?:lo )?sé\b"
-    r"|\bno estoy segur|\bnicht sicher|\bweiss (?:es )?nicht|\bnão sei|\bnon (?:lo )?so\b|不(?:确定|確定|清楚|知道|能)"
+    r"|\bno estoy segur|\bnicht sicher|\bweiss (?:es )?nicht|\bnão sei|\bnon (?:lo )?so\b"
+    r"|不(?:确定|確定|清楚|知道|能)"
     r"|无法|無法|わかりません|모르|ไม่แน่ใจ")
 _ASKS = regex.compile(r"\b(?:asks?|asked|asking|question|whether)\b")
 _YES = regex.compile(
@@ -160,10 +160,12 @@ _YES = regex.compile(
     r"|(?:जी )?हा[ँं]|네|예|affirmative)\b|はい|存在|是(?![不否])|有(?![没沒])|[对對](?![于於])|ใช่)")
 _NO = regex.compile(
     r"\b(?:no|nope|nah|nein|нет)\Z|\A(?:(?:n|false)\Z|no (?:sir|way|it|there|i|you|he|she|they|we"
-    r"|the|this|that|a|not)\b|(?:nope|nah|nein|нет|non|nee|nej|não|nie|όχι|hayır|لا|(?:जी )?नहीं|아니요?|아니오"
+    r"|the|this|that|a|not)\b|(?:nope|nah|nein|нет|non|nee|nej|não|nie|όχι|hayır|لا|(?:जी )?नहीं"
+    r"|아니요?|아니오"
     r"|negative|incorrect)\b|いいえ|[不没沒否无無]|ไม่)")
 _OF_COURSE = regex.compile(
-    r"\A\s*(?:sure|certainly|of course|absolutely|definitely|indeed|correct)\b|\b(?:no|without(?: a)?) doubt\b|\bundoubtedly\b")
+    r"\A\s*(?:sure|certainly|of course|absolutely|definitely|indeed|correct)\b"
+    r"|\b(?:no|without(?: a)?) doubt\b|\bundoubtedly\b")
 _NONE_THERE = regex.compile(r"\bthere(?: is| are| was| were|'s)?(?:n't| not| no)\b")
 _FLIP = regex.compile(r"(?:n't|\bnot|\bcannot|\bdont|\bdoesnt) (?:think|believe|suppose|look like"
                       r"|seem|appear)\b(?! so\b)(.+)")
@@ -212,8 +214,8 @@ def _sentence(sentence: str, asked: set[str], *, first: bool) -> str | None:
                and (not (unsure := _UNSURE.search(c)) or unsure[1] in asked)]
     for clause, after in zip(clauses, [*clauses[1:], ""]):
         if _YES.search(clause):
-            denied_at_once = _NONE_THERE.search(f"{clause} {after}") or _states(after, asked) == "no"
-            return "no" if denied_at_once else "yes"
+            denies = _NONE_THERE.search(f"{clause} {after}") or _states(after, asked) == "no"
+            return "no" if denies else "yes"
         if _NO.search(clause):
             return "no"
         if flip := _FLIP.search(clause):
