@@ -172,8 +172,7 @@ def test_a_judge_s_raw_replies_are_named_with_question_and_method(parameters, re
     assert "by question and method: judge_replies/replies.jsonl" in rows["scored by"][0]
 
 
-def test_the_base_is_asked_again_in_other_batches_and_formats(
-        parameters, result, checkpoint, folders, frame):
+def test_the_base_is_asked_again_in_other_batches(result, frame):
     again = {x["id"]: x["answers"]["base"] for x in read_lines(result.folder / "again-pope.jsonl")}
     said = {x["id"]: (x["answers"]["base"], x["question"])
             for x in benchmarks.answers(result, "pope")}
