@@ -103,17 +103,21 @@ def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
             counted, benchmark.metrics, seed=p.seed, resamples=p.resamples, made=benchmark.combined)
     found["calibration"] = _calibrated(p, lines, methods)
     found["image"] = _probed(p, folder, checkpoint, methods)
+    # last: it may leave the model in another number format
+    found["noise_floor"] = diagnostics.noise_floor(
+        checkpoint, lines, lambda name, sample, stem, size: _answers(
+            p, folder, checkpoint, ["base"], KNOWN[name], sample, stem=stem, size=size),
+        batch_size=p.batch_size, seed=p.seed)
     results.write(folder, tidy(found))
     return found
 
 
 def described(name: str) -> results.Metrics:
-    """The metrics of a benchmark, those that are made of others last; one of questions of a kind
-    alone, such as accuracy_random, has the category "kind", those of `official.READING` "reading".
-    """
+    """The metrics of a benchmark: those of one kind of question, such as accuracy_random, have the
+    category "kind", those of `official.READING` "reading"."""
     benchmark = KNOWN[name]
-    return {n: (m.label, "reading" if n in official.READING else
-                "kind" if n.rpartition("_")[0] in benchmark.metrics else "all", m.more)
+    return {n: (m.label, "reading" if n in official.READING else "kind"
+                if n.rpartition("_")[0] in benchmark.metrics else "all", m.more)
             for n, m in benchmark.metrics.items()}
 
 
@@ -129,7 +133,6 @@ def label(where: str, metric: str) -> str:
 
 
 def labels(frame: "DataFrame") -> list[str]:
-    """`label` of each row of results."""
     return list(map(label, frame["split_or_benchmark"], frame["metric"]))
 
 
@@ -147,14 +150,15 @@ def tidy(found: Mapping[str, Any]) -> list[Result]:
 
 
 def _answers(p: Benchmarks, folder: Path, checkpoint: Checkpoint, methods: Sequence[str],
-             benchmark: Benchmark | Judged, questions: Sequence[Question]) -> list[dict]:
-    """answers-<benchmark>.jsonl: a line a question, {id, image, kind, label, question, answers,
+             benchmark: Benchmark | Judged, questions: Sequence[Question], *,
+             stem: str = "answers", size: int = 0) -> list[dict]:
+    """<stem>-<benchmark>.jsonl: a line a question, {id, image, kind, label, question, answers,
     p_yes}, the last two by method; p_yes is P(yes) among yes and no, for yes/no questions."""
     place = p.path(p.folders[benchmark.name]) / benchmark.images
     asked = {q.id: q for q in questions}
     requests = [Request(q.id, ({"role": "user", "content": q.text},), place / q.image)
                 for q in questions]
-    return shards.run_on(folder / f"answers-{benchmark.name}.jsonl", requests, p.batch_size,
+    return shards.run_on(folder / f"{stem}-{benchmark.name}.jsonl", requests, size or p.batch_size,
                          functools.partial(_ask, p, checkpoint, methods, asked),
                          label=f"{benchmark.title} questions")
 

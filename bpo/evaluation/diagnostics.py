@@ -2,13 +2,16 @@
 model's yes and no are calibrated, and which words of a caption the image carries.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import ne
 from typing import Any
 
 import numpy as np
 import torch
 
 from bpo.data.rows import Row
+from bpo.evaluation.hallucination import yes_or_no
+from bpo.evaluation.official import Question
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs
 from bpo.models.checkpoint import Checkpoint
@@ -18,6 +21,7 @@ from bpo.params import Refusal
 from bpo.study.seeds import seed_for
 
 VIEWS = ("right", "swapped", "none", "noisy")  # of an answer's image
+AGAIN = 64  # yes/no questions that are asked again, to see how many answers noise turns round
 BINS = 10  # of probabilities, of equal width
 # name: (label, whether more is better)
 GAINS = {"right": ("log-prob, right image", None),
@@ -86,6 +90,46 @@ def token_gaps(line: Mapping[str, Any], method: str) -> list[float]:
     image carries of it, given the tokens before it."""
     views = line["logprobs"][method]
     return [clean - noisy for clean, noisy in zip(views["right"], views["noisy"], strict=True)]
+
+
+def noise_floor(checkpoint: Checkpoint, lines: Mapping[str, Sequence[dict]],
+                ask: Callable[[str, list[Question], str, int], list[dict]], *, batch_size: int,
+                seed: int) -> dict[str, dict[str, dict[str, int]]]:
+    """benchmark -> other decoding -> {questions, flips}: of up to `AGAIN` yes/no questions those to
+    which the base says otherwise in batches of another size, and on a GPU with room for it in
+    another number format, in which the model is left.
+
+    lines: of each benchmark's answers.  ask: (benchmark, questions, name of a file, size of a
+    batch) -> lines of the base's answers.
+    """
+    other = torch.bfloat16 if checkpoint.base.dtype == torch.float32 else torch.float32
+    size = 1 if batch_size > 1 else 8
+    ways = [(f"batches of {size}", "again", size)]
+    if has_room(checkpoint.base, other):
+        ways.append((str(other).removeprefix("torch."), "format", batch_size))
+    drawn = {name: sorted((x for x in mine if x["p_yes"]),
+                          key=lambda x: seed_for(seed, "again", x["id"]))[:AGAIN]
+             for name, mine in lines.items()}
+    out: dict[str, dict[str, dict[str, int]]] = {n: {} for n, sample in drawn.items() if sample}
+    for way, stem, size in ways:
+        if out and stem == "format":
+            checkpoint.model.to(other)
+        for name in out:
+            again = ask(name, [Question(x["id"], x["image"], x["question"]) for x in drawn[name]],
+                        stem, size)
+            before, after = ([yes_or_no(x["answers"]["base"], x["question"]) for x in asked]
+                             for asked in (drawn[name], again))
+            out[name][way] = {"questions": len(again), "flips": sum(map(ne, before, after))}
+    return out
+
+
+def has_room(model: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a model is on a GPU and can be put into a number format there."""
+    weights = list(model.parameters())
+    if not weights or weights[0].device.type != "cuda":
+        return False
+    more = sum(w.numel() * max(dtype.itemsize - w.element_size(), 0) for w in weights)
+    return torch.cuda.mem_get_info(weights[0].device)[0] > more + 2**30
 
 
 def yes_share(weighed: Sequence[float]) -> float:

@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 import regex
 
 from bpo.evaluation.words import MARKS, Lexicon, denied, is_colour
+from bpo.models.replies import without_thoughts
 from bpo.study.text import folded, normalised, pieces, words
 
-THOUGHT = re.compile(r"(?s)<think>.*?(</think>|$)|^.*</think>")
 Counts = dict[str, tuple[float, float]]
 
 SHORT = 3  # words: an answer up to this long counts as one without an object (Object HalBench)
@@ -141,8 +141,7 @@ def _noun(word: str) -> str:
 _IDIOMS = regex.compile(
     r"\b(?:no|without(?: a)?|not a) (?:doubt|question|problem|wonder)\b|\bno\.(?=\d)|\bnon-"
     r"|\bno (?:more|fewer|less) than\b|\bnot (?:only|just|alone|the only)\b|</?\w+>|\*|_|\\\w+"
-    r"|[对對]不起|不好意思"
-    r"|\b(?:yes ?(?:or|/|_) ?no|no ?(?:or|/|_) ?yes)\b")
+    r"|[对對]不起|不好意思|\b(?:yes ?(?:or|and|/|_) ?no|no ?(?:or|/|_) ?yes)\b")
 _WHY_NOT = regex.compile(r"\b(?:(?:don't|do not|can't|cannot) see |no reason )?why not\b")
 _UNSURE = regex.compile(
     r"(?:\bnot|n't)(?: [\w%]+){0,2}? (sure|certain|clear|sharp|possible|obvious|enough)\b"
@@ -151,29 +150,33 @@ _UNSURE = regex.compile(
     r"|be (?:sure|certain)|view|access|process|help|assist|see (?:\w+ )?(?:image|picture|photo)s?\b"
     r"(?! of))|\b(?:don't|do not|dont) know\b|\bno idea\b|\bun(?:sure|certain|clear|known)\b"
     r"|\bне (?:уверен|знаю|ясно|могу)|\bje ne sais pas|\bpas sûre?|\bno (?:lo )?sé\b"
-    r"|\bno estoy segur|\bnicht sicher|\bweiss (?:es )?nicht|\bnão sei|\bnon (?:lo )?so\b|不(?:确定|確定|清楚|知道|能)"
+    r"|\bno estoy segur|\bnicht sicher|\bweiss (?:es )?nicht|\bnão sei|\bnon (?:lo )?so\b"
+    r"|不(?:确定|確定|清楚|知道|能)"
     r"|无法|無法|わかりません|모르|ไม่แน่ใจ")
 _ASKS = regex.compile(r"\b(?:asks?|asked|asking|question|whether)\b")
 _YES = regex.compile(
-    r"\b(?:yes|yeah|yep|yup|yea)\b|\A(?:(?:y|ye|true)\Z|(?:oui|sí|si|sì|ja|да|sim|ναι|evet|نعم"
-    r"|(?:जी )?हा[ँं]|네|예|affirmative)\b|はい|是(?![不否])|有(?![没沒])|[对對](?![于於])|ใช่)")
+    r"\b(?:yes|yeah|yep|yup|yea)\b|\A(?:(?:y|ye|true|(?:there|it|they) (?:is|are|does|do))\Z"
+    r"|(?:oui|sí|si|sì|ja|да|sim|tak|ναι|evet|نعم"
+    r"|(?:जी )?हा[ँं]|네|예|affirmative)\b|はい|存在|是(?![不否])|有(?![没沒])|[对對](?![于於])|ใช่)")
 _NO = regex.compile(
     r"\b(?:no|nope|nah|nein|нет)\Z|\A(?:(?:n|false)\Z|no (?:sir|way|it|there|i|you|he|she|they|we"
-    r"|the|this|that|a|not)\b|(?:nope|nah|nein|нет|non|não|nie|όχι|hayır|لا|(?:जी )?नहीं|아니요?|아니오"
+    r"|the|this|that|a|not)\b|(?:nope|nah|nein|нет|non|nee|nej|não|nie|όχι|hayır|لا|(?:जी )?नहीं"
+    r"|아니요?|아니오"
     r"|negative|incorrect)\b|いいえ|[不没沒否无無]|ไม่)")
 _OF_COURSE = regex.compile(
-    r"\A\s*(?:sure|certainly|of course|absolutely|definitely|indeed|correct)\b|\b(?:no|without(?: a)?) doubt\b|\bundoubtedly\b")
+    r"\A\s*(?:sure|certainly|of course|absolutely|definitely|indeed|correct)\b"
+    r"|\b(?:no|without(?: a)?) doubt\b|\bundoubtedly\b")
 _NONE_THERE = regex.compile(r"\bthere(?: is| are| was| were|'s)?(?:n't| not| no)\b")
 _FLIP = regex.compile(r"(?:n't|\bnot|\bcannot|\bdont|\bdoesnt) (?:think|believe|suppose|look like"
                       r"|seem|appear)\b(?! so\b)(.+)")
 _DENIES = regex.compile(
     r"\b(?:no|not|cannot|none|nobody|without|neither|nor|lacks?|lacking|absent|missing|nichts?"
     r"|(?:is|are|was|were|do|does|did|ca|wo|have|has)nt|нет|не|pas|keine?[rnms]?|não|nessun\w*|ليس"
-    r"|नहीं)\b|n't\b|\bthere(?: is|'s) nothing\b|[没沒不无無]|ません|ない|없|ไม่")
+    r"|नहीं)\b|n't\b|\b(?:there(?: is|'s)|see) nothing\b|[没沒不无無]|ません|ない|없|ไม่")
 _OF_VERBS = frozenset("not cannot none lacks lack lacking absent missing".split())
 _EXISTS = regex.compile(r"\b(?:there|see|any|none|visible|present|contains?|shows?|find|absent"
                         r"|lacks?|missing)\b|[没沒]|ません|없")
-_AFFIRMS = regex.compile(r"有|います|あります|있|มี")
+_AFFIRMS = regex.compile(r"有|いる|います|あります|있|มี")
 _PRESENCE = frozenset("visible there present shown seen here depicted image picture photo scene "
                       "any one it exist appear found".split())
 _NOT_ASKED = _PRESENCE | frozenset(
@@ -191,7 +194,7 @@ def yes_or_no(text: str, question: str = "") -> str | None:
     asks for, affirmed or denied; then any denial, in later sentences only one of what is there.
     """
     asked = set(words(question)) - _NOT_ASKED
-    plain = folded(THOUGHT.sub(" ", text))
+    plain = folded(without_thoughts(text))
     of_course = _OF_COURSE.search(plain)
     plain = _WHY_NOT.sub(" yes ", _IDIOMS.sub(" ", plain))
     for part in reversed(regex.split(r"\banswer\W{0,2}(?: is\b\W?|:)", plain)):
@@ -211,7 +214,8 @@ def _sentence(sentence: str, asked: set[str], *, first: bool) -> str | None:
                and (not (unsure := _UNSURE.search(c)) or unsure[1] in asked)]
     for clause, after in zip(clauses, [*clauses[1:], ""]):
         if _YES.search(clause):
-            return "no" if _NONE_THERE.search(f"{clause} {after}") else "yes"
+            denies = _NONE_THERE.search(f"{clause} {after}") or _states(after, asked) == "no"
+            return "no" if denies else "yes"
         if _NO.search(clause):
             return "no"
         if flip := _FLIP.search(clause):

@@ -18,6 +18,7 @@ from bpo.data import files as entries
 from bpo.evaluation import hallucination
 from bpo.evaluation import words as vocabulary
 from bpo.evaluation.words import Lexicon
+from bpo.models.replies import without_thoughts
 from bpo.params import Refusal
 
 Counts = Mapping[str, tuple[float, float]]  # metric -> (counted, out of)
@@ -129,7 +130,7 @@ def described(count: Callable[..., Counts], questions: Sequence[Question],
                       f"({unknown[0]} is one); put the instances and captions files of their part "
                       "of COCO into annotations/ too")
     return Loaded(tuple(questions), lambda q, text: count(
-        text, scenes[vocabulary.image_key(q.image)].present, lexicon))
+        without_thoughts(text), scenes[vocabulary.image_key(q.image)].present, lexicon))
 
 
 def _chair(folder: Path) -> Loaded:
@@ -221,7 +222,8 @@ def read_amber(folder: Path) -> Loaded:
 
     def counts(question: Question, text: str) -> Counts:
         if question.kind == GENERATIVE:
-            return hallucination.amber(text, *objects[question.id], association, safe_words)
+            return hallucination.amber(without_thoughts(text), *objects[question.id],
+                                       association, safe_words)
         return yes_no_counts(question, text, positive="no")
 
     return Loaded(tuple(questions.values()), counts)

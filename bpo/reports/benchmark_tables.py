@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from bpo.evaluation import benchmarks, diagnostics
+from bpo.evaluation import benchmarks, diagnostics, judged
 from bpo.evaluation.judged import Judged
 from bpo.params import Benchmarks
 from bpo.reports import figures, tables
@@ -39,6 +39,8 @@ def settings(p: Benchmarks, result: stages.Result) -> DataFrame:
             answers = how["questions"] * len(judge["unscored"])
             scored += f"; unscored answers: {unscored.total()} of {answers}"
             scored += "".join(f", {why}: {n}" for why, n in sorted(unscored.items()))
+            scored += (f"; raw replies, by question and method: {benchmarks.REPLIES}/"
+                       f"{judged.REPLIES} beside the studies")
         decoding = f"sampled at {how['temperature']:g}, top-p {how['top_p']:g}"
         rows.append({"benchmark": benchmark.title, "questions": how["questions"],
                      "images": how["images"],
@@ -153,6 +155,23 @@ def token_gaps(p: Benchmarks, result: stages.Result, frame: DataFrame) -> list[S
         alt=f"Gain from the clean image by token: {line['answer']}",
         caption=f"{line['id']}: log-probability with the clean image minus at step "
                 f"{p.probe_step}.") for line in captions[:p.gallery]]
+
+
+def yes_and_no(result: stages.Result, frame: DataFrame) -> list[Shown]:
+    """A table a benchmark of how answers were read, how many are one word before and after, and
+    how many answers of the base turn round where nothing but their decoding differs."""
+    rows = frame.query("category == 'reading'")
+    out = tables.level_tables(rows)
+    method = tables.main_method(frame)
+    for name, ways in result.metrics["noise_floor"].items():
+        bare = rows.query("split_or_benchmark == @name and metric == 'bare' and against == ''")
+        shares = bare.set_index("method")["value"]
+        flips = ", ".join(f"{n['flips']} of {n['questions']} in {way}" for way, n in ways.items())
+        out.append(report.say(
+            "{b}: answers of one word are {x:.1%} of the base's and {y:.1%} of {m}'s. Asked again, "
+            "the base's answers that turn round: {f}.", b=benchmarks.title(name), x=shares["base"],
+            y=shares[method], m=method, f=flips))
+    return out
 
 
 def calibrations(result: stages.Result, frame: DataFrame) -> list[Shown]:

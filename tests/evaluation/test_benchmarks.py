@@ -11,13 +11,14 @@ from helpers.server import completion
 from pandas import DataFrame
 
 from bpo import params
-from bpo.evaluation import benchmarks, diagnostics, official
+from bpo.evaluation import benchmarks, comparison, diagnostics, official
+from bpo.evaluation.hallucination import yes_or_no
 from bpo.models import encoding, generate, logprobs
 from bpo.models.generate import Request
 from bpo.params import Benchmarks, Refusal
 from bpo.reports import benchmark_tables, tables
 from bpo.study import results
-from bpo.study.files import write_lines
+from bpo.study.files import read_lines, write_lines
 
 THINGS = ("disc", "box", "cat", "dog")
 METHODS = ["base", "bpo", "bpo_weaken", "sft"]
@@ -162,6 +163,47 @@ def test_a_judge_scores_what_it_can_read_and_is_named(
     assert again.metrics == found.metrics
 
 
+def test_a_judge_s_raw_replies_are_named_with_question_and_method(parameters, result):
+    judge = {"judge": "j", "prompt_sha256": "0" * 64, "temperature": 0.0, "repeats": 1,
+             "unscored": {"base": {}}}
+    found = replace(result, metrics={"settings": {"mm-vet": {
+        **result.metrics["settings"]["mm-vet"], "judge": judge}}})
+    rows = benchmark_tables.settings(Benchmarks(study="s", folders={"mm-vet": "x"}), found)
+    assert "by question and method: judge_replies/replies.jsonl" in rows["scored by"][0]
+
+
+def test_the_base_is_asked_again_in_other_batches(result, frame):
+    again = {x["id"]: x["answers"]["base"] for x in read_lines(result.folder / "again-pope.jsonl")}
+    said = {x["id"]: (x["answers"]["base"], x["question"])
+            for x in benchmarks.answers(result, "pope")}
+    assert again.keys() == said.keys()  # all 24 of the small set
+    flips = sum(yes_or_no(again[i], q) != yes_or_no(text, q) for i, (text, q) in said.items())
+    assert result.metrics["noise_floor"] == {
+        "pope": {"batches of 1": {"questions": 24, "flips": flips}}}
+    *_, page = benchmark_tables.yes_and_no(result, frame)
+    assert f"turn round: {flips} of 24 in batches of 1." in page.plain
+    assert "POPE: answers of one word are" in page.plain
+
+
+def test_another_format_is_tried_where_the_model_has_room(parameters, monkeypatch):
+    monkeypatch.setattr(diagnostics, "has_room", lambda model, dtype: True)
+    loaded, _ = comparison.load_methods(parameters)
+    line = {"id": "random-1", "image": "0.png", "question": "is there a disc ?",
+            "answers": {"base": "yes"}, "p_yes": {"base": 0.5}}
+    asked = []
+
+    def ask(name, questions, stem, size):
+        asked.append((name, [q.text for q in questions], stem, size, loaded.base.dtype))
+        return [{**line, "answers": {"base": "Yes." if stem == "again" else "no"}}]
+
+    found = diagnostics.noise_floor(loaded, {"pope": [line], "chair": [{"p_yes": {}}]}, ask,
+                                    batch_size=5, seed=0)
+    assert found == {"pope": {"batches of 1": {"questions": 1, "flips": 0},
+                              "bfloat16": {"questions": 1, "flips": 1}}}
+    assert asked == [("pope", ["is there a disc ?"], "again", 1, torch.float32),
+                     ("pope", ["is there a disc ?"], "format", 5, torch.bfloat16)]
+
+
 def test_questions_are_drawn_by_seed(parameters, outputs, folders):
     p = parameters.model_copy(update={"questions": 5, "folders": {"pope": folders["pope"]},
                                       "probe_data": ""})
@@ -268,6 +310,9 @@ def test_kinds_of_questions_stand_in_a_table_of_their_own(frame):
     assert "accuracy random" in kinds.plain and "F1 adversarial" in kinds.plain
     assert [line.split()[0] for line in whole.plain.splitlines()[2:]] == METHODS
     assert "out of (base): accuracy 24," in whole.html
+    [reading] = tables.level_tables(frame.query("category == 'reading'"))
+    assert "read otherwise by the script" in reading.plain
+    assert "answers of one word" in reading.plain
 
 
 def test_the_figures_hold_every_method_and_token(parameters, result, frame):

@@ -227,6 +227,10 @@ def test_an_answer_is_read_as_a_careful_person_reads_it(text, said):
 
 
 @pytest.mark.parametrize("text, question, said", [
+    ("Yes, it does not show a dog.", ASKED, "no"), ("Yes and no", ASKED, None),
+    ("There is.", ASKED, "yes"), ("There isn't.", ASKED, "no"), ("I see nothing.", ASKED, "no"),
+    ("As an AI I cannot see images.", ASKED, None), ("看不清楚", ASKED, None),
+    ("Не уверен", ASKED, None), ("Tak", ASKED, "yes"), ("不存在", ASKED, "no"),
     ("There is a dog.", "", None), ("There is no dog.", "", "no"), ("No. Yes.", "", "no"),
     ("Nothing. Yesterday", "", None), ("It is big. It is not red.", "", None),
     ("The sky is not clear.", "Is the sky clear?", "no"), ("The dog is black.", "Is the dog black?",
