@@ -367,3 +367,16 @@ def test_outputs_lie_in_the_project_unless_redirected(monkeypatch):
 def test_paths_do_not_depend_on_where_one_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert params.resolve("data/x", study="s") == params.ROOT / "data" / "x"
+
+
+def test_a_path_in_the_project_or_the_outputs_is_kept_as_it_stays_right_when_they_move(
+        outputs, tmp_path):
+    root = params.ROOT
+    typed = {str(outputs / "s" / "rows.json"): "", str(root / "params" / "x.json"): "a",
+             str(root / "outputs" / "x.json"): "b", str(tmp_path / "y.json"): "c", "~/z.json": "d"}
+    p = validate(PairGeneration, {"data": typed, "image_folder": str(outputs), "study": "s"},
+                 where="here")
+    assert list(p.data) == ["outputs/s/rows.json", "params/x.json", str(root / "outputs/x.json"),
+                            str(tmp_path / "y.json"), "~/z.json"]
+    assert [p.path(a) for a in p.data] == [p.path(b) for b in typed]
+    assert p.path(p.image_folder) == outputs

@@ -119,9 +119,7 @@ def _load(auto: Any, folder: Path, precision: str, *, device: str = "") -> PreTr
         model = auto.from_pretrained(folder, dtype=getattr(torch, precision), use_safetensors=True)
     except (OSError, ValueError) as error:
         raise Refusal(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
-    environment.attention.update(m.config._attn_implementation for m in model.modules()
-                                 if isinstance(m, PreTrainedModel))
-    return model.to(device or processes.device())
+    return environment.noted(model).to(device or processes.device())
 
 
 @quietly()

@@ -20,11 +20,9 @@ from bpo.data.rows import Row
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs
 from bpo.models.checkpoint import Checkpoint
-from bpo.models.endpoint import Endpoint
 from bpo.models.generate import Request
-from bpo.models.replies import Reply, rewritten
 from bpo.models.weakening import WEAKENINGS, View
-from bpo.pairs import selection
+from bpo.pairs import injection, selection
 from bpo.params import PairGeneration, Refusal
 from bpo.study import processes, seeds, shards
 from bpo.study.files import LineFile
@@ -38,17 +36,6 @@ def views(p: PairGeneration) -> list[View]:
     return [View(mode, step, draw, p.crop_share) for mode in p.weaken_modes
             for step in (p.weaken_steps if WEAKENINGS[mode].stepped else [0])
             for draw in range(p.weaken_draws if WEAKENINGS[mode].drawn else 1)]
-
-
-def fill(template: str, row: Row) -> str:
-    """The template with {question} and {answer} filled in; other braces stay as they are."""
-    return re.sub(r"\{(question|answer)\}", lambda place: getattr(row, place[1]), template)
-
-
-def _answer(reply: Reply, annotated: str) -> dict[str, str]:
-    """{text} of the answer in a reply; {text, fault} where it holds none: the reply, and why."""
-    text, fault = rewritten(reply, annotated)
-    return {"text": text, "fault": fault} if fault else {"text": text}
 
 
 def _useful(line: dict[str, Any]) -> list[dict[str, Any]]:
@@ -103,12 +90,13 @@ class Candidates(Sequence):
         if "injected" in p.sources and p.endpoint and not processes.first(
                 (self.folder / "injected.jsonl").is_file):
             # now, and not after hours of weakening
-            processes.first(lambda: self._endpoint.check(**self._injecting))
+            processes.first(lambda: injection.endpoint(p).check(**injection.sampling(p)))
         if "weakened" in p.sources:
             for view in views(p):
                 self._weaken(view)
         if "injected" in p.sources:
-            self._inject()
+            injection.write(p, self.folder / "injected.jsonl", self.rows, self.row,
+                            lambda: self.text_model)
         if p.score_candidates:
             self._score()
 
@@ -167,73 +155,6 @@ class Candidates(Sequence):
         image = max(generate.encode_batch(self.model, [self.request(number, None)])
                     ["input_ids"].shape[1] - prompts[number] for number in set(spread.tolist()))
         return prompts + max(image, 0), answers
-
-    @cached_property
-    def _endpoint(self) -> Endpoint:
-        p = self.p
-        return Endpoint(url=p.endpoint, model=p.endpoint_model, at_once=p.endpoint_requests,
-                        key_variable=p.endpoint_key_variable, retries=p.endpoint_retries,
-                        timeout=p.endpoint_timeout)
-
-    @property
-    def _injecting(self) -> dict[str, Any]:
-        return {"temperature": self.p.inject_temperature, "top_p": self.p.inject_top_p,
-                "max_new_tokens": self.p.max_new_tokens}
-
-    def _inject(self) -> None:
-        p, rows = self.p, self.rows
-        describe, ask = (p.path(file).read_text(encoding="utf-8").strip()
-                         for file in (p.describe_prompt, p.question_prompt))
-
-        def rewriting(number: int) -> Request:
-            row = self.row(number)
-            prompt = fill(describe if row.category == "caption" else ask, row)
-            return Request(row.id, ({"role": "user", "content": prompt},), None,
-                           len(row.answer.split()))
-
-        def plan() -> list[np.ndarray]:
-            if p.endpoint:
-                return np.array_split(np.arange(len(rows)),
-                                      -(-len(rows) // (4 * p.endpoint_requests)))
-            text = self.text_model
-            prompts = [len(encoding.answer_ids(text, encoding.prompt_text(
-                text, rewriting(number).messages, image=False))) for number in range(len(rows))]
-            answers = [len(encoding.answer_ids(text, line["answer"])) + 1 for line in rows]
-            return shards.by_budget(np.array(prompts), np.array(answers),
-                                    p.batch_tokens // p.inject_samples)
-
-        def work(batch: np.ndarray) -> list[dict[str, Any]]:
-            requests = [rewriting(number) for number in batch.tolist()]
-            if p.endpoint:
-                made = self._requested(requests)
-            else:
-                inputs = generate.encode_branches(self.text_model, requests, None, seed=p.seed)
-                made = generate.sample_replies(
-                    self.text_model, requests, inputs, None, seed=p.seed, purpose="injected",
-                    samples=p.inject_samples, **self._injecting)
-            return [{"id": request.id, "replies": [vars(r) for r in replies]}
-                    for request, replies in zip(requests, made, strict=True)]
-
-        file = self.folder / "injected.jsonl"
-        shards.run(file, plan, work, label="injected")
-        if p.endpoint:
-            processes.first(lambda: self._require_one(file))
-
-    def _requested(self, requests: Sequence[Request]) -> list[list[Reply]]:
-        """The endpoint's replies to each request, all samples of all rows under way together."""
-        samples = self.p.inject_samples
-        each = [(r, k) for r in requests for k in range(samples)]
-        replies = self._endpoint.answers(  # endpoints read seeds of 31 bits
-            [r.messages for r, _ in each], **self._injecting,
-            seeds=[seeds.seed_for(self.p.seed, "injected", r.id, k) % 2**31 for r, k in each])
-        return [replies[n:n + samples] for n in range(0, len(replies), samples)]
-
-    def _require_one(self, file: Path) -> None:
-        """Raises Refusal where the endpoint refused every prompt; the next run asks again."""
-        if all(r["status"] != 200 for line in LineFile(file) for r in line["replies"]):
-            reply = Reply(**LineFile(file)[0]["replies"][0])
-            file.unlink()
-            raise self._endpoint.refuses(reply)
 
     def _score(self) -> None:
         """Writes scores.jsonl: a list a row with, for every candidate that could be used, its mean
@@ -313,7 +234,7 @@ class Candidates(Sequence):
         for kind, file in self._made:
             line = file[number]
             kinds.append((kind, [{"text": t} for t in line["texts"]] if "texts" in line else
-                          [_answer(Reply(**r), row["answer"]) for r in line["replies"]]))
+                          injection.answers(line, row["answer"])))
         if "given" in self.p.sources:
             kinds.append(({"source": "given", "mode": "given"},
                           [{"text": t} for t in row.get("given", [])]))

@@ -102,7 +102,8 @@ def dropped(found: dict[str, Any]) -> Shown:
     counts += [("row of the data", *count) for count in found["rows_skipped"].items()]
     return page.table(DataFrame(counts, columns=["what", "reason", "how many"]),
                       "What was dropped, and why", "Rows that cannot be used are listed one by one "
-                      "in rejected_rows.jsonl, candidates in dropped.jsonl.")
+                      "in rejected_rows.jsonl, candidates in dropped.jsonl. A text model's replies "
+                      "are in injected.jsonl as they came; one is cut off at max_new_tokens.")
 
 
 def scores(p: PairGeneration) -> Shown:

@@ -13,8 +13,16 @@ from bpo.study import processes
 
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "numpy", "pillow", "bpo")
 # Names of the attention that models of this process ran with, as transformers has them, since a
-# stage began; whoever loads or switches a model adds to them.
+# stage began; whoever makes or switches a model adds to them.
 attention: set[str] = set()
+
+
+def noted(model: Any) -> Any:
+    """The model, after a note of the attention of its parts."""
+    names = (getattr(getattr(part, "config", None), "_attn_implementation", None)
+             for part in model.modules())
+    attention.update(filter(None, names))
+    return model
 
 
 def described() -> dict[str, Any]:
@@ -23,16 +31,17 @@ def described() -> dict[str, Any]:
 
     return {"versions": {v: importlib.metadata.version(v) for v in VERSIONS},
             "python": platform.python_version(), "device": device_name(),
-            "attention": ", ".join(sorted(attention)) or None, "CUDA": torch.version.cuda,
+            "attention": ", ".join(sorted(attention)) or None, "cuda": torch.version.cuda,
             "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "processes": processes.world(), "commit": git_commit()}
 
 
 def kernels(manifests: Collection[Mapping[str, Any]]) -> str:
     """"attention sdpa; CUDA 12.8; driver 570.86" of stages, for a page."""
-    shown = {n: sorted({v for m in manifests for v in (m.get(n) or "").split(", ") if v})
+    shown = {n: sorted({v for m in manifests for v in (m.get(n.lower()) or "").split(", ") if v})
              for n in ("attention", "CUDA", "driver")}
-    return "; ".join(f"{n} {', '.join(values) or 'none'}" for n, values in shown.items())
+    return "; ".join(f"{n} {', '.join(values) or 'none'}" for n, values in shown.items()
+                     if values or n != "attention")
 
 
 def device_name() -> str:

@@ -124,7 +124,8 @@ class Hashes:
         found = self.read(file)
         if sha256 not in ("", found):
             self.changed.add(file)
-        moment = max(state.st_mtime_ns, state.st_ctime_ns)
+        # Only POSIX's time of change cannot be set, and lie ahead.
+        moment = state.st_ctime_ns if os.name == "posix" else state.st_mtime_ns
         # The clock of a file system ticks every few milliseconds, of some in whole seconds.
         if time.time_ns() - moment > (5e7 if moment % 10**9 else 2e9):
             self._kept[key], self._new = (seen, found), True

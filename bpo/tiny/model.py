@@ -19,6 +19,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from bpo.params import TinyWorld
+from bpo.study import environment
 from bpo.study.seeds import seed_for
 from bpo.tiny.drawing import SIDE, draw_scene
 from bpo.tiny.language import vocabulary
@@ -81,7 +82,7 @@ def build_language_model(tokenizer: PreTrainedTokenizerFast, p: TinyWorld) -> Ll
     """An untrained Llama, its weights drawn from the study's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(p.seed, "language model weights"))
-        return LlamaForCausalLM(text_config(tokenizer, p))
+        return environment.noted(LlamaForCausalLM(text_config(tokenizer, p)))
 
 
 def build_multimodal_model(tokenizer: PreTrainedTokenizerFast, p: TinyWorld
@@ -99,7 +100,7 @@ def build_multimodal_model(tokenizer: PreTrainedTokenizerFast, p: TinyWorld
         tie_word_embeddings=True, **special_ids(tokenizer))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(p.seed, "multimodal model weights"))
-        return LlavaForConditionalGeneration(config)
+        return environment.noted(LlavaForConditionalGeneration(config))
 
 
 def pixel_values(processor: LlavaProcessor, scenes: Sequence[Scene]) -> torch.Tensor:

@@ -146,6 +146,7 @@ def test_a_judge_scores_what_it_can_read_and_is_named(
     found = benchmarks.run(p)
     settings = found.metrics["settings"]["mm-vet"]["judge"]
     assert settings["judge"] == "j" and len(settings["prompt_sha256"]) == 64
+    assert "unscored answers: " in benchmark_tables.settings(p, found)["scored by"][0]
     mm_vet = benchmarks.chosen(p)["mm-vet"]
     asked = {q.id: q for q in mm_vet.load(params.Path(folders["mm-vet"]))}
     for method, values in found.metrics["benchmarks"]["mm-vet"].items():
@@ -153,6 +154,7 @@ def test_a_judge_scores_what_it_can_read_and_is_named(
                  for x in benchmarks.answers(found, "mm-vet")]
         read = [m for m in marks if m is not None]
         assert values["unscored"]["value"] == 1 - len(read) / 4
+        assert sum(settings["unscored"][method].values()) == 4 - len(read)
         if read:
             assert values["total"]["value"] == pytest.approx(sum(read) / len(read), abs=1e-6)
             assert values["total"]["n"] == len(read)

@@ -20,7 +20,7 @@ from bpo.data.rows import Row
 from bpo.evaluation import metrics
 from bpo.models import encoding, generate
 from bpo.models.weakening import WEAKENINGS, Weakening
-from bpo.pairs import candidates, selection
+from bpo.pairs import candidates, injection, selection
 from bpo.pairs import rows as pair_rows
 from bpo.pairs import stage as pairs
 from bpo.pairs.candidates import Candidates
@@ -38,7 +38,7 @@ from bpo.study.files import read_lines, write_lines
      "what is in {answer} ? : it says {question}")])
 def test_a_prompt_s_places_are_filled_and_no_other_braces(template, question, answer, filled):
     row = Row("a", None, "0.png", ({"role": "user", "content": question},), answer, "attribute")
-    assert candidates.fill(template, row) == filled
+    assert injection.fill(template, row) == filled
 
 
 LINES = [

@@ -208,18 +208,20 @@ def test_failed_run_is_a_report(tmp_path):
     assert report.headline(tmp_path / "bad.ipynb") == ""
 
 
-def test_clean_notebook_takes_out_progress_only(tmp_path):
+def test_clean_notebook_takes_out_progress_and_folders_only(tmp_path):
     path = tmp_path / "a.ipynb"
     widget = new_output("display_data", data={
         "application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "bar"})
     kept = [stream("stdout", "windows\r\nlines"), stream("stderr", "a warning")]
     notebook = new_notebook(cells=[code("x = 1", stream("stderr", "\r10%"), widget, *kept)],
-                            metadata={"widgets": {"state": {}}, "kept": 1})
+                            metadata={"widgets": {"state": {}}, "kept": 1, "papermill": {
+                                "input_path": f"{tmp_path}/b.ipynb", "output_path": str(path)}})
     nbformat.write(notebook, path)
     report.clean_notebook(path)
     after = nbformat.read(path, as_version=4)
     assert after.cells[0].outputs == kept
-    assert after.metadata == {"kept": 1}
+    assert after.metadata == {"kept": 1, "papermill": {"input_path": "b.ipynb",
+                                                       "output_path": "a.ipynb"}}
     assert list(tmp_path.iterdir()) == [path]
 
 

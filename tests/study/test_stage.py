@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bpo.params import DPOTraining, PairGeneration, Refusal
-from bpo.study import files, launch, sources
+from bpo.study import environment, files, launch, sources
 from bpo.study import stage as stages
 
 
@@ -58,9 +60,15 @@ def asides(folder):
     return sorted(f.name for f in folder.parent.iterdir() if ".old-" in f.name)
 
 
-def test_a_fresh_stage_is_computed_and_accounted_for(run, folder, data, capsys):
-    work = Work()
-    result = run(work, beta=0.2)
+def test_a_fresh_stage_is_computed_and_accounted_for(
+        run, folder, data, capsys, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 570.1\necho 570.1\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    environment.attention.add("of an earlier stage")
+    work, part = Work(), torch.nn.Linear(1, 1)
+    part.config = SimpleNamespace(_attn_implementation="sdpa")
+    result = run(lambda folder: [work(folder), environment.noted(part)][0], beta=0.2)
     assert (work.calls, result.folder, result.metrics) == (1, folder, {"lines": 1})
     assert "no result yet" in result.done
     assert result.done in capsys.readouterr().out
@@ -72,6 +80,8 @@ def test_a_fresh_stage_is_computed_and_accounted_for(run, folder, data, capsys):
     assert set(manifest["outputs"]) == {"pairs.jsonl", "sub/more.txt"}
     assert result.facts()["differs from the defaults"] == "beta = 0.2"
     assert manifest["versions"].keys() >= {"torch", "transformers", "trl", "peft"}
+    assert (manifest["attention"], manifest["cuda"]) == ("sdpa", torch.version.cuda)
+    assert manifest["driver"] == "570.1" and result.facts()["kernels"].endswith("driver 570.1")
     assert not (folder / stages.STARTED).exists()
 
 
@@ -387,12 +397,15 @@ def test_a_picture_that_is_gone_is_refused_by_name(study, tmp_path, outputs):
     assert study.work.calls == 1 and asides(outputs / "s" / "3_dpo_training") == []
 
 
-def test_a_file_that_has_just_changed_is_read_again(data, tmp_path):
+def test_a_file_that_has_just_changed_is_read_again(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(files.time, "time_ns", lambda: data.lstat().st_ctime_ns + 10**6)
     hashes = files.Hashes(tmp_path / "kept.json")
-    os.utime(data, ns=(time.time_ns(), time.time_ns() + 10**9))  # within one tick of a clock
+    data.write_text("[]")
+    state = data.stat()
     first = hashes(data)
     data.write_text("{}")
-    os.utime(data, ns=(time.time_ns(), time.time_ns() + 10**9))
+    # as if within one tick of the file system's clock
+    monkeypatch.setattr(type(data), "stat", lambda self, **_: state)
     assert hashes(data) != first and hashes.changed == set()
 
 
