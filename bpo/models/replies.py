@@ -181,3 +181,9 @@ def rewritten(reply: Reply, answer: str) -> tuple[str, str]:
         if step(answer) == answer:
             text = step(text).strip()
     return text, ""
+
+
+def candidate(reply: Reply, annotated: str) -> dict[str, str]:
+    """{text} of the answer in a reply; {text, fault} where it holds none: the reply, and why."""
+    text, fault = rewritten(reply, annotated)
+    return {"text": text, "fault": fault} if fault else {"text": text}

@@ -15,6 +15,8 @@ from bpo.study.seeds import numpy_generator, torch_generator
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bpo.params import PairGeneration
+
 
 @dataclass(frozen=True)
 class Weakening:
@@ -135,3 +137,10 @@ WEAKENINGS = {way.name: way for way in (
     Weakening("blank", "the processor's mean colour: no image at all", picture=blank,
               pixels=lambda pixels, draw: pixels.new_zeros(pixels.shape), drawn=False),
     Weakening("swapped", "another row's image: the wrong one", picture=swap, other=True))}
+
+
+def views(p: "PairGeneration") -> list[View]:
+    """Every way of weakening that the parameters ask for."""
+    return [View(mode, step, draw, p.crop_share) for mode in p.weaken_modes
+            for step in (p.weaken_steps if WEAKENINGS[mode].stepped else [0])
+            for draw in range(p.weaken_draws if WEAKENINGS[mode].drawn else 1)]

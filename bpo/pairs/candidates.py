@@ -22,8 +22,9 @@ from bpo.models import encoding, generate, logprobs
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.endpoint import Endpoint
 from bpo.models.generate import Request
-from bpo.models.replies import Reply, rewritten
-from bpo.models.weakening import WEAKENINGS, View
+from bpo.models.replies import Reply, candidate
+from bpo.models.weakening import View, views
+from bpo.pairs import rows as pair_rows
 from bpo.pairs import selection
 from bpo.params import PairGeneration, Refusal
 from bpo.study import processes, seeds, shards
@@ -33,22 +34,9 @@ MEASURED_IMAGES = 8  # an image's tokens are looked up on so many rows, and the 
 SWAP_TRIES = 50
 
 
-def views(p: PairGeneration) -> list[View]:
-    """Every way of weakening that the parameters ask for."""
-    return [View(mode, step, draw, p.crop_share) for mode in p.weaken_modes
-            for step in (p.weaken_steps if WEAKENINGS[mode].stepped else [0])
-            for draw in range(p.weaken_draws if WEAKENINGS[mode].drawn else 1)]
-
-
 def fill(template: str, row: Row) -> str:
     """The template with {question} and {answer} filled in; other braces stay as they are."""
     return re.sub(r"\{(question|answer)\}", lambda place: getattr(row, place[1]), template)
-
-
-def _answer(reply: Reply, annotated: str) -> dict[str, str]:
-    """{text} of the answer in a reply; {text, fault} where it holds none: the reply, and why."""
-    text, fault = rewritten(reply, annotated)
-    return {"text": text, "fault": fault} if fault else {"text": text}
 
 
 def _useful(line: dict[str, Any]) -> list[dict[str, Any]]:
@@ -72,12 +60,7 @@ class Candidates(Sequence):
 
     @cached_property
     def special(self) -> re.Pattern:
-        """The tokens that no text may hold: those of the checkpoint and of the text model."""
-        p = self.p
-        readers = [checkpoints.load_without_weights(p.path(p.model)).processor]
-        if "injected" in p.sources and p.text_model and not p.endpoint:
-            readers.append(checkpoints.load_tokenizer(p.path(p.text_model)))
-        return encoding.special(*readers)
+        return pair_rows.special(self.p)
 
     @cached_property
     def model(self) -> Checkpoint:
@@ -313,14 +296,14 @@ class Candidates(Sequence):
         for kind, file in self._made:
             line = file[number]
             kinds.append((kind, [{"text": t} for t in line["texts"]] if "texts" in line else
-                          [_answer(Reply(**r), row["answer"]) for r in line["replies"]]))
+                          [candidate(Reply(**r), row["answer"]) for r in line["replies"]]))
         if "given" in self.p.sources:
             kinds.append(({"source": "given", "mode": "given"},
                           [{"text": t} for t in row.get("given", [])]))
         made = [{**kind, "sample": k, **answer} for kind, answers in kinds
                 for k, answer in enumerate(answers)]
-        for candidate in made:  # a model may spell a token out: its tokenizer would read one
-            if reason := turns.strange(candidate["text"], self.special):
-                candidate.setdefault("fault", reason)
+        for answer in made:  # a model may spell a token out: its tokenizer would read one
+            if reason := turns.strange(answer["text"], self.special):
+                answer.setdefault("fault", reason)
         return {"id": row["id"], "image": row["image"], "category": row["category"],
                 "prompt": row["prompt"], "chosen": row["answer"], "candidates": made}

@@ -1,11 +1,22 @@
 """Pairs as lines of pairs.jsonl, and as the rows that trainers take."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding
 from bpo.models.weakening import WEAKENINGS
-from bpo.params import Refusal
+from bpo.params import PairGeneration, Refusal
 from bpo.study.files import LineFile
+
+
+def special(p: PairGeneration) -> re.Pattern:
+    """The tokens that no text may hold: those of the checkpoint and of the text model."""
+    readers = [checkpoints.load_without_weights(p.path(p.model)).processor]
+    if "injected" in p.sources and p.text_model and not p.endpoint:
+        readers.append(checkpoints.load_tokenizer(p.path(p.text_model)))
+    return encoding.special(*readers)
 
 
 def read_pairs(file: Path) -> list[dict]:
