@@ -1,8 +1,11 @@
 """python -m bpo check STUDY: reads the study's parameter files, says which of their paths are
-missing, and how much memory and disk it takes, by calculation from the checkpoint's config.json."""
+missing, which of the first rows of data can be used, and how much memory and disk the study takes,
+by calculation from the checkpoint's config.json."""
 
 import argparse
 import functools
+import itertools
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +14,13 @@ from typing import Any
 import yaml
 
 from bpo import params
+from bpo.data import rows as data_rows
 from bpo.params import DPOTraining, PairGeneration, Parameters, Refusal
 from bpo.study import stage as stages
 
 PATHS = ("model", "text_model", "data", "image_folder", "describe_prompt", "question_prompt",
          "pairs", "adapters", "splits", "folders", "probe_data")
+ROWS = 100  # of annotated data that are read and whose images are opened
 SHORT = {"rows": 64, "steps": 5, "questions": 8}  # of a run that measures seconds
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes a number
 
@@ -39,13 +44,15 @@ def run(options: argparse.Namespace) -> int:
         print(f"params/{options.study}/{name}.yaml: {len(type(p).model_fields)} parameters are "
               "good")
         for field, path, note, lost in findings(p, read):
+            if not note and (field in ("data", "probe_data") or field.startswith("splits.")):
+                note, lost = rows_there(p, field, path)
             print(f"  {field:24} {path}  {note or _size(path)}")
             missing += lost
     for name, text in memory(options.study, read).items():
         print(f"{name:10}{text}")
     if missing:
-        print(f"{missing} of the paths are missing: get them, or set the parameters to where they "
-              "are", file=sys.stderr)
+        print(f"{missing} of the paths are missing or hold nothing that can be used: get them, or "
+              "set the parameters to where they are", file=sys.stderr)
     return int(missing > 0)
 
 
@@ -63,6 +70,28 @@ def paths(p: Parameters) -> Iterator[tuple[str, Path]]:
         else:
             values = [(name, value)]
         yield from ((n, p.path(v)) for n, v in values if v)
+
+
+def rows_there(p: Parameters, field: str, path: Path) -> tuple[str, bool]:
+    """What of the first rows of annotated data can be used, for people, and whether none can."""
+    folder, below = getattr(p, "image_folder", ""), ""
+    if field == "probe_data":
+        folder = p.probe_image_folder
+    elif field == "data" and isinstance(p.data, dict):
+        below = next(b for f, b in p.data.items() if p.path(f) == path)
+    root = p.optional_path(folder)
+    try:
+        first = list(itertools.islice(data_rows.stream(
+            path, root / below if root else None, special=_special(p.path(p.model))), ROWS))
+    except Refusal as refusal:
+        return f"CANNOT BE READ: {refusal}", True
+    rows = [r for r in first if isinstance(r, data_rows.Row)]
+    good, bad = data_rows.open_images(rows)
+    reasons = data_rows.Reasons(r for r in first if isinstance(r, data_rows.Rejected)) + bad
+    note = (f"{_size(path)}, layout {data_rows.layout(path)}: {len(good)} of the first {len(first)} "
+            "rows can be used")
+    left_out = f"; left out: {reasons}{data_rows.hint(reasons)}" if reasons else ""
+    return note + left_out, not good
 
 
 def findings(p: Parameters, read: dict[str, Parameters]) -> list[tuple[str, Path, str, bool]]:
@@ -88,6 +117,18 @@ def findings(p: Parameters, read: dict[str, Parameters]) -> list[tuple[str, Path
                 note, missing = f"lacks {', '.join(lost)}: {benchmark.fetch}", True
         found.append((field, path, note, missing))
     return found
+
+
+@functools.cache
+def _special(model: Path) -> re.Pattern | None:
+    """The checkpoint's own tokens; None where it cannot be read, as the line about it says."""
+    from bpo.models import checkpoint as checkpoints  # here, since they bring torch
+    from bpo.models import encoding
+
+    try:
+        return encoding.special(checkpoints.load_processor(model))
+    except (Refusal, OSError, ValueError):
+        return None
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """What a study takes, by calculation: numbers worked out by hand; and what check says of paths."""
 
+import json
 import re
 
 import pytest
@@ -74,6 +75,36 @@ def test_missing_paths_are_named_with_the_command_that_writes_them(outputs, caps
     both = capsys.readouterr()
     assert "MISSING: python -m bpo merge tiny --method bpo" in both.out
     assert "of the paths are missing" in both.err
+
+
+def test_what_the_first_rows_of_data_hold_is_said(tmp_path, data_file, model_folder, outputs,
+                                                  monkeypatch, capsys):
+    monkeypatch.setenv("BPO_PARAMS", str(tmp_path / "params"))
+    (tmp_path / "params" / "mine").mkdir(parents=True)
+    study = tmp_path / "params" / "mine" / "1_noise_probability.yaml"
+
+    def said(data, **more):
+        lines = {"study": "mine", "model": str(model_folder), "data": str(data)} | more
+        study.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in lines.items()))
+        return main(["check", "mine"]), capsys.readouterr().out
+
+    code, text = said(data_file)
+    assert code == 0 and "layout LLaVA: 12 of the first 12 rows can be used\n" in text
+    rows = json.loads(data_file.read_text())
+    rows[0]["image"] = "none.png"
+    rows[1]["conversations"][1]["value"] = "red<pad>"
+    rows[2]["conversations"][1]["value"] = "<tag> red"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(rows))
+    code, text = said(other, image_folder=str(data_file.parent))
+    assert code == 0 and "10 of the first 12 rows can be used; left out: " in text
+    assert "1 <pad> in a text (first: other.json, row 2)" in text
+    assert f"(first: other.json, row 1: {data_file.parent}/none.png)" in text
+    code, text = said(other)
+    assert code == 1 and "0 of the first 12 rows" in text and "set image_folder to" in text
+    other.write_text(json.dumps(rows)[:-9])
+    code, text = said(other)
+    assert code == 1 and "CANNOT BE READ: " in text and "get the whole file" in text
 
 
 def test_paths_are_resolved_and_empty_ones_left_out():

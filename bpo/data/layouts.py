@@ -300,12 +300,11 @@ LAYOUTS = {
     "answers": Layout("image or file_name, answer or caption or text, question (may be left out)",
                       _has_answer, _plain),
 }
-# What is no layout, by a field that shows it -> what to do.
+# What is no layout, by a field of it -> what to do.
 ADVICE = {
     "multiple_choice_answer": "VQA keeps its questions in a file of their own: join both by "
                               "question_id",
     "qas": "Visual Genome has the questions of an image in a list: write one a row",
     "regions": "Visual Genome has the regions of an image in a list: write one a row",
-    "sentences": "the captions of an image are in a list of objects: write one a row",
     "answers": "the answers are in a list: write the one to be learnt as answer",
     "0": "columns stand one behind the other: write rows, in pandas with orient='records'"}
