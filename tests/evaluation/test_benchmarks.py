@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,10 +166,10 @@ def test_a_judge_scores_what_it_can_read_and_is_named(
     assert again.metrics == found.metrics
 
 
-def test_a_judge_s_raw_replies_are_named_with_question_and_method(parameters, result):
+def test_a_judge_s_raw_replies_are_named_with_question_and_method(result):
     judge = {"judge": "j", "prompt_sha256": "0" * 64, "temperature": 0.0, "repeats": 1,
              "unscored": {"base": {}}}
-    found = replace(result, metrics={"settings": {"mm-vet": {
+    found = SimpleNamespace(metrics={"settings": {"mm-vet": {
         **result.metrics["settings"]["mm-vet"], "judge": judge}}})
     rows = benchmark_tables.settings(Benchmarks(study="s", folders={"mm-vet": "x"}), found)
     assert "by question and method: judge_replies/replies.jsonl" in rows["scored by"][0]
