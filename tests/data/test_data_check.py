@@ -11,17 +11,21 @@ from PIL import Image
 
 from bpo.data import check, images
 from bpo.data import rows as data_rows
-from bpo.params import PairGeneration, Refusal
+from bpo.evaluation import comparison, probe
+from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding
+from bpo.params import NoiseProbability, PairGeneration, QualitativeComparison, Refusal
 from bpo.study.files import LineFile, read_lines
+from bpo.training import stage as training
 
 
-def taken(data, folder, *, root=None, words=350, count=0, seed=0, share=1.0):
+def taken(data, folder, *, root=None, words=350, count=0, seed=0, share=1.0, special=None):
     """The reasons of what was rejected, counted."""
     folder.mkdir(exist_ok=True)
     data = {str(f): below for f, below in data.items()} if isinstance(data, dict) else str(data)
     check.take_stock(PairGeneration(
         study="s", data=data, image_folder=str(root or ""), max_words=words, rows=count, seed=seed,
-        max_bad_share=share), folder)
+        max_bad_share=share), folder, special=special)
     return Counter(x["reason"] for x in rejected_in(folder))
 
 
@@ -208,3 +212,30 @@ def test_two_data_files_of_one_name_are_refused(tmp_path):
     with pytest.raises(Refusal, match="have the same name"):
         taken({tmp_path / n / "rows.json": "" for n in ("one", "two")}, tmp_path / "out",
               root=tmp_path / "one")
+
+
+# --- a checkpoint's own tokens ------------------------------------------------------------------
+
+def test_a_text_with_a_token_of_the_checkpoint_is_left_out_wherever_rows_are_read(
+        tmp_path, data_file, model_folder):
+    special = encoding.special(checkpoints.load_processor(model_folder))
+    rows = json.loads(data_file.read_text())
+    for row, token in zip(rows, ("<pad>", "<s>", "<unk>", "</s>"), strict=False):
+        row["conversations"][1]["value"] += f" {token} x"
+    data = written(tmp_path, rows)
+    assert taken(data, tmp_path / "out", root=data_file.parent, special=special) == {
+        f"{t} in a text": 1 for t in ("<pad>", "<s>", "<unk>", "</s>")}
+    assert len(rows_in(tmp_path / "out", data_file.parent)) == len(rows) - 4
+    p = NoiseProbability(model=str(model_folder), data=str(data),
+                         image_folder=str(data_file.parent))
+    assert probe.listed(p)[1]["<unk> in a text"] == 1
+    split = QualitativeComparison(model=str(model_folder), splits={"s": str(data)},
+                                  image_folder=str(data_file.parent))
+    assert comparison.read_split(split, "s")[2]["<s> in a text"] == 1
+    lines = [{"id": r["id"], "image": r["image"], "chosen": r["conversations"][1]["value"],
+              "prompt": [{"role": "user", "content": "what colour ?"}],
+              "rejected": [{"source": "given", "text": "nothing"}]} for r in rows]
+    lines[5]["rejected"][0]["text"] = "nothing <image>"
+    checkpoint = checkpoints.load_without_weights(model_folder)
+    fitting, dropped = training.usable(checkpoint, lines, data_file.parent, max_tokens=10**6)
+    assert len(fitting) == len(rows) - 5 and dropped["<image> in a text"] == 1
