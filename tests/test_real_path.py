@@ -213,7 +213,9 @@ def test_the_whole_study_of_a_real_model_runs_on_photographs(project, study):
     probed, made, trained, compared, scored = (m["metrics"] for m in found.values())
     assert len(probed["p_true"]) == 3 and probed["images"] > 0
     assert made["rows"] == FOUND and made["rows_skipped"] == {"image file is missing": 1}
-    assert made["weakened"]["kept"] > 0 and made["injected"]["kept"] > 0
+    # A random text model does not end its replies: each is cut at the limit, which is counted.
+    assert made["weakened"]["kept"] > 0 and not made["injected"]["kept"]
+    assert made["injected"]["dropped"] == {"reply cut off": FOUND}
     pairs = [json.loads(x) for x in
              (folder / "2_pair_generation" / "pairs.jsonl").read_text().splitlines()]
     assert {p["category"] for p in pairs} == {"question", "presence", "caption"}
