@@ -166,7 +166,8 @@ def stream(data: Path, image_folder: Path | None = None, *, special: re.Pattern 
     """The rows of a data file or folder in their order, and those that cannot be used.
 
     Images are looked up, not opened. special: the checkpoint's own tokens (`encoding.special`); a
-    row whose text holds one is rejected. A repeated row is, too, whatever its id; an id that other
+    row whose text holds one is rejected. A repeated row is, too, whatever its id, unless truth.json
+    tells of that id (POPE asks one thing in several parts); an id that other
     rows have already gets ~2, ~3, ... behind it: published sets give several questions about an
     image its one id. Rows without ids that follow one another and differ in the rejected answer
     alone are one row, as exports write a line a pair.
@@ -218,7 +219,7 @@ def _stream(data: Path, image_folder: Path | None, special: re.Pattern | None
                 yield Rejected(row_id, where, "empty answer")
             elif reason := next(filter(None, (turns.strange(t, special) for t in texts)), None):
                 yield Rejected(row_id, where, reason)
-            elif not is_new("row", name, prompt, answer, given):
+            elif row_id not in truth and not is_new("row", name, prompt, answer, given):
                 yield Rejected(row_id, where, "repeated row")
             else:
                 category = truth.get(row_id, {}).get("category") or guess_category(answer)
