@@ -180,6 +180,8 @@ def test_full_fine_tuning_keeps_references_without_a_second_model(model_folder, 
     trainer = full(own={"eval_dataset": Dataset.from_list(made_rows(3))})
     assert trainer.ref_model is None
     answers = dict(trainer.cache.answers)
+    with pytest.raises(ValueError, match="not supported with IterableDataset"):
+        trainer.evaluate(eval_dataset=stream(made_rows(3)))
     trainer.train()
     assert trainer.cache.answers.keys() == answers.keys() and trainer.evaluate()
     fly = dpo_trainer(DPOTrainer, checkpoints.load(model_folder), Dataset.from_list(made_rows()),

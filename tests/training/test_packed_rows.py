@@ -104,10 +104,18 @@ def test_rows_that_teach_nothing_are_left_out_and_counted(change, reason, stream
     assert reason in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("call", [
-    [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}],
-    ['{"role": "assistant", "tool_calls": []}']])  # as a data set keeps messages of many forms
-def test_an_answer_that_calls_a_tool_is_one_and_a_row_without_pictures_has_a_use(call):
+def test_messages_of_many_forms_are_read_as_the_json_that_a_data_set_keeps():
+    call = '{"role": "assistant", "content": null, "tool_calls": [{"name": "look"}]}'
+    empty = '{"role": "assistant", "content": ""}'
+    dataset = Dataset.from_list([{"prompt": said("user", "what ?"), "chosen": [call],
+                                  "rejected": [r]} for r in (empty, call.replace("look", "go"))])
+    dropped = Counter()
+    assert len(packed_rows.without(dataset, packed_rows.flaw, dropped)) == 1
+    assert dropped == {"the rejected answer is empty": 1}
+
+
+def test_an_answer_that_calls_a_tool_is_one_and_a_row_without_pictures_has_a_use():
+    call = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}]
     assert packed_rows.flaw({"prompt": said("user", "what ?"), "chosen": call,
                              "rejected": said("assistant", "no"), "images": []}) == ""
 

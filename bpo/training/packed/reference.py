@@ -145,12 +145,16 @@ class KeepsReferences(DPOTrainer):
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {
             "evaluation": self.eval_dataset}
         for name, dataset in {"training": self.train_dataset, **evaluated}.items():
-            if isinstance(dataset, IterableDataset):
-                raise ValueError("`precompute_ref_log_probs=True` is not supported with "
-                                 "IterableDataset where all weights are trained: turn it off, or "
-                                 "give a ref_model")
             if dataset is not None:
+                self.refuse_stream(dataset)
                 self._compute_all(dataset, name)
+
+    def refuse_stream(self, dataset: Any) -> None:
+        """Raises ValueError for a stream whose reference cannot be computed before training."""
+        if self.cache is not None and self._moves and isinstance(dataset, IterableDataset):
+            raise ValueError("`precompute_ref_log_probs=True` is not supported with "
+                             "IterableDataset where all weights are trained: turn it off, or "
+                             "give a ref_model")
 
     def _compute_all(self, dataset: Any, name: str) -> None:
         batches = self._get_dataloader(
@@ -192,9 +196,10 @@ class KeepsReferences(DPOTrainer):
         if not missing:
             return [self.cache.answers[k] for k in keys]
         if self._moves and self.state.global_step > 0:
-            raise ValueError("Cannot compute reference log-probs after training has started: the "
-                             "reference was the model itself; give these rows as eval_dataset when "
-                             "the trainer is made, or give it a ref_model")
+            raise ValueError("Cannot compute reference log-probs for a dataset passed to "
+                             "`evaluate()` after training has started: the reference was the model "
+                             "itself; give these rows as eval_dataset when the trainer is made, or "
+                             "give it a ref_model")
         without = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             bare = self.accelerator.unwrap_model(self.model)

@@ -2,6 +2,7 @@
 something and fit, the rows of one positive together."""
 
 import hashlib
+import json
 import pickle
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,11 +112,9 @@ def flaw(row: Mapping[str, Any]) -> str:
 def _empty(value: Any) -> bool:
     """Whether a text, or the last of some messages, says nothing."""
     if isinstance(value, list) and value:
-        value = value[-1]
-    if isinstance(value, Mapping):
-        if value.get("tool_calls"):
+        if value[-1].get("tool_calls"):
             return False
-        value = value.get("content")
+        value = value[-1].get("content")
         if isinstance(value, list):
             value = " ".join(part.get("text") or "" for part in value)
     return not (value and value.strip())
@@ -220,10 +219,18 @@ def positives(dataset: Dataset) -> list[list[int]]:
 
 
 def _stored(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """Rows as they are stored: no picture decoded, no transform done."""
+    """Rows as they are stored: no picture decoded, no transform done. Messages of many forms, which
+    a data set keeps as JSON, are messages again."""
     names = [n for n in (*SAME, "rejected") if n in dataset.column_names] or dataset.column_names
     raw = dataset.select_columns(names).with_format("arrow")
-    return (row for table in raw.iter(batch_size=64) for row in table.to_pylist())
+    return ({n: _messages(v) for n, v in row.items()}
+            for table in raw.iter(batch_size=64) for row in table.to_pylist())
+
+
+def _messages(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    return [json.loads(m) if isinstance(m, str) and m.startswith("{") else m for m in value]
 
 
 class PositiveSampler(Sampler[int]):

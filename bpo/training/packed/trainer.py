@@ -159,6 +159,7 @@ class PackedDPOTrainer(KeepsReferences):
         limit, collator = self.args.max_length, self.data_collator
         processor = collator.stock.processor if collator.vision else None
         if isinstance(dataset, IterableDataset):
+            self.refuse_stream(dataset)
             return dataset if limit is None else packed_rows.without(
                 dataset, packed_rows.too_long(processor, limit), self.dropped)
         survey = self._surveys.get(dataset._fingerprint) or packed_rows.survey(
