@@ -88,8 +88,8 @@ def rows_there(p: Parameters, field: str, path: Path) -> tuple[str, bool]:
     rows = [r for r in first if isinstance(r, data_rows.Row)]
     good, bad = data_rows.open_images(rows)
     reasons = data_rows.Reasons(r for r in first if isinstance(r, data_rows.Rejected)) + bad
-    note = (f"{_size(path)}, layout {data_rows.layout(path)}: {len(good)} of the first {len(first)} "
-            "rows can be used")
+    note = (f"{_size(path)}, layout {data_rows.layout(path)}: {len(good)} of the first "
+            f"{len(first)} rows can be used")
     left_out = f"; left out: {reasons}{data_rows.hint(reasons)}" if reasons else ""
     return note + left_out, not good
 

@@ -219,7 +219,7 @@ def _stream(data: Path, image_folder: Path | None, special: re.Pattern | None
                 yield Rejected(row_id, where, "empty answer")
             elif reason := next(filter(None, (turns.strange(t, special) for t in texts)), None):
                 yield Rejected(row_id, where, reason)
-            elif row_id not in truth and not is_new("row", name, prompt, answer, given):
+            elif not is_new("row", row_id if row_id in truth else "", name, prompt, answer, given):
                 yield Rejected(row_id, where, "repeated row")
             else:
                 category = truth.get(row_id, {}).get("category") or guess_category(answer)

@@ -14,7 +14,8 @@ from bpo.study import stage as stages
 KEYS = ["notebook", "split_or_benchmark", "category", "method", "against", "metric"]
 FEWEST = 3  # seeds: two give an interval that says nothing
 TABLE = "replication.csv"
-ASIDE = ("kind", "reading", "calibration")  # categories that pages over several seeds leave to the table
+# Categories that pages over several seeds leave to the table.
+ASIDE = ("kind", "reading", "calibration")
 
 
 def studies(study: str, *, seed: int, count: int) -> dict[int, str]:

@@ -216,9 +216,11 @@ def _refuse_truth(file: Path, field: str, fields: Sequence[str],
     """Raises Refusal where all answers are the questions, or all the labels and both occur."""
     same = [(metrics.normalised(text), q) for q, _, text in answered]
     labels = {q.label for _, q in same}
-    what = ("the benchmark's questions"
-            if all(t and t == metrics.normalised(q.text) for t, q in same) else "the truth, word by word" if labels == {"yes", "no"}
-            and all(t == q.label for t, q in same) else "")
+    what = ""
+    if all(t and t == metrics.normalised(q.text) for t, q in same):
+        what = "the benchmark's questions"
+    elif labels == {"yes", "no"} and all(t == q.label for t, q in same):
+        what = "the truth, word by word"
     if what:
         raise Refusal(f"{file}: the {len(same)} answers in {field} are all {what}; its fields are "
                       f"{', '.join(fields)}: name that of the model's answers by --field, "

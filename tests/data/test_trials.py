@@ -353,6 +353,13 @@ def test_an_unpacked_webdataset_is_named_and_read_once_converted(folder):
     assert not any(images.problem(r.image) for r in rows)
 
 
+def test_rows_that_the_truth_file_names_are_no_repeats(folder):
+    data = written(folder, "a.json", talks(HUMAN)[:1] + [{**talks(HUMAN)[0], "id": "b"}])
+    assert [getattr(r, "reason", "") for r in data_rows.stream(data)] == ["", "repeated row"]
+    (folder / "truth.json").write_text(json.dumps({"rows": {"0": {}, "b": {}}}))
+    assert [r.id for r in data_rows.stream(data)] == ["0", "b"]
+
+
 def test_what_was_tried_and_what_to_do_are_said(folder):
     with pytest.raises(Refusal) as caught:
         data_rows.list_rows(written(folder, "a.json", each(image=lambda n: f"no/{n}.png")))
