@@ -157,7 +157,8 @@ def test_a_bad_image_among_the_drawn_makes_the_rows_fewer(tmp_path):
 def test_too_many_bad_rows_are_refused_with_their_reasons(tmp_path):
     data, out = written(tmp_path, many(tmp_path, 20, bad=(3, 5, 7))), tmp_path / "out"
     with pytest.raises(Refusal, match=r"3 of 20 rows cannot be used \(15.0%, more than max_bad_sh"
-                                      r"are = 0.1\): 3 image file is missing \(first: rows.json, row 4: "
+                                      r"are = 0.1\): 3 image file is missing "
+                                      r"\(first: rows.json, row 4: "
                                       r".*/none.png\); .*rejected_rows"):
         taken(data, out, share=0.1)
     assert [x["id"] for x in rejected_in(out)] == ["r3", "r5", "r7"]

@@ -212,7 +212,8 @@ TRIALS = {  # name -> (file's name, its text, entries or bytes, rows used, reaso
     "data": ("a.json", json.dumps({"version": 1, "data": each()}), 4, {}),
     "by id": ("a.json", json.dumps({f"x{n}": r for n, r in enumerate(each())}), 4, {}),
     "columns": ("a.json", json.dumps({"image": dict(enumerate(PNG)),
-                                      "answer": dict(enumerate(ANSWERS))}), None, "orient='records'"),
+                                      "answer": dict(enumerate(ANSWERS))}),
+                                      None, "orient='records'"),
     "one behind the other": ("a.json", "\n".join(json.dumps(r, indent=1) for r in each()), 4, {}),
     "one row": ("a.json", json.dumps(each()[0], indent=1), 1, {}),
     "two lists": ("a.json", json.dumps({"train": each(), "val": each()}), None, "train, val.*own"),
@@ -230,7 +231,8 @@ TRIALS = {  # name -> (file's name, its text, entries or bytes, rows used, reaso
     "COCO": ("a.json", json.dumps({
         "info": {}, "annotations": [{"image_id": n, "id": 9 + n, "caption": a}
                                     for n, a in enumerate(ANSWERS)],
-        "images": [{"id": n, "file_name": i} for n, i in enumerate(PNG)], "licenses": [{}]}), 4, {}),
+        "images": [{"id": n, "file_name": i} for n, i in enumerate(PNG)],
+        "licenses": [{}]}), 4, {}),
     "VQAv2": ("a.json", json.dumps({"annotations": [
         {"image_id": 1, "question_id": 10, "multiple_choice_answer": "yes", "answers": []}]}), None,
         "multiple_choice_answer.*question_id"),
@@ -264,7 +266,8 @@ TRIALS = {  # name -> (file's name, its text, entries or bytes, rows used, reaso
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "set").mkdir()
-    for name, colour in zip((*PNG, "7.jpg"), ("red", "green", "blue", "yellow", "red"), strict=True):
+    for name, colour in zip((*PNG, "7.jpg"), ("red", "green", "blue", "yellow", "red"),
+                            strict=True):
         picture("disc", colour, 0).save(tmp_path / "set" / name)
     picture("disc", "red", 0).save(tmp_path / "0.png")
     return tmp_path / "set"
