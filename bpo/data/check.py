@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from bpo.data import images
 from bpo.data import rows as data_rows
-from bpo.data.rows import Reasons, Rejected, Row
+from bpo.data.rows import REPEATED, Reasons, Rejected, Row
 from bpo.params import PairGeneration, Refusal
 from bpo.study.files import to_json, whole
 from bpo.study.seeds import seed_for
@@ -77,7 +77,8 @@ def take_stock(p: PairGeneration, folder: Path, *, special: re.Pattern | None = 
                     row = Rejected(row.id, row.where, problem, str(row.image))
                 rejected.write(f"{to_json(row.line(root))}\n")
                 reasons.add(row)
-                if not isinstance(row, TooLong) and draw(row) <= limit:
+                # Nothing is wrong with a long row, or with one that is there already.
+                if not (isinstance(row, TooLong) or row.reason == REPEATED) and draw(row) <= limit:
                     faults.add(row)
         bad, count = faults.total(), faults.total() + usable
         if not usable:

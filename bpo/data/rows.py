@@ -62,6 +62,9 @@ class Row:
                    line["answer"], line["category"], tuple(line.get("given", ())))
 
 
+REPEATED = "repeated row"
+
+
 @dataclass(frozen=True)
 class Rejected:
     """A row that cannot be used: where it stands ("rows.json, row 17", counted from 1) and why.
@@ -220,7 +223,7 @@ def _stream(data: Path, image_folder: Path | None, special: re.Pattern | None
             elif reason := next(filter(None, (turns.strange(t, special) for t in texts)), None):
                 yield Rejected(row_id, where, reason)
             elif not is_new("row", row_id if row_id in truth else "", name, prompt, answer, given):
-                yield Rejected(row_id, where, "repeated row")
+                yield Rejected(row_id, where, REPEATED)
             else:
                 category = truth.get(row_id, {}).get("category") or guess_category(answer)
                 ids = itertools.chain([row_id], (f"{row_id}~{n}" for n in itertools.count(2)))

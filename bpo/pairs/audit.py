@@ -126,16 +126,21 @@ def tidy(found: Mapping[str, Any]) -> list[Result]:
 
 # --- one source, one side -----------------------------------------------------------------------
 
+def _words(text: str) -> list[str]:
+    """The words that have a letter or a number: what style is counted by."""
+    return [w for w in metrics.words(text) if any(map(str.isalnum, w))]
+
+
 def _per_word(count: float, text: str) -> float | None:
-    words = metrics.words(text)
+    words = _words(text)
     return count / len(words) if words else None
 
 
 SENTENCE_END, COMMA = re.compile(r"[.!?؟।]+(?=\s|$)|[。！？]+"), re.compile("[,，、،]")
 STYLE: dict[str, Callable[[str], float | None]] = {
     "length_gap": lambda text: len(pieces(text)),
-    "characters_gap": lambda text: _per_word(sum(map(len, metrics.words(text))), text),
-    "type_token_gap": lambda text: _per_word(len(set(metrics.words(text))), text),
+    "characters_gap": lambda text: _per_word(sum(map(len, _words(text))), text),
+    "type_token_gap": lambda text: _per_word(len(set(_words(text))), text),
     "sentences_gap": lambda text: max(len(SENTENCE_END.findall(text)), 1),
     "commas_gap": lambda text: _per_word(len(COMMA.findall(text)), text),
 }

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from helpers import warm
+from helpers.data import conversation
 from helpers.server import completion
 from helpers.study import killed_until
 from PIL import ImageOps
@@ -286,7 +287,9 @@ def test_two_hundred_kills_at_any_time_leave_the_bytes_of_a_run_without_one(
         parameters, data_file, outputs, tmp_path):
     entries = json.loads(data_file.read_text())
     (tmp_path / "rows.json").write_text(json.dumps(
-        [e | {"id": f"{e['id']} {n}"} for n in range(8) for e in entries]))
+        [conversation(f"{e['id']} {n}", e["image"],
+                      "the " * n + e["conversations"][0]["value"].removeprefix("<image>\n"),
+                      e["conversations"][1]["value"]) for n in range(8) for e in entries]))
     p = changed(parameters, data=str(tmp_path / "rows.json"), image_folder=str(data_file.parent))
     whole = pairs.run(changed(p, study="whole"))
     rng, kills, ends = random.Random(0), 0, 0
