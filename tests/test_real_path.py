@@ -55,7 +55,7 @@ def write_llava(folder):
         num_additional_image_tokens=1, chat_template=LLAVA_CHAT, image_token="<image>",
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    LlavaForConditionalGeneration(LlavaConfig(
+    model = LlavaForConditionalGeneration(LlavaConfig(
         vision_config=CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                        num_attention_heads=2, image_size=336, patch_size=14),
         text_config=LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128,
@@ -64,7 +64,10 @@ def write_llava(folder):
                                 pad_token_id=tokenizer.pad_token_id,
                                 bos_token_id=tokenizer.bos_token_id),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-2, vision_feature_select_strategy="default")).save_pretrained(folder)
+        vision_feature_layer=-2, vision_feature_select_strategy="default"))
+    # Every second token ends an answer: a random model would go on to the limit, which is no reply.
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(7, len(tokenizer), 2)]
+    model.save_pretrained(folder)
 
 
 def photograph(name: str) -> Image.Image:
@@ -213,9 +216,7 @@ def test_the_whole_study_of_a_real_model_runs_on_photographs(project, study):
     probed, made, trained, compared, scored = (m["metrics"] for m in found.values())
     assert len(probed["p_true"]) == 3 and probed["images"] > 0
     assert made["rows"] == FOUND and made["rows_skipped"] == {"image file is missing": 1}
-    # A random text model does not end its replies: each is cut at the limit, which is counted.
-    assert made["weakened"]["kept"] > 0 and not made["injected"]["kept"]
-    assert made["injected"]["dropped"] == {"reply cut off": FOUND}
+    assert made["weakened"]["kept"] > 0 and made["injected"]["kept"] > 0
     pairs = [json.loads(x) for x in
              (folder / "2_pair_generation" / "pairs.jsonl").read_text().splitlines()]
     assert {p["category"] for p in pairs} == {"question", "presence", "caption"}

@@ -46,6 +46,7 @@ def test_an_error_is_printed_and_a_refused_environment_is_said():
 ENDS = """
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests started with & would ignore it
 print(os.getpid(), flush=True)
 time.sleep(600)
 """
