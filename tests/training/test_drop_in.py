@@ -241,6 +241,26 @@ def test_what_the_first_rows_do_not_show_is_tried_when_it_comes(model_folder, tm
         assert "cannot be packed with this model" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_a_check_between_accumulated_steps_leaves_their_gradients(model_folder, tmp_path,
+                                                                  checkpointing):
+    """Each row is longer than the one before, so that every one of them is tried."""
+    rows = [{**r, "prompt": said("user", "what is there ? " * (n + 1))}
+            for n, r in enumerate(made_rows(6))]
+    how = {} if checkpointing is None else {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing}}
+    losses = []
+    for kind in (DPOTrainer, PackedDPOTrainer):
+        trainer = made(kind, model_folder, stream(rows), tmp_path, max_steps=2,
+                       per_device_train_batch_size=1, gradient_accumulation_steps=3, **how)
+        trainer.train()
+        losses.append([(h["loss"], h["grad_norm"]) for h in trainer.state.log_history
+                       if "loss" in h])
+    assert trainer.data_collator.packing
+    assert losses[1] == [pytest.approx(x, abs=1e-4) for x in losses[0]]
+
+
 TEMPLATE_WITH_A_SWITCH = (
     "{{ '<s>' }}{% for message in messages %}{{ message['role'] + ': ' }}"
     "{% if tone is defined and tone and message['role'] == 'user' %}{{ tone + ' ' }}{% endif %}"

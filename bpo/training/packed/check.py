@@ -8,10 +8,11 @@ whose gradient is that of every preference loss but for a factor.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from trl.models.utils import disable_gradient_checkpointing
 
 from bpo.models import mixing, prefix
 from bpo.training.packed import collation
@@ -124,16 +125,18 @@ def _batch(trainer: Any, row: dict[str, Any], *, packing: bool) -> dict[str, Any
 
 
 def _compute(trainer: Any, batch: dict[str, Any]) -> Computed:
-    try:
+    """Gradients that reach no weight: others may have been accumulated there, or wait to be shared
+    with other processes."""
+    how = trainer.args.gradient_checkpointing_kwargs or {}
+    moving = [w for w in trainer.model.parameters() if w.requires_grad]
+    with (disable_gradient_checkpointing(trainer.model, how) if how.get("use_reentrant")
+          else nullcontext()):  # the reentrant kind knows backward() alone
         logps = trainer.answer_tokens(trainer.model, batch)
         chosen, rejected = logps.sum(1)
-        (chosen - rejected).backward()
-        return Computed(logps.detach().float(),
-                        [torch.zeros(()) if w.grad is None else w.grad.float().cpu()
-                         for w in trainer.model.parameters() if w.requires_grad])
-    finally:
-        trainer.model.zero_grad(set_to_none=True)
-        trainer.forget()
+        gradients = torch.autograd.grad(chosen - rejected, moving, allow_unused=True)
+    trainer.forget()
+    return Computed(logps.detach().float(), [torch.zeros(()) if g is None else g.float().cpu()
+                                             for g in gradients])
 
 
 @torch.no_grad()
