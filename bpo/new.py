@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="PATH",
                         help="folder of a vision-language checkpoint in Hugging Face layout")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE",
-                        help="annotated answers, in any layout that the README names")
+                        help="annotated answers, in any layout that params/README.md names")
     parser.add_argument("--image-folder", type=Path, metavar="PATH",
                         help="folder that image names start from (default: each data file's own)")
     parser.add_argument("--held-out", type=Path, metavar="FILE",

@@ -1,8 +1,8 @@
 """Parameters: one schema a notebook, read from YAML files or from a notebook's globals, or refused.
 
 A refusal is one message that lists every problem; it comes before any model is loaded.
-This module knows names, types and ranges; it does not run anything. The names of objectives and
-ways of weakening are looked up in their registries when parameters are checked.
+This module knows names, types and ranges; it does not run anything. The names of objectives, ways
+of weakening and benchmarks are looked up in their registries when parameters are checked.
 """
 
 import ast
@@ -21,9 +21,6 @@ METHODS = ("sft", "sft_matched", "sft_compute", "bpo", "bpo_weaken", "bpo_inject
 SOURCES = ("weakened", "injected", "given")
 SCORES = ("similarity", "length", "image")
 TRACKERS = ("tensorboard", "wandb", "trackio")
-
-# The judge-free benchmarks first.
-BENCHMARKS = ("chair", "object-halbench", "pope", "amber", "mm-vet", "llava-bench", "mmhal")
 BULLET = "\n  - "  # before each problem of a refusal
 
 
@@ -85,6 +82,12 @@ def _objectives() -> dict[str, Any]:
     return OBJECTIVES
 
 
+def _benchmarks() -> Mapping[str, Any]:
+    from bpo.evaluation.judged import KNOWN
+
+    return KNOWN
+
+
 def _methods() -> tuple[str, ...]:
     """What a training method learns from: the pairs of some sources or ways of weakening, or the
     random control."""
@@ -131,6 +134,7 @@ Weakening = Annotated[str, _one_of(_weakenings)]
 Objective = Annotated[str, _one_of(_objectives)]
 Method = Annotated[str, _one_of(_methods)]
 Damage = Annotated[str, _one_of(_damages)]
+Benchmark = Annotated[str, _one_of(_benchmarks)]
 LevelName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]  # it becomes part of file names
 Level = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 Levels = Annotated[dict[LevelName, Level], Field(min_length=2), AfterValidator(_levels_differ)]
@@ -285,7 +289,7 @@ class PairGeneration(Checkpoint):
     notebook: ClassVar[str] = "2_pair_generation"
 
     data: str | dict[str, str] = field(
-        WORLD + "/preference/rows.json", "annotated rows in any layout of the README; several "
+        WORLD + "/preference/rows.json", "annotated rows in any layout of params/README.md; several "
         "files: the file and its folder below image_folder, each")
     image_folder: str = field("", "folder of the images; empty: the data file's own")
     rows: Natural = field(0, "rows to use, drawn by seed; 0: all")
@@ -433,9 +437,9 @@ class Benchmarks(Checkpoint):
 
     adapters: str = field(
         "outputs/{study}/3_dpo_training", "folder of notebook 3: an adapter for each method")
-    folders: dict[Literal[BENCHMARKS], str] = field(
-        {n: f"{WORLD}/benchmarks/{n}" for n in BENCHMARKS[:4]}, "folder of each benchmark's "
-        "official files: chair, object-halbench, pope, amber, mm-vet, llava-bench, "
+    folders: dict[Benchmark, str] = field(
+        {n: f"{WORLD}/benchmarks/{n}" for n in ("chair", "object-halbench", "pope", "amber")},
+        "folder of each benchmark's official files: chair, object-halbench, pope, amber, mm-vet, llava-bench, "
         "mmhal", min_length=1)
     questions: Natural = field(0, "questions of each benchmark, drawn by seed; 0: all")
     max_new_tokens: Count = field(40, "longest answer, in tokens")

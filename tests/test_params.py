@@ -380,3 +380,13 @@ def test_a_path_in_the_project_or_the_outputs_is_kept_as_it_stays_right_when_the
                             str(tmp_path / "y.json"), "~/z.json"]
     assert [p.path(a) for a in p.data] == [p.path(b) for b in typed]
     assert p.path(p.image_folder) == outputs
+
+
+def test_benchmarks_are_those_of_the_registries(monkeypatch):
+    from bpo.evaluation.judged import JUDGED
+
+    message = refused(params.Benchmarks, folders={"chiar": "data"})
+    assert "must be one of chair, object-halbench, pope, amber, mm-vet, llava-bench, mmhal" in message
+    assert "did you mean chair?" in message
+    monkeypatch.setitem(JUDGED, "mine", JUDGED["mmhal"])
+    assert validate(params.Benchmarks, {"folders": {"mine": "data"}}, where="here")

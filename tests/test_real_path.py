@@ -26,6 +26,7 @@ from transformers import (
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from bpo import params
+from bpo.evaluation import benchmarks
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs, noise
 from bpo.models.generate import Request
@@ -233,7 +234,7 @@ def test_the_whole_study_of_a_real_model_runs_on_photographs(project, study):
     assert set(compared["captions"]) == {"base", *methods}
     assert "changed" in compared["captions"]["bpo"]
     assert set(scored["benchmarks"]) == {"chair", "object-halbench", "pope", "amber"}
-    assert set(scored["settings"]) == set(params.BENCHMARKS)
+    assert set(scored["settings"]) == set(benchmarks.KNOWN)
     assert set(scored["benchmarks"]["pope"]) == {"base", *methods}
     assert (folder / "5_benchmarks" / "answers-mm-vet.jsonl").is_file()
     # stages alone, as the 13B study's are run here, leave no pages

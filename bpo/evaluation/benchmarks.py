@@ -18,7 +18,7 @@ from bpo import params
 from bpo.data import files, images, turns
 from bpo.data import rows as data_rows
 from bpo.evaluation import comparison, diagnostics, judged, metrics, official, words
-from bpo.evaluation.judged import Judged, JudgedQuestion
+from bpo.evaluation.judged import KNOWN, Judged, JudgedQuestion
 from bpo.evaluation.official import Benchmark, Question
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 PROBED = "probed.jsonl"
-KNOWN = {**official.BENCHMARKS, **judged.JUDGED}  # by name, those that rules score first
 REPLIES = "judge_replies"  # the folder of them, beside the studies
 FEWEST = 20  # captions that a place needs
 
@@ -68,7 +67,7 @@ def run(p: Benchmarks) -> stages.Result:
 
 def chosen(p: Benchmarks) -> dict[str, Benchmark | Judged]:
     """The benchmarks of a study by name, those that rules score first."""
-    return {n: KNOWN[n] for n in params.BENCHMARKS if n in p.folders}
+    return {n: benchmark for n, benchmark in KNOWN.items() if n in p.folders}
 
 
 def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:

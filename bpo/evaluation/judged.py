@@ -9,7 +9,7 @@ a readable score counts as unscored and in no mean: the official evaluations cou
 import hashlib
 import json
 import re
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from statistics import fmean
 
 from tqdm import tqdm
 
-from bpo.evaluation.official import Benchmark, Counts, Metric, Question, rows
+from bpo.evaluation.official import BENCHMARKS, Benchmark, Counts, Metric, Question, rows
 from bpo.evaluation.words import checked
 from bpo.models import endpoint as endpoints
 from bpo.models.endpoint import Endpoint
@@ -283,4 +283,6 @@ MMHAL = Judged(
     load=_mmhal_questions,
     parse=partial(one_score, label="rating", low=0, high=6, step=1), marks=_mmhal_marks)
 
+# The prompt of an entry is prompts/judge_NAME.txt, with _ in place of -.
 JUDGED = {b.name: b for b in (MM_VET, LLAVA_BENCH, MMHAL)}
+KNOWN = ChainMap(JUDGED, BENCHMARKS)  # both registries as they are now, those of rules first

@@ -65,7 +65,9 @@ class Loaded:
 class Benchmark:
     """files: role -> path below the benchmark's folder.  images: the folder below it.
     fetch: what to get, by the name of its project.  combined: the metrics that are made of others,
-    as `metrics.estimates` takes them.  embedded: the question file holds the images."""
+    as `metrics.estimates` takes them.  embedded: the question file holds the images.
+    count: of benchmarks of descriptions, (text, objects of the image, lexicon) -> counts. Others
+    count by what `load` returns; `bpo score` uses the same functions."""
 
     name: str
     title: str
@@ -77,6 +79,7 @@ class Benchmark:
     load: Callable[[Path], Loaded]
     combined: Mapping[str, tuple[tuple[str, ...], Callable[..., Any]]] = field(default_factory=dict)
     embedded: bool = False
+    count: Callable[..., Counts] | None = None
 
 
 def missing(benchmark: Benchmark, folder: Path) -> list[str]:
@@ -143,7 +146,7 @@ def _chair(folder: Path) -> Loaded:
     twice = sorted(i for i, times in Counter(q.id for q in questions).items() if times > 1)
     if twice:
         raise Refusal(f"{file}: asks twice for image {twice[0]}; CHAIR has one caption an image")
-    return described(hallucination.chair, questions, scenes, lexicon, file)
+    return described(BENCHMARKS["chair"].count, questions, scenes, lexicon, file)
 
 
 def _object_halbench(folder: Path) -> Loaded:
@@ -159,7 +162,7 @@ def _object_halbench(folder: Path) -> Loaded:
         elif key in scenes:
             image = scenes[key].file
         questions.append(Question(str(number), image, row["question"]))
-    return described(hallucination.object_halbench, questions, scenes, lexicon, file)
+    return described(BENCHMARKS["object-halbench"].count, questions, scenes, lexicon, file)
 
 
 def _unpack(row: Mapping[str, Any], image: Path, file: Path) -> None:
@@ -270,7 +273,8 @@ BENCHMARKS = {b.name: b for b in (
         "chair", "CHAIR", ANNOTATIONS, "val2014",
         "get COCO 2014's train/val annotations and its val images",
         f"annotations CC BY 4.0, {_COCO_IMAGES}",
-        {"chair_s": Metric("CHAIRs", False), "chair_i": Metric("CHAIRi", False), **NAMED}, _chair),
+        {"chair_s": Metric("CHAIRs", False), "chair_i": Metric("CHAIRi", False), **NAMED}, _chair,
+        count=hallucination.chair),
     # Wrong objects in detailed descriptions, against answers with an object (arXiv 2312.00849),
     # rule-based, without GPT-3.5.
     Benchmark(
@@ -278,7 +282,7 @@ BENCHMARKS = {b.name: b for b in (
         "get the question file of RLAIF-V and COCO 2014's train/val annotations",
         f"questions CC BY-NC 4.0, annotations CC BY 4.0, {_COCO_IMAGES}",
         {"response": Metric("response", False), "mention": Metric("mention", False), **NAMED},
-        _object_halbench, embedded=True),
+        _object_halbench, embedded=True, count=hallucination.object_halbench),
     # Yes/no questions about what is there (arXiv 2305.10355).
     Benchmark(
         "pope", "POPE", {kind: f"coco_pope_{kind}.json" for kind in POPE_KINDS}, "val2014",

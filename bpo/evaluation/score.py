@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bpo.data import answers
-from bpo.evaluation import hallucination, metrics, official
+from bpo.evaluation import metrics, official
 from bpo.evaluation import words as vocabulary
 from bpo.evaluation.official import BENCHMARKS, Benchmark, Counts, Loaded, Question
 from bpo.params import Refusal
@@ -28,8 +28,7 @@ IMAGES = ("image_id", "image", "image_path", "image_name", "image_file", "file_n
           "image_source")
 NAMES = (*IMAGES, "question_id", "id")
 QUESTIONS = ("question", "prompt", "query", "text")
-# Benchmarks whose questions have numbers, and one answer each.
-NUMBERS = {"pope": ("question_id", "id"), "amber": ("id", "question_id")}
+NUMBERS = ("question_id", "id")  # where questions are numbered and have one answer each
 COCO_FILE = rb'\s*\{\s*"(info|images|licenses|annotations|categories|type)"'
 MEANS = ("objects", "words")  # the other metrics are shares, shown in per cent
 RESAMPLES = 2000
@@ -45,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         f"and {'|'.join(answers.TEXTS)}, or prediction|response|output|...")
     parser.add_argument("--truth", type=Path, required=True, nargs="+", metavar="FILE",
                         help="image -> classes or COCO's instances file; POPE's question files; "
-                        "AMBER's annotations.json")
+                        "AMBER's annotations.json; else the folder of the official files")
     parser.add_argument("--synonyms", type=Path, metavar="FILE",
                         help="a class a line with its words (default: COCO's 80 classes)")
     parser.add_argument("--against", type=Path, metavar="FILE", help="answers to compare with")
@@ -95,7 +94,7 @@ def read_truth(benchmark: Benchmark, files: Sequence[Path], synonyms: Path | Non
     for file in files:
         if not file.exists():
             raise Refusal(f"{file}: there is no such truth file; {benchmark.fetch}")
-    if synonyms and benchmark.name in NUMBERS:
+    if synonyms and not benchmark.count:
         raise Refusal(f"--synonyms: {benchmark.title} has no use for a synonym file; leave it out")
     if benchmark.name == "pope":
         return _pope(files), ""
@@ -103,7 +102,10 @@ def read_truth(benchmark: Benchmark, files: Sequence[Path], synonyms: Path | Non
         raise Refusal(f"--truth: {benchmark.title} has one truth file, {len(files)} are given")
     if benchmark.name == "amber":
         return _amber(files[0] if files[0].is_dir() else files[0].parent)
-    return _scenes(benchmark, files[0], synonyms or vocabulary.COCO)
+    if benchmark.count:
+        return _scenes(benchmark, files[0], synonyms or vocabulary.COCO)
+    official.require(replace(benchmark, embedded=True), files[0])  # the images are not read
+    return benchmark.load(files[0]), ""
 
 
 def _scenes(benchmark: Benchmark, file: Path, synonyms: Path) -> tuple[Loaded, str]:
@@ -125,9 +127,8 @@ def _scenes(benchmark: Benchmark, file: Path, synonyms: Path) -> tuple[Loaded, s
         except (ValueError, AttributeError, TypeError):
             raise Refusal(f"{file}: must be a JSON object of image -> list of classes, or COCO's "
                           "instances file") from None
-    count = hallucination.chair if benchmark.name == "chair" else hallucination.object_halbench
     questions = [Question(key, key, "") for key in scenes]
-    return official.described(count, questions, scenes, lexicon, file), note
+    return official.described(benchmark.count, questions, scenes, lexicon, file), note
 
 
 def _pope(files: Sequence[Path]) -> Loaded:
@@ -170,11 +171,13 @@ def match(file: Path, benchmark: Benchmark, truth: Loaded, *, field: str = ""
         if benchmark.name == "pope":  # its files number their questions alike
             index[q.id.rpartition("-")[2]].append(q)
             index[vocabulary.image_key(q.image), metrics.normalised(q.text)].append(q)
+    yes_no = any(q.label in ("yes", "no") for q in truth.questions)
+    names = NAMES if benchmark.count else NUMBERS[::-1] if benchmark.name == "amber" else NUMBERS
     answered: list[tuple[Question, str, str]] = []
     texts: dict[str, str] = {}
     without = 0
     for where, entry in rows:
-        text = answers.text(entry, field, where, yes_no=benchmark.name in NUMBERS)
+        text = answers.text(entry, field, where, yes_no=yes_no)
         asked = next((str(entry[n]) for n in QUESTIONS
                       if n != field and entry.get(n) is not None), "")
         image = next((entry[n] for n in IMAGES if entry.get(n) is not None), None)
@@ -183,14 +186,14 @@ def match(file: Path, benchmark: Benchmark, truth: Loaded, *, field: str = ""
             questions = next(filter(None, (index.get((key, metrics.normalised(part)))
                                            for part in (asked, asked.partition("\n")[0]))), [])
         else:
-            name = _first(entry, NUMBERS.get(benchmark.name, NAMES), where)
-            questions = index.get(vocabulary.image_key(entry[name]), [])
+            number = entry[_first(entry, names, where)]
+            questions = index.get(str(number)) or index.get(vocabulary.image_key(number), [])
             if len(questions) > 1:
                 raise Refusal(f"{where}: its question number is in {len(questions)} question "
                               "files; score against one file at a time, or give image and question")
         without += not questions
         for q in questions:  # POPE asks the same of an image in several of its files
-            if benchmark.name not in NUMBERS or q.id not in texts:
+            if benchmark.count or q.id not in texts:
                 answered.append((q, asked, text))
             elif texts[q.id] != text:
                 raise Refusal(f"{where}: question {q.id} has another answer already; leave one")

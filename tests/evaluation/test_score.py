@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from bpo.evaluation import score
+from bpo import params
+from bpo.evaluation import official, score
 from bpo.params import Refusal
 
 OBJECTS = {"42": ["person", "dog"], "COCO_val2014_000000000007.jpg": ["person"], "8": ["chair"]}
@@ -334,3 +335,52 @@ def test_synonyms_are_refused_where_nothing_uses_them(amber, capsys):
     with pytest.raises(Refusal, match="AMBER has no use for a synonym file"):
         call(capsys, "amber", "--answers", amber / "a.json", "--truth", amber, "--synonyms",
              amber / "safe_words.txt")
+
+
+# --- a benchmark of one's own -------------------------------------------------------------------
+
+@pytest.fixture
+def letters(tmp_path, monkeypatch):
+    """A benchmark that counts the letter a, and its folder: one entry is all that it takes."""
+    def load(folder):
+        questions = [official.Question(q["id"], q["image"], q["text"])
+                     for _, q in official.rows(folder / "q.json", "id", "image", "text")]
+        return official.Loaded(tuple(questions), lambda q, text: {"a": (text.count("a"), 1)})
+
+    entry = official.Benchmark("letters", "Letters", {"questions": "q.json"}, "images", "write it",
+                               "none", {"a": official.Metric("letters", None)}, load)
+    monkeypatch.setitem(official.BENCHMARKS, "letters", entry)
+    (tmp_path / "q.json").write_text(json.dumps(
+        [{"id": f"p{n}", "image": "42.jpg", "text": f"Question {n}?"} for n in (1, 2)]))
+    return tmp_path
+
+
+def test_an_entry_is_all_that_a_benchmark_takes(letters, capsys):
+    lines(letters / "mine.jsonl", [{"id": "p2", "image": "42.jpg", "answer": "a dog, a cat"},
+                                   {"id": "p1", "image": "42.jpg", "answer": "A DOG"},
+                                   {"id": "p3", "image": "42.jpg", "answer": "aaa"}])
+    found = numbers(capsys, "letters", "--answers", letters / "mine.jsonl", "--truth", letters)
+    assert values(found["metrics"]) == {"a": (1.5, 2)}
+    assert found["answers"]["without_truth"] == 1
+    p = params.validate(params.Benchmarks, {"folders": {"letters": str(letters)}}, where="here")
+    from bpo.evaluation import benchmarks
+
+    assert list(benchmarks.chosen(p)) == ["letters"] and benchmarks.title("letters") == "Letters"
+
+
+@pytest.mark.parametrize("truth, more, words", [
+    ("q.json", (), "Letters needs q.json there; write it"),
+    ("images", (), "Letters needs q.json there; write it"),
+    (".", ("--synonyms", "w.txt"), "Letters has no use for a synonym file")])
+def test_an_entry_s_truth_is_the_folder_of_its_files(letters, capsys, truth, more, words):
+    (letters / "images").mkdir()
+    lines(letters / "mine.jsonl", [{"id": "p1", "answer": "a"}])
+    with pytest.raises(Refusal, match=words):
+        numbers(capsys, "letters", "--answers", letters / "mine.jsonl", "--truth", letters / truth,
+                *more)
+
+
+def test_a_judge_s_benchmark_is_refused_by_name(letters, capsys):
+    with pytest.raises(SystemExit):
+        call(capsys, "mm-vet", "--answers", letters / "a", "--truth", letters)
+    assert "mm-vet" in capsys.readouterr().err
