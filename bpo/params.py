@@ -289,8 +289,8 @@ class PairGeneration(Checkpoint):
     notebook: ClassVar[str] = "2_pair_generation"
 
     data: str | dict[str, str] = field(
-        WORLD + "/preference/rows.json", "annotated rows in any layout of params/README.md; several "
-        "files: the file and its folder below image_folder, each")
+        WORLD + "/preference/rows.json", "annotated rows in any layout of params/README.md; "
+        "several files: the file and its folder below image_folder, each")
     image_folder: str = field("", "folder of the images; empty: the data file's own")
     rows: Natural = field(0, "rows to use, drawn by seed; 0: all")
     max_words: Count = field(350, "rows with an answer longer than this are dropped")
@@ -439,8 +439,8 @@ class Benchmarks(Checkpoint):
         "outputs/{study}/3_dpo_training", "folder of notebook 3: an adapter for each method")
     folders: dict[Benchmark, str] = field(
         {n: f"{WORLD}/benchmarks/{n}" for n in ("chair", "object-halbench", "pope", "amber")},
-        "folder of each benchmark's official files: chair, object-halbench, pope, amber, mm-vet, llava-bench, "
-        "mmhal", min_length=1)
+        "folder of each benchmark's official files: chair, object-halbench, pope, amber, mm-vet, "
+        "llava-bench, mmhal", min_length=1)
     questions: Natural = field(0, "questions of each benchmark, drawn by seed; 0: all")
     max_new_tokens: Count = field(40, "longest answer, in tokens")
     temperature: Temperature = field(0.0, "sampling temperature of the answers; 0: greedy")

@@ -386,7 +386,8 @@ def test_benchmarks_are_those_of_the_registries(monkeypatch):
     from bpo.evaluation.judged import JUDGED
 
     message = refused(params.Benchmarks, folders={"chiar": "data"})
-    assert "must be one of chair, object-halbench, pope, amber, mm-vet, llava-bench, mmhal" in message
+    assert ("must be one of chair, object-halbench, pope, amber, mm-vet, llava-bench, mmhal"
+            in message)
     assert "did you mean chair?" in message
     monkeypatch.setitem(JUDGED, "mine", JUDGED["mmhal"])
     assert validate(params.Benchmarks, {"folders": {"mine": "data"}}, where="here")

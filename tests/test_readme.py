@@ -75,6 +75,10 @@ def test_its_trainer_is_imported_as_it_says():
     snippet = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     compile(snippet, "README.md", "exec")
     exec("\n".join(x for x in snippet.splitlines() if x.startswith("from ")), {})
+    adapted = re.search(r'target_modules=r"(.*)"\)', snippet)[1]
+    layer = "model.{}.layers.0.self_attn.q_proj"
+    assert re.fullmatch(adapted, layer.format("language_model"))
+    assert not re.fullmatch(adapted, layer.format("vision_tower.encoder"))
 
 
 @pytest.mark.study
