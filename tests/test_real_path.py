@@ -56,7 +56,7 @@ def write_llava(folder):
         num_additional_image_tokens=1, chat_template=LLAVA_CHAT, image_token="<image>",
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(LlavaConfig(
+    LlavaForConditionalGeneration(LlavaConfig(
         vision_config=CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                        num_attention_heads=2, image_size=336, patch_size=14),
         text_config=LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128,
@@ -65,10 +65,7 @@ def write_llava(folder):
                                 pad_token_id=tokenizer.pad_token_id,
                                 bos_token_id=tokenizer.bos_token_id),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-2, vision_feature_select_strategy="default"))
-    # Every second token ends an answer: a random model would go on to the limit, which is no reply.
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(7, len(tokenizer), 2)]
-    model.save_pretrained(folder)
+        vision_feature_layer=-2, vision_feature_select_strategy="default")).save_pretrained(folder)
 
 
 def photograph(name: str) -> Image.Image:
@@ -177,6 +174,11 @@ def project(tmp_path_factory):
     for name, write in (("llava-1.5-7b-hf", write_llava), ("Qwen2.5-VL-7B-Instruct", write_qwen)):
         (data / name).mkdir()
         write(data / name)
+        # Many tokens end an answer: a random model would go on to the limit, which is no reply.
+        settings = json.loads((data / name / "generation_config.json").read_text())
+        ends = np.ravel(settings["eos_token_id"]).tolist()
+        (data / name / "generation_config.json").write_text(json.dumps(
+            settings | {"eos_token_id": [*ends, *range(7, 200, 2)]}))
     shutil.copytree(data / "llava-1.5-7b-hf", data / "llava-1.5-13b-hf")  # one layout
     return root
 
