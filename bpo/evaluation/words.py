@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ijson
-
+from bpo.data.json_stream import JsonStream
 from bpo.params import Refusal
 from bpo.study.text import words
 
@@ -237,12 +236,14 @@ def known_classes(names: Collection[str], lexicon: Lexicon, *, where: Path) -> s
 def _items(file: Path, part: str, *needed: str) -> Iterator[dict[str, Any]]:
     empty = True
     try:
-        with file.open("rb") as stream:
-            for item in ijson.items(stream, f"{part}.item", use_float=True):
-                empty = False
-                yield checked(item, f"{file}, {part}", *needed)
-    except (ijson.JSONError, OSError) as error:
-        raise Refusal(f"{file}: is no whole JSON file ({str(error).splitlines()[0]}); get it "
+        with file.open(encoding="utf-8") as stream:
+            values = JsonStream(stream)
+            for name, item in values.members() if values.ahead() == "{" else ():
+                if name == part and values.listed:
+                    empty = False
+                    yield checked(item, f"{file}, {part}", *needed)
+    except (ValueError, OSError) as error:
+        raise Refusal(f"{file}: is no whole JSON file ({getattr(error, 'msg', error)}); get it "
                       "again") from None
     if empty and part != "annotations":
         raise Refusal(f"{file}: lists no {part}; give a file in the layout of COCO's annotations")
