@@ -3,7 +3,6 @@ every token goes when the rows are packed."""
 
 import hashlib
 import math
-import pickle
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,10 +13,11 @@ from PIL import Image
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from bpo.models import prefix
+from bpo.training.packed.rows import digest, pictures
 
 
 class Numbered(torch.utils.data.Dataset):
-    """A data set whose rows know their number, for messages and to be read once more."""
+    """A data set whose rows know their number, which messages name."""
 
     def __init__(self, rows: Dataset):
         self.rows = rows
@@ -36,11 +36,16 @@ class Numbered(torch.utils.data.Dataset):
 class _OnceEach:
     """A processor that is given every prompt of a batch once, with its images, and hands out the
     tokens as often as they were asked for. Prompts are told apart by the text that the template
-    made of them and by their images. Pixels stay those of the distinct prompts."""
+    made of them and by their images. Pixels stay those of the distinct prompts.
+
+    shown: what tells the images of each row apart, set before every batch. prompts: for every text
+    asked for, which distinct prompt it is.
+    """
 
     def __init__(self, processor: Any):
         self.processor = processor
-        self.prompts: list[int] = []  # for every text asked for, which distinct prompt it is
+        self.shown: list[Hashable] = []
+        self.prompts: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
         if name == "processor" or name.startswith("__"):  # while a copy of this is being made
@@ -51,9 +56,8 @@ class _OnceEach:
         if "images" not in kwargs:  # answers
             return self.processor(text=text, **kwargs)
         images = kwargs["images"] or [[]] * len(text)
-        half = [(t, tuple(map(_picture, i))) for t, i in zip(
-            text[:len(text) // 2], images[:len(text) // 2], strict=True)]  # TRL asks twice
-        self.prompts = number(half) * 2
+        # TRL asks for each prompt twice: in front of the chosen and of the rejected answer.
+        self.prompts = number(list(zip(text[:len(text) // 2], self.shown, strict=True))) * 2
         first = [self.prompts.index(g) for g in range(max(self.prompts) + 1)]
         if kwargs["images"] is not None:
             kwargs["images"] = [images[i] for i in first]
@@ -113,7 +117,11 @@ class PackedCollator:
 
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         given = [dict(r) for r in rows]  # TRL's collators write into what they are given
+        shown = ([tuple(map(_picture, pictures(r))) for r in rows]
+                 if self.packing or self.keyed else [])
         if self.packing:
+            if self.vision:
+                self.once.processor.shown = shown
             batch = dict(self.once(given))
             if self.window is None or longest(batch)[0] <= self.window:
                 batch["packed"] = self._placed(batch, rows)
@@ -122,7 +130,7 @@ class PackedCollator:
         else:
             batch = dict(self.stock(given))
         if self.keyed:
-            batch["keys"] = self._keys(batch, rows)
+            batch["keys"] = self._keys(batch, shown * 2)
         return batch
 
     def _placed(self, batch: dict[str, torch.Tensor], rows: Sequence[dict[str, Any]]
@@ -137,16 +145,15 @@ class PackedCollator:
         return prefix.layout(spans, list(zip(prompts, answers, strict=True)),
                              width=batch["input_ids"].shape[1], rows=self.dense)
 
-    def _keys(self, batch: dict[str, torch.Tensor], rows: Sequence[dict[str, Any]]) -> list[str]:
+    def _keys(self, batch: dict[str, torch.Tensor], shown: Sequence[Hashable]) -> list[str]:
         """What a sequence's log-prob depends on, hashed: its tokens, which of them are the
         answer's, its images' pixels and how they are prepared."""
         how = getattr(getattr(self.stock, "processor", None), "image_processor", None)
         settings = how.to_json_string() if how is not None else ""
-        images = [tuple(map(_picture, _pictures(r))) for r in rows] * 2
-        return [_hash((settings, ids[mask].tolist(), completion[mask].tolist(), shown))
-                for ids, mask, completion, shown in zip(
+        return [digest((settings, ids[mask].tolist(), completion[mask].tolist(), images))
+                for ids, mask, completion, images in zip(
                     batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"],
-                    images, strict=True)]
+                    shown, strict=True)]
 
 
 def longest(batch: dict[str, torch.Tensor]) -> tuple[int, int]:
@@ -157,21 +164,13 @@ def longest(batch: dict[str, torch.Tensor]) -> tuple[int, int]:
 
 def pictured(rows: Sequence[dict[str, Any]]) -> bool:
     """Whether one of the rows has a picture."""
-    return any(_pictures(r) for r in rows)
-
-
-def _pictures(row: dict[str, Any]) -> list[Any]:
-    return [row["image"]] if "image" in row else row.get("images") or []
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(pickle.dumps(value)).hexdigest()
+    return any(pictures(r) for r in rows)
 
 
 def _picture(image: Any) -> str:
     """A hash of an image's pixels; of another thing's own bytes."""
     if not isinstance(image, Image.Image):
-        return _hash(image)
+        return digest(image)
     if image.mode in ("P", "PA"):  # its bytes are places in a palette, not colours
         image = image.convert("RGBA")
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from transformers.image_utils import load_image
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 
-from bpo.data import images
+from bpo.data.images import upright_size
 from bpo.models import encoding
 from bpo.models.checkpoint import Checkpoint
 
@@ -43,14 +43,14 @@ def survey(dataset: Dataset, dropped: Counter, processor: Any, limit: int | None
     """processor: that of a vision-language model; None for a data set that TRL tokenized. Without a
     limit in tokens the longest row is that of the most stored characters, which are at hand."""
     if processor is None:
-        columns = dataset.with_format("arrow")[:]
+        names = ["prompt_ids", "chosen_ids", "rejected_ids"]
+        columns = dataset.select_columns(names).with_format("arrow")[:]
         prompt, chosen, rejected = (
-            pyarrow.compute.list_value_length(columns[n]).to_pylist()
-            for n in ("prompt_ids", "chosen_ids", "rejected_ids"))
+            pyarrow.compute.list_value_length(columns[n]).to_pylist() for n in names)
         sizes = [Size(p + max(c, r), False)
                  for p, c, r in zip(prompt, chosen, rejected, strict=True)]
     elif limit is None:
-        sizes = [Size(len(str([row[n] for n in TEXTS if n in row])), bool(_pictures(row)))
+        sizes = [Size(len(str([row[n] for n in TEXTS if n in row])), bool(pictures(row)))
                  for row in _stored(dataset)]
     else:
         # What a transform makes of a row is known when it is made.
@@ -104,7 +104,7 @@ def flaw(row: Mapping[str, Any]) -> str:
     for name in {"chosen", "rejected", "prompt"} & row.keys():
         if _empty(row[name]):
             return f"the {'question' if name == 'prompt' else f'{name} answer'} is empty"
-    if any(p is None or p == {"bytes": None, "path": None} for p in _pictures(row, (None,))):
+    if any(p is None or p == {"bytes": None, "path": None} for p in pictures(row, (None,))):
         return "the picture is missing"
     return ""
 
@@ -153,8 +153,8 @@ class Sizes:
         if self.processor is None:
             return Size(len(row["prompt_ids"]) + max(len(row["chosen_ids"]),
                                                      len(row["rejected_ids"])), False)
-        pictures = _pictures(row)
-        shown = tuple(_size(i) for i in pictures)
+        images = pictures(row)
+        shown = tuple(map(_size, images))
         texts = {n: row[n] for n in TEXTS}
         turns = tuple(tuple(m["role"] for m in t) if isinstance(t, list) else ()
                       for t in texts.values())
@@ -164,14 +164,14 @@ class Sizes:
             bound = (prompt + max(answers) + self.templates[turns]
                      + self.lengths.added.get(shown, 0))
             if bound <= self.limit:
-                return Size(bound, bool(pictures))
+                return Size(bound, bool(images))
         if is_conversational(texts):
             texts = apply_chat_template(own | {
-                n: prepare_multimodal_messages(t, **({"images": pictures} if n == "prompt" else {}))
+                n: prepare_multimodal_messages(t, **({"images": images} if n == "prompt" else {}))
                 for n, t in texts.items()}, self.processor)
         length = self.lengths(texts["prompt"], shown, [texts["chosen"], texts["rejected"]])
         self.templates.setdefault(turns, length - self.lengths.added.get(shown, 0))
-        return Size(length, bool(pictures))
+        return Size(length, bool(images))
 
 
 def _bytes(value: Any) -> int:
@@ -183,11 +183,16 @@ def _bytes(value: Any) -> int:
     return sum(map(_bytes, value)) if isinstance(value, list) else 0
 
 
-def _pictures(row: Mapping[str, Any], none: Sequence[Any] = ()) -> Sequence[Any]:
+def pictures(row: Mapping[str, Any], none: Sequence[Any] = ()) -> Sequence[Any]:
     """A row's pictures; `none` where its list of them is missing."""
     if "image" in row:
         return [row["image"]]
     return row.get("images", ()) if row.get("images", ()) is not None else none
+
+
+def digest(value: Any) -> str:
+    """A hash of a value's own content."""
+    return hashlib.sha256(pickle.dumps(value)).hexdigest()
 
 
 def _size(picture: Any) -> tuple[int, int]:
@@ -200,7 +205,7 @@ def _size(picture: Any) -> tuple[int, int]:
     if isinstance(picture, Image.Image):
         return picture.size
     with Image.open(picture) as image:
-        return images.upright_size(image)
+        return upright_size(image)
 
 
 def positives(dataset: Dataset) -> list[list[int]]:
@@ -213,8 +218,7 @@ def positives(dataset: Dataset) -> list[list[int]]:
     for number, row in enumerate(_stored(dataset)):
         for name in ("rejected", "rejected_ids"):
             row.pop(name, None)
-        key = hashlib.sha256(pickle.dumps(list(row.items()))).hexdigest()
-        groups.setdefault(key, []).append(number)
+        groups.setdefault(digest(list(row.items())), []).append(number)
     return list(groups.values())
 
 
