@@ -39,7 +39,7 @@ def try_longest(trainer: Any, rows: Sequence[dict[str, Any]],
     weights are spread over processes."""
     collator = trainer.data_collator
     rows = [{n: v for n, v in r.items() if n not in ("row", "damaged_images")} for r in rows]
-    with _tried(trainer):
+    with _bare(collator):
         length, number = collation.longest(collator(rows))
     pictured = collation.pictured(rows)
     if length <= collator.tried[pictured] or length > (collator.window or math.inf):
@@ -174,26 +174,35 @@ def _rounded_anew(base: torch.nn.Module, half: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
+def _bare(collator: Any) -> Iterator[None]:
+    """The collator without what a check needs not: keys and damaged images."""
+    settings = collator.keyed, collator.damaged
+    collator.keyed, collator.damaged = False, False
+    try:
+        yield
+    finally:
+        collator.keyed, collator.damaged = settings
+
+
+@contextmanager
 def _tried(trainer: Any) -> Iterator[None]:
-    """The trainer as in a step of which nothing stays: no dropout, no keys, and adapters that start
-    at zero (LoRA's B) moved off it, since there half of the gradients would be zero."""
-    model, collator, training = trainer.model, trainer.data_collator, trainer.model.training
+    """The trainer as in a step of which nothing stays: no dropout, and adapters that start at zero
+    (LoRA's B) moved off it, since there half of the gradients would be zero."""
+    model, training = trainer.model, trainer.model.training
     model.train()
     for part in model.modules():
         if isinstance(part, torch.nn.Dropout):
             part.eval()
     zero = [w for w in model.parameters() if w.requires_grad and not w.detach().any()]
     draw = torch.Generator().manual_seed(0)
-    settings = collator.keyed, collator.damaged
-    collator.keyed, collator.damaged = False, False
     try:
         with torch.no_grad():
             for w in zero:
                 w.copy_(torch.randn(w.shape, generator=draw) * 0.02)
-        yield
+        with _bare(trainer.data_collator):
+            yield
     finally:
         with torch.no_grad():
             for w in zero:
                 w.zero_()
-        collator.keyed, collator.damaged = settings
         model.train(training)

@@ -34,9 +34,8 @@ from bpo.training.packed.reference import KeepsReferences
 # Trainer below it, that neither promises to keep. A test looks for each in the TRL installed.
 TRL_PRIVATE = ("_compute_loss", "_get_dataloader", "_get_train_sampler", "_metrics",
                "_prepare_inputs", "_set_signature_columns_if_needed", "_signature_columns",
-               "_total_train_tokens", "_train_batch_size", "aux_loss_enabled", "beta",
-               "f_divergence_type", "ld_alpha", "loss_types", "loss_weights",
-               "precompute_ref_logps", "ref_model")
+               "_train_batch_size", "aux_loss_enabled", "beta", "f_divergence_type", "ld_alpha",
+               "loss_types", "loss_weights", "precompute_ref_logps", "ref_model")
 COLLATORS = (DataCollatorForPreference, DataCollatorForVisionPreference)
 
 
@@ -129,7 +128,8 @@ class PackedDPOTrainer(KeepsReferences):
     @property
     def bases(self) -> list[PreTrainedModel]:
         """The model that is trained, and its reference where that is a model of its own."""
-        models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model) if m]
+        models = [self.accelerator.unwrap_model(m) for m in (self.model, self.ref_model)
+                  if m is not None]
         return [m.get_base_model() if is_peft_model(m) else m for m in models]
 
     def _why_not(self) -> str:
