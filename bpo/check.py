@@ -119,14 +119,12 @@ def findings(p: Parameters, read: dict[str, Parameters]) -> list[tuple[str, Path
     return found
 
 
-@functools.cache
 def _special(model: Path) -> re.Pattern | None:
     """The checkpoint's own tokens; None where it cannot be read, as the line about it says."""
-    from bpo.models import checkpoint as checkpoints  # here, since they bring torch
-    from bpo.models import encoding
+    from bpo.models import encoding  # here, since it brings torch
 
     try:
-        return encoding.special(checkpoints.load_processor(model))
+        return encoding.special_in(model)
     except (Refusal, OSError, ValueError):
         return None
 

@@ -99,9 +99,9 @@ def read_split(p: QualitativeComparison, split: str
                ) -> tuple[list[Row], dict[str, Any], dict[str, int]]:
     """A split's rows, what is known of them, and how many are left out by reason."""
     data = p.path(p.splits[split])
-    special = encoding.special(checkpoints.load_processor(p.path(p.model)))
-    rows, skipped = data_rows.read_rows(data, p.optional_path(p.image_folder), count=p.rows,
-                                        seed=p.seed, purpose=f"{split} rows", special=special)
+    rows, skipped = data_rows.read_rows(
+        data, p.optional_path(p.image_folder), count=p.rows, seed=p.seed, purpose=f"{split} rows",
+        special=encoding.special_in(p.path(p.model)))
     return rows, data_rows.read_truth(data), dict(sorted(skipped.items()))
 
 

@@ -103,8 +103,8 @@ def work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
 
 def listed(p: NoiseProbability) -> tuple[list[Row], data_rows.Reasons]:
     """The rows of the data whose texts the checkpoint can read, and why others are left out."""
-    special = encoding.special(checkpoints.load_processor(p.path(p.model)))
-    return data_rows.list_rows(p.path(p.data), p.optional_path(p.image_folder), special=special)
+    return data_rows.list_rows(p.path(p.data), p.optional_path(p.image_folder),
+                               special=encoding.special_in(p.path(p.model)))
 
 
 def asked(p: NoiseProbability, row: Row) -> Row:

@@ -5,9 +5,11 @@ Nothing here knows a model family, runs a model or reads a file.
 """
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from transformers import AddedToken
 
-from bpo.models.checkpoint import Checkpoint
+from bpo.models.checkpoint import Checkpoint, load_processor
 from bpo.models.noise import add_noise
 from bpo.params import Refusal
 
@@ -35,6 +37,12 @@ def special(*processors: Any) -> re.Pattern:
                      if n.endswith("_token") and isinstance(v, (str, AddedToken)))
     return re.compile("|".join(map(re.escape, sorted(filter(str.strip, names), key=len,
                                                      reverse=True))))
+
+
+@functools.cache
+def special_in(folder: Path) -> re.Pattern:
+    """`special` of the checkpoint in a folder, whose processor is loaded once."""
+    return special(load_processor(folder))
 
 
 def prompt_text(checkpoint: Checkpoint, messages: Messages, *, image: bool) -> str:
