@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from bench_clock import CPU, Row, faster, in_turn, row
 from datasets import Dataset
+from helpers.trainers import peak
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
@@ -95,10 +96,10 @@ def _steps(world: Path, out: Path) -> Iterator[Row]:
 def _memory(baselines: dict[str, Callable[[], object]], ours: Callable[[], object]
             ) -> Iterator[Row]:
     """Peak memory that a step adds."""
-    memory = _peak(ours)
+    memory = peak(ours)
     for name, work in baselines.items():
         yield row(f"memory that a step with two rejected answers of {USUAL} tokens adds / TRL's "
-                  f"with {name}", [memory / _peak(work)])
+                  f"with {name}", [memory / peak(work)])
 
 
 def _operations(works: dict[str, Callable[[], object]], cpu: dict[str, Any]) -> Iterator[Row]:
@@ -265,17 +266,3 @@ def _flops(work: Callable[[], object]) -> int:
     with trainers.FlopCounter() as counter:
         work()
     return counter.total
-
-
-def _peak(work: Callable[[], object]) -> int:
-    """Bytes at the worst moment of a work beyond those in use before it: all that torch's allocator
-    hands out and takes back, as its profiler records it, inside operations too."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                profile_memory=True) as profile:
-        work()
-    used = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        used += event.nbytes()
-        peak = max(peak, used)
-    return peak

@@ -170,10 +170,10 @@ def stream(data: Path, image_folder: Path | None = None, *, special: re.Pattern 
 
     Images are looked up, not opened. special: the checkpoint's own tokens (`encoding.special`); a
     row whose text holds one is rejected. A repeated row is, too, whatever its id, unless truth.json
-    tells of that id (POPE asks one thing in several parts); an id that other
-    rows have already gets ~2, ~3, ... behind it: published sets give several questions about an
-    image its one id. Rows without ids that follow one another and differ in the rejected answer
-    alone are one row, as exports write a line a pair.
+    tells of that id (POPE asks one thing in several parts). An id that other rows have already gets
+    ~2, ~3, ... behind it: published sets give several questions about an image its one id. Rows
+    without ids that follow one another and differ in the rejected answer alone are one row, as
+    exports write a line a pair.
     Memory: two hashes of 63 bits a row, about 150 bytes, to know the ids and rows seen; of a
     million rows, two different ones are taken for the same with a chance of about 1 in 10^7.
     Raises Refusal when the data is missing, of no known layout, or breaks off.

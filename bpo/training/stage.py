@@ -99,8 +99,8 @@ def method_rows(method: str, lines: Sequence[dict], image_folder: Path) -> list[
 def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
            max_tokens: int) -> tuple[list[dict], dict[str, int]]:
     """Lines whose prompt and longest answer fit and hold none of the checkpoint's own tokens, and
-    how many were dropped by reason. Cutting is
-    worse than dropping: a cut answer trains on nothing, a cut image fails."""
+    how many were dropped by reason. Cutting is worse than dropping: a cut answer trains on
+    nothing, a cut image fails."""
     fitting, dropped, lengths = [], Counter(), encoding.Lengths(checkpoint)
     special = encoding.special(checkpoint.processor)
     for line in lines:

@@ -22,6 +22,18 @@ def picture(thing: str, colour: str, seed: int, size: tuple[int, int] = (40, 40)
     return image
 
 
+def said(role: str, text: str | None) -> list[dict]:
+    """A text as the one message that a preference row holds."""
+    return [{"role": role, "content": text}]
+
+
+def row(image: Image.Image, chosen: str = "red", rejected: str = "blue",
+        question: str = "what colour is the disc ?") -> dict:
+    """A preference row about an image."""
+    return {"images": [image], "prompt": said("user", question),
+            "chosen": said("assistant", chosen), "rejected": said("assistant", rejected)}
+
+
 def conversation(row_id: str, image: str, question: str, answer: str) -> dict:
     return {"id": row_id, "image": image, "conversations": [
         {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]}

@@ -339,23 +339,23 @@ def write_qwen2_vl(folder):
                text=axes(4, 4, 4))
 
 
+QWEN3 = {"processor": "Qwen3VLProcessor", "video": "Qwen3VLVideoProcessor",
+         "images": Qwen2VLImageProcessorPil}
+QWEN3_VISION = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 48,
+                "num_position_embeddings": 16}
+
+
 def write_qwen3_vl(folder):
     """Features of an early layer of the tower are added behind a layer of the decoder."""
     write_grid(folder, (Qwen3VLForConditionalGeneration, Qwen3VLConfig),
-               processor="Qwen3VLProcessor", video="Qwen3VLVideoProcessor",
-               images=Qwen2VLImageProcessorPil, vision={
-                   "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 48,
-                   "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+               **QWEN3, vision={**QWEN3_VISION, "deepstack_visual_indexes": [0]},
                text={"head_dim": 24, **axes(4, 4, 4, mrope_interleaved=True)})
 
 
 def write_qwen3_5(folder):
     """One of two layers is a linear attention, whose state runs through all tokens of a row."""
     write_grid(folder, (Qwen3_5ForConditionalGeneration, Qwen3_5Config),
-               processor="Qwen3VLProcessor", video="Qwen3VLVideoProcessor",
-               images=Qwen2VLImageProcessorPil, vision={
-                   "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 48,
-                   "num_position_embeddings": 16},
+               **QWEN3, vision=QWEN3_VISION,
                text={"head_dim": 24, "layer_types": ["linear_attention", "full_attention"],
                      "linear_key_head_dim": 8, "linear_value_head_dim": 8,
                      "linear_num_key_heads": 2, "linear_num_value_heads": 2,

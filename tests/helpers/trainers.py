@@ -1,5 +1,6 @@
 """DPO trainers in small."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,3 +30,17 @@ def dpo_trainer(kind: type[DPOTrainer], checkpoint: Checkpoint, rows: Dataset, o
             if "lora_B" in name:
                 weight.copy_(torch.randn(weight.shape, generator=draw) * 0.05)
     return trainer
+
+
+def peak(work: Callable[[], object]) -> int:
+    """Bytes at the worst moment of a work beyond those in use before it: all that torch's allocator
+    hands out and takes back, as its profiler records it, inside operations too."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:
+        work()
+    used = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        used += event.nbytes()
+        peak = max(peak, used)
+    return peak

@@ -5,38 +5,13 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from helpers.data import picture
+from helpers.data import picture, row, said
 from PIL import Image
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
 
-from bpo.models import checkpoint as checkpoints
 from bpo.training.packed import collation
 
 TRL_TOKENS = ("input_ids", "attention_mask", "completion_mask")
-
-
-def said(role, text):
-    return [{"role": role, "content": text}]
-
-
-def row(image, chosen="red", rejected="blue", question="what colour is the disc ?"):
-    return {"images": [image], "prompt": said("user", question),
-            "chosen": said("assistant", chosen), "rejected": said("assistant", rejected)}
-
-
-@pytest.fixture
-def rows():
-    """Five pairs on two images of different sizes; the third asks something else of the first."""
-    one, two = picture("disc", "red", 1), picture("box", "blue", 2, (64, 40))
-    return [row(one, "red", "a big green box"), row(one, "red", "no"),
-            row(one, "there is a disc on the mat", "yes", "describe the picture"),
-            row(two, "blue", "red"), row(two, "a blue box", "a hot yellow cat with a dog")]
-
-
-@pytest.fixture
-def processor(model_folder):
-    """One of its own for every test: some change it."""
-    return checkpoints.load(model_folder).processor
 
 
 @pytest.fixture

@@ -2,13 +2,12 @@
 and the numbers that TRL gives on the rows that both train on."""
 
 import random
-from itertools import accumulate
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from helpers.data import picture
-from helpers.trainers import dpo_trainer
+from helpers.data import picture, said
+from helpers.trainers import dpo_trainer, peak
 from PIL import Image, ImageFile
 from trl import DPOTrainer
 
@@ -17,10 +16,6 @@ from bpo.models import prefix
 from bpo.training.packed.trainer import PackedDPOTrainer
 
 pytestmark = pytest.mark.study
-
-
-def said(role, text):
-    return [{"role": role, "content": text}]
 
 
 def made_rows(number=8, *, images=True, long=()):
@@ -300,15 +295,6 @@ def test_pictures_turned_by_their_exif_block_are_measured_as_they_are_shown(mode
                           max_length=1024)
     survey = trainer._surveys[trainer.train_dataset._fingerprint]
     assert survey.longest == [1]
-
-
-def peak(work) -> int:
-    """The most bytes that tensors hold at one time while work runs, above what they held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                profile_memory=True) as profile:
-        work()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 def test_the_self_check_holds_little_more_than_a_step(model_folder, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from helpers import warm
-from helpers.data import picture
+from helpers.data import picture, said
 from helpers.trainers import dpo_trainer
 from trl import DPOTrainer
 
@@ -27,10 +27,6 @@ TRAJECTORY = TESTS / "golden" / "dpo.json"
 LOGGED = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen")
 TURNS = (("red", "blue", "a big green box"), ("a box", "no", "yes"), ("the cat", "a hot dog", "no"),
          ("a small disc on the mat", "green", "this shows a yellow cat"))
-
-
-def said(role, text):
-    return [{"role": role, "content": text}]
 
 
 def pairs() -> Dataset:

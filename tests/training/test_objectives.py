@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from helpers.data import picture
+from helpers.data import picture, said
 from helpers.trainers import dpo_trainer
 
 from bpo.models import checkpoint as checkpoints
@@ -49,10 +49,6 @@ def test_mdpo_is_dpo_and_the_image_and_the_anchor():
 
 ANSWERS = [("red", ["green box", "a blue disc on the mat"]), ("a cat", ["no"]),
            ("this shows a big red dog", ["a hot yellow cat", "yes"])]
-
-
-def said(role, text):
-    return [{"role": role, "content": text}]
 
 
 @pytest.fixture(scope="module")
