@@ -193,7 +193,16 @@ class TinyWorld(Parameters):
         2, "extra presence questions of each answer an alignment image", ge=0, le=6)
     preference_images: Count = field(1000, "images of the preference rows")
     preference_rows: Literal["alignment", "fresh"] = field(
-        "alignment", "preference rows: the alignment's own, or fresh ones like them")
+        "fresh", "preference rows: fresh images, or the alignment's own")
+    preference_typical: Fraction = field(
+        0.77, "share of typical colours in fresh preference images")
+    preference_partner: Fraction = field(
+        0.55, "share of objects with partner in fresh preference images")
+    preference_presence: bool = field(
+        False, "a yes/no question about each preference image too")
+    preference_doses: Annotated[list[Fraction], AfterValidator(_distinct)] = field(
+        [], "further sets of preference rows, preference-DOSE: one a share of typical colours; "
+        "partners as often, in proportion")
     development_images: EvenCount = field(200, "counterfactual images to choose by")
     test_images: EvenCount = field(400, "counterfactual images for reporting")
     natural_images: EvenCount = field(200, "natural images for reporting")
@@ -220,6 +229,11 @@ class TinyWorld(Parameters):
         if self.preference_rows == "alignment" and self.preference_images > self.alignment_images:
             yield (f"preference_images ({self.preference_images}) cannot exceed alignment_images "
                    f"({self.alignment_images}) while preference_rows is alignment")
+        own = (self.image_typical, self.image_partner)
+        if (self.preference_rows == "alignment"
+                and (self.preference_typical, self.preference_partner) != own):
+            yield ("preference_typical and preference_partner must be image_typical and "
+                   "image_partner while preference_rows is alignment")
 
 
 class PriorOrigin(Parameters):

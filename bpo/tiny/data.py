@@ -84,8 +84,18 @@ def evaluation_rows(scene: Scene, index: int, rng: random.Random) -> list[dict]:
 def split_rows(scenes: list[Scene], name: str, seed: int) -> list[list[dict]]:
     """Each scene's rows: three for training, five for an evaluation split."""
     rng = python_generator(seed, "rows", name)
-    make = training_rows if name in ("alignment", "preference") else evaluation_rows
+    make = training_rows if name.startswith(("alignment", "preference")) else evaluation_rows
     return [make(scene, index, rng) for index, scene in enumerate(scenes)]
+
+
+def without_presence(rows: list[list[dict]]) -> list[list[dict]]:
+    """The rows of each scene but its yes/no questions."""
+    return [[row for row in of_scene if row["category"] != "presence"] for of_scene in rows]
+
+
+def dosed(typical: float) -> str:
+    """The name of the preference rows with a share of typical colours."""
+    return f"preference-{typical:g}"
 
 
 def image_name(index: int) -> str:

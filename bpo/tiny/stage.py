@@ -60,15 +60,21 @@ def write_data(folder: Path, p: TinyWorld
                ) -> tuple[dict[str, list[world.Scene]], dict[str, list[list[dict]]]]:
     """Writes data sets, benchmarks and prompts. Returns each split's scenes, and the rows of each
     scene; those of the alignment too, which are not written."""
-    natural = functools.partial(world.natural_scene, typical=p.image_typical,
-                                partner=p.image_partner)
+    def natural(typical: float, partner: float) -> functools.partial:
+        return functools.partial(world.natural_scene, typical=typical, partner=partner)
+
+    alike = natural(p.image_typical, p.image_partner)
     counterfactual = functools.partial(world.counterfactual_scene, partner=p.image_partner)
-    splits = {"alignment": (natural, p.alignment_images),
+    splits = {"alignment": (alike, p.alignment_images),
               "development": (counterfactual, p.development_images),
               "counterfactual": (counterfactual, p.test_images),
-              "natural": (natural, p.natural_images)}
+              "natural": (alike, p.natural_images)}
     if p.preference_rows == "fresh":
-        splits["preference"] = (natural, p.preference_images)
+        splits["preference"] = (natural(p.preference_typical, p.preference_partner),
+                                p.preference_images)
+    doses = {data.dosed(dose): natural(dose, min(p.image_partner * dose / p.image_typical, 1.0))
+             for dose in p.preference_doses}
+    splits |= {name: (make, p.preference_images) for name, make in doses.items()}
     seen: set[str] = set()
     scenes = {name: data.draw_scenes(make, count, seed=p.seed, purpose=name, seen=seen)
               for name, (make, count) in splits.items()}
@@ -76,7 +82,9 @@ def write_data(folder: Path, p: TinyWorld
     if p.preference_rows == "alignment":
         for of_split in (scenes, rows):
             of_split["preference"] = of_split["alignment"][:p.preference_images]
-    for name in ("preference", "development", "counterfactual", "natural"):
+    if not p.preference_presence:
+        rows |= {name: data.without_presence(rows[name]) for name in ("preference", *doses)}
+    for name in ("preference", "development", "counterfactual", "natural", *doses):
         data.write_split(folder / name, scenes[name], rows[name])
     official.write(folder / "benchmarks", counterfactual, p.benchmark_images, seed=p.seed,
                    seen=seen)

@@ -4,7 +4,9 @@ import hashlib
 import json
 import random
 from itertools import zip_longest
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +19,7 @@ from transformers import (
 
 from bpo import params
 from bpo.study.stage import Result
-from bpo.tiny import data, language, model, overview, tables, training, world
+from bpo.tiny import data, language, model, overview, stage, tables, training, world
 from bpo.tiny.drawing import draw_scene
 from bpo.tiny.stage import build
 
@@ -27,7 +29,7 @@ SPLITS = ("preference", "development", "counterfactual", "natural")
 SHORT = {
     "tower_steps": 3, "text_documents": 700, "text_steps": 3, "caption_steps": 2, "mixed_steps": 2,
     "alignment_images": 24, "preference_images": 20, "development_images": 8, "test_images": 12,
-    "natural_images": 8, "benchmark_images": 8}
+    "natural_images": 8, "benchmark_images": 8, "preference_presence": True}
 
 
 def short(seed: int, **changes) -> params.TinyWorld:
@@ -266,13 +268,39 @@ def test_same_seed_same_bytes(built, tmp_path):
     assert digests(tmp_path) == digests(folder)
 
 
-def test_another_seed_gives_other_pictures_and_fresh_rows_their_own(built, tmp_path):
+def test_another_seed_gives_other_pictures(built, tmp_path):
     folder, _ = built
-    build(tmp_path, short(4, preference_rows="fresh"))
+    stage.write_data(tmp_path, short(4))
     assert not (set(digests(folder / "natural/images").values())
                 & set(digests(tmp_path / "natural/images").values()))
 
 
-def test_more_preference_images_than_the_alignment_has_are_refused():
+def share_of_typical(folder: Path) -> float:
+    things = [thing for image in read(folder / "truth.json")["images"].values()
+              for thing in image["objects"]]
+    return np.mean([world.TYPICAL[t["name"]] == t["colour"] for t in things])
+
+
+def test_preference_rows_have_the_statistics_and_questions_that_were_asked_for(tmp_path):
+    p = short(3, preference_images=200, preference_typical=0.3, preference_doses=[0.0, 1.0],
+              preference_presence=False)
+    scenes, _ = stage.write_data(tmp_path, p)
+    assert share_of_typical(tmp_path / "preference") == pytest.approx(0.3, abs=0.08)
+    assert share_of_typical(tmp_path / "preference-0") == 0
+    assert share_of_typical(tmp_path / "preference-1") == 1
+    pictures = [set(digests(tmp_path / name / "images").values()) for name in (
+        "preference", "preference-0", "preference-1", "counterfactual", "natural")]
+    assert len(set.union(*pictures)) == sum(map(len, pictures))  # none in two sets
+    asked = {row["category"] for row in read(tmp_path / "preference/truth.json")["rows"].values()}
+    assert asked == {"caption", "attribute"}
+    own = short(3, preference_rows="alignment", preference_presence=True)
+    scenes, rows = stage.write_data(tmp_path / "own", own)
+    assert scenes["preference"] == scenes["alignment"][:20]
+    assert rows["preference"] == rows["alignment"][:20]
+
+
+def test_the_alignment_s_rows_are_neither_more_nor_others_than_it_has():
     with pytest.raises(ValueError, match="preference_images .25. cannot exceed"):
-        short(1, preference_images=25)
+        short(1, preference_images=25, preference_rows="alignment")
+    with pytest.raises(ValueError, match="must be image_typical and image_partner"):
+        short(1, preference_typical=0.5, preference_rows="alignment")
