@@ -17,9 +17,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = "outputs/{study}/0_tiny_world"
-METHODS = ("sft", "sft_matched", "sft_compute", "bpo", "bpo_weaken", "bpo_inject")
+METHODS = ("sft", "sft_matched", "sft_matched_weaken", "sft_compute", "bpo", "bpo_weaken")
 SOURCES = ("weakened", "injected", "given")
 SCORES = ("similarity", "length", "image")
+# What a variant of a training method may change.
+VARIED = {"steps", "epochs", "learning_rate", "beta", "loss", "loss_weights", "ld_alpha",
+          "reference", "noise_step"}
 TRACKERS = ("tensorboard", "wandb", "trackio")
 BULLET = "\n  - "  # before each problem of a refusal
 
@@ -88,10 +91,10 @@ def _benchmarks() -> Mapping[str, Any]:
     return KNOWN
 
 
-def _methods() -> tuple[str, ...]:
-    """What a training method learns from: the pairs of some sources or ways of weakening, or the
-    random control."""
-    return (*METHODS, "bpo_unselected", *(f"bpo_{way}" for way in _weakenings()))
+def _methods() -> Mapping[str, Any]:
+    from bpo.pairs.methods import meanings
+
+    return meanings()
 
 
 def _damages() -> list[str]:
@@ -136,6 +139,7 @@ Method = Annotated[str, _one_of(_methods)]
 Damage = Annotated[str, _one_of(_damages)]
 Benchmark = Annotated[str, _one_of(_benchmarks)]
 LevelName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]  # it becomes part of file names
+VariantName = Annotated[str, Field(pattern=r"^(bpo|sft)_[a-z0-9_]+$")]  # it names a folder
 Level = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 Levels = Annotated[dict[LevelName, Level], Field(min_length=2), AfterValidator(_levels_differ)]
 
@@ -354,6 +358,11 @@ class PairGeneration(Checkpoint):
         "the first made")
     keep: Count = field(1, "rejected answers kept of each source and mode")
     drop_right: bool = field(False, "drop candidates that the truth file says are right")
+    clean_answers: bool = field(
+        False, "also the model's own answer to each clean image, which bpo_own learns from")
+    weights: Literal["equal", "difficulty"] = field(
+        "equal", "weight of each pair in training; difficulty: more for pairs that the model "
+        "tells apart badly")
     audit_positives: Count = field(3000, "positives, drawn by seed, that the audit reads in full")
     launch: str = shown("", "arguments of accelerate launch that start the stage in several "
                         "processes: --num_processes 8, or --config_file FILE; empty: none")
@@ -372,6 +381,8 @@ class PairGeneration(Checkpoint):
                        "same; ask for 1, or raise the temperature")
         if "image" in self.select and not self.score_candidates:
             yield "select: the score image needs score_candidates"
+        if self.weights == "difficulty" and not self.score_candidates:
+            yield "weights: difficulty needs score_candidates"
         noisy = "weakened" in self.sources and any(
             _weakenings()[m].stepped for m in self.weaken_modes)
         if noisy and 0 in self.weaken_steps:
@@ -386,7 +397,10 @@ class DPOTraining(Checkpoint):
     image_folder: str = field(
         WORLD + "/preference", "folder that the pairs' image names start from")
     methods: Annotated[list[Method], *DISTINCT] = field(
-        list(METHODS), "methods to train, one adapter each")
+        list(METHODS), "methods to train, one adapter each, by their names in notebook 3's table")
+    variants: dict[VariantName, dict[str, Any]] = field(
+        {}, "methods to train with other settings too: a name, its method, and what differs, such "
+        "as {bpo_strict: {method: bpo, beta: 0.3}}")
     steps: Natural = field(80, "optimizer steps of every method; 0: what epochs gives")
     epochs: Positive = field(2.0, "passes over the pairs of bpo, used when steps is 0")
     batch_pairs: Count = field(32, "pairs (SFT: positives) an optimizer step, in all")
@@ -399,6 +413,13 @@ class DPOTraining(Checkpoint):
         "table (sigmoid: DPO, sft: NLL of the chosen answer)")
     loss_weights: list[Annotated[float, Field(ge=0)]] = field(
         [1.0, 1.0], "weight of each objective")
+    ld_alpha: Fraction = field(
+        1.0, "weight in DPO of the tokens by which an answer is longer than the other (LD-DPO)")
+    reference: Literal["base", "sft"] = field(
+        "base", "what DPO starts from and keeps near to: the model as it is, or as the method's "
+        "own matched SFT left it")
+    noise_step: int | None = field(None, "DPO learns only from images noised at this diffusion "
+                                   "step; empty: from all", ge=0, le=999)
     damage: Damage = field("crop", "way of weakening that damages the image, for objectives that "
                            "compare it with a damaged one")
     damage_step: NoiseStep = field(800, "diffusion step of a noisy damage")
@@ -428,6 +449,38 @@ class DPOTraining(Checkpoint):
         if "sft_compute" in self.methods and not {"bpo", "sft_matched"} <= set(self.methods):
             yield ("methods: sft_compute is sft_matched with bpo's compute, so name bpo and "
                    "sft_matched too")
+        if self.ld_alpha < 1 and any(_objectives()[n].function for n in self.loss):
+            yield "ld_alpha: goes with TRL's own objectives alone"
+        for name, changes in self.variants.items():
+            yield from self._misfits(name, changes)
+
+    def _misfits(self, name: str, changes: Mapping[str, Any]) -> Iterator[str]:
+        """What is wrong with a variant, a sentence each."""
+        method, others = changes.get("method"), changes.keys() - {"method"}
+        if name in _methods():
+            yield f"variants: {name} is a method; give the variant another name"
+        if method not in _methods():
+            yield f"variants: {name} names no method; add method: bpo or another one"
+        elif name.partition("_")[0] != method.partition("_")[0] or method == "sft_compute":
+            yield f"variants: {name} must begin as its method {method} does, bpo or sft"
+        if extra := sorted(others - VARIED):
+            yield (f"variants: {name} cannot change {', '.join(extra)}; it can change "
+                   f"{', '.join(sorted(VARIED))}")
+        elif others <= VARIED:
+            try:
+                self.varied(name)
+            except ValidationError as error:
+                for problem in error.errors():
+                    yield f"variants: {name}: {_sentence(type(self), problem)}"
+
+    def runs(self) -> dict[str, str]:
+        """name -> method of every run: the methods and the variants of them."""
+        return {m: m for m in self.methods} | {n: v["method"] for n, v in self.variants.items()}
+
+    def varied(self, name: str) -> "DPOTraining":
+        """The settings of a method or a variant."""
+        changes = {n: v for n, v in self.variants.get(name, {}).items() if n != "method"}
+        return type(self)(**self.model_dump() | changes | {"variants": {}})
 
 
 class QualitativeComparison(Checkpoint):

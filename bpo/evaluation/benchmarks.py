@@ -99,7 +99,8 @@ def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
         else:
             continue
         found["benchmarks"][name], found["differences"][name] = comparison.scored(
-            counted, benchmark.metrics, seed=p.seed, resamples=p.resamples, made=benchmark.combined)
+            counted, benchmark.metrics, seed=p.seed, resamples=p.resamples, made=benchmark.combined,
+            matched=comparison.matched(p))
     found["calibration"] = _calibrated(p, lines, methods)
     found["image"] = _probed(p, folder, checkpoint, methods)
     # last: it may leave the model in another number format
@@ -230,7 +231,8 @@ def _calibrated(p: Benchmarks, lines: Mapping[str, Sequence[dict]], methods: Seq
         values, differences = comparison.scored(
             {m: [(x["image"], diagnostics.yes_no_counts(x["p_yes"][m], x["label"] == "yes"))
                  for x in asked] for m in methods},
-            ("brier", "mean_p_yes"), seed=p.seed, resamples=p.resamples)
+            ("brier", "mean_p_yes"), seed=p.seed, resamples=p.resamples,
+            matched=comparison.matched(p))
         weights = metrics.bootstrap_weights(
             len({x["image"] for x in asked}), p.resamples,
             seeds.numpy_generator(p.seed, "comparison interval"))
@@ -258,7 +260,8 @@ def _probed(p: Benchmarks, folder: Path, checkpoint: Checkpoint, methods: Sequen
         mine = [line for line in lines if line["category"] == category]
         values, differences = comparison.scored(
             {m: [(x["image"], diagnostics.gains(x, m)) for x in mine] for m in methods},
-            diagnostics.GAINS, seed=p.seed, resamples=p.resamples)
+            diagnostics.GAINS, seed=p.seed, resamples=p.resamples,
+            matched=comparison.matched(p))
         out[category] = {"values": values, "differences": differences}
     return out
 

@@ -78,7 +78,7 @@ def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
                               score_answers),
             label=f"{split} questions")
         levels[split], differences[split] = score(lines, truth, methods, seed=p.seed,
-                                                  resamples=p.resamples)
+                                                  resamples=p.resamples, matched=matched(p))
         table += results.compared(split, levels[split], differences[split], METRICS)
         table += [Result(split, "any", method, "base", "wins", Estimate(**e, more_is_better=True))
                   for method, e in wins(lines, truth, methods[1:], seed=p.seed,
@@ -121,6 +121,16 @@ def load_methods(p: QualitativeComparison) -> tuple[Checkpoint, list[str]]:
     base = checkpoints.load(p.path(p.model), precision=p.precision, transform=p.image_transform)
     tuned = checkpoints.load_adapters(base, {n: adapters / n / "adapter" for n in names})
     return tuned, ["base", *names]
+
+
+def matched(p: QualitativeComparison) -> dict[str, str]:
+    """DPO method -> the SFT on its own positives, as notebook 3 trained them; empty for adapters
+    from elsewhere."""
+    folder = p.path(p.adapters)
+    if not (folder / stages.MANIFEST).is_file():
+        return {}
+    return {m: facts["matched"] for m, facts in stages.read_manifest(folder)["metrics"][
+        "methods"].items() if "matched" in facts}
 
 
 def _chances(checkpoint: Checkpoint, batch: Sequence[Request], truth: dict[str, Any]
@@ -245,20 +255,23 @@ def wins(lines: Sequence[dict], truth: dict[str, Any], methods: Sequence[str], *
 
 
 def score(lines: Sequence[dict], truth: dict[str, Any], methods: Sequence[str], *, seed: int,
-          resamples: int) -> tuple[dict[str, Any], dict[str, Any]]:
+          resamples: int, matched: Mapping[str, str] = MappingProxyType({})
+          ) -> tuple[dict[str, Any], dict[str, Any]]:
     """[method][metric] -> estimate, and [against][method][metric] -> paired difference.
 
     Bootstrap over images, the same resamples for all methods.
     """
     return scored({m: [(line["image"], counts(line, m, truth)) for line in lines] for m in methods},
-                  METRICS, seed=seed, resamples=resamples)
+                  METRICS, seed=seed, resamples=resamples, matched=matched)
 
 
 def scored(counted: Mapping[str, Sequence[tuple[str, Mapping[str, tuple[float, float]]]]],
            names: Collection[str], *, seed: int, resamples: int,
-           made: metrics.Made = MappingProxyType({})
+           made: metrics.Made = MappingProxyType({}),
+           matched: Mapping[str, str] = MappingProxyType({})
            ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Estimates and paired differences, as `score` gives them, of what each answer adds.
+    """Estimates and paired differences, as `score` gives them, of what each answer adds: to every
+    baseline, of which sft_matched is the SFT on the method's own positives where `matched` has it.
 
     counted: method -> an (image, {metric: (counted, out of)}) an answer, of the same images for
     every method. names: the metrics to keep, in their order, where any answer has them.
@@ -271,5 +284,8 @@ def scored(counted: Mapping[str, Sequence[tuple[str, Mapping[str, tuple[float, f
     values = {m: metrics.estimates(mine, weights, made) for m, mine in ratios.items()}
     return values, {
         against: {m: metrics.differences(mine, ratios[against], weights, made)
-                  for m, mine in ratios.items() if m != against}
-        for against in BASELINES if against in ratios}
+                  for m, mine in ratios.items()
+                  if m != against and against in (
+                      matched.get(m), *(b for b in BASELINES if b != "sft_matched" or m not in
+                                        matched))}
+        for against in dict.fromkeys((*BASELINES, *matched.values())) if against in ratios}

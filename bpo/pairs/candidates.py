@@ -97,6 +97,8 @@ class Candidates(Sequence):
         if "injected" in p.sources:
             injection.write(p, self.folder / "injected.jsonl", self.rows, self.row,
                             lambda: self.text_model)
+        if p.clean_answers:
+            self._answer_clean()
         if p.score_candidates:
             self._score()
 
@@ -141,6 +143,21 @@ class Candidates(Sequence):
                    lambda prepared: self.answers(self.model, *prepared, view),
                    prepare=prepare, label=f"weakened, {view.name}")
 
+    def _answer_clean(self) -> None:
+        """Writes clean.jsonl: {id, text} a row, the likeliest answer to its clean image."""
+        def prepare(batch: np.ndarray) -> tuple[list[Request], dict[str, torch.Tensor]]:
+            requests = [self.request(number, None) for number in batch.tolist()]
+            return requests, generate.encode_batch(self._reader, requests)
+
+        def work(prepared: tuple) -> list[dict[str, Any]]:
+            requests, inputs = prepared
+            texts = generate.decode(self.model, inputs, max_new_tokens=self.p.max_new_tokens)
+            return [{"id": r.id, "text": t} for r, t in zip(requests, texts, strict=True)]
+
+        shards.run(self.folder / "clean.jsonl",
+                   lambda: shards.by_budget(*self._lengths, self.p.batch_tokens), work,
+                   prepare=prepare, label="answers to clean images")
+
     @cached_property
     def _lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """(rows,) tokens of every prompt with its image, and of every annotated answer with its
@@ -158,8 +175,9 @@ class Candidates(Sequence):
 
     def _score(self) -> None:
         """Writes scores.jsonl: a list a row with, for every candidate that could be used, its mean
-        log-prob a token under the clean image and under the first way of weakening, in nats, and
-        its CHES against the annotation under the clean one (None for the others)."""
+        log-prob a token under the clean image and under the first way of weakening, in nats, how
+        far the annotation's lies above it (margin), and its CHES against the annotation, both
+        under the clean one (None for the others)."""
         view = views(self.p)[0]
 
         def prepare(batch: Sequence[int], reader: Checkpoint) -> tuple:
@@ -186,6 +204,7 @@ class Candidates(Sequence):
                     candidate["scores"] = {
                         "logp_clean": round(a.logprobs.mean().item(), 5),
                         "logp_noisy": round(b.logprobs.mean().item(), 5),
+                        "margin": round((sharp[0].logprobs.mean() - a.logprobs.mean()).item(), 5),
                         "ches": round(selection.ches(sharp[0].state, a.state), 5)}
                 out.append({"id": line["id"],
                             "scores": [c.get("scores") for c in line["candidates"]]})
@@ -203,13 +222,20 @@ class Candidates(Sequence):
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """{id, image, category, prompt, chosen, candidates: [{source, mode, ..., text, scores}]}"""
+        """{id, image, category, prompt, chosen, candidates: [{source, mode, ..., text, scores}]},
+        and with clean_answers the model's `own` answer."""
         line = self._unscored(number)
+        if self.p.clean_answers:
+            line["own"] = self._clean[number]["text"]
         if self.p.score_candidates:
             for candidate, scores in zip(line["candidates"], self._scores[number]["scores"],
                                          strict=True):
                 candidate |= {"scores": scores} if scores else {}
         return line
+
+    @cached_property
+    def _clean(self) -> LineFile:
+        return LineFile(self.folder / "clean.jsonl")
 
     @cached_property
     def _scores(self) -> LineFile:

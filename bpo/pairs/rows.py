@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from bpo.models.weakening import WEAKENINGS
+from bpo.pairs.methods import Line, learns_pairs, makers, matched
 from bpo.params import Refusal
 from bpo.study.files import LineFile
 
@@ -25,30 +25,33 @@ def read_pairs(file: Path) -> list[dict]:
     return lines
 
 
-def rejected_for(pair: dict, method: str) -> list[dict]:
-    """The rejected answers of a positive that a method learns from, by the method's name.
-
-    bpo: all. bpo_weaken, bpo_inject: of one source. bpo_<mode>: of one way of weakening.
-    bpo_unselected: as many as were selected, drawn at random from the same candidates.
-    """
-    if method == "bpo_unselected":
-        return pair.get("unselected", [])
-    source = {"bpo_weaken": "weakened", "bpo_inject": "injected"}.get(method)
-    mode = method.removeprefix("bpo_")
-    return [r for r in pair["rejected"] if source in (None, r["source"])
-            and (mode not in WEAKENINGS or r.get("mode") == mode)]
-
-
-def to_preferences(pairs: Sequence[dict], image_folder: Path, *, method: str = "bpo") -> list[dict]:
-    """TRL's conversational preference rows {id, images, prompt, chosen, rejected}, one a rejected
-    answer that the method learns from; images are paths, to be opened when a batch is made."""
-    return [{"id": k["id"], "images": [str(image_folder / k["image"])], "prompt": k["prompt"],
-             "chosen": [{"role": "assistant", "content": k["chosen"]}],
-             "rejected": [{"role": "assistant", "content": r["text"]}]}
-            for k in pairs for r in rejected_for(k, method)]
+def to_preferences(lines: Sequence[Line], image_folder: Path, *, method: str = "bpo", seed: int = 0,
+                   noise_step: int | None = None) -> list[dict]:
+    """TRL's conversational preference rows {id, images, prompt, chosen, rejected}, one a pair that
+    the method learns from; images are paths, to be opened when a batch is made. A column `weight`
+    is there where a pair's is not 1. noise_step: only answers to images noised at this step."""
+    pairs = [k for k in makers()[method][1](lines, seed)
+             if noise_step in (None, k["answer"].get("step"))]
+    weighted = any(k["answer"].get("weight", 1.0) != 1.0 for k in pairs)
+    return [{"id": k["id"],
+             "images": [] if k["image"] is None else [str(image_folder / k["image"])],
+             "prompt": k["prompt"], "chosen": [{"role": "assistant", "content": k["chosen"]}],
+             "rejected": [{"role": "assistant", "content": k["rejected"]}],
+             **({"weight": k["answer"].get("weight", 1.0)} if weighted else {})} for k in pairs]
 
 
 def to_completions(rows: Sequence[dict]) -> list[dict]:
     """The positives of preference rows for SFT, in the same order and as often."""
     return [{"id": r["id"], "images": r["images"], "prompt": r["prompt"], "completion": r["chosen"]}
             for r in rows]
+
+
+def training_rows(method: str, lines: Sequence[Line], image_folder: Path, *, seed: int,
+                  noise_step: int | None = None) -> list[dict]:
+    """The rows that a method trains on, in TRL's layout. sft: every positive once."""
+    if method == "sft":
+        return [{"id": k["id"], "images": [str(image_folder / k["image"])], "prompt": k["prompt"],
+                 "completion": [{"role": "assistant", "content": k["chosen"]}]} for k in lines]
+    rows = to_preferences(lines, image_folder, seed=seed, noise_step=noise_step,
+                          method=matched().get(method, "bpo" if method == "sft_compute" else method))
+    return rows if learns_pairs(method) else to_completions(rows)

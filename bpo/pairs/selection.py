@@ -5,9 +5,10 @@ what a model has to say of a candidate is computed elsewhere and read from candi
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from bpo.evaluation import metrics
@@ -100,6 +101,15 @@ def choose(p: PairGeneration, line: Mapping[str, Any], right: Right) -> Choice:
              "text": made[n]["text"], "reason": reason or "not selected"}
             for n, reason in enumerate(reasons) if n not in best)
     return choice
+
+
+def difficulty(margins: Sequence[float]) -> list[float]:
+    """Weights of pairs by their margin, the log-prob a token of chosen minus rejected before
+    training: sigmoid(-z) of the standardised margin, over its mean. Easy pairs weigh less, as
+    DA-DPO asks (arXiv 2601.00623); its own scores are those of two other models."""
+    x = np.asarray(margins, dtype=float)
+    weight = 1 / (1 + np.exp((x - x.mean()) / max(x.std(), 1e-12)))
+    return [round(float(w), 6) for w in weight / weight.mean()]
 
 
 def ches(chosen_mean: Any, rejected_mean: Any) -> float:

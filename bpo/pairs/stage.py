@@ -74,10 +74,14 @@ def _choose(p: PairGeneration, made: Candidates) -> dict[str, Any]:
             pair["rejected"] = choice.kept
             if p.select:
                 pair["unselected"] = choice.unselected
+            if "own" in line and line["own"] and right(line, line["own"]) is not False:
+                pair["own"] = line["own"]
             to_candidates.write(f"{to_json(line)}\n")
             to_pairs.write(f"{to_json(pair)}\n")
             to_dropped.writelines(f"{to_json(d)}\n" for d in choice.dropped)
             counts.add(line, choice)
+    if p.weights == "difficulty":
+        _weigh(folder / "pairs.jsonl")
     skipped = Counter(line["reason"] for line in LineFile(folder / check.REJECTED))
     audited = _audited(p, made)
     found = audit.audit(audited, seed=p.seed, right=right)
@@ -88,6 +92,21 @@ def _choose(p: PairGeneration, made: Candidates) -> dict[str, Any]:
     return found | {"rows": len(made), "rows_skipped": dict(sorted(skipped.items())),
                     "pairs": counts.kept.total(), "positives": counts.positives,
                     "audited": len(audited)}
+
+
+def _weigh(file: Path) -> None:
+    """Gives every rejected answer its weight, by the difficulty of the pair in its category."""
+    pairs = LineFile(file)
+    margins: dict[str, list[float]] = {}
+    for pair in pairs:
+        margins.setdefault(pair["category"], []).extend(
+            r["scores"]["margin"] for r in pair["rejected"])
+    weights = {c: iter(selection.difficulty(m)) for c, m in margins.items()}
+    with whole(file) as stream:
+        for pair in pairs:
+            for rejected in pair["rejected"]:
+                rejected["weight"] = next(weights[pair["category"]])
+            stream.write(f"{to_json(pair)}\n")
 
 
 def _audited(p: PairGeneration, made: Candidates) -> list[dict[str, Any]]:

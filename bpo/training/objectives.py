@@ -18,22 +18,26 @@ LAMBDA = 50.0  # of DPO-Positive: the paper's setting
 
 
 class LogRatios(NamedTuple):
-    """h_w, h_l and h_w' of a batch of B pairs, (B,) each, nats."""
+    """h_w, h_l and h_w' of a batch of B pairs, (B,) each, nats. nll: -log pi(y_w | m, x) over the
+    batch's mean number of tokens of a chosen answer."""
 
     chosen: "Tensor"
     rejected: "Tensor"
     damaged: "Tensor | None" = None
+    nll: "Tensor | None" = None
 
 
 @dataclass(frozen=True)
 class Objective:
     """A name in `loss`. meaning: one line for people. function: (LogRatios, beta) -> (B,) losses of
-    the pairs; None: TRL computes it. damaged: whether it wants h_w'."""
+    the pairs; None: TRL computes it. damaged: whether it wants h_w'. weighed: the function where
+    pairs have weights, of those that TRL computes."""
 
     name: str
     meaning: str
     function: "Callable[[LogRatios, float], Tensor] | None" = None
     damaged: bool = False
+    weighed: "Callable[[LogRatios, float], Tensor] | None" = None
 
 
 def dpo(h: LogRatios, beta: float) -> "Tensor":
@@ -59,6 +63,11 @@ def mdpo(h: LogRatios, beta: float) -> "Tensor":
     return dpo(h, beta) + dpo(images, beta) + anchor(h, beta)  # arXiv 2406.11839
 
 
+def sft(h: LogRatios, beta: float) -> "Tensor":
+    """The chosen answer's negative log-likelihood: (B,) losses whose mean is one over tokens."""
+    return h.nll
+
+
 def _log_sigmoid(x: "Tensor") -> "Tensor":
     from torch.nn.functional import logsigmoid  # here: names are read without torch
 
@@ -67,8 +76,9 @@ def _log_sigmoid(x: "Tensor") -> "Tensor":
 
 OBJECTIVES = {o.name: o for o in (
     Objective("sigmoid", "−log σ(β (h_w − h_l)): DPO, the paper's objective, "
-                         "arXiv 2305.18290, eq. 7"),
-    Objective("sft", "−log π(y_w | m, x), a mean over tokens: the likelihood of the chosen answer"),
+                         "arXiv 2305.18290, eq. 7", weighed=dpo),
+    Objective("sft", "−log π(y_w | m, x), a mean over tokens: the likelihood of the chosen answer",
+              weighed=sft),
     Objective("dpop", "−log σ(β (h_w − h_l − 50 max(0, −h_w))): DPO-Positive, "
                       "arXiv 2402.13228, eq. 3", dpop),
     Objective("anchor", "−log σ(β h_w): mDPO's anchor, arXiv 2406.11839", anchor),
@@ -95,15 +105,25 @@ OBJECTIVES = {o.name: o for o in (
 
 
 def split(trainer: Any) -> list[tuple[str, float]]:
-    """Takes the names that are not TRL's out of the trainer's losses: (name, weight) of each."""
+    """Takes the names that are not TRL's, or that are weighed by pair, out of the trainer's losses:
+    (name, weight) of each."""
     ours, trl = [], []
     for name, weight in zip(trainer.loss_types, trainer.loss_weights, strict=True):
-        here = name in OBJECTIVES and OBJECTIVES[name].function is not None
-        (ours if here else trl).append((name, weight))
+        (ours if name in OBJECTIVES and function(trainer, name) else trl).append((name, weight))
+    if trainer.weighted and trl:
+        weighable = ", ".join(n for n, o in OBJECTIVES.items() if o.function or o.weighed)
+        raise ValueError(f"{trl[0][0]} cannot weigh pairs: drop the column weight, or use "
+                         f"{weighable}")
     if ours and (trainer.ld_alpha is not None or trainer.f_divergence_type != "reverse_kl"):
         raise ValueError(f"{ours[0][0]} goes with neither ld_alpha nor another f-divergence")
     trainer.loss_types, trainer.loss_weights = [n for n, _ in trl], [w for _, w in trl]
     return ours
+
+
+def function(trainer: Any, name: str) -> "Callable[[LogRatios, float], Tensor] | None":
+    """What computes an objective's losses here; None where TRL does."""
+    objective = OBJECTIVES[name]
+    return objective.function or (objective.weighed if trainer.weighted else None)
 
 
 def damages(names: Iterable[str]) -> bool:
@@ -112,14 +132,16 @@ def damages(names: Iterable[str]) -> bool:
 
 
 def loss(trainer: Any, model: "Module", inputs: dict[str, Any], tokens: "Tensor",
-         damaged: dict[str, Any] | None) -> "Tensor":
+         damaged: dict[str, Any] | None, weight: "Tensor | None" = None) -> "Tensor":
     """The weighted sum of the trainer's own objectives, each the mean over the batch's pairs.
 
     tokens (2B, S - 1): the policy's log p of every answer token. damaged: the batch of the chosen
-    answers with damaged images, in TRL's layout.
+    answers with damaged images, in TRL's layout. weight (B,): of each pair's losses.
     """
     chosen, rejected = tokens[:, -inputs["completion_mask"].shape[1] + 1:].sum(1).chunk(2)
-    h = LogRatios(chosen - inputs["ref_chosen_logps"], rejected - inputs["ref_rejected_logps"])
+    lengths = inputs["completion_mask"][:, 1:].sum(1).chunk(2)[0]
+    h = LogRatios(chosen - inputs["ref_chosen_logps"], rejected - inputs["ref_rejected_logps"],
+                  nll=-chosen / lengths.float().mean())
     if damaged is not None:
         reference = trainer.references(damaged, damaged.get("keys"))["ref_chosen_logps"]
         now = trainer.answer_tokens(model, damaged).sum(1).chunk(2)[0]
@@ -127,4 +149,6 @@ def loss(trainer: Any, model: "Module", inputs: dict[str, Any], tokens: "Tensor"
         mode = "train" if trainer.model.training else "eval"
         mean = trainer.accelerator.gather(h.damaged.detach()).mean().item()
         trainer._metrics[mode]["rewards/damaged"].append(trainer.beta * mean)
-    return sum(w * OBJECTIVES[n].function(h, trainer.beta).mean() for n, w in trainer.added_losses)
+    weight = 1.0 if weight is None else weight.to(chosen.device)
+    return sum(w * (weight * function(trainer, n)(h, trainer.beta)).mean()
+               for n, w in trainer.added_losses)

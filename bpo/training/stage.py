@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,17 @@ from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding
 from bpo.models.checkpoint import Checkpoint
 from bpo.pairs import rows as pair_rows
+from bpo.pairs.methods import learns_pairs
 from bpo.params import DPOTraining, Refusal
 from bpo.study import launch, processes, results
 from bpo.study import stage as stages
 from bpo.study.files import to_json, write_whole
 from bpo.training import trainers
 from bpo.training.packed import trainer as packed
-from bpo.training.trainers import learns_pairs
 
 LOGGED = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected",
           "rewards/damaged", "logps/chosen", "logps/rejected", "grad_norm", "learning_rate")
+ASIDE = ("packed", "matched", "beta")  # of a method's facts: no results
 
 
 def run(p: DPOTraining) -> stages.Result:
@@ -59,41 +60,49 @@ def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
     image_folder = p.path(p.image_folder)
     lines, skipped = processes.first(lambda: usable(
         checkpoint, pair_rows.read_pairs(p.path(p.pairs)), image_folder, max_tokens=p.max_tokens))
-    rows = {m: method_rows(m, lines, image_folder) for m in p.methods}
-    steps = p.steps or math.ceil(
-        p.epochs * len(method_rows("bpo", lines, image_folder)) / p.batch_pairs)
+    runs, rows = p.runs(), {}
+    for name, method in runs.items():
+        rows[name] = pair_rows.training_rows(method, lines, image_folder, seed=p.seed,
+                                             noise_step=p.varied(name).noise_step)
+        if not rows[name]:
+            needs = "; set clean_answers in notebook 2" if method == "bpo_own" else ""
+            raise Refusal(f"{p.path(p.pairs)}: there is no row to train {name} on{needs}")
+    pairs = len(pair_rows.to_preferences(lines, image_folder))
     references = Path("reference", trainers.batches_key(p, list(rows.values())))
     others = sorted(folder.parent.glob(f"{folder.name}.old-*/{references}"))
+    matched = {name: _matched(name, rows) for name in runs if learns_pairs(name)}
+    for name in matched:
+        if p.varied(name).reference == "sft" and not matched[name]:
+            raise Refusal(f"{name} starts from its matched SFT, which is not among the methods; "
+                          f"add sft_matched{runs[name].removeprefix('bpo')} to methods")
     out = {}
-    # sft_compute comes last: it is sft_matched for as many steps as spend what bpo spent.
-    for method in sorted(p.methods, key=lambda m: m == "sft_compute"):
-        if not rows[method]:
-            raise Refusal(f"{p.path(p.pairs)}: there is no row to train {method} on")
-        count = max(steps if method != "sft_compute" else round(
+    # First what others start from; last sft_compute, which spends what bpo spent.
+    for name in sorted(runs, key=lambda n: (n == "sft_compute", learns_pairs(n))):
+        varied = p.varied(name)
+        steps = varied.steps or math.ceil(varied.epochs * pairs / p.batch_pairs)
+        count = max(steps if name != "sft_compute" else round(
             out["bpo"]["flops"] / out["sft_matched"]["flops_per_step"]), 1)
-        history = train_method(p, method, rows[method], folder / method, steps=count,
-                               references=folder / references, others=others)
-        out[method] = _facts(p, rows[method], folder / method, history, steps=count)
+        start, kept = None, references
+        if varied.reference == "sft" and learns_pairs(name):
+            start, kept = folder / matched[name] / "adapter", references / matched[name]
+        history = train_method(varied, name, rows[name], folder / name, steps=count,
+                               references=folder / kept, others=others, start=start)
+        out[name] = _facts(varied, rows[name], folder / name, history, steps=count)
+        if matched.get(name):
+            out[name]["matched"] = matched[name]
     if processes.rank() == 0:
         results.write(folder, [
-            results.Result("training", "", m, "", metric, results.Estimate(value))
-            for m in p.methods for metric, value in out[m].items() if metric != "packed"])
-    return {"methods": {m: out[m] for m in p.methods}, "rows_dropped": skipped}
+            results.Result("training", "", name, "", metric, results.Estimate(value))
+            for name in runs for metric, value in out[name].items() if metric not in ASIDE])
+    return {"methods": {name: out[name] for name in runs}, "rows_dropped": skipped}
 
 
-def method_rows(method: str, lines: Sequence[dict], image_folder: Path) -> list[dict]:
-    """The rows that a method trains on, in TRL's layout.
-
-    sft: every positive once. sft_matched and sft_compute: the positives of bpo's pairs, in bpo's
-    order and as often, so that what bpo adds to them is the contrast alone.
-    """
-    if method == "sft":
-        return pair_rows.to_completions([
-            {"id": k["id"], "images": [str(image_folder / k["image"])], "prompt": k["prompt"],
-             "chosen": [{"role": "assistant", "content": k["chosen"]}]} for k in lines])
-    if learns_pairs(method):
-        return pair_rows.to_preferences(lines, image_folder, method=method)
-    return pair_rows.to_completions(pair_rows.to_preferences(lines, image_folder))
+def _matched(name: str, rows: Mapping[str, Sequence[dict]]) -> str:
+    """The SFT that trains on a DPO method's positives, in their order and as often; "" if none."""
+    positives = pair_rows.to_completions(rows[name])
+    namesake = f"sft_matched{name.removeprefix('bpo')}"
+    return next((n for n in sorted(rows, key=lambda n: (n != namesake, n == "sft"))
+                 if not learns_pairs(n) and n != "sft_compute" and rows[n] == positives), "")
 
 
 def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
@@ -113,6 +122,7 @@ def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
         if any(metrics.normalised(t) == metrics.normalised(line["chosen"]) for t in texts[1:]):
             raise Refusal(f"pair {line['id']}: a rejected answer equals the chosen one, "
                           "which would train on nothing")
+        texts += [line["own"]] if "own" in line else []
         messages = (*(m["content"] for m in line["prompt"]), *texts)
         if reason := next(filter(None, (turns.strange(t, special) for t in messages)), None):
             dropped[reason] += 1
@@ -127,10 +137,11 @@ def usable(checkpoint: Checkpoint, lines: Sequence[dict], image_folder: Path, *,
 
 
 def train_method(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, steps: int,
-                 references: Path, others: Sequence[Path] = ()) -> list[dict]:
+                 references: Path, others: Sequence[Path] = (), start: Path | None = None
+                 ) -> list[dict]:
     """Trains a method, from its last checkpoint if it has one, and returns its history: a record
-    {step, loss, ...} an optimizer step. A method that is done is only read. references, others:
-    see `trainers.make`."""
+    {step, loss, ...} an optimizer step. A method that is done is only read. references, others,
+    start: see `trainers.make`."""
     history_file = folder / "history.json"
     if history_file.is_file():
         return json.loads(history_file.read_text())
@@ -139,7 +150,7 @@ def train_method(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path
     try:
         with checkpoints.quietly():
             trainer = trainers.make(p, method, rows, folder, steps=steps,
-                                    references=references, others=others)
+                                    references=references, others=others, start=start)
             trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     except packed.NotFinite as error:
         ids = ", ".join(str(rows[n]["id"]) for n in error.rows)
@@ -160,8 +171,8 @@ def train_method(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if processes.rank() == 0:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder / "adapter",
-                                                                        state_dict=whole)
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(
+            folder / "adapter", state_dict=whole, selected_adapters=["default"])
         for file in (folder / "adapter" / "adapter_config.json", folder / "adapter" / "README.md"):
             write_whole(file, file.read_text(encoding="utf-8").replace(
                 str(p.path(p.model)), p.model.replace("{study}", p.study)))
@@ -203,7 +214,7 @@ def _facts(p: DPOTraining, rows: Sequence[dict], folder: Path, history: Sequence
                 for n in ("margins", "accuracies", "chosen", "rejected")}
         # The reward is beta times the log-ratio to the reference, so dividing by beta gives the
         # change of the answer's log-probability without the noise of which rows came up.
-        facts |= {"margin_last": round(ends["margins"], 6),
+        facts |= {"beta": p.beta, "margin_last": round(ends["margins"], 6),
                   "accuracy_last": round(ends["accuracies"], 6),
                   "chosen_change": round(round(ends["chosen"], 6) / p.beta, 6),
                   "rejected_change": round(round(ends["rejected"], 6) / p.beta, 6)}
@@ -213,11 +224,12 @@ def _facts(p: DPOTraining, rows: Sequence[dict], folder: Path, history: Sequence
 def histories(result: stages.Result) -> dict[str, list[dict]]:
     """method -> a record {step, loss, ...} an optimizer step. DPO methods also have "chosen"
     and "rejected": the mean change of the answers' log-probability against the reference, nats."""
-    beta = result.manifest["parameters"]["beta"]
     out = {m: json.loads((result.folder / m / "history.json").read_text())
            for m in result.metrics["methods"]}
-    for record in (h for history in out.values() for h in history if "rewards/chosen" in h):
-        record |= {n: record[f"rewards/{n}"] / beta for n in ("chosen", "rejected")}
+    for method, history in out.items():
+        for record in (h for h in history if "rewards/chosen" in h):
+            beta = result.metrics["methods"][method]["beta"]
+            record |= {n: record[f"rewards/{n}"] / beta for n in ("chosen", "rejected")}
     return out
 
 
@@ -226,8 +238,9 @@ def example(p: DPOTraining, result: stages.Result) -> tuple[str, dict]:
     where none does) and the first pair, in TRL's layout."""
     methods = list(result.metrics["methods"])
     method = next(filter(learns_pairs, methods), methods[0])
-    rows = method_rows(method if learns_pairs(method) else "bpo",
-                       pair_rows.read_pairs(p.path(p.pairs)), p.path(p.image_folder))
+    rows = pair_rows.training_rows(
+        p.runs()[method] if learns_pairs(method) else "bpo", pair_rows.read_pairs(p.path(p.pairs)),
+        p.path(p.image_folder), seed=p.seed, noise_step=p.varied(method).noise_step)
     if not rows:
         raise Refusal(f"{p.path(p.pairs)}: no pair has a rejected answer, so there is none to show")
     return method, rows[0]
@@ -240,6 +253,7 @@ def first_loss(p: DPOTraining, result: stages.Result, method: str, *, dpo: float
     dpo: DPO's loss of a pair before training, which is that of every pair. The other objectives
     are means over the first batch; theirs is what the line says beyond DPO.
     """
+    p = p.varied(method)
     weights = (dict(zip(p.loss, p.loss_weights, strict=True)) if learns_pairs(method)
                else {"sft": 1.0})
     stored = histories(result)[method][0]["loss"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
@@ -26,6 +27,7 @@ from bpo.models import encoding, generate
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
 from bpo.models.weakening import View
+from bpo.pairs.methods import learns_pairs
 from bpo.params import DPOTraining
 from bpo.study import processes
 from bpo.study.files import to_json, write_whole
@@ -41,11 +43,6 @@ FORMULAS = flop_registry | {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
         lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(
             grad.shape, query.shape, key.shape, value.shape)}
-
-
-def learns_pairs(method: str) -> bool:
-    """Whether a method learns from pairs (DPO); the others from positives alone (SFT)."""
-    return method.startswith("bpo")
 
 
 class Rendering:
@@ -68,7 +65,8 @@ class Rendering:
         checkpoint, files = self.checkpoint, [Path(i) for i in row["images"]]
         out = {"images": [encoding.transformed(images.load(f), checkpoint.transform,
                                                checkpoint.processor) for f in files],
-               "prompt": encoding.prompt_text(checkpoint, row["prompt"], image=True)}
+               "prompt": encoding.prompt_text(checkpoint, row["prompt"], image=bool(files))}
+        out |= {n: row[n] for n in {"weight"} & row.keys()}
         for name in {"chosen", "rejected", "completion"} & row.keys():
             out[name] = encoding.answer_text(checkpoint, row["prompt"], row[name][0]["content"])
         if self.view is not None and "chosen" in row:
@@ -175,14 +173,23 @@ class Progress(TrainerCallback):
 
 
 def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, steps: int,
-         references: Path, others: Iterable[Path] = ()) -> CountedDPOTrainer | CountedSFTTrainer:
+         references: Path, others: Iterable[Path] = (), start: Path | None = None
+         ) -> CountedDPOTrainer | CountedSFTTrainer:
     """The trainer of a method; its checkpoints go below `folder`. TRL seeds its draws before it
     makes the adapter, whose first values are thus the same for every method.
 
     references: where the reference's log-probs are kept; others: further such folders, only read.
+    start: an adapter to train on from; the reference is the model with it, of which TRL keeps a
+    frozen copy. None: a fresh adapter, and the model without it.
     """
     checkpoint = checkpoints.load(p.path(p.model), precision=p.precision,
                                   transform=p.image_transform)
+    model, adapter = checkpoint.model, {}
+    if start is None:
+        adapter["peft_config"] = checkpoints.adapter_config(
+            model, rank=p.lora_rank, alpha=p.lora_alpha, dropout=p.lora_dropout)
+    else:
+        model = PeftModel.from_pretrained(model, start, is_trainable=True)
     common = dict(
         output_dir=str(folder / "checkpoints"), max_steps=steps, seed=p.seed, data_seed=p.seed,
         per_device_train_batch_size=p.device_batch,
@@ -197,18 +204,16 @@ def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, ste
         disable_tqdm=True, remove_unused_columns=False)
     given = dict(
         train_dataset=Dataset.from_list(list(rows)).with_transform(Rendering(checkpoint, p)),
-        processing_class=checkpoint.processor, callbacks=[Progress(method)],
-        peft_config=checkpoints.adapter_config(checkpoint.model, rank=p.lora_rank,
-                                               alpha=p.lora_alpha, dropout=p.lora_dropout))
+        processing_class=checkpoint.processor, callbacks=[Progress(method)], **adapter)
     if learns_pairs(method):
         trainer = CountedDPOTrainer(
-            checkpoint.model, args=DPOConfig(
+            model, args=DPOConfig(
                 **common, beta=p.beta, loss_type=list(p.loss), loss_weights=list(p.loss_weights),
-                precompute_ref_log_probs=True),
+                ld_alpha=p.ld_alpha if p.ld_alpha < 1 else None, precompute_ref_log_probs=True),
             **given, packing=p.packing, reference_folder=references, reference_from=others)
     else:
         trainer = CountedSFTTrainer(
-            checkpoint.model, args=SFTConfig(**common, completion_only_loss=True), **given)
+            model, args=SFTConfig(**common, completion_only_loss=True), **given)
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
@@ -229,5 +234,5 @@ def batches_key(p: DPOTraining, rows: Sequence[Sequence[dict]]) -> str:
     them has the bytes of one that computes them."""
     decisive = [list(rows), p.seed, p.steps, p.epochs, p.batch_pairs, p.device_batch, p.packing,
                 p.damage, p.damage_step, p.crop_share, objectives.damages(p.loss),
-                processes.world()]
+                processes.world(), p.variants]
     return hashlib.sha256(to_json(decisive).encode()).hexdigest()[:16]

@@ -75,6 +75,59 @@ def test_each_method_learns_from_its_own_rejected_answers(method, texts, tmp_pat
     assert [r["rejected"][0]["content"] for r in rows] == texts
 
 
+COLOURS = [{"id": str(n), "image": f"{n}.png", "category": "colour", "prompt": [],
+            "chosen": chosen, "rejected": [{"source": "weakened", "text": rejected, "step": 100 * n,
+                                            "scores": {"margin": n / 10}}]}
+           for n, (chosen, rejected) in enumerate([
+               ("red", "blue"), ("blue", "red"), ("green", "red"), ("red", "green"),
+               ("pink", "blue"), ("a red cup", "a blue cup")])]
+
+
+def answers(method, lines=COLOURS, **settings):
+    rows = pair_rows.to_preferences(lines, params.ROOT, method=method, **settings)
+    return [(r["id"], r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in rows]
+
+
+def test_controls_change_one_thing_about_the_pairs():
+    every = answers("bpo")
+    assert answers("bpo_reversed") == [(n, r, c) for n, c, r in every]
+    assert {tuple(r["images"]) for r in pair_rows.to_preferences(
+        COLOURS, params.ROOT, method="bpo_blind")} == {()}
+    shuffled = answers("bpo_shuffled", seed=3)
+    assert [k[:2] for k in shuffled] == [k[:2] for k in every] and shuffled != every
+    assert {r for *_, r in shuffled} <= {r for *_, r in every}
+    assert all(c != r for _, c, r in shuffled)
+    assert answers("bpo_shuffled", seed=3) == shuffled != answers("bpo_shuffled", seed=4)
+    assert answers("bpo_own", [COLOURS[0] | {"own": "pink"}, COLOURS[1], COLOURS[2] | {
+        "own": "Red."}]) == [("0", "pink", "blue")]
+    assert answers("bpo_hard") == every[:2] and answers("bpo_easy") == every[:-3:-1][::-1]
+    assert answers("bpo", noise_step=300) == [every[3]]
+
+
+def test_a_random_edit_is_a_word_of_its_place_and_none_that_the_model_said():
+    edits = {n: (chosen, text) for n, chosen, text in answers("bpo_edited", seed=1)}
+    assert edits["0"][1] in {"green", "pink", "a"} and edits["3"][1] in {"blue", "pink", "a"}
+    whole = edits["5"][1].split()  # "a red cup": only its first word has others in its place
+    assert whole[1:] == ["red", "cup"] and whole[0] in {"red", "blue", "green", "pink"}
+    assert all(text != chosen for chosen, text in edits.values())
+
+
+def test_a_matched_sft_has_the_positives_of_its_method_in_order_and_as_often():
+    for method in ("bpo_weaken", "bpo_reversed", "bpo_blind", "bpo_easy"):
+        rows = pair_rows.training_rows(method, COLOURS, params.ROOT, seed=0)
+        sft = pair_rows.training_rows(f"sft_matched{method.removeprefix('bpo')}", COLOURS,
+                                      params.ROOT, seed=0)
+        assert [(r["id"], r["images"], r["completion"]) for r in sft] == [
+            (r["id"], r["images"], r["chosen"]) for r in rows]
+
+
+def test_a_weight_is_a_column_where_one_is_not_1():
+    weighed = [COLOURS[0] | {"rejected": [{"source": "x", "text": "blue", "weight": 2.0}]},
+               COLOURS[1]]
+    assert [r["weight"] for r in pair_rows.to_preferences(weighed, params.ROOT)] == [2.0, 1.0]
+    assert "weight" not in pair_rows.to_preferences(COLOURS, params.ROOT)[0]
+
+
 def test_preference_rows_become_completions_in_order_and_as_often(tmp_path):
     rows = pair_rows.to_completions(pair_rows.to_preferences(LINES, tmp_path))
     assert [r["completion"][0]["content"] for r in rows] == ["red", "red", "dog"]
@@ -402,7 +455,9 @@ def test_a_new_way_of_weakening_is_one_entry(parameters, outputs, monkeypatch):
     lines = pair_rows.read_pairs(result.folder / "pairs.jsonl")
     assert {r["mode"] for x in lines for r in x["rejected"]} == {"mirrored"}
     [method] = params.DPOTraining(methods=["bpo_mirrored"]).methods
-    assert [pair_rows.rejected_for(x, method) for x in lines] == [x["rejected"] for x in lines]
+    texts = [r["rejected"][0]["content"]
+             for r in pair_rows.to_preferences(lines, outputs, method=method)]
+    assert texts == [r["text"] for x in lines for r in x["rejected"]]
 
 
 def test_rejected_answers_that_the_data_brings_are_taken(parameters, data_file, outputs, tmp_path):

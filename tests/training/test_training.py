@@ -65,7 +65,7 @@ def parameters(model_folder, images):
 
 @pytest.fixture(scope="module")
 def rows(lines, images):
-    return train.method_rows("bpo", lines, images)
+    return pair_rows.training_rows("bpo", lines, images, seed=0)
 
 
 def changed(p, **values):
@@ -97,23 +97,23 @@ def said(rows, key):
 
 
 def test_bpo_trains_on_every_rejected_answer_and_its_parts_on_their_own(lines, images):
-    assert len(train.method_rows("bpo", lines, images)) == 2 * len(lines) - 3
-    weaken = train.method_rows("bpo_weaken", lines, images)
-    inject = train.method_rows("bpo_inject", lines, images)
+    assert len(pair_rows.training_rows("bpo", lines, images, seed=0)) == 2 * len(lines) - 3
+    weaken = pair_rows.training_rows("bpo_weaken", lines, images, seed=0)
+    inject = pair_rows.training_rows("bpo_inject", lines, images, seed=0)
     assert set(said(weaken, "rejected")) == {WRONG["weakened"]}
     assert set(said(inject, "rejected")) == {WRONG["injected"]}
     assert (len(weaken), len(inject)) == (len(lines) - 1, len(lines) - 2)
 
 
 def test_sft_trains_on_every_positive_once(lines, images):
-    rows = train.method_rows("sft", lines, images)
+    rows = pair_rows.training_rows("sft", lines, images, seed=0)
     assert said(rows, "completion") == [k["chosen"] for k in lines]
     assert [r["images"] for r in rows] == [[str(images / k["image"])] for k in lines]
 
 
 @pytest.mark.parametrize("method", ("sft_matched", "sft_compute"))
 def test_the_matched_control_has_the_positives_of_bpo_in_its_order(lines, images, rows, method):
-    matched = train.method_rows(method, lines, images)
+    matched = pair_rows.training_rows(method, lines, images, seed=0)
     assert said(matched, "completion") == said(rows, "chosen")
     assert [(r["images"], r["prompt"]) for r in matched] == [(r["images"], r["prompt"])
                                                              for r in rows]
@@ -425,7 +425,7 @@ def test_packed_and_unpacked_training_have_one_loss_curve(parameters, rows, tmp_
 @pytest.mark.parametrize("method", ("bpo", "bpo_weaken"))
 def test_the_control_sees_its_rows_in_the_order_of_bpo(parameters, lines, images, tmp_path, method):
     """Also where each positive has one rejected answer, so that torch's generator draws."""
-    given = train.method_rows(method, lines, images)
+    given = pair_rows.training_rows(method, lines, images, seed=0)
     orders = []
     for name, rows in ((method, given), ("sft_matched", pair_rows.to_completions(given))):
         trainer = made(changed(parameters, seed=3), name, rows, tmp_path / name, steps=4)

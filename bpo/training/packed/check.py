@@ -38,7 +38,8 @@ def try_longest(trainer: Any, rows: Sequence[dict[str, Any]],
     unpacked where packing is wrong for its model, and says so. model: the wrapped one, where the
     weights are spread over processes."""
     collator = trainer.data_collator
-    rows = [{n: v for n, v in r.items() if n not in ("row", "damaged_images")} for r in rows]
+    rows = [{n: v for n, v in r.items() if n not in ("row", "damaged_images", "weight")}
+            for r in rows]
     with _bare(collator):
         length, number = collation.longest(collator(rows))
     pictured = collation.pictured(rows)
@@ -206,3 +207,13 @@ def _tried(trainer: Any) -> Iterator[None]:
             for w in zero:
                 w.zero_()
         model.train(training)
+
+
+def lower(args: Any) -> str:
+    """What to change when memory runs out."""
+    lower = "max_length, which leaves out the longest rows"
+    if args.per_device_train_batch_size > 1:
+        lower = (f"per_device_train_batch_size (it is {args.per_device_train_batch_size}; raise "
+                 f"gradient_accumulation_steps by as much), or {lower}")
+    checkpointing = "" if args.gradient_checkpointing else " or set gradient_checkpointing"
+    return f"the memory does not hold a step: lower {lower}{checkpointing}"

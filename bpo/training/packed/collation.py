@@ -102,7 +102,8 @@ class PackedCollator:
         if self.damaged and not all("damaged_images" in r for r in rows):
             raise ValueError("an objective compares an image with a damaged one: the rows want a "
                              "column damaged_images")
-        pairs = [{n: v for n, v in r.items() if n not in ("row", "damaged_images")} for r in rows]
+        pairs = [{n: v for n, v in r.items() if n not in ("row", "damaged_images", "weight")}
+                 for r in rows]
         batch = self._batch(pairs)
         if "packed" in batch and longest(batch)[0] > self.tried[pictured(rows)]:
             batch["examples"] = rows
@@ -113,6 +114,8 @@ class PackedCollator:
                  "rejected": pair["chosen"]} for pair, r in zip(pairs, rows, strict=True)])
         if "row" in rows[0]:
             batch["row"] = [r["row"] for r in rows]
+        if any("weight" in r for r in rows):
+            batch["weight"] = torch.tensor([r.get("weight", 1.0) for r in rows])
         return batch
 
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

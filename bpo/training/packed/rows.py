@@ -174,6 +174,13 @@ class Sizes:
         return Size(length, bool(images))
 
 
+def weighted(dataset: Any) -> bool:
+    """Whether pairs have a column `weight`."""
+    columns = getattr(dataset, "column_names", None)
+    return "weight" in (next(iter(dataset), {}) if columns is None and dataset is not None
+                        else columns or ())
+
+
 def _bytes(value: Any) -> int:
     """The bytes of all text in a value."""
     if isinstance(value, str):
@@ -216,7 +223,7 @@ def positives(dataset: Dataset) -> list[list[int]]:
     """
     groups: dict[str, list[int]] = {}
     for number, row in enumerate(_stored(dataset)):
-        for name in ("rejected", "rejected_ids"):
+        for name in ("rejected", "rejected_ids", "weight"):
             row.pop(name, None)
         groups.setdefault(digest(list(row.items())), []).append(number)
     return list(groups.values())

@@ -65,7 +65,8 @@ class PackedDPOTrainer(KeepsReferences):
     max_length: rows that are longer are left out, never cut, in training and in evaluation.
     Rows that can teach nothing (an empty answer or question, no picture, a rejected answer that is
         the chosen one) are left out. `dropped` counts rows left out by reason.
-    loss_type: also those of `objectives`; some want a column `damaged_images`.
+    loss_type: also those of `objectives`; some want a column `damaged_images`. A column `weight`
+        of floats multiplies each pair's losses, of those that `objectives` can weigh.
 
     Raises ValueError where no row is left, NotFinite with the rows when a loss is no number,
     MemoryError with what to lower when memory runs out (not with `auto_find_batch_size`).
@@ -94,6 +95,7 @@ class PackedDPOTrainer(KeepsReferences):
         packs = isinstance(given.get("data_collator"), (*COLLATORS, type(None)))
         with self.no_second_model() if precomputed and packs else contextlib.nullcontext():
             super().__init__(**given)
+        self.weighted = packed_rows.weighted(self.train_dataset)
         self.added_losses = objectives.split(self)
         self.cache, self._surveys, self._features = None, {}, []
         why = self._why_not()
@@ -169,7 +171,7 @@ class PackedDPOTrainer(KeepsReferences):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [n for n in ("row", "damaged_images")
+        self._signature_columns += [n for n in ("row", "damaged_images", "weight")
                                     if n not in self._signature_columns]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
@@ -252,7 +254,7 @@ class PackedDPOTrainer(KeepsReferences):
             full = "out of memory" in str(error) or "can't allocate memory" in str(error)
             if not full or self.args.auto_find_batch_size:
                 raise
-            raise MemoryError(_lower(self.args)) from error
+            raise MemoryError(packed_check.lower(self.args)) from error
 
     def _bad(self, model: torch.nn.Module, inputs: dict[str, Any], rows: Sequence[int] | None
              ) -> Sequence[Any]:
@@ -265,7 +267,7 @@ class PackedDPOTrainer(KeepsReferences):
 
     def answer_tokens(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """(N, S - 1) log p of every answer token in TRL's layout, 0 elsewhere."""
-        not_the_model_s = ("row", "keys", "damaged", "examples", "completion_mask",
+        not_the_model_s = ("row", "keys", "damaged", "examples", "weight", "completion_mask",
                            "ref_chosen_logps", "ref_rejected_logps")
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         return model(**{n: v for n, v in inputs.items() if n not in not_the_model_s},
@@ -279,7 +281,10 @@ class PackedDPOTrainer(KeepsReferences):
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any],
                       return_outputs: bool) -> Any:
         inputs = dict(inputs)
-        _, _, keys, damaged = (inputs.pop(n, None) for n in ("row", "examples", "keys", "damaged"))
+        _, _, keys, damaged, weight = (
+            inputs.pop(n, None) for n in ("row", "examples", "keys", "damaged", "weight"))
+        if weight is not None and not self.weighted:
+            raise ValueError("a batch has weights, and the training data set has no column weight")
         outputs = []
 
         def watched(**kwargs: Any) -> Any:
@@ -292,19 +297,10 @@ class PackedDPOTrainer(KeepsReferences):
                 self.precompute_ref_logps = True
             out = super()._compute_loss(watched, inputs, return_outputs)
             if self.added_losses:
-                added = objectives.loss(self, model, inputs, outputs[0].log_probs, damaged)
+                added = objectives.loss(self, model, inputs, outputs[0].log_probs, damaged,
+                                        weight)
                 out = (out[0] + added, out[1]) if return_outputs else out + added
             return out
         finally:
             self.precompute_ref_logps = False
             self.forget()
-
-
-def _lower(args: Any) -> str:
-    """What to change when memory runs out."""
-    lower = "max_length, which leaves out the longest rows"
-    if args.per_device_train_batch_size > 1:
-        lower = (f"per_device_train_batch_size (it is {args.per_device_train_batch_size}; raise "
-                 f"gradient_accumulation_steps by as much), or {lower}")
-    checkpointing = "" if args.gradient_checkpointing else " or set gradient_checkpointing"
-    return f"the memory does not hold a step: lower {lower}{checkpointing}"
