@@ -24,17 +24,26 @@ def wrong_object_words(text: str, vocabulary: Vocabulary | Lexicon, present: set
     return wrong - {t for name, a, b in found if name in present for t in tokens[a:b]}
 
 
+def wrong_colours(text: str, vocabulary: Vocabulary, colours: Sequence[str],
+                  objects: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
+    """(colour, next word) of every colour word in front of an object of the image, none of that
+    name having this colour. objects: {"name", "colour"} of everything in the image."""
+    coloured = {(o["name"], o.get("colour")) for o in objects}
+    names = {name for name, _ in coloured}
+    tokens = words(text, MARKS)
+    return {(tokens[a - 1], tokens[a]) for name, a, _ in lexicon(vocabulary).mentions(tokens)
+            if a and tokens[a - 1] in colours and name in names
+            and (name, tokens[a - 1]) not in coloured}
+
+
 def caption_is_right(text: str, vocabulary: Vocabulary, colours: Sequence[str],
                      objects: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a caption names objects of the image only, each colour word in front of one with that
-    colour. objects: {"name", "colour"} of everything in the image. A caption of nothing is wrong.
+    colour. objects: as of `wrong_colours`. A caption of nothing is wrong.
     """
-    present = {o["name"] for o in objects}
-    coloured = {(o["name"], o["colour"]) for o in objects}
-    tokens = words(text, MARKS)
-    found = lexicon(vocabulary).mentions(tokens)
-    told = {(name, tokens[a - 1]) for name, a, _ in found if a and tokens[a - 1] in colours}
-    return bool(found) and {name for name, _, _ in found} <= present and told <= coloured
+    named = set(lexicon(vocabulary).objects(text))
+    return (bool(named) and named <= {o["name"] for o in objects}
+            and not wrong_colours(text, vocabulary, colours, objects))
 
 
 def by_image(counts: Sequence[tuple[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:

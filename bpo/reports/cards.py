@@ -11,7 +11,7 @@ import html
 import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from bpo.study.text import LONGEST_ALT, as_text, cut, shortened, visible
 
 OUTPUT_STYLE = (Path(__file__).parent / "template" / "outputs.css").read_text(encoding="utf-8")
 OUTPUT_STYLE = f"<style>\n{OUTPUT_STYLE}</style>\n"
+
+
+Wrong = set[str | tuple[str, str]]  # see `mark_words`
 
 
 class Shown:
@@ -61,12 +64,16 @@ def mark_differences(text: str, reference: str) -> Markup:
     return Markup("".join(runs) + rest)
 
 
-def mark_words(text: str, wrong: set[str]) -> Markup:
-    """Escaped `text` with every word or phrase of `wrong`, in any case, in <mark class="wrong">."""
+def mark_words(text: str, wrong: Wrong) -> Markup:
+    """Escaped `text` with every word or phrase of `wrong`, in any case, in <mark class="wrong">;
+    of a pair the first word, where the second follows it."""
     text, rest = cut(text)
-    phrases = sorted((re.escape(visible(w)) for w in wrong if w.strip()), key=len, reverse=True)
+    pairs = ((w, "") if isinstance(w, str) else w for w in wrong)
+    phrases = sorted((re.escape(visible(word)) + r"(?!\w)"
+                      + (rf"(?=\W+{re.escape(visible(behind))}(?!\w))" if behind else "")
+                      for word, behind in pairs if word.strip()), key=len, reverse=True)
     # re.split with one group: odd places hold what matched, nothing where there are no phrases
-    pieces = re.split(rf"(?<!\w)({'|'.join(phrases) or '(?!)'})(?!\w)", visible(text),
+    pieces = re.split(rf"(?<!\w)({'|'.join(phrases) or '(?!)'})", visible(text),
                       flags=re.IGNORECASE)
     escaped = [html.escape(piece) for piece in pieces]
     escaped[1::2] = [f'<mark class="wrong">{piece}</mark>' for piece in escaped[1::2]]
@@ -106,8 +113,9 @@ def _picture(image: Image.Image | Path, alt: object) -> str:
     return f'<img alt="{words}" src="{image_uri(image, 192)}">'
 
 
-def _labelled(label: object, text: object) -> str:
-    return f'<p><span class="label">{as_text(label)}</span>{as_text(text)}</p>'
+def _labelled(label: object, text: object, kind: str = "") -> str:
+    key = f' class="key {kind}"' if kind else ""
+    return f'<p><span class="label">{as_text(label)}</span><span{key}>{as_text(text)}</span></p>'
 
 
 def _cards(cards: Sequence[str], plain: str, kind: str = "") -> Shown:
@@ -141,24 +149,87 @@ def pair_gallery(examples: list[dict[str, Any]]) -> Shown:
     return _cards(cards, "preference pairs")
 
 
-def comparison_gallery(examples: list[dict[str, Any]]) -> Shown:
-    """A card a question: picture, truth, every method's answer, the verdict as a word.
+SAYS = {"true": "saw", "prior": "thought that it saw", "other": "something else"}
 
-    examples: {"image", "question", "truth", "answers": {method: (text, set of wrong words)},
-    "verdict": "win", "loss", "tie" or where the answers come from}.
+
+def comparison_gallery(examples: list[dict[str, Any]]) -> Shown:
+    """A card a question: picture, truth, every method's answer, and where it comes from.
+
+    examples: {"image", "question", "origin": why this one is shown, "truth", "usual": the prior's
+    answer where that is another, "answers": method -> {"text", "wrong": words of it to mark,
+    perhaps "kind" of `SAYS`, perhaps "chances" of the true and the prior's answer}}.
     """
     cards = []
     for example in examples:
-        verdict = html.escape(example["verdict"])
-        answers = "".join(
-            _labelled(method, mark_words(text, wrong))
-            for method, (text, wrong) in example["answers"].items())
+        usual = example.get("usual", "")
+        answers = ""
+        for method, answer in example["answers"].items():
+            text = as_text(mark_words(answer["text"], answer["wrong"]))
+            if kind := answer.get("kind"):
+                text += Markup(f' <span class="says {kind}">{SAYS[kind]}</span>')
+            answers += f'<p><span class="label">{as_text(method)}</span><span>{text}</span></p>'
+            if "chances" in answer:
+                answers += _chances([example["truth"], usual], answer["chances"])
+        keys = _labelled("what is there" if usual else "truth", example["truth"],
+                         "true" if usual else "")
+        keys += _labelled("what is usual", usual, "prior") if usual else ""
         cards.append(
             f'<div class="head"><span class="question">{as_text(example["question"])}</span>'
-            f'<span><span class="verdict {verdict}">{verdict}</span></span></div>'
-            f"{_picture(example['image'], example['question'])}"
-            f"{_labelled('truth', example['truth'])}{answers}")
+            f'<span><span class="origin">{html.escape(example["origin"])}</span></span></div>'
+            f'<div class="asked">{_picture(example["image"], example["question"])}'
+            f"<div>{keys}</div></div>{answers}")
     return _cards(cards, "compared answers")
+
+
+def bar(shares: Mapping[str, float]) -> str:
+    """A track with the shares of 1 as parts of it; their names, of `SAYS`, give the colours."""
+    return '<span class="bar">' + "".join(
+        f'<span class="{kind}" style="width:{share:.2%}"></span>' for kind, share in shares.items()
+    ) + "</span>"
+
+
+def _chances(words: Sequence[str], chances: Sequence[float]) -> str:
+    return '<div class="chances">' + "".join(
+        f"<span>P({as_text(word)})</span>{bar({kind: chance})}<span>{chance:.2f}</span>"
+        for word, kind, chance in zip(words, ("true", "prior"), chances, strict=True)) + "</div>"
+
+
+def stacked_bars(rows: Mapping[str, Mapping[str, float]], names: Mapping[str, str]) -> Shown:
+    """A track a row with its shares as parts, in per cent. rows: label -> kind -> share of 1;
+    names: kind -> what it stands for."""
+    key = "".join(f'<span class="key {kind}">{as_text(name)}</span>'
+                  for kind, name in names.items())
+    tracks = "".join(
+        f'<p>{as_text(label)}</p>{bar(shares)}<p class="parts">' + "".join(
+            f'<span class="key {kind}">{share:.1%}</span>' for kind, share in shares.items())
+        + "</p>" for label, shares in rows.items())
+    return Shown(f'<p class="keys">{key}</p><div class="stacked">{tracks}</div>',
+                 plain="\n".join(f"{label}: " + ", ".join(
+                     f"{names[kind]} {share:.1%}" for kind, share in shares.items())
+                     for label, shares in rows.items()))
+
+
+def strips(sources: list[dict[str, Any]], key: str) -> Shown:
+    """A strip a source of examples, headed by a share of them in one bar.
+
+    sources: {"title", "note", "share": of 1, "of": what has it, "examples": [{"image": picture or
+    None, "parts": [(text, whether it counts)]}]}; key: what the underlined parts are.
+    """
+    out = f'<p class="keys"><span class="usual">underlined</span>: {as_text(key)}</p>'
+    for source in sources:
+        examples = ""
+        for example in source["examples"]:
+            text = " ".join(f'<span class="usual">{as_text(t)}</span>' if counts
+                            else f"<span>{as_text(t)}</span>" for t, counts in example["parts"])
+            alt = " ".join(part for part, _ in example["parts"])
+            picture = _picture(example["image"], alt) if example["image"] is not None else ""
+            examples += f"<div>{picture}<p>{text}</p></div>"
+        out += (f'<div class="strip"><div><p class="title">{as_text(source["title"])}</p>'
+                f'<p class="share">{source["share"]:.0%}</p>{bar({"prior": source["share"]})}'
+                f'<p>{as_text(source["of"])}</p><p class="note">{as_text(source["note"])}</p></div>'
+                f'<div class="examples">{examples}</div></div>')
+    return Shown(out, plain="\n".join(
+        f"{s['title']}: {s['share']:.0%} {s['of']}" for s in sources))
 
 
 def sample_gallery(examples: list[dict[str, Any]]) -> Shown:

@@ -1,16 +1,19 @@
-"""Two things to try in JupyterLab: an image at any noise step, and a question of one's own.
+"""Answers one by one: side by side (notebook 4), and two things to try in JupyterLab, an image at
+any noise step and a question of one's own.
 
-Each is one output with widgets and a still figure. The still figure is what the widgets show at
-first; pages, and whatever else has no widgets, show it in their place.
+What is to be tried is one output with widgets and a still figure. The still figure is what the
+widgets show at first; pages, and whatever else has no widgets, show it in their place.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain, zip_longest
 from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
 import torch
+from pandas import DataFrame
 
 from bpo.data import images
 from bpo.data import rows as data_rows
@@ -27,8 +30,9 @@ from bpo.reports.cards import Shown
 from bpo.study import seeds
 from bpo.study import stage as stages
 from bpo.study.files import read_lines, to_json
-from bpo.study.text import visible
+from bpo.study.text import visible, words
 
+AGAINST, DRAWN = "picture against habit", "drawn by seed"
 CHOICES = 24  # rows offered, of each split
 WIDE = {"width": "min(100%, 34rem)"}
 _loaded: dict[str, Any] = {}  # one model at a time, also where the cell is run again
@@ -111,6 +115,90 @@ def noise(p: NoiseProbability, result: stages.Result, checkpoint: Checkpoint) ->
                         description="Noise step", continuous_update=False))
 
 
+def side_by_side(p: QualitativeComparison, result: stages.Result, frame: DataFrame) -> list[Shown]:
+    """How often base, the page's method and its control follow the habit, and `p.gallery` cards.
+
+    Half of the cards are drawn by seed among the colour questions to which the base gives the
+    prior's answer, which is wrong there; the others from each category of question in turn.
+    """
+    split, method = comparison.main_split(frame), tables.main_method(frame)
+    methods = list(dict.fromkeys(("base", tables.control(frame), method)))
+    rows, truth, _ = comparison.read_split(p, split)
+    files = {r.id: r.image for r in rows}
+    lines = sorted(read_lines(result.folder / f"answers-{split}.jsonl"),
+                   key=lambda x: seeds.seed_for(p.seed, "comparison gallery", x["id"]))
+    usual = [x for x in lines if x["p_true"] and said(x, "base", truth) == "prior"]
+    shown = usual[:(p.gallery + 1) // 2]
+    turns = zip_longest(*([x for x in lines if x["category"] == category and x not in shown]
+                          for category in dict.fromkeys(x["category"] for x in lines)))
+    shown += list(filter(None, chain.from_iterable(turns)))[:p.gallery - len(shown)]
+    gallery = cards.comparison_gallery([
+        {"image": images.load(files[x["id"]]), "question": x["question"],
+         "origin": AGAINST if x in usual else DRAWN, **stored(x, methods, truth)}
+        for x in shown])
+    return [habit(lines, methods, truth, split), gallery]
+
+
+def habit(lines: Sequence[dict], methods: Sequence[str], truth: dict[str, Any], split: str
+          ) -> Shown:
+    """How many answers of the base the methods mended and lost, where its habit is wrong."""
+    kinds = [{m: said(x, m, truth) for m in methods} for x in lines if x["p_true"]]
+    if not kinds:
+        changed = sum(x["answers"][methods[-1]] != x["answers"]["base"] for x in lines)
+        return page.say(
+            "No truth file tells of a usual answer to the {n} {s} questions: those below are drawn "
+            "by seed. {m} answers {c} of {n} otherwise than base.", n=len(lines), s=split,
+            m=methods[-1], c=changed)
+    usual, true = ([k for k in kinds if k["base"] == kind] for kind in ("prior", "true"))
+    tuned = "; ".join(
+        f"{m} now answers {sum(k[m] == 'true' for k in usual)} of those {len(usual)} truly and has "
+        f"lost {sum(k[m] != 'true' for k in true)} of those {len(true)}" for m in methods[:0:-1])
+    return page.say(
+        "Of **{n}** colour questions on {s} images to which the usual answer is wrong, base gives "
+        "the usual one to **{u}** and the true one to **{t}**; {tuned}.", n=len(kinds), s=split,
+        u=len(usual), t=len(true), tuned=tuned)
+
+
+def said(line: dict, method: str, truth: dict[str, Any]) -> str:
+    """Whether an answer to a colour question is the "true" one, the "prior"'s, or an "other"."""
+    counts = comparison.counts(line, method, truth)
+    return ("true" if counts["colour_accuracy"][0] else "prior" if counts["prior_rate"][0]
+            else "other")
+
+
+def stored(line: dict, methods: Sequence[str], truth: dict[str, Any]) -> dict[str, Any]:
+    """{truth, usual, answers} of a stored line, for a card."""
+    out = {"truth": line["annotated"], "answers": {
+        m: {"text": line["answers"][m], "wrong": wrong_words(line, m, truth)} for m in methods}}
+    if line["p_true"]:
+        known = truth["rows"][line["id"]]
+        out["truth"] = " or ".join(known["true"])
+        out["usual"] = " or ".join(a for a in known["prior"] if a not in known["true"])
+        for m, answer in out["answers"].items():
+            answer |= {"kind": said(line, m, truth),
+                       "chances": (line["p_true"][m], line["p_prior"][m])}
+    return out
+
+
+def wrong_words(line: dict, method: str, truth: dict[str, Any]) -> cards.Wrong:
+    """What to mark in an answer: wrong objects and colours of a caption, a wrong answer whole."""
+    known, text = truth["rows"].get(line["id"]), line["answers"][method]
+    if known is None:
+        return set()
+    if known["category"] == "caption":
+        return _misdescribed(text, line["image"], truth)
+    return set() if comparison.quality(line, method, truth) else set(words(text))
+
+
+def _misdescribed(text: str, image: str, truth: dict[str, Any]) -> cards.Wrong:
+    if image not in truth["images"]:
+        return set()
+    vocabulary, objects = truth["vocabulary"], truth["images"][image]["objects"]
+    present = {o["name"] for o in objects}
+    return metrics.wrong_object_words(text, vocabulary["objects"], present) | metrics.wrong_colours(
+        text, vocabulary["objects"], vocabulary.get("colours", ()), objects)
+
+
 def ask(p: QualitativeComparison, result: stages.Result) -> Explorer:
     """A held-out image of notebook 4 with the answers of base and methods: the stored ones to its
     own question, or new ones to a question that is typed; the model is loaded at the first."""
@@ -128,9 +216,7 @@ def ask(p: QualitativeComparison, result: stages.Result) -> Explorer:
             example = _answered(p, result, replace(chosen, prompt=asked), truth)
         else:
             line = lines[split][chosen.id]
-            example = {"verdict": "from the stored result", "truth": line["annotated"],
-                       "answers": {m: (text, tables.wrong_words(line, m, truth))
-                                   for m, text in line["answers"].items()}}
+            example = {"origin": "from the stored result", **stored(line, line["answers"], truth)}
         return cards.comparison_gallery([{"image": images.load(chosen.image),
                                           "question": question or chosen.question, **example}])
 
@@ -142,8 +228,8 @@ def ask(p: QualitativeComparison, result: stages.Result) -> Explorer:
 @torch.no_grad()
 def _answered(p: QualitativeComparison, result: stages.Result, row: Row, truth: dict[str, Any]
               ) -> dict[str, Any]:
-    """{verdict, truth, answers} to a new question, decoded as notebook 4 does. Words for objects
-    that are not in the image are marked, where the truth file says what is in it."""
+    """{origin, truth, answers} to a new question, decoded as notebook 4 does. Objects that are not
+    in the image are marked, and wrong colours, where the truth file says what is in it."""
     key = to_json([result.manifest["parameters"], result.manifest["inputs"]])
     if key not in _loaded:
         _loaded.clear()
@@ -156,9 +242,8 @@ def _answered(p: QualitativeComparison, result: stages.Result, row: Row, truth: 
     for method in methods:
         with checkpoints.using(checkpoint, method):
             text = generate.decode(checkpoint, inputs, max_new_tokens=p.max_new_tokens)[0]
-        answers[method] = text, metrics.wrong_object_words(
-            text, truth["vocabulary"]["objects"], present) if known else set()
-    return {"verdict": "answered just now", "answers": answers,
+        answers[method] = {"text": text, "wrong": _misdescribed(text, row.image_name, truth)}
+    return {"origin": "answered just now", "answers": answers,
             "truth": f"in the image: {', '.join(sorted(present))}" if known else "not known"}
 
 

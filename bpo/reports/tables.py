@@ -6,13 +6,12 @@ from typing import Any
 
 from pandas import DataFrame
 
-from bpo.data import images
-from bpo.evaluation import benchmarks, comparison, metrics
+from bpo.evaluation import benchmarks, comparison
 from bpo.params import DPOTraining, NoiseProbability, QualitativeComparison
 from bpo.reports import figures
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
-from bpo.study import results, seeds
+from bpo.study import results
 from bpo.study import stage as stages
 from bpo.study.files import read_lines
 from bpo.study.results import DECIDED, OPEN, Estimate
@@ -135,40 +134,6 @@ def readings(frame: DataFrame) -> list[Shown]:
     return [report.say("**{m} against {a}**, {s} images: {r}.", m=main_method(frame), a=against,
                        s=split, r=reading(frame, split, against))
             for split in frame["split_or_benchmark"].unique() for against in baselines(frame)]
-
-
-def gallery(p: QualitativeComparison, result: stages.Result, *, split: str, method: str,
-            against: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Cards for the gallery, and how often each verdict occurs among all questions of the split.
-
-    As many wins, losses and ties as far as there are any, each drawn by seed.
-    """
-    rows, truth, _ = comparison.read_split(p, split)
-    files = {r.id: r.image for r in rows}
-    verdicts: dict[str, list[dict]] = {"win": [], "loss": [], "tie": []}
-    for line in sorted(read_lines(result.folder / f"answers-{split}.jsonl"),
-                       key=lambda x: seeds.seed_for(p.seed, "comparison gallery", x["id"])):
-        better, other = (comparison.quality(line, m, truth) or 0.0 for m in (method, against))
-        verdict = "win" if better > other else "loss" if better < other else "tie"
-        verdicts[verdict].append(line)
-    mixed = [(verdict, lines[i]) for i in range(p.gallery) for verdict, lines in verdicts.items()
-             if i < len(lines)][:p.gallery]
-    cards = [{"image": images.load(files[x["id"]]), "question": x["question"],
-              "truth": x["annotated"], "verdict": verdict,
-              "answers": {m: (text, wrong_words(x, m, truth)) for m, text in x["answers"].items()}}
-             for verdict, x in mixed]
-    return cards, {n: len(v) for n, v in verdicts.items()}
-
-
-def wrong_words(line: dict, method: str, truth: dict[str, Any]) -> set[str]:
-    """The words of an answer to mark: hallucinated objects of a caption, a wrong answer whole."""
-    known, text = truth["rows"].get(line["id"]), line["answers"][method]
-    if known is None:
-        return set()
-    if known["category"] == "caption":
-        present = {o["name"] for o in truth["images"][line["image"]]["objects"]}
-        return metrics.wrong_object_words(text, truth["vocabulary"]["objects"], present)
-    return set() if comparison.quality(line, method, truth) else set(metrics.words(text))
 
 
 def chair_by_hand(p: QualitativeComparison, result: stages.Result, *, split: str, method: str

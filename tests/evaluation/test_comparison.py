@@ -13,7 +13,7 @@ from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate
 from bpo.models.generate import Request
 from bpo.params import QualitativeComparison, Refusal
-from bpo.reports import tables
+from bpo.reports import explorer, tables
 from bpo.study import results
 from bpo.study.files import read_lines
 
@@ -38,6 +38,9 @@ def line(row_id, base, tuned, *, image="0.png", p_true=None, p_prior=None):
             "answers": {"base": base, "bpo": tuned},
             "p_true": dict(zip(("base", "bpo"), p_true or ())),
             "p_prior": dict(zip(("base", "bpo"), p_prior or ()))}
+
+
+METHODS = ("base", "sft", "bpo")
 
 
 # --- counts -------------------------------------------------------------------------------------
@@ -141,9 +144,30 @@ def test_a_presence_answer_is_as_good_as_pope_finds_it(text):
 
 @pytest.mark.parametrize("row_id, text, words", [
     ("colour", "Red", set()), ("colour", "dark blue", {"dark", "blue"}),
-    ("caption", "a dog and cats", {"cats"}), ("unknown", "a dog", set())])
+    ("caption", "a dog and cats", {"cats"}), ("unknown", "a dog", set()),
+    ("caption", "a Blue dog, a blue cat, a blue box, red", {("blue", "dog"), "cat"})])
 def test_wrong_words_are_marked(row_id, text, words):
-    assert tables.wrong_words(line(row_id, text, ""), "base", TRUTH) == words
+    assert explorer.wrong_words(line(row_id, text, ""), "base", TRUTH) == words
+
+
+@pytest.mark.parametrize("base, sft, bpo, sentence", [
+    # the first follows the habit and bpo mends it, the second is right and bpo loses it
+    ("blue red blue green", "blue red blue red", "red blue blue red",
+     "Of 4 colour questions on x images to which the usual answer is wrong, base gives the usual "
+     "one to 2 and the true one to 1; bpo now answers 1 of those 2 truly and has lost 1 of those "
+     "1; sft now answers 0 of those 2 truly and has lost 0 of those 1."),
+    (None, None, "red blue", "No truth file tells of a usual answer to the 2 x questions: those "
+     "below are drawn by seed. bpo answers 1 of 2 otherwise than base.")])
+def test_how_often_the_habit_is_followed_is_counted(base, sft, bpo, sentence):
+    if base is None:
+        lines = [line("unknown", "red", text) for text in bpo.split()]
+    else:
+        chances = dict.fromkeys(METHODS, 0.5)
+        lines = [line("colour", "", "") | {"answers": dict(zip(METHODS, texts, strict=True)),
+                                           "p_true": chances, "p_prior": chances}
+                 for texts in zip(base.split(), sft.split(), bpo.split(), strict=True)]
+    methods = METHODS if base else ("base", "bpo")
+    assert explorer.habit(lines, methods, TRUTH, "x").plain == sentence
 
 
 # --- what may be said ---------------------------------------------------------------------------
@@ -377,10 +401,18 @@ def test_data_without_a_truth_file_is_measured_by_length_and_change(parameters, 
     assert tables.difference_figures(frame, "held_out") and tables.level_figure(frame, "held_out")
 
 
-def test_the_gallery_shows_wins_and_losses_and_counts_them_all(parameters, result, data_file):
-    cards, verdicts = tables.gallery(parameters, result, split="natural", method="bpo",
-                                     against="base")
-    assert sum(verdicts.values()) == len(data_rows.read_rows(data_file)[0])
-    assert len(cards) == 4
-    assert {c["verdict"] for c in cards} == {v for v, n in verdicts.items() if n}
-    assert all(set(c["answers"]) == {"base", "sft", "bpo", "bpo_weaken"} for c in cards)
+def test_the_gallery_shows_what_is_against_the_habit_beside_seed_drawn_questions(
+        parameters, result, monkeypatch):
+    """Whatever the tuned models answer; with the probabilities of base, control and method."""
+    frame, shown = results.read(result.folder), []
+    truth = data_rows.read_truth(parameters.path(parameters.splits["natural"]))
+    monkeypatch.setattr(explorer, "read_lines", lambda file: [
+        x | {"answers": x["answers"] | {"base": usual}}
+        for x in read_lines(file) for usual in truth["rows"][x["id"]]["prior"] or [""]])
+    monkeypatch.setattr(explorer.cards, "comparison_gallery", shown.extend)
+    explorer.side_by_side(parameters, result, frame)
+    assert [x["origin"] for x in shown] == [explorer.AGAINST] * 2 + [explorer.DRAWN] * 2
+    for x in shown[:2]:
+        assert x["usual"] not in ("", x["truth"]) and list(x["answers"]) == ["base", "sft", "bpo"]
+        assert x["answers"]["base"]["kind"] == "prior"
+        assert all(0 <= p <= 1 for a in x["answers"].values() for p in a["chances"])

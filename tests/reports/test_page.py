@@ -60,8 +60,16 @@ def shown_objects() -> list[cards.Shown]:
             "image": picture(), "noised": picture(300), "question": HOSTILE, "chosen": "a red box",
             "category": HOSTILE, "rejected": [{"source": HOSTILE, "text": HOSTILE}]}]),
         cards.comparison_gallery([{
-            "image": picture(), "question": HOSTILE, "truth": HOSTILE, "verdict": "win",
-            "answers": {"base": (HOSTILE, set()), HOSTILE: (HOSTILE, {"code"})}}]),
+            "image": picture(), "question": HOSTILE, "truth": HOSTILE, "usual": HOSTILE,
+            "origin": "drawn", "answers": {
+                "base": {"text": HOSTILE, "wrong": set()},
+                HOSTILE: {"text": HOSTILE, "wrong": {"code"}, "kind": "prior",
+                          "chances": (0.25, 0.5)}}}]),
+        cards.strips([{"title": HOSTILE, "note": HOSTILE, "share": 0.5, "of": HOSTILE, "examples": [
+            {"image": picture(), "parts": [(HOSTILE, True)]}, {"image": None, "parts": []}]}],
+            key=HOSTILE),
+        cards.stacked_bars({HOSTILE: {"true": 0.5, "other": 0.5}},
+                           {"true": HOSTILE, "other": HOSTILE}),
         cards.sample_gallery([{"image": picture(), "lines": [HOSTILE]}]),
     ]
 
