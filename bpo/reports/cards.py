@@ -201,11 +201,11 @@ def stacked_bars(rows: Mapping[str, Mapping[str, float]], names: Mapping[str, st
                   for kind, name in names.items())
     tracks = "".join(
         f'<p>{as_text(label)}</p>{bar(shares)}<p class="parts">' + "".join(
-            f'<span class="key {kind}">{share:.1%}</span>' for kind, share in shares.items())
+            f'<span class="key {kind}">{100 * share:.3g}%</span>' for kind, share in shares.items())
         + "</p>" for label, shares in rows.items())
     return Shown(f'<p class="keys">{key}</p><div class="stacked">{tracks}</div>',
                  plain="\n".join(f"{label}: " + ", ".join(
-                     f"{names[kind]} {share:.1%}" for kind, share in shares.items())
+                     f"{names[kind]} {100 * share:.3g}%" for kind, share in shares.items())
                      for label, shares in rows.items()))
 
 

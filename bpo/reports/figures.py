@@ -240,26 +240,6 @@ def histograms(values: dict[str, list[int]], *, xlabel: str, ylabel: str) -> Fig
     return fig
 
 
-def statistics_bars(table: "pandas.DataFrame") -> Figure:
-    """For each object its share in each source. table: columns "object" and one a source."""
-    import seaborn
-
-    theme()
-    sources = table.columns.drop("object")
-    long = table.melt("object", var_name="source")
-    fig = Figure(figsize=(WIDTH * 0.85, 0.9 + 0.24 * len(long)), layout="constrained")
-    axes = fig.subplots()
-    seaborn.barplot(long, x="value", y="object", hue="source", ax=axes, saturation=1,
-                    palette=COLOURS[:len(sources)])
-    hatched(axes)
-    axes.set(xlabel="share with the typical colour", ylabel="", xlim=(0, 1))
-    axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", length=0)
-    axes.get_legend().remove()
-    fig.legend(axes.containers, list(sources), loc="outside upper left", ncols=4)
-    return fig
-
-
 def hatched(axes: Axes) -> None:
     """Groups of bars differ in grey too."""
     for bars, hatch in zip(axes.containers, ["", "///", "...", "xxx"], strict=False):

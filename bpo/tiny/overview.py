@@ -2,6 +2,7 @@
 build time, so that the notebook needs neither the corpus nor the model."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,53 +13,58 @@ from bpo.evaluation import hallucination
 from bpo.evaluation.words import lexicon
 from bpo.tiny.language import DESCRIBE, Facts, parse_caption
 from bpo.tiny.model import image_prompt, pixel_values
-from bpo.tiny.world import OBJECT_WORDS, OBJECTS, PARTNER, TYPICAL, Scene
+from bpo.tiny.world import OBJECT_WORDS, PARTNER, TYPICAL, Scene
 
 BATCH = 100
-EXAMPLES = 4  # counterfactual pictures whose colour questions are shown with the model's answers
+EXAMPLES = 4  # texts and pictures of each source that are shown
+PICTURES = ("alignment", "preference", "counterfactual")
 LONGEST_CAPTION = 40  # tokens
 
 
 def overview(multimodal: LlavaForConditionalGeneration, processor: LlavaProcessor,
              scenes: dict[str, list[Scene]], rows: dict[str, list[list[dict]]],
              documents: list[dict]) -> dict[str, Any]:
-    """statistics: where (text, alignment images, counterfactual images) -> `statistics`;
+    """statistics: source (text, alignment, preference and counterfactual images) -> `statistics`;
+    samples: source -> its first `EXAMPLES`, texts as their facts, images as scenes;
     documents: one of each kind, {kind, user, assistant};
     answers: `short_answers` to the colour questions of the first counterfactual images."""
-    text = [parse_caption(d["assistant"]) for d in documents
-            if d["kind"] in ("caption", "described")]
+    texts = [parse_caption(d["assistant"]) for d in documents
+             if d["kind"] in ("caption", "described")]
     colours = [[row for row in of_scene if row["category"] == "attribute"]
                for of_scene in rows["counterfactual"][:EXAMPLES]]
     return {
-        "statistics": {"text": statistics(text)} | {
+        "statistics": {"text": statistics(texts)} | {
             f"{name} images": statistics(scene.facts for scene in scenes[name])
-            for name in ("alignment", "counterfactual")},
+            for name in PICTURES},
+        "samples": {"text": texts[:EXAMPLES]} | {
+            f"{name} images": [asdict(scene) for scene in scenes[name][:EXAMPLES]]
+            for name in PICTURES},
         "documents": list({d["kind"]: d for d in reversed(documents)}.values())[::-1],
         "answers": short_answers(multimodal, processor, scenes["counterfactual"][:EXAMPLES],
                                  colours)}
 
 
-def statistics(scenes: Iterable[Facts]) -> dict[str, dict[str, float | None]]:
-    """{"typical", "partner"} -> object -> share of its appearances with its typical colour, and
-    with its partner in the same scene; None for an object that is in no scene."""
-    seen = DataFrame([(name, colour == TYPICAL[name], PARTNER[name] in dict(map(reversed, facts)))
+def statistics(scenes: Iterable[Facts]) -> dict[str, float]:
+    """The shares of objects with their typical colour, and with their partner in the scene."""
+    seen = DataFrame([(colour == TYPICAL[name], PARTNER[name] in dict(map(reversed, facts)))
                       for facts in scenes for colour, name in facts],
-                     columns=["object", "typical", "partner"])
-    shares = seen.groupby("object").mean().reindex(OBJECTS).round(4)
-    return shares.astype(object).where(shares.notna(), None).to_dict()
+                     columns=["typical", "partner"])
+    return seen.mean().round(4).to_dict()
 
 
 def base_metrics(multimodal: LlavaForConditionalGeneration, processor: LlavaProcessor,
                  scenes: Sequence[Scene], rows: Sequence[Sequence[dict]]) -> dict[str, float]:
     """Metrics of the untuned model on an evaluation split, named as in notebook 4; `rows[i]` belong
-    to `scenes[i]`. Unlike there, p_true and p_prior also count colours that are typical."""
+    to `scenes[i]`. Unlike there, p_true and p_prior also count colours that are typical, and
+    prior_rate, the wrong answers that are the prior's, is out of all colour questions."""
     counts = [caption_counts(text, scene) for text, scene in
               zip(captions(multimodal, processor, scenes), scenes, strict=True)]
     for answer in short_answers(multimodal, processor, scenes, rows):
         right = (float(answer["answer"] == answer["true"]), 1)
         counts.append({f"pope_{answer['kind']}": right} if answer["kind"] else {
             "colour_accuracy": right, "p_true": (answer["p_true"], 1),
-            "p_prior": (answer["p_prior"], 1)})
+            "p_prior": (answer["p_prior"], 1),
+            "prior_rate": (float(answer["answer"] in answer["prior"] and not right[0]), 1)})
     metrics = {}
     for name in dict.fromkeys(name for count in counts for name in count):
         tops, bottoms = zip(*(count[name] for count in counts if name in count), strict=True)

@@ -12,12 +12,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 
-from bpo.params import PriorOrigin
+from bpo.params import PriorOrigin, TinyWorld
 from bpo.reports import cards, figures, page
 from bpo.study import stage as stages
 from bpo.study.results import Estimate
 from bpo.study.text import visible
 from bpo.tiny import prior
+from bpo.tiny.drawing import draw_scene
+from bpo.tiny.world import TYPICAL, Scene, Thing
 
 Metrics = Mapping[str, Any]
 
@@ -32,8 +34,43 @@ MEASURES = {"clean": "P(prior), clean", "rise": "its rise"}
 
 
 def overview(result: stages.Result) -> dict[str, Any]:
-    """{statistics, documents, answers} of the world, as the stage wrote them."""
+    """{statistics, samples, documents, answers} of the world, as the stage wrote them."""
     return json.loads((result.folder / "overview.json").read_text(encoding="utf-8"))
+
+
+SOURCES = {
+    "text": ("1. What the text says", "Read before any picture was seen: here the habit is made."),
+    "alignment images": ("2. What the alignment shows", "Pictures teach the model to use its eye. "
+                         "Mostly they agree with the habit."),
+    "preference images": ("3. What the preference rows add", "Their annotated answers are the "
+                          "chosen ones: how often they contradict the habit is the dose."),
+    "counterfactual images": ("4. What the test asks", "Picture and habit always disagree: who "
+                              "follows the habit is wrong.")}
+AGAIN = " The first of them are the alignment's own pictures."
+
+
+def sources(shown: Metrics) -> cards.Shown:
+    """A strip a source of the model's habits: its share of typical colours and its first examples.
+    """
+    strips, samples = [], shown["samples"]
+    for source, (title, note) in SOURCES.items():
+        shares = shown["statistics"][source]
+        again = source == "preference images" and samples[source] == samples["alignment images"]
+        scenes = [None if source == "text" else _scene(x) for x in samples[source]]
+        facts = samples[source] if source == "text" else [scene.facts for scene in scenes]
+        strips.append({
+            "title": title, "share": shares["typical"], "note": note + AGAIN * again,
+            "of": "of the objects have their typical colour; "
+                  f"{shares['partner']:.0%} have their partner beside them",
+            "examples": [{"image": None if scene is None else draw_scene(scene),
+                          "parts": [(f"{c} {name}", c == TYPICAL[name]) for c, name in of_example]}
+                         for scene, of_example in zip(scenes, facts, strict=True)]})
+    return cards.strips(strips, "an object in its typical colour")
+
+
+def _scene(stored: Metrics) -> Scene:
+    things = (Thing(**t | {"shift": tuple(t["shift"])}) for t in stored["things"])
+    return Scene(tuple(things), stored["background"])
 
 
 def samples(result: stages.Result, split: str, *, count: int = 4) -> cards.Shown:
@@ -46,18 +83,27 @@ def samples(result: stages.Result, split: str, *, count: int = 4) -> cards.Shown
             for row in of_image]} for image, of_image in itertools.islice(by_image, count)])
 
 
-def shares(shown: Metrics, share: str) -> DataFrame:
-    """A row an object: its share ("typical" or "partner") in each source."""
-    statistics = shown["statistics"]
-    return DataFrame({source: shares[share] for source, shares in statistics.items()},
-                     dtype=float).rename_axis("object").reset_index()
+def sight(p: TinyWorld, metrics: Metrics) -> cards.Shown:
+    """What the vision tower sees, and what the untuned model answers, as shares."""
+    eye = metrics["tower"]["colour_accuracy"]
+    rows = {"the eye: vision tower, colour of each object of held-out images":
+            {"true": eye, "other": 1 - eye}}
+    for split, count in (("natural", p.natural_images), ("development", p.development_images)):
+        base = metrics["base"][split]
+        right, usual = base["colour_accuracy"], base["prior_rate"]
+        images = "counterfactual development" if split == "development" else split
+        rows[f"the untuned model: colour questions, {count} {images} images"] = {
+            "true": right, "prior": usual, "other": 1 - right - usual}
+    return cards.stacked_bars(rows, {"true": "what is there", "prior": "what is usual, and wrong",
+                                     "other": "something else"})
 
 
 def gate(metrics: Metrics) -> cards.Shown:
     gates = metrics["gates"]
     return page.say(
-        "Tower, objects named right by patch on held-out images: **{value:.3f}**, required: "
-        "{bound}. Gate **{verdict}**.", value=gates["tower_value"], bound=gates["tower_bound"],
+        "The eye must see well, or mistakes would be bad sight and not habit: objects named right "
+        "by patch on held-out images **{value:.3f}**, required {bound}. Gate **{verdict}**.",
+        value=gates["tower_value"], bound=gates["tower_bound"],
         verdict="passed" if gates["tower"] else "NOT passed: mistakes below are partly bad sight")
 
 
@@ -67,21 +113,25 @@ def base(metrics: Metrics) -> DataFrame:
     return frame.rename(index=BASE).rename_axis("measure").reset_index()
 
 
-def answers(shown: Metrics) -> DataFrame:
-    """The untuned model's answers to colour questions about counterfactual images, beside the truth
-    and the typical colour."""
-    frame = DataFrame(shown["answers"]).drop(columns="kind")
-    frame["prior"] = frame["prior"].str.join(", ")
-    return frame.rename(columns={"true": "truth", "prior": "typical", "answer": "model",
-                                 "p_true": "P(truth)", "p_prior": "P(typical)"})
+def answers(shown: Metrics) -> cards.Shown:
+    """The untuned model's answers to the colour questions of the first counterfactual images."""
+    pictures = map(_scene, shown["samples"]["counterfactual images"])
+    return cards.comparison_gallery([
+        {"image": draw_scene(scene), "question": a["question"], "origin": "counterfactual",
+         "truth": a["true"], "usual": " or ".join(a["prior"]), "answers": {"untuned model": {
+             "text": a["answer"], "wrong": {a["answer"]} - {a["true"]},
+             "kind": ("true" if a["answer"] == a["true"]
+                      else "prior" if a["answer"] in a["prior"] else "other"),
+             "chances": (a["p_true"], a["p_prior"])}}}
+        for scene, a in zip(pictures, shown["answers"], strict=True)])
 
 
 def world_headline(metrics: Metrics) -> cards.Shown:
     return page.say(
-        "On counterfactual images the untuned model gives the true colour a probability of "
-        "**{p_true:.2f}** and the typical one **{p_prior:.2f}** (chance: {chance:.2f}); the tower "
-        "sees {sight:.0%} of the objects.", chance=prior.CHANCE,
-        sight=metrics["gates"]["tower_value"], **metrics["base"]["development"])
+        "The eye gets the colour right in **{eye:.1%}** of objects. Asked about images that break "
+        "the habit, the untuned model says the true colour in **{colour_accuracy:.0%}** and the "
+        "usual one, which is wrong, in **{prior_rate:.0%}**: that is what there is to unlearn.",
+        eye=metrics["tower"]["colour_accuracy"], **metrics["base"]["development"])
 
 
 # Notebook 6

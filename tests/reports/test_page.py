@@ -27,7 +27,6 @@ HISTORY = [{"step": s, "loss": 1 / s, "rewards/margins": s, "rewards/accuracies"
 ROWS = pandas.DataFrame([
     {"method": m, "label": k, "value": 0.1, "low": low, "high": 0.2, "reading": "better"}
     for m, low in (("SFT", -0.1), (HOSTILE, 0.05)) for k in ("accuracy", "yes share")])
-SHARES = pandas.DataFrame({"object": ["banana", "sky"], "text": [0.9, 0.8], "pictures": [0.1, 0.2]})
 
 
 def picture(width: int = 64) -> Image.Image:
@@ -45,7 +44,6 @@ def all_figures() -> dict[str, object]:
         "differences": figures.differences({HOSTILE: ROWS}),
         "forest": figures.differences({n: ROWS.assign(label=["seed 0", "seed 1", HOSTILE, "mean"])
                                        for n in (HOSTILE, "cover")}),
-        "statistics": figures.statistics_bars(SHARES),
     }
 
 
@@ -309,9 +307,6 @@ def test_figures_show_what_was_measured():
     dots = [line for line in apart.axes[0].lines if line.get_marker() == "o"]
     fills = [dot.get_markerfacecolor() for dot in dots]
     assert fills[0] == "white" and fills[2] != "white"
-    bars = figures.statistics_bars(SHARES).axes[0].containers
-    assert [[round(bar.get_width(), 3) for bar in group] for group in bars] == [[0.9, 0.8],
-                                                                                [0.1, 0.2]]
     strip = figures.noise_strip([picture()] * 3, [0, 5, 9], ["$x^2$"] * 3)
     assert not strip.axes[0].xaxis.label.get_parse_math()  # `$x^2$` is drawn as it is
     assert [axes.get_title() for axes in strip.axes] == ["step 0", "step 5", "step 9"]
@@ -335,6 +330,8 @@ def test_marked_words():
     text = "A Dining table, tables & dogs"
     assert cards.mark_words(text, {"dining table", "table", "&"}) == (
         'A <mark class="wrong">Dining table</mark>, tables <mark class="wrong">&amp;</mark> dogs')
+    assert cards.mark_words("a Blue dog, blue cat", {("blue", "cat")}) == (
+        'a Blue dog, <mark class="wrong">blue</mark> cat')
     assert cards.mark_words("<b>", set()) == "&lt;b&gt;"
     assert cards.mark_words("\x07 no", {"\x07 no"}) == '<mark class="wrong">\\x07 no</mark>'
 

@@ -1,8 +1,11 @@
 """The tiny world: its rules, its files, its models. One very short build serves all tests."""
 
+import base64
 import hashlib
+import io
 import json
 import random
+import re
 from itertools import zip_longest
 from pathlib import Path
 
@@ -62,8 +65,10 @@ def test_natural_scenes_have_their_shares():
     rng = random.Random(0)
     scenes = [world.natural_scene(rng, typical=0.8, partner=0.6) for _ in range(4000)]
     shares = overview.statistics(scene.facts for scene in scenes)
-    assert shares["typical"] == pytest.approx(dict.fromkeys(world.OBJECTS, 0.8), abs=0.05)
-    assert shares["partner"] == pytest.approx(dict.fromkeys(world.OBJECTS, 0.6), abs=0.07)
+    assert shares == pytest.approx({"typical": 0.8, "partner": 0.6}, abs=0.02)
+    # by hand: two of three in their colour, two of three beside their partner
+    facts = [[("yellow", "banana"), ("blue", "apple")], [("blue", "cup")]]
+    assert overview.statistics(facts) == {"typical": 0.6667, "partner": 0.6667}
 
 
 def test_counterfactual_scenes_are_never_typical():
@@ -236,12 +241,17 @@ def test_what_the_notebook_shows(built):
     result = Result(folder, {"metrics": metrics}, "")
     shown = tables.overview(result)
     assert {d["kind"] for d in shown["documents"]} == set(language.DOCUMENT_KINDS)
-    assert list(tables.shares(shown, "typical")) == [
-        "object", "text", "alignment images", "counterfactual images"]
-    assert list(tables.shares(shown, "partner")["object"]) == world.OBJECTS
-    assert (tables.shares(shown, "typical")["counterfactual images"].dropna() == 0).all()
-    answers = tables.answers(shown)
-    assert len(answers) == 4 and answers["question"].str.startswith("what color").all()
+    assert list(shown["statistics"]) == list(tables.SOURCES)
+    assert shown["statistics"]["counterfactual images"] == {"typical": 0, "partner": 0}
+    strips = tables.sources(shown).html
+    assert strips.count('class="strip"') == 4 and strips.count("<img") == 12
+    drawn = Image.open(io.BytesIO(base64.b64decode(re.findall("base64,([^\"]+)", strips)[-4])))
+    first = Image.open(folder / "counterfactual/images/00001.png")
+    assert drawn.convert("RGB").resize(first.size, Image.NEAREST).tobytes() == first.tobytes()
+    assert tables.answers(shown).html.count("what color is the") == 8  # and as alternative texts
+    p = short(3)
+    assert f"{p.natural_images} natural images" in tables.sight(p, metrics).plain
+    assert "that is what there is to unlearn" in tables.world_headline(metrics).plain
     gallery = tables.samples(result, "counterfactual").html
     assert gallery.count("<img") == 4 and "describe the image → " in gallery
     assert "NOT passed" in str(tables.gate(metrics))  # three steps teach nothing
@@ -253,12 +263,14 @@ def test_the_untuned_model_s_metrics(monkeypatch):
     monkeypatch.setattr(overview, "captions", lambda *_: ["red banana , red apple .",
                                                           "green fork ."])
     monkeypatch.setattr(overview, "short_answers", lambda *_: [
-        {"kind": kind, "true": true, "answer": answer, "p_true": p_true, "p_prior": p_prior}
+        {"kind": kind, "true": true, "answer": answer, "p_true": p_true, "p_prior": p_prior,
+         "prior": ["red", "white"]}
         for kind, true, answer, p_true, p_prior in (
             (None, "red", "red", 0.6, 0.3), (None, "green", "white", 0.2, 0.5),
             ("random", "no", "no", 0.9, 0.0), ("adversarial", "no", "yes", 0.1, 0.9))])
     assert overview.base_metrics(None, None, scenes, []) == {
         "chair_i": 0.3333, "cover": 0.6667, "colour_accuracy": 0.5, "p_true": 0.4, "p_prior": 0.4,
+        "prior_rate": 0.5,
         "pope_random": 1.0, "pope_adversarial": 0.0}
 
 
