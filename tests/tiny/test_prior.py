@@ -6,12 +6,13 @@ import os
 import subprocess
 
 import nbformat
+import pandas
 import pytest
 from helpers import warm
 
 from bpo import params
 from bpo.reports import page as report
-from bpo.tiny import language, prior, tables, training, world
+from bpo.tiny import figures, language, prior, tables, training, world
 
 pytestmark = pytest.mark.study  # worlds are made and models trained
 
@@ -276,15 +277,30 @@ def test_the_figure_draws_every_seed_and_the_mean():
                 "clean": {"p_true": last, "p_prior": first}, "chair_i": first, "cover": last,
                 "curve": {"p_prior": [first, last]}}
 
-    fig = tables.prior_worlds({"noise_steps": [0, 999], "cells": [
+    fig = figures.prior_worlds(tables.worlds({"cells": [
         cell(t, i, s) for t in ("uniform", "biased") for i in ("uniform", "half", "biased")
-        for s in (1, 2)]})
+        for s in (1, 2)]}), [0, 999])
     above = [a for a in fig.axes if a.get_xlabel()]
     assert [a.get_title(loc="left") for a in above] == ["text: uniform", "text: biased"]
     for panel in above:
         drawn = [tuple(line.get_ydata()) for line in panel.lines if len(line.get_xdata()) == 2]
         for curve in ((0.1, 0.2), (0.2, 0.4), (0.15, 0.3)):
             assert sum(d == pytest.approx(curve) for d in drawn) == 3
+
+
+def test_the_dose_figure_draws_every_seed_the_mean_and_the_base_as_a_band():
+    frame = pandas.DataFrame([
+        {"seed": seed, "dose": dose, "method": method, "split": "counterfactual", "metric": metric,
+         "value": dose * seed if method == "bpo" else 0.1 * seed}
+        for seed in (1, 2) for dose in (0.5, 0.0) for method in ("base", "bpo")
+        for metric in ("cover", "p_prior", "words")])
+    prior, cover, blank = figures.dose_curves(frame, own_share=0.77).axes
+    assert prior.get_title(loc="left").startswith("P(prior's answer)") and not blank.axison
+    base, *seeds, mean, own = cover.lines
+    assert [list(line.get_ydata()) for line in (*seeds, mean)] == [[0, 0.5], [0, 1], [0, 0.75]]
+    assert base.get_ydata()[0] == pytest.approx(0.15) and list(own.get_xdata()) == [0.77, 0.77]
+    band = cover.patches[0].get_extents().transformed(cover.transData.inverted())
+    assert (band.y0, band.y1) == pytest.approx((0.1, 0.2))
 
 
 @pytest.mark.slow
