@@ -199,14 +199,14 @@ def stacked_bars(rows: Mapping[str, Mapping[str, float]], names: Mapping[str, st
     names: kind -> what it stands for."""
     key = "".join(f'<span class="key {kind}">{as_text(name)}</span>'
                   for kind, name in names.items())
-    tracks = "".join(
-        f'<p>{as_text(label)}</p>{bar(shares)}<p class="parts">' + "".join(
-            f'<span class="key {kind}">{100 * share:.3g}%</span>' for kind, share in shares.items())
-        + "</p>" for label, shares in rows.items())
-    return Shown(f'<p class="keys">{key}</p><div class="stacked">{tracks}</div>',
-                 plain="\n".join(f"{label}: " + ", ".join(
-                     f"{names[kind]} {100 * share:.3g}%" for kind, share in shares.items())
-                     for label, shares in rows.items()))
+    inner, plain = f'<p class="keys">{key}</p><div class="stacked">', []
+    for label, shares in rows.items():
+        texts = {kind: f"{100 * share:.1f}".removesuffix(".0") + "%"
+                 for kind, share in shares.items()}
+        parts = "".join(f'<span class="key {kind}">{text}</span>' for kind, text in texts.items())
+        inner += f'<p>{as_text(label)}</p>{bar(shares)}<p class="parts">{parts}</p>'
+        plain.append(f"{label}: " + ", ".join(f"{names[k]} {t}" for k, t in texts.items()))
+    return Shown(inner + "</div>", plain="\n".join(plain))
 
 
 def strips(sources: list[dict[str, Any]], key: str) -> Shown:
