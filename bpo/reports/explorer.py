@@ -122,7 +122,8 @@ def side_by_side(p: QualitativeComparison, result: stages.Result, frame: DataFra
     prior's answer, which is wrong there; the others from each category of question in turn.
     """
     split, method = comparison.main_split(frame), tables.main_method(frame)
-    methods = list(dict.fromkeys(("base", tables.control(frame), method)))
+    control = comparison.matched(p).get(method, tables.control(frame))
+    methods = list(dict.fromkeys(("base", control, method)))
     rows, truth, _ = comparison.read_split(p, split)
     files = {r.id: r.image for r in rows}
     lines = sorted(read_lines(result.folder / f"answers-{split}.jsonl"),
