@@ -129,14 +129,14 @@ def side_by_side(p: QualitativeComparison, result: stages.Result, frame: DataFra
     lines = sorted(read_lines(result.folder / f"answers-{split}.jsonl"),
                    key=lambda x: seeds.seed_for(p.seed, "comparison gallery", x["id"]))
     usual = [x for x in lines if x["p_true"] and said(x, "base", truth) == "prior"]
-    shown = usual[:(p.gallery + 1) // 2]
-    turns = zip_longest(*([x for x in lines if x["category"] == category and x not in shown]
+    against = usual[:(p.gallery + 1) // 2]
+    turns = zip_longest(*([x for x in lines if x["category"] == category and x not in against]
                           for category in dict.fromkeys(x["category"] for x in lines)))
-    shown += list(filter(None, chain.from_iterable(turns)))[:p.gallery - len(shown)]
+    others = list(filter(None, chain.from_iterable(turns)))[:p.gallery - len(against)]
     gallery = cards.comparison_gallery([
         {"image": images.load(files[x["id"]]), "question": x["question"],
-         "origin": AGAINST if x in usual else DRAWN, **stored(x, methods, truth)}
-        for x in shown])
+         "origin": origin, **stored(x, methods, truth)}
+        for origin, drawn in ((AGAINST, against), (DRAWN, others)) for x in drawn])
     return [habit(lines, methods, truth, split), gallery]
 
 

@@ -43,7 +43,7 @@ SOURCES = {
                           "chosen ones: how often they contradict the habit is the dose."),
     "counterfactual images": ("4. What the test asks", "Picture and habit always disagree: who "
                               "follows the habit is wrong.")}
-AGAIN = " The first of them are the alignment's own pictures."
+AGAIN = " The first of them are those of the alignment."
 
 
 def sources(shown: Metrics) -> cards.Shown:

@@ -399,6 +399,9 @@ def test_data_without_a_truth_file_is_measured_by_length_and_change(parameters, 
     assert comparison.main_split(frame) == "held_out"
     assert set(tables.levels(frame)["category"]) == {"any"}
     assert tables.difference_figures(frame, "held_out") and tables.level_figure(frame, "held_out")
+    counted, gallery = explorer.side_by_side(p, found, frame)
+    assert counted.plain.startswith("No truth file tells of a usual answer to the 5 held_out")
+    assert gallery.html.count(explorer.DRAWN) == 4 and "what is usual" not in gallery.html
 
 
 def test_the_gallery_shows_what_is_against_the_habit_beside_seed_drawn_questions(

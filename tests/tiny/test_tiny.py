@@ -248,6 +248,8 @@ def test_what_the_notebook_shows(built):
     drawn = Image.open(io.BytesIO(base64.b64decode(re.findall("base64,([^\"]+)", strips)[-4])))
     first = Image.open(folder / "counterfactual/images/00001.png")
     assert drawn.convert("RGB").resize(first.size, Image.NEAREST).tobytes() == first.tobytes()
+    shown["samples"]["preference images"] = shown["samples"]["alignment images"]
+    assert tables.AGAIN not in strips and tables.AGAIN in tables.sources(shown).html
     assert tables.answers(shown).html.count("what color is the") == 8  # and as alternative texts
     p = short(3)
     assert f"{p.natural_images} natural images" in tables.sight(p, metrics).plain
