@@ -319,7 +319,8 @@ class PairGeneration(Checkpoint):
     weaken_modes: Annotated[list[Weakening], *DISTINCT] = field(
         ["noisy"], "ways of weakening the image, by their names in notebook 2's table")
     weaken_steps: Annotated[list[NoiseStep], *DISTINCT] = field(
-        [800], "diffusion steps of the noise")
+        [800], "steps of noise and fade, up to 999: the noise's diffusion step, the fade's share of "
+        "blur in thousandths")
     weaken_draws: Count = field(1, "noise draws, crops or swaps of each image and step")
     weaken_samples: Count = field(1, "answers sampled from each weakened image")
     weaken_temperature: Temperature = field(
@@ -422,7 +423,7 @@ class DPOTraining(Checkpoint):
                                    "step; empty: from all", ge=0, le=999)
     damage: Damage = field("crop", "way of weakening that damages the image, for objectives that "
                            "compare it with a damaged one")
-    damage_step: NoiseStep = field(800, "diffusion step of a noisy damage")
+    damage_step: NoiseStep = field(800, "step of a noisy or fading damage")
     crop_share: OpenFraction = field(0.3, "share of each side that a crop leaves")
     packing: Literal["auto", "always", "never"] = field(
         "auto", "the answers to a prompt in one sequence; auto: if the first batch then has the "

@@ -43,7 +43,8 @@ def weakening_strip(p: PairGeneration, result: stages.Result, number: int) -> Sh
     return page.figure(
         figures.noise_strip(list(pictures.values()), list(pictures), notes),
         alt="One image, clean and as each way of weakening leaves it",
-        caption=f"One image as each way of weakening leaves it (noise at step {p.weaken_steps[0]}, "
+        caption=f"One image as each way of weakening leaves it (noise and fade at step "
+                f"{p.weaken_steps[0]}, "
                 f"crops of {p.crop_share:.0%} of each side), and whether the model answers from "
                 "that picture alone or from both, one against the other.")
 

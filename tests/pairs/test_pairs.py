@@ -595,7 +595,7 @@ def test_figures_show_every_way_of_weakening_and_every_kept_answer(
         uninterrupted, parameters, data_file, outputs, tmp_path):
     pictures = pairs.weakened_pictures(parameters, uninterrupted, 0)
     assert list(pictures) == ["clean", *WEAKENINGS]
-    assert pictures["noisy"].size == (32, 32) and len({p.tobytes() for p in pictures.values()}) == 5
+    assert pictures["noisy"].size == (32, 32) and len({p.tobytes() for p in pictures.values()}) == 6
     assert "step 800" in pair_tables.weakening_strip(parameters, uninterrupted, 0).plain
     kept = {s: uninterrupted.metrics[s]["kept"] for s in ("weakened", "injected")}
     shown = pair_tables.length_gaps(uninterrupted).plain
