@@ -319,8 +319,8 @@ class PairGeneration(Checkpoint):
     weaken_modes: Annotated[list[Weakening], *DISTINCT] = field(
         ["noisy"], "ways of weakening the image, by their names in notebook 2's table")
     weaken_steps: Annotated[list[NoiseStep], *DISTINCT] = field(
-        [800], "steps of noise and fade, up to 999: the noise's diffusion step, the fade's share of "
-        "blur in thousandths")
+        [800], "steps of noise and fade, up to 999: of noise the diffusion step, of fade the share "
+        "of blur, in thousandths")
     weaken_draws: Count = field(1, "noise draws, crops or swaps of each image and step")
     weaken_samples: Count = field(1, "answers sampled from each weakened image")
     weaken_temperature: Temperature = field(
@@ -365,6 +365,8 @@ class PairGeneration(Checkpoint):
         "equal", "weight of each pair in training; difficulty: more for pairs that the model "
         "tells apart badly")
     audit_positives: Count = field(3000, "positives, drawn by seed, that the audit reads in full")
+    noise_words: str = field("bpo/pairs/noise_words.txt", "file of what answers say of a weakened "
+                             "image, in the data's language, a word or phrase a line")
     launch: str = shown("", "arguments of accelerate launch that start the stage in several "
                         "processes: --num_processes 8, or --config_file FILE; empty: none")
     gallery: int = shown(6, "pairs shown in the gallery", ge=1, le=60)

@@ -184,6 +184,27 @@ def differences(panels: Mapping[str, "pandas.DataFrame"]) -> Figure:
     return fig
 
 
+def made_and_kept(panels: Mapping[str, "pandas.DataFrame"]) -> Figure:
+    """A panel a title, a row a label: the interval of the candidates (hollow) above that of the
+    kept ones (filled). panels: title -> {label, side, value, low, high}."""
+    fig, axes = _panels({t: rows.drop_duplicates("label") for t, rows in panels.items()})
+    sides = {"candidates": ("as made", -0.2, "s", "white"),
+             "kept": ("as kept", 0.2, "o", COLOURS[0])}
+    for panel, rows in zip(axes, panels.values(), strict=False):
+        places = {label: place for place, label in enumerate(rows["label"].unique())}
+        for row in rows.to_dict("records"):
+            label, above, marker, fill = sides[row["side"]]
+            _interval(panel, row, places[row["label"]] + above,
+                      {"color": COLOURS[0], "marker": marker}, number="", fill=fill)
+        if rows["low"].min() >= 0:
+            most = rows["high"].max() or 1
+            panel.set_xlim(-0.06 * most, 1.1 * most)
+    fig.legend(handles=[Line2D([], [], color=COLOURS[0], marker=marker, markerfacecolor=fill,
+                               label=label) for label, _, marker, fill in sides.values()],
+               loc="outside upper left", ncols=2)
+    return fig
+
+
 def _panels(frames: Mapping[str, "pandas.DataFrame"]) -> tuple[Figure, list[Axes]]:
     """A panel a frame under its title, a row for each of its labels; labels that repeat those of
     the panel at the left are not drawn."""
