@@ -102,6 +102,11 @@ def _damages() -> list[str]:
     return [n for n, way in _weakenings().items() if not way.other and way.mix is None]
 
 
+def _other_ways() -> list[str]:
+    """The ways of weakening, beside the noise, that take a step and make one picture alone."""
+    return [n for n in _damages() if _weakenings()[n].stepped and n != "noisy"]
+
+
 def _distinct(values: list) -> list:
     if len(set(values)) < len(values):
         raise ValueError("a value is named twice")
@@ -136,6 +141,7 @@ DISTINCT = Field(min_length=1), AfterValidator(_distinct)
 Weakening = Annotated[str, _one_of(_weakenings)]
 Objective = Annotated[str, _one_of(_objectives)]
 Method = Annotated[str, _one_of(_methods)]
+OtherWay = Annotated[str, _one_of(_other_ways)]
 Damage = Annotated[str, _one_of(_damages)]
 Benchmark = Annotated[str, _one_of(_benchmarks)]
 LevelName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]  # it becomes part of file names
@@ -294,6 +300,9 @@ class NoiseProbability(Checkpoint):
         [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999], "diffusion steps at which to look; "
         "0 is the clean image")
     draws: Count = field(2, "noise draws for each image and step")
+    other_ways: Annotated[list[OtherWay], AfterValidator(_distinct)] = field(
+        ["fade"], "ways of weakening that are looked at beside the noise at the same steps; empty: "
+        "none")
     sampled_answers: Count = field(40, "images whose sampled answers are kept at each step")
     max_new_tokens: Count = field(24, "longest sampled answer, in tokens")
     batch_size: Count = field(64, "images and steps in one forward pass")

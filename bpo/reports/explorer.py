@@ -22,7 +22,7 @@ from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
 from bpo.models.noise import STEPS
 from bpo.params import NoiseProbability, QualitativeComparison
-from bpo.reports import cards, figures, page, tables
+from bpo.reports import cards, figures, noise_tables, page, tables
 from bpo.reports.cards import Shown
 from bpo.study import seeds
 from bpo.study import stage as stages
@@ -92,14 +92,14 @@ def noise(p: NoiseProbability, result: stages.Result, checkpoint: Checkpoint) ->
             examples.append({
                 "image": encoding.noised_picture(checkpoint.processor, clean, at, draw),
                 "lines": [f"noise step {at}",
-                          *(f"{tables.KINDS[a['kind']]} “{a['text']}”: {chance:.3g}"
+                          *(f"{noise_tables.KINDS[a['kind']]} “{a['text']}”: {chance:.3g}"
                             for a, chance in zip(answers[at], chances, strict=True)),
                           f"any other answer: {max(0, 1 - sum(chances)):.3g}"]})
         steps, curves = sorted(answers), {}
-        for kind, label in tables.KINDS.items():
+        for kind, label in noise_tables.KINDS.items():
             mean = [sum(np.exp(a["logp"]) for a in answers[s] if a["kind"] == kind) for s in steps]
             curves[label] = {"mean": mean, "low": mean, "high": mean}
-        fig = figures.noise_curves(curves, steps, "probability of the answer")
+        fig = figures.noise_curves({"": curves}, steps, "probability of the answer")
         fig.axes[0].axvline(step, color=figures.QUIET, linewidth=1)
         curve = page.figure(fig, alt="Probability of the answers of one image by noise step",
                             caption=f"{row.question} At step {step}, {source}.")

@@ -1,5 +1,5 @@
 """What finished stages allow to say, as tables and figures: methods compared (notebooks 4 and 5),
-training (3), noise (1). Results are queries on results.csv, formatted last.
+training (3). Results are queries on results.csv, formatted last.
 """
 
 from typing import Any
@@ -8,14 +8,14 @@ from pandas import DataFrame
 
 from bpo.data import images
 from bpo.evaluation import benchmarks, comparison, metrics
-from bpo.params import DPOTraining, NoiseProbability, QualitativeComparison
+from bpo.params import DPOTraining, QualitativeComparison
 from bpo.reports import figures
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
 from bpo.study import results, seeds
 from bpo.study import stage as stages
 from bpo.study.files import read_lines
-from bpo.study.results import DECIDED, OPEN, Estimate
+from bpo.study.results import DECIDED, OPEN
 from bpo.training.objectives import OBJECTIVES
 
 CONTROLS = ("sft_matched", "sft", "sft_compute")  # the sharpest control first
@@ -248,57 +248,3 @@ def training_headline(p: DPOTraining, methods: dict[str, dict[str, Any]]) -> Sho
         "chosen answer's log-probability fell in: {fell}." + warning, n=len(methods),
         ends=", ".join(f"{m} {f['accuracy_last']:.2f}" for m, f in dpo.items()) or "no DPO method",
         fell=", ".join(fell) or "none", far=", ".join(far), bound=p.fall_warning)
-
-
-# --- noise ------------------------------------------------------------------------------------
-
-KINDS = {"true": "true answer", "prior": "prior's answer"}
-MEASURES = {
-    "p": ("probability of the answer", "Probability of the whole answer, mean over {images} images "
-          "and {draws} noise draws; bands are 95 % bootstrap intervals over images."),
-    "p_first": ("probability of the first token", "The same for the answer's first token alone, "
-                "the measure of the paper's figure; {images} images, 95 % bootstrap intervals.")}
-
-
-def curves(metrics: dict[str, Any], measure: str) -> dict[str, dict[str, list[float]]]:
-    """The true and the prior's curve of a measure ("p", "p_first", "logp") for the figure."""
-    stem, _, first = measure.partition("_")
-    out = {}
-    for kind, label in KINDS.items():
-        name = f"{stem}_{kind}" + (f"_{first}" if first else "")
-        low, high = zip(*metrics[f"{name}_interval"], strict=True)
-        out[label] = {"mean": metrics[name], "low": list(low), "high": list(high)}
-    return out
-
-
-def noise_curves(p: NoiseProbability, metrics: dict[str, Any], measure: str) -> Shown:
-    """The figure of a measure against the noise step."""
-    title, caption = MEASURES[measure]
-    return report.figure(
-        figures.noise_curves(curves(metrics, measure), p.noise_steps, title),
-        alt=f"The {title} against the noise step, of the true answer and the prior's",
-        caption=caption.format(images=metrics["images"], draws=p.draws))
-
-
-def sampled_shares(p: NoiseProbability, metrics: dict[str, Any]) -> Shown:
-    rows = DataFrame(metrics["sampled"]).map("{:.2f}".format)
-    rows.insert(0, "noise step", p.noise_steps)
-    return report.table(
-        rows, "Share of sampled answers that are the true one, the prior's, or another",
-        f"{p.sampled_answers} images a step")
-
-
-def direction(change: Estimate) -> str:
-    """What an interval allows to say of a change between clean image and last step."""
-    if not change.excludes_zero():
-        return "does not clearly move"
-    return "rises" if change.low > 0 else "falls"
-
-
-def noise_headline(p: NoiseProbability, metrics: dict[str, Any]) -> Shown:
-    """Where both probabilities go, from the clean image to the last step."""
-    true, prior = (Estimate(**metrics[f"change_{kind}"]) for kind in KINDS)
-    return report.say(
-        "From the clean image to step {last}, P(true answer) **{t}** ({td}) and P(prior's answer) "
-        "**{r}** ({rd}); {n} images.", last=p.noise_steps[-1], n=metrics["images"],
-        t=direction(true), r=direction(prior), td=true.text(sign="+"), rd=prior.text(sign="+"))
