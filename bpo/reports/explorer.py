@@ -1,7 +1,8 @@
-"""Two things to try in JupyterLab: an image at any noise step, and a question of one's own.
+"""What notebook 1 shows of noise and of other ways of weakening, and two things to try in
+JupyterLab: an image at any noise step, and a question of one's own.
 
-Each is one output with widgets and a still figure. The still figure is what the widgets show at
-first; pages, and whatever else has no widgets, show it in their place.
+Each of the two is one output with widgets and a still figure. The still figure is what the widgets
+show at first; pages, and whatever else has no widgets, show it in their place.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import torch
+from pandas import DataFrame
 
 from bpo.data import images
 from bpo.data import rows as data_rows
@@ -22,16 +24,26 @@ from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
 from bpo.models.noise import STEPS
 from bpo.params import NoiseProbability, QualitativeComparison
-from bpo.reports import cards, figures, noise_tables, page, tables
+from bpo.reports import cards, figures, page, tables
 from bpo.reports.cards import Shown
 from bpo.study import seeds
 from bpo.study import stage as stages
 from bpo.study.files import read_lines, to_json
+from bpo.study.results import Estimate
 from bpo.study.text import visible
 
 CHOICES = 24  # rows offered, of each split
 WIDE = {"width": "min(100%, 34rem)"}
 _loaded: dict[str, Any] = {}  # one model at a time, also where the cell is run again
+
+KINDS = {"true": "true answer", "prior": "prior's answer"}
+MEASURES = {
+    "p": ("probability of the answer", "Probability of the whole answer, mean over {images} images "
+          "and, of noise, {draws} draws; bands are 95 % bootstrap intervals over images."),
+    "p_first": ("probability of the first token", "The same for the answer's first token alone, "
+                "the measure of the paper's figure; {images} images, 95 % bootstrap intervals.")}
+COLUMNS = {"p_true": "P(true)", "p_prior": "P(prior)", "logp_true": "log P a token, true",
+           "logp_prior": "log P a token, prior"}
 
 
 class Explorer(widgets.VBox):
@@ -92,11 +104,11 @@ def noise(p: NoiseProbability, result: stages.Result, checkpoint: Checkpoint) ->
             examples.append({
                 "image": encoding.noised_picture(checkpoint.processor, clean, at, draw),
                 "lines": [f"noise step {at}",
-                          *(f"{noise_tables.KINDS[a['kind']]} “{a['text']}”: {chance:.3g}"
+                          *(f"{KINDS[a['kind']]} “{a['text']}”: {chance:.3g}"
                             for a, chance in zip(answers[at], chances, strict=True)),
                           f"any other answer: {max(0, 1 - sum(chances)):.3g}"]})
         steps, curves = sorted(answers), {}
-        for kind, label in noise_tables.KINDS.items():
+        for kind, label in KINDS.items():
             mean = [sum(np.exp(a["logp"]) for a in answers[s] if a["kind"] == kind) for s in steps]
             curves[label] = {"mean": mean, "low": mean, "high": mean}
         fig = figures.noise_curves({"": curves}, steps, "probability of the answer")
@@ -165,3 +177,98 @@ def _answered(p: QualitativeComparison, result: stages.Result, row: Row, truth: 
 def _picker(choices: Sequence[tuple[str, Any]]) -> widgets.Dropdown:
     return widgets.Dropdown(description="Image", layout=WIDE, options=[
         (f"{n}. {visible(label)[:70]}", value) for n, (label, value) in enumerate(choices, 1)])
+
+
+# --- notebook 1: curves, numbers, words ---------------------------------------------------------
+
+def ways(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """way of weakening -> the metrics of its curves, noise first."""
+    return {"noise": metrics, **metrics["other_ways"]}
+
+
+def curves(metrics: dict[str, Any], measure: str) -> dict[str, dict[str, list[float]]]:
+    """The true and the prior's curve of a measure ("p", "p_first", "logp") for the figure."""
+    stem, _, first = measure.partition("_")
+    out = {}
+    for kind, label in KINDS.items():
+        name = f"{stem}_{kind}" + (f"_{first}" if first else "")
+        low, high = zip(*metrics[f"{name}_interval"], strict=True)
+        out[label] = {"mean": metrics[name], "low": list(low), "high": list(high)}
+    return out
+
+
+def noise_curves(p: NoiseProbability, metrics: dict[str, Any], measure: str) -> Shown:
+    """The figure of a measure against the step, a panel a way of weakening."""
+    if measure == "p_first" and all(np.allclose(found[f"p_{kind}"], found[f"p_{kind}_first"],
+                                                atol=1e-3)
+                                    for found in ways(metrics).values() for kind in KINDS):
+        return page.say("The probability of the first token, the measure of the paper's figure, is "
+                        "the same here: it decides the answer.")
+    title, caption = MEASURES[measure]
+    return page.figure(
+        figures.noise_curves({way: curves(found, measure) for way, found in ways(metrics).items()},
+                             p.noise_steps, title),
+        alt=f"The {title} against the step of {' and of '.join(ways(metrics))}, of the true answer "
+            "and the prior's",
+        caption=caption.format(images=metrics["images"], draws=p.draws))
+
+
+def noise_strip(p: NoiseProbability, example: dict[str, Any], way: str = "") -> Shown:
+    """An image at each step of the noise, or of another way, with one sampled answer under each."""
+    shown = example["other_ways"][way] if way else example | {"steps": p.noise_steps}
+    return page.figure(
+        figures.noise_strip(shown["images"], shown["steps"], shown["answers"]),
+        alt=f"One image at each step of {way or 'noise'} with the model's sampled answer under it",
+        caption=f"One image as the model is shown it, from step {shown['steps'][0]} of "
+                f"{way or 'noise'} to the last, with one sampled answer (temperature 1) at each.")
+
+
+def sampled_shares(p: NoiseProbability, metrics: dict[str, Any]) -> Shown:
+    """A row a step, three columns a way of weakening."""
+    frame = DataFrame({f"{way}: {kind}": shares for way, found in ways(metrics).items()
+                       for kind, shares in found["sampled"].items()}).map("{:.2f}".format)
+    frame.insert(0, "step", p.noise_steps)
+    return page.table(
+        frame, "Share of sampled answers that are the true one, the prior's, or another",
+        f"{min(p.sampled_answers, metrics['images'])} images a step")
+
+
+def noise_numbers(p: NoiseProbability, metrics: dict[str, Any], way: str) -> Shown:
+    """A row a step: each curve's mean with its interval."""
+    found = ways(metrics)[way]
+    frame = DataFrame({"step": p.noise_steps} | {
+        label: [Estimate(value, *interval).text() for value, interval in zip(
+            found[name], found[f"{name}_interval"], strict=True)]
+        for name, label in COLUMNS.items()})
+    return page.table(frame, f"The curves of {way} in numbers",
+                      f"{metrics['images']} images, mean with its 95 % interval over images; the "
+                      "log-probability a token is of the likeliest candidate, for answers of many "
+                      "tokens")
+
+
+def direction(change: Estimate) -> str:
+    """What an interval allows to say of a change between clean image and last step."""
+    if not change.excludes_zero():
+        return "does not clearly move"
+    return "rises" if change.low > 0 else "falls"
+
+
+def noise_headline(p: NoiseProbability, metrics: dict[str, Any]) -> Shown:
+    """Where both probabilities go, from the clean image to the last step, in each way; and in which
+    of them the prior's answer comes out: the true one falls and that one rises."""
+    values: dict[str, object] = {"last": p.noise_steps[-1], "n": metrics["images"]}
+    parts, out = [], []
+    for number, (way, found) in enumerate(ways(metrics).items()):
+        changes = {kind: Estimate(**found[f"change_{kind}"]) for kind in KINDS}
+        words = {kind: direction(change) for kind, change in changes.items()}
+        if words == {"true": "falls", "prior": "rises"}:
+            out.append(way)
+        parts.append(f"under {{w{number}}} P(true answer) **{{true{number}}}** ({{dt{number}}}) "
+                     f"and P(prior's answer) **{{prior{number}}}** ({{dp{number}}})")
+        values |= {f"w{number}": way, f"dt{number}": changes["true"].text(sign="+"),
+                   f"dp{number}": changes["prior"].text(sign="+"),
+                   **{f"{kind}{number}": text for kind, text in words.items()}}
+    return page.say(
+        "The prior's answer takes the true one's place under **{out}**. From the clean image to "
+        "step {last}: " + "; ".join(parts) + "; {n} images.",
+        out=" and ".join(out) or "nothing that was tried", **values)

@@ -10,7 +10,7 @@ from bpo.evaluation import probe
 from bpo.models import encoding, generate, logprobs
 from bpo.models.weakening import View
 from bpo.params import NoiseProbability, Refusal
-from bpo.reports import noise_tables
+from bpo.reports import explorer
 from bpo.study import results
 from bpo.study.files import read_lines
 from bpo.study.results import Estimate
@@ -267,17 +267,17 @@ def test_candidates_of_a_kind_are_summed_and_a_shared_first_token_counts_once():
 def test_curves_are_named_for_people():
     found = json.loads(json.dumps(probe.summary(LOOKS, [0, 900], seed=0)))
     for measure in ("p", "p_first", "logp"):
-        curves = noise_tables.curves(found, measure)
+        curves = explorer.curves(found, measure)
         assert list(curves) == ["true answer", "prior's answer"]
         assert all(len(c[k]) == 2 for c in curves.values() for k in ("mean", "low", "high"))
-    assert noise_tables.curves(found, "p_first")["true answer"]["mean"] == found["p_true_first"]
+    assert explorer.curves(found, "p_first")["true answer"]["mean"] == found["p_true_first"]
 
 
 @pytest.mark.parametrize("low, high, words", [
     (0.1, 0.2, "rises"), (-0.2, -0.1, "falls"), (-0.1, 0.1, "does not clearly move"),
     (0, 0.1, "does not clearly move")])
 def test_a_direction_is_said_only_where_the_interval_allows_it(low, high, words):
-    assert noise_tables.direction(Estimate(0.05, low, high)) == words
+    assert explorer.direction(Estimate(0.05, low, high)) == words
 
 
 def test_the_headline_says_under_what_the_prior_comes_out(parameters):
@@ -287,11 +287,11 @@ def test_the_headline_says_under_what_the_prior_comes_out(parameters):
 
     noise = found((-0.4, -0.2), (0.1, 0.3)) | {"images": 4}
     fade = found((-0.4, -0.2), (-0.1, 0.1))
-    words = noise_tables.headline(parameters, noise | {"other_ways": {"fade": fade}}).plain
+    words = explorer.noise_headline(parameters, noise | {"other_ways": {"fade": fade}}).plain
     assert "under noise. From the clean image to step 999: under noise P(true answer)" in words
     assert "under fade P(true answer) falls (-0.300 [-0.400, -0.200]) and P(prior's answer) " \
         "does not clearly move" in words
-    both = noise_tables.headline(parameters, noise | {"other_ways": {"fade": noise}}).plain
+    both = explorer.noise_headline(parameters, noise | {"other_ways": {"fade": noise}}).plain
     assert "under noise and fade." in both
-    none = noise_tables.headline(parameters, fade | {"images": 4, "other_ways": {}}).plain
+    none = explorer.noise_headline(parameters, fade | {"images": 4, "other_ways": {}}).plain
     assert "under nothing that was tried." in none
