@@ -19,7 +19,7 @@ from bpo.params import DPOTraining, PairGeneration, Parameters, Refusal
 from bpo.study import stage as stages
 
 PATHS = ("model", "text_model", "data", "image_folder", "describe_prompt", "question_prompt",
-         "pairs", "adapters", "splits", "folders", "probe_data")
+         "noise_words", "pairs", "adapters", "splits", "folders", "probe_data")
 ROWS = 100  # of annotated data that are read and whose images are opened
 SHORT = {"rows": 64, "steps": 5, "questions": 8}  # of a run that measures seconds
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes a number

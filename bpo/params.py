@@ -102,6 +102,11 @@ def _damages() -> list[str]:
     return [n for n, way in _weakenings().items() if not way.other and way.mix is None]
 
 
+def _other_ways() -> list[str]:
+    """The ways of weakening, beside the noise, that take a step and make one picture alone."""
+    return [n for n in _damages() if _weakenings()[n].stepped and n != "noisy"]
+
+
 def _distinct(values: list) -> list:
     if len(set(values)) < len(values):
         raise ValueError("a value is named twice")
@@ -136,6 +141,7 @@ DISTINCT = Field(min_length=1), AfterValidator(_distinct)
 Weakening = Annotated[str, _one_of(_weakenings)]
 Objective = Annotated[str, _one_of(_objectives)]
 Method = Annotated[str, _one_of(_methods)]
+OtherWay = Annotated[str, _one_of(_other_ways)]
 Damage = Annotated[str, _one_of(_damages)]
 Benchmark = Annotated[str, _one_of(_benchmarks)]
 LevelName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]  # it becomes part of file names
@@ -294,6 +300,9 @@ class NoiseProbability(Checkpoint):
         [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999], "diffusion steps at which to look; "
         "0 is the clean image")
     draws: Count = field(2, "noise draws for each image and step")
+    other_ways: Annotated[list[OtherWay], AfterValidator(_distinct)] = field(
+        ["fade"], "ways of weakening that are looked at beside the noise at the same steps; empty: "
+        "none")
     sampled_answers: Count = field(40, "images whose sampled answers are kept at each step")
     max_new_tokens: Count = field(24, "longest sampled answer, in tokens")
     batch_size: Count = field(64, "images and steps in one forward pass")
@@ -319,7 +328,8 @@ class PairGeneration(Checkpoint):
     weaken_modes: Annotated[list[Weakening], *DISTINCT] = field(
         ["noisy"], "ways of weakening the image, by their names in notebook 2's table")
     weaken_steps: Annotated[list[NoiseStep], *DISTINCT] = field(
-        [800], "diffusion steps of the noise")
+        [800], "steps of noise and fade, up to 999: of noise the diffusion step, of fade the share "
+        "of blur, in thousandths")
     weaken_draws: Count = field(1, "noise draws, crops or swaps of each image and step")
     weaken_samples: Count = field(1, "answers sampled from each weakened image")
     weaken_temperature: Temperature = field(
@@ -364,6 +374,8 @@ class PairGeneration(Checkpoint):
         "equal", "weight of each pair in training; difficulty: more for pairs that the model "
         "tells apart badly")
     audit_positives: Count = field(3000, "positives, drawn by seed, that the audit reads in full")
+    noise_words: str = field("bpo/pairs/noise_words.txt", "file of what answers say of a weakened "
+                             "image, in the data's language, a word or phrase a line")
     launch: str = shown("", "arguments of accelerate launch that start the stage in several "
                         "processes: --num_processes 8, or --config_file FILE; empty: none")
     gallery: int = shown(6, "pairs shown in the gallery", ge=1, le=60)
@@ -422,7 +434,7 @@ class DPOTraining(Checkpoint):
                                    "step; empty: from all", ge=0, le=999)
     damage: Damage = field("crop", "way of weakening that damages the image, for objectives that "
                            "compare it with a damaged one")
-    damage_step: NoiseStep = field(800, "diffusion step of a noisy damage")
+    damage_step: NoiseStep = field(800, "step of a noisy or fading damage")
     crop_share: OpenFraction = field(0.3, "share of each side that a crop leaves")
     packing: Literal["auto", "always", "never"] = field(
         "auto", "the answers to a prompt in one sequence; auto: if the first batch then has the "

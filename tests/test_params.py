@@ -139,7 +139,7 @@ def test_a_name_in_no_registry_is_refused_with_the_near_one(schema, name, value,
 
 def test_a_damage_shows_one_image_and_not_another_row_s():
     for way in ("contrast", "swapped"):
-        assert "damage: must be one of noisy, crop, blank, is" in refused(DPOTraining, damage=way)
+        assert "damage: must be one of noisy, crop, fade, blank, is" in refused(DPOTraining, damage=way)
 
 
 def test_parameters_are_checked_without_torch():

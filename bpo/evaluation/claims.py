@@ -124,7 +124,7 @@ def _claim(number: int, says: str, lines: Sequence[Line], *, against: str = "", 
 def _noise(study: str, frame: "DataFrame") -> list[dict[str, Any]]:
     """Claim 1: from the clean image to the last noise step P(true) falls and P(prior) rises."""
     says = "As noise drowns the image, the true answer gets less likely, the prior's answer more"
-    rows = frame.query("notebook == @PROBE and against != ''")
+    rows = frame.query("notebook == @PROBE and category == 'noise' and against != ''")
     if rows.empty:
         return _claim(1, says, [], because="notebook 1 has not run")
     lines = [_line(name, rows[rows["metric"] == metric].assign(more_is_better=rises), metric)

@@ -1,4 +1,5 @@
-"""Notebook 1's work: the probability of given answers while the image drowns in noise.
+"""Notebook 1's work: the probability of given answers while the image drowns in noise, and while
+it is weakened in other ways at the same steps.
 
 For each image the candidates are the true answers and those that the language prior suggests. All
 candidates of an image share one pass over its prompt (`logprobs`), where that is exact.
@@ -9,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,37 +23,36 @@ from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
-from bpo.models.weakening import View
+from bpo.models.weakening import WEAKENINGS, View
 from bpo.params import NoiseProbability, Refusal
 from bpo.study import results, seeds, shards
 from bpo.study import stage as stages
 from bpo.study.files import read_lines, to_json, write_whole
 from bpo.study.results import Estimate, Result
 
-if TYPE_CHECKING:
-    import pandas
-
 LOOKS = "looks.jsonl"
 RESAMPLES = 2000
 KINDS = ("true", "prior")
-CURVES = {"p_true": "P(true)", "p_prior": "P(prior)", "logp_true": "log P a token, true",
-          "logp_prior": "log P a token, prior"}
+NOISE = "noisy"  # the way of weakening that notebook 1 is about
 MEASURES = ("p_{}", "p_{}_first", "logp_{}")  # of the answers of a kind, see `summary`
 
 
 @dataclass(frozen=True)
 class Look:
-    """One image under one noise draw at one step; `length` lets `shards.by_length` order looks."""
+    """One image weakened in one way by one draw at one step; `length` lets `shards.by_length` order
+    looks."""
 
     id: str
     row: Row
     step: int
     draw: int
     length: int = 0
+    way: str = NOISE
 
 
 def run(p: NoiseProbability) -> stages.Result:
-    """The stage of notebook 1: looks.jsonl (a line an image, step and draw), candidates.json."""
+    """The stage of notebook 1: looks.jsonl (a line an image, step and draw), the same of each
+    further way of weakening in looks-WAY.jsonl, candidates.json."""
     data = p.path(p.data)
     inputs = {"model": p.path(p.model), "data": data}
     if truth := data_rows.truth_file(data):
@@ -83,22 +83,38 @@ def work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
     if not rows:
         raise Refusal(f"{data}: no row is left to analyse: {data_rows.Reasons() + unused}")
     write_whole(folder / "candidates.json", to_json(candidates, indent=1))
-    # A row's looks stay together; step 0 has no noise and so a single draw.
-    looks = [Look(f"{row.id}|{step}|{draw}", row, step, draw, len(rows) - number)
-             for number, row in enumerate(rows) for step in p.noise_steps
-             for draw in range(p.draws if step else 1)]
+    looks = _looks(p, rows, NOISE)
     with torch.no_grad():
         score = logprobs.choose(checkpoint, _encode(p, checkpoint, looks[:4]),
                                 _answer_ids(checkpoint, looks[:4], candidates))
     sampled = {r.id for r in rows[:p.sampled_answers]}
-    lines = shards.run_on(
-        folder / LOOKS, looks, p.batch_size,
-        lambda batch: look(p, checkpoint, batch, candidates, score=score, sampled=sampled),
-        label="noise steps")
+
+    def seen(file: str, looks: Sequence[Look]) -> list[dict]:
+        return shards.run_on(
+            folder / file, looks, p.batch_size,
+            lambda batch: look(p, checkpoint, batch, candidates, score=score, sampled=sampled),
+            label=f"steps, {looks[0].way}")
+
+    lines = seen(LOOKS, looks)
     curves = summary(lines, p.noise_steps, seed=p.seed)
-    results.write(folder, tidy(curves, images=len(rows)))
-    return {**curves, "images": len(rows), "prefix_shared": score is logprobs.weigh,
+    clean = [x for x in lines if x["step"] == 0]  # the same image whatever weakens it later
+    others = {way: summary(clean + seen(f"looks-{way}.jsonl", _looks(p, rows, way)), p.noise_steps,
+                           seed=p.seed) for way in p.other_ways}
+    results.write(folder, [*tidy(curves, images=len(rows)),
+                           *(r for way, found in others.items()
+                             for r in tidy(found, images=len(rows), way=way))])
+    return {**curves, "other_ways": others, "images": len(rows),
+            "prefix_shared": score is logprobs.weigh,
             "rows_skipped": dict(sorted((skipped + bad + unused).items()))}
+
+
+def _looks(p: NoiseProbability, rows: Sequence[Row], way: str) -> list[Look]:
+    """A row's looks stay together. The clean image, step 0, is looked at once, with the noise."""
+    draws = p.draws if WEAKENINGS[way].drawn else 1
+    steps = p.noise_steps if way == NOISE else p.noise_steps[1:]
+    return [Look(f"{row.id}|{step}|{draw}", row, step, draw, len(rows) - number, way)
+            for number, row in enumerate(rows) for step in steps
+            for draw in range(draws if step else 1)]
 
 
 def listed(p: NoiseProbability) -> tuple[list[Row], data_rows.Reasons]:
@@ -142,8 +158,12 @@ def _candidates(p: NoiseProbability, checkpoint: Checkpoint, rows: Sequence[Row]
 
 def _encode(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look]
             ) -> dict[str, torch.Tensor]:
-    """A batch of prompts with noised images. A draw uses the same eps at every step, so that a
+    """A batch of prompts with weakened images. A draw uses the same eps at every step, so that a
     curve along the steps does not wander with the draw."""
+    if batch[0].way != NOISE:
+        return encoding.collate(checkpoint, [generate.encode_batch(
+            checkpoint, [Request(x.row.id, x.row.prompt, x.row.image)],
+            View(x.way, x.step, x.draw), seed=p.seed) for x in batch])
     clean = {}
     for row in {x.row.id: x.row for x in batch}.values():
         text = encoding.prompt_text(checkpoint, row.prompt, image=True)
@@ -234,15 +254,16 @@ def _kind(line: dict) -> str:
                 "other")
 
 
-def tidy(curves: Mapping[str, Any], *, images: int) -> list[Result]:
-    """The curves as results, a split a noise step; and the paired change to the last step."""
+def tidy(curves: Mapping[str, Any], *, images: int, way: str = "noise") -> list[Result]:
+    """The curves as results, a split a step, a category the noise or another way of weakening; and
+    the paired change to the last step."""
     steps = curves["noise_steps"]
-    out = [Result(f"step {step}", "noise", "base", "", name,
+    out = [Result(f"step {step}", way, "base", "", name,
                   Estimate(value, *interval, images, more_is_better=kind == "true"))
            for measure in MEASURES for kind in KINDS for name in [measure.format(kind)]
            for step, value, interval in zip(steps, curves[name], curves[f"{name}_interval"],
                                             strict=True)]
-    return out + [Result(f"step {steps[-1]}", "noise", "base", f"step {steps[0]}", f"p_{kind}",
+    return out + [Result(f"step {steps[-1]}", way, "base", f"step {steps[0]}", f"p_{kind}",
                          Estimate(**curves[f"change_{kind}"], more_is_better=kind == "true"))
                   for kind in KINDS]
 
@@ -256,7 +277,8 @@ def load(result: stages.Result) -> tuple[list[dict], dict[str, dict[str, list[st
 def example(p: NoiseProbability, result: stages.Result) -> dict[str, Any]:
     """One analysed image, the first row by its id for which answers were sampled: {row, question,
     true, prior}, and at each step {images, answers: the sampled ones, p_true: the stored
-    probability of the first true answer}, at the first draw."""
+    probability of the first true answer}, at the first draw; other_ways: way -> {images, answers}.
+    """
     lines, candidates = load(result)
     first = min(x["row"] for x in lines if x["sampled"] is not None)
     rows, _ = listed(p)
@@ -268,14 +290,15 @@ def example(p: NoiseProbability, result: stages.Result) -> dict[str, Any]:
         p.seed, "probe noise", row.id, 0)) for step in p.noise_steps]
     return {"row": row, "images": pictures, "question": row.question, **candidates[row.id],
             "answers": [looks[step]["sampled"] for step in p.noise_steps],
+            "other_ways": {way: _other(p, result, processor, row, way) for way in p.other_ways},
             "p_true": [float(np.exp(looks[step]["answers"][0]["logp"])) for step in p.noise_steps]}
 
 
-def curve_rows(p: NoiseProbability, metrics: dict[str, Any]) -> "pandas.DataFrame":
-    """A row a noise step: each curve's mean with its interval."""
-    from pandas import DataFrame  # takes a second to import
-
-    return DataFrame({"noise step": p.noise_steps} | {
-        label: [Estimate(value, *interval).text() for value, interval in zip(
-            metrics[name], metrics[f"{name}_interval"], strict=True)]
-        for name, label in CURVES.items()})
+def _other(p: NoiseProbability, result: stages.Result, processor: Any, row: Row, way: str
+           ) -> dict[str, Any]:
+    answers = {x["step"]: x["sampled"] for x in read_lines(result.folder / f"looks-{way}.jsonl")
+               if x["row"] == row.id and x["draw"] == 0}
+    request = Request(row.id, row.prompt, row.image)
+    return {"images": [generate.view_picture(processor, request, View(way, step), seed=p.seed,
+                                             transform=p.image_transform) for step in answers],
+            "answers": list(answers.values()), "steps": list(answers)}

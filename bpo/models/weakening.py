@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from bpo.study.seeds import numpy_generator, torch_generator
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LAST_STEP = 999  # of noise, and of every other way that takes a step
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Weakening:
         reads `pixels`, and `picture` is what people and a collator of pictures are given.
     mix: (clean, weakened, strength, cutoff) -> what the next token is drawn from. The first two are
         (B, vocabulary) log-probs of two branches. None: the weakened image alone answers.
-    stepped: whether it takes a diffusion step. drawn: whether two draws differ. other: whether it
+    stepped: whether it takes a step, 0 to 999. drawn: whether two draws differ. other: whether it
     wants another row's image.
     """
 
@@ -41,8 +43,8 @@ class Weakening:
 
 @dataclass(frozen=True)
 class View:
-    """A way of weakening an image with its draw's number, for noise its step, and for crop the
-    share of each side that is left."""
+    """A way of weakening an image with its draw's number, for noise and fade the step, and for crop
+    the share of each side that is left."""
 
     mode: str
     step: int = 0
@@ -93,6 +95,13 @@ def crop(image: Image.Image, draw: Draw) -> Image.Image:
     return piece.resize(image.size, Image.Resampling.BICUBIC)
 
 
+def fade(image: Image.Image, draw: Draw) -> Image.Image:
+    """(1 − s) image + s blur(image), with s = step / 999. The blur's standard deviation is the
+    longer side, so that at the last step no outline and no place of a colour is left."""
+    blurred = image.filter(ImageFilter.GaussianBlur(max(image.size)))
+    return Image.blend(image, blurred, draw.view.step / LAST_STEP)
+
+
 def blank(image: Image.Image, draw: Draw) -> Image.Image:
     """The colour that the processor normalises to zero."""
     from bpo.models import encoding  # here: it loads torch
@@ -131,6 +140,9 @@ WEAKENINGS = {way.name: way for way in (
               pixels=noise, mix=less_weakened, stepped=True),
     Weakening("crop", "a piece of the image at a random place, crop_share of each side",
               picture=crop),
+    Weakening("fade", "the image mixed with its own blur, of which step t takes the share t / 999: "
+                      "it grows faint and no false trace comes in", picture=fade, stepped=True,
+              drawn=False),
     # Zeros are what `blank` gives but for the rounding to 256 levels.
     Weakening("blank", "the processor's mean colour: no image at all", picture=blank,
               pixels=lambda pixels, draw: pixels.new_zeros(pixels.shape), drawn=False),

@@ -8,7 +8,7 @@ Every interval is a bootstrap over images.
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from itertools import cycle
 from typing import Any
@@ -27,6 +27,7 @@ SIDES = {"candidates": "candidates", "kept": "rejected"}  # what the audit says 
 FOLDS, FEWEST_PAIRS, FEWEST_IMAGES = 5, 20, 5  # of the classifier; fewer tell nothing
 RESAMPLES = 1000  # of the images, for an interval
 MOST_TERMS = 50_000  # words and word pairs that it looks at, the most frequent ones
+BY_CATEGORY = ("length_gap", "longer", "is_prior")  # what is told of each category of question
 
 Line = Mapping[str, Any]
 Pair = tuple[Line, Mapping[str, Any]]  # a line and one of its answers
@@ -63,32 +64,51 @@ class Counts:
                 for s in SOURCES if self.made[s]}
 
 
-def audit(lines: Sequence[Line], *, seed: int, right: Right) -> dict[str, Any]:
+def audit(lines: Sequence[Line], *, seed: int, right: Right, prior: Right,
+          noise_words: Collection[str]) -> dict[str, Any]:
     """What the pairs are like, by source; only sources with a candidate are named.
 
     sources_agree: of the lines that keep answers of several sources, the share where two sources
     say the same. Of a source {candidates, kept} of
-    - length_gap: words (`text.pieces`) more than the chosen answer, mean;
-    - characters_gap, type_token_gap, sentences_gap, commas_gap: the same of characters a word,
-      different words a word (it falls with length: read it beside length_gap), sentences, and
-      commas a word;
+    - length_gap: words (`text.pieces`) more than the chosen answer, mean; longer: share with more;
+    - characters_gap, type_token_gap, commas_gap: the same of characters, different words (fewer in
+      longer answers) and commas a word; sentences_gap: of sentences;
     - near_duplicates: share with NEAR_DUPLICATE or more of the chosen answer's words in order;
+    - equal: share that says the same as the chosen answer; none of the kept does;
     - truth_right: share in truth right, of those whose truth is known: they teach the wrong thing;
-    - displacement: of scored answers, the mean CHES (`selection.ches`), the share above 0, which is
-      this kit's warning level and not a theorem, and the 95th percentile (a plain number).
+    - is_prior: share that is the prior's answer and not the chosen one, of questions for which the
+      truth names the prior's;
+    - of_noise: share with a phrase of noise_words that the chosen answer lacks; None without any;
+    - displacement: of scored answers, the mean CHES (`selection.ches`), the share above 0 and the
+      95th percentile (a plain number).
+    All but the last also by `ways`, of weakened answers {mode-step: the same}, and those of
+    BY_CATEGORY by `categories`.
     An estimate is {value, low, high, n} over images, and None where there is nothing to measure.
     """
-    several, agreeing = 0, 0
-    for line in lines:
-        texts = {(a["source"], metrics.normalised(a["text"])) for a in line["rejected"]}
-        if len({source for source, _ in texts}) > 1:
-            several += 1
-            agreeing += len({text for _, text in texts}) < len(texts)
-    out: dict[str, Any] = {"sources_agree": round(agreeing / max(several, 1), 6)}
+    said = [{(a["source"], metrics.normalised(a["text"])) for a in k["rejected"]} for k in lines]
+    several = [texts for texts in said if len({source for source, _ in texts}) > 1]
+    agreeing = sum(len({text for _, text in texts}) < len(texts) for texts in several)
+    out: dict[str, Any] = {"sources_agree": round(agreeing / max(len(several), 1), 6)}
+    phrases = [f" {text} " for text in map(metrics.normalised, noise_words) if text]
+    mean = _intervals(seed, "audit interval")
     for source, sides in _by_source(lines).items():
-        found = {side: _measure(pairs, seed, right) for side, pairs in sides.items()}
-        out[source] = {name: {side: found[side][name] for side in SIDES} for name in found["kept"]}
+        rows = [{"side": side, "image": k["image"], "categories": k["category"], "ways": way(a),
+                 **_checked(k, a, right, prior, phrases)}
+                for side, pairs in sides.items() for k, a in pairs]
+
+        def by(part: str, names: Collection[str]) -> dict[str, Any]:
+            return {value: _measured([r for r in rows if r[part] == value], names, mean)
+                    for value in dict.fromkeys(r[part] for r in rows)}
+
+        out[source] = {**_measured(rows, MEASURES, mean), "displacement": _displacement(rows, mean),
+                       "categories": by("categories", BY_CATEGORY),
+                       "ways": by("ways", MEASURES) if source == "weakened" else {}}
     return out
+
+
+def way(answer: Mapping[str, Any]) -> str:
+    """How a rejected answer was made: its mode, and its step where it has one."""
+    return f"{answer['mode']}-{answer['step']}" if "step" in answer else answer["mode"]
 
 
 def _by_source(lines: Sequence[Line]) -> dict[str, dict[str, list[Pair]]]:
@@ -101,20 +121,26 @@ def _by_source(lines: Sequence[Line]) -> dict[str, dict[str, list[Pair]]]:
 
 
 def tidy(found: Mapping[str, Any]) -> list[Result]:
-    """The stage's metrics as results: a method is a source of rejected answers, a split is all
-    candidates or the kept ones; `shortcut_text`, `shortcut_length` are a classifier's accuracy."""
+    """The stage's metrics as results. Splits: candidates, kept. A method is a source of rejected
+    answers, or one with its way ("weakened noisy-800"); a category is "audit", or with that of the
+    question "audit caption". `shortcut_text`, `shortcut_length` are a classifier's accuracy."""
     out: list[Result] = []
 
-    def add(side: str, source: str, metric: str, estimate: Estimate) -> None:
+    def add(side: str, method: str, metric: str, estimate: Estimate, category: str = "") -> None:
         if estimate:
-            out.append(Result(side, "audit", source, "", metric, results.Estimate(**estimate)))
+            out.append(Result(side, f"audit {category}".strip(), method, "", metric,
+                              results.Estimate(**estimate)))
 
     for source in filter(found.__contains__, SOURCES):
-        add("kept", source, "share_kept", {"value": found[source]["share_kept"]})
-        for metric in (*STYLE, "near_duplicates", "truth_right"):
-            for side, estimate in found[source].get(metric, {}).items():
-                add(side, source, metric, estimate)
-        for side, ches in found[source].get("displacement", {}).items():
+        of = found[source]
+        add("kept", source, "share_kept", {"value": of["share_kept"]})
+        parts = [(source, "", of), *((f"{source} {w}", "", m) for w, m in of["ways"].items()),
+                 *((source, c, m) for c, m in of["categories"].items())]
+        for method, category, measures in parts:
+            for metric in filter(measures.__contains__, MEASURES):
+                for side, estimate in measures[metric].items():
+                    add(side, method, metric, estimate, category)
+        for side, ches in of["displacement"].items():
             for part in ("mean", "above_zero"):
                 add(side, source, f"displacement_{part}", ches and ches[part])
     for source, sides in found["shortcut"].items():
@@ -152,24 +178,42 @@ def gap(name: str, text: str, chosen: str) -> float | None:
     return None if None in values else values[0] - values[1]
 
 
-def _measure(pairs: Sequence[Pair], seed: int, right: Right) -> dict[str, Any]:
-    """Every measure of one source and side."""
-    interval = _intervals(seed, "audit interval")
+MEASURES = (*STYLE, "longer", "near_duplicates", "equal", "truth_right", "is_prior", "of_noise")
 
-    def mean(values: Sequence[float | bool | None]) -> Estimate:
-        return interval([(line["image"], (float(v), 1))
-                         for (line, _), v in zip(pairs, values, strict=True) if v is not None])
 
-    found: dict[str, Any] = {name: mean([gap(name, a["text"], k["chosen"]) for k, a in pairs])
-                             for name in STYLE}
-    found["near_duplicates"] = mean([_near(a["text"], k["chosen"]) for k, a in pairs])
-    found["truth_right"] = mean([right(k, a["text"]) for k, a in pairs])
-    ches = [a.get("scores", {}).get("ches") for _, a in pairs]
-    scored = [c for c in ches if c is not None]
-    found["displacement"] = {
-        "mean": mean(ches), "above_zero": mean([None if c is None else c > 0 for c in ches]),
-        "percentile_95": round(float(np.percentile(scored, 95)), 6)} if scored else None
+def _checked(line: Line, answer: Mapping[str, Any], right: Right, prior: Right,
+             phrases: Sequence[str]) -> dict[str, float | bool | None]:
+    """Everything that is measured of an answer, None where it cannot be told; phrases: normalised,
+    between spaces."""
+    text, chosen = answer["text"], line["chosen"]
+    said, shown = (f" {metrics.normalised(t)} " for t in (text, chosen))
+    gaps, ches = {n: gap(n, text, chosen) for n in STYLE}, answer.get("scores", {}).get("ches")
+    return gaps | {
+        "longer": gaps["length_gap"] > 0, "near_duplicates": _near(text, chosen),
+        "equal": said == shown, "truth_right": right(line, text),
+        "is_prior": prior(line, text) and said != shown,
+        "of_noise": any(p in said and p not in shown for p in phrases) if phrases else None,
+        "ches": ches, "above_zero": None if ches is None else ches > 0}
+
+
+def _measured(rows: Sequence[Mapping[str, Any]], names: Collection[str],
+              mean: Callable[[Sequence], Estimate]) -> dict[str, dict[str, Estimate]]:
+    """measure -> side -> its estimate; rows: `_checked` answers, each with side and image."""
+    found: dict[str, dict[str, Estimate]] = {name: {} for name in names}
+    for side in SIDES:
+        for name in names:
+            found[name][side] = mean([(r["image"], (float(r[name]), 1)) for r in rows
+                                      if r["side"] == side and r[name] is not None])
     return found
+
+
+def _displacement(rows: Sequence[Mapping[str, Any]], mean: Callable[[Sequence], Estimate]
+                  ) -> dict[str, Any]:
+    found = _measured(rows, ("ches", "above_zero"), mean)
+    return {side: {"mean": of_side, "above_zero": found["above_zero"][side],
+                   "percentile_95": round(float(np.percentile(
+                       [r["ches"] for r in rows if r["side"] == side and r["ches"] is not None],
+                       95)), 6)} if of_side else None for side, of_side in found["ches"].items()}
 
 
 def _near(text: str, other: str) -> bool:

@@ -33,7 +33,7 @@ def run(p: PairGeneration) -> stages.Result:
     scores.jsonl, candidates.jsonl, dropped.jsonl and pairs.jsonl."""
     launch.start(p)
     files = list(check.data_files(p))
-    inputs = {"model": p.path(p.model)}
+    inputs = {"model": p.path(p.model), "noise_words": p.path(p.noise_words)}
     inputs |= {"data" if len(files) == 1 else f"data {file.name}": file for file in files}
     if "injected" in p.sources:
         inputs |= {name: p.path(getattr(p, name)) for name in ("describe_prompt",
@@ -84,7 +84,9 @@ def _choose(p: PairGeneration, made: Candidates) -> dict[str, Any]:
         _weigh(folder / "pairs.jsonl")
     skipped = Counter(line["reason"] for line in LineFile(folder / check.REJECTED))
     audited = _audited(p, made)
-    found = audit.audit(audited, seed=p.seed, right=right)
+    found = audit.audit(audited, seed=p.seed, right=right, prior=prior(p),
+                        noise_words=p.path(p.noise_words).read_text(
+                            encoding="utf-8").split("\n"))
     for source, exact in counts.by_source().items():
         found[source] = exact | found.get(source, {})
     found["shortcut"] = audit.shortcut(audited, seed=p.seed)
@@ -119,9 +121,8 @@ def _audited(p: PairGeneration, made: Candidates) -> list[dict[str, Any]]:
 
 def truth(p: PairGeneration) -> selection.Right:
     """A function that says whether a line's rejected answer is in truth right; None where the truth
-    is not known, as of several data files: their ids get the file's name in front."""
-    files = list(check.data_files(p))
-    known = data_rows.read_truth(files[0]) if len(files) == 1 else {"rows": {}}
+    is not known."""
+    known = _known(p)
 
     def right(line: dict[str, Any], text: str) -> bool | None:
         row = known["rows"].get(line["id"])
@@ -134,6 +135,23 @@ def truth(p: PairGeneration) -> selection.Right:
             known["images"][line["image"]]["objects"])
 
     return right
+
+
+def prior(p: PairGeneration) -> selection.Right:
+    """The same of whether it is the prior's answer; None where no such answer is known."""
+    known = _known(p)["rows"]
+
+    def is_prior(line: dict[str, Any], text: str) -> bool | None:
+        answers = known.get(line["id"], {}).get("prior")
+        return metrics.normalised(text) in map(metrics.normalised, answers) if answers else None
+
+    return is_prior
+
+
+def _known(p: PairGeneration) -> dict[str, Any]:
+    """What the truth file says; nothing of several data files, whose ids are no longer its own."""
+    files = list(check.data_files(p))
+    return data_rows.read_truth(files[0]) if len(files) == 1 else {"rows": {}}
 
 
 def example(p: PairGeneration, result: stages.Result) -> int:

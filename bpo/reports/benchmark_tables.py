@@ -223,7 +223,7 @@ def draw_by_place(frame: DataFrame) -> Figure:
     """
     lines = {method: (c["place"], c["value"], c["low"], c["high"])
              for method, c in frame.groupby("method", sort=False)}
-    fig = figures.bands(lines, xlabel="place of the object in its caption",
+    fig = figures.bands({"": lines}, xlabel="place of the object in its caption",
                         ylabel="share that is not in the image")
     fig.axes[0].locator_params(axis="x", integer=True)
     return fig

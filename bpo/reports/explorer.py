@@ -1,13 +1,12 @@
-"""Answers one by one: side by side (notebook 4), and two things to try in JupyterLab, an image at
-any noise step and a question of one's own.
+"""What notebook 1 shows of noise and of other ways of weakening, and two things to try in
+JupyterLab: an image at any noise step, and a question of one's own.
 
-What is to be tried is one output with widgets and a still figure. The still figure is what the
-widgets show at first; pages, and whatever else has no widgets, show it in their place.
+Each of the two is one output with widgets and a still figure. The still figure is what the widgets
+show at first; pages, and whatever else has no widgets, show it in their place.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain, zip_longest
 from typing import Any
 
 import ipywidgets as widgets
@@ -18,7 +17,7 @@ from pandas import DataFrame
 from bpo.data import images
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
-from bpo.evaluation import comparison, metrics, probe
+from bpo.evaluation import comparison, probe
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs
 from bpo.models.checkpoint import Checkpoint
@@ -30,12 +29,21 @@ from bpo.reports.cards import Shown
 from bpo.study import seeds
 from bpo.study import stage as stages
 from bpo.study.files import read_lines, to_json
-from bpo.study.text import visible, words
+from bpo.study.results import Estimate
+from bpo.study.text import visible
 
-AGAINST, DRAWN = "picture against habit", "drawn by seed"
 CHOICES = 24  # rows offered, of each split
 WIDE = {"width": "min(100%, 34rem)"}
 _loaded: dict[str, Any] = {}  # one model at a time, also where the cell is run again
+
+KINDS = {"true": "true answer", "prior": "prior's answer"}
+MEASURES = {
+    "p": ("probability of the answer", "Probability of the whole answer, mean over {images} images "
+          "and, of noise, {draws} draws; bands are 95 % bootstrap intervals over images."),
+    "p_first": ("probability of the first token", "The same for the answer's first token alone, "
+                "the measure of the paper's figure; {images} images, 95 % bootstrap intervals.")}
+COLUMNS = {"p_true": "P(true)", "p_prior": "P(prior)", "logp_true": "log P a token, true",
+           "logp_prior": "log P a token, prior"}
 
 
 class Explorer(widgets.VBox):
@@ -96,14 +104,14 @@ def noise(p: NoiseProbability, result: stages.Result, checkpoint: Checkpoint) ->
             examples.append({
                 "image": encoding.noised_picture(checkpoint.processor, clean, at, draw),
                 "lines": [f"noise step {at}",
-                          *(f"{tables.KINDS[a['kind']]} “{a['text']}”: {chance:.3g}"
+                          *(f"{KINDS[a['kind']]} “{a['text']}”: {chance:.3g}"
                             for a, chance in zip(answers[at], chances, strict=True)),
                           f"any other answer: {max(0, 1 - sum(chances)):.3g}"]})
         steps, curves = sorted(answers), {}
-        for kind, label in tables.KINDS.items():
+        for kind, label in KINDS.items():
             mean = [sum(np.exp(a["logp"]) for a in answers[s] if a["kind"] == kind) for s in steps]
             curves[label] = {"mean": mean, "low": mean, "high": mean}
-        fig = figures.noise_curves(curves, steps, "probability of the answer")
+        fig = figures.noise_curves({"": curves}, steps, "probability of the answer")
         fig.axes[0].axvline(step, color=figures.QUIET, linewidth=1)
         curve = page.figure(fig, alt="Probability of the answers of one image by noise step",
                             caption=f"{row.question} At step {step}, {source}.")
@@ -113,91 +121,6 @@ def noise(p: NoiseProbability, result: stages.Result, checkpoint: Checkpoint) ->
                     step=widgets.IntSlider(
                         p.noise_steps[len(p.noise_steps) // 2], 0, STEPS - 1, layout=WIDE,
                         description="Noise step", continuous_update=False))
-
-
-def side_by_side(p: QualitativeComparison, result: stages.Result, frame: DataFrame) -> list[Shown]:
-    """How often base, the page's method and its control follow the habit, and `p.gallery` cards.
-
-    Half of the cards are drawn by seed among the colour questions to which the base gives the
-    prior's answer, which is wrong there; the others from each category of question in turn.
-    """
-    split, method = comparison.main_split(frame), tables.main_method(frame)
-    control = comparison.matched(p).get(method, tables.control(frame))
-    methods = list(dict.fromkeys(("base", control, method)))
-    rows, truth, _ = comparison.read_split(p, split)
-    files = {r.id: r.image for r in rows}
-    lines = sorted(read_lines(result.folder / f"answers-{split}.jsonl"),
-                   key=lambda x: seeds.seed_for(p.seed, "comparison gallery", x["id"]))
-    usual = [x for x in lines if x["p_true"] and said(x, "base", truth) == "prior"]
-    against = usual[:(p.gallery + 1) // 2]
-    turns = zip_longest(*([x for x in lines if x["category"] == category and x not in against]
-                          for category in dict.fromkeys(x["category"] for x in lines)))
-    others = list(filter(None, chain.from_iterable(turns)))[:p.gallery - len(against)]
-    gallery = cards.comparison_gallery([
-        {"image": images.load(files[x["id"]]), "question": x["question"],
-         "origin": origin, **stored(x, methods, truth)}
-        for origin, drawn in ((AGAINST, against), (DRAWN, others)) for x in drawn])
-    return [habit(lines, methods, truth, split), gallery]
-
-
-def habit(lines: Sequence[dict], methods: Sequence[str], truth: dict[str, Any], split: str
-          ) -> Shown:
-    """How many answers of the base the methods mended and lost, where its habit is wrong."""
-    kinds = [{m: said(x, m, truth) for m in methods} for x in lines if x["p_true"]]
-    if not kinds:
-        changed = sum(x["answers"][methods[-1]] != x["answers"]["base"] for x in lines)
-        return page.say(
-            "No truth file tells of a usual answer to the {n} {s} questions: those below are drawn "
-            "by seed. {m} answers {c} of {n} otherwise than base.", n=len(lines), s=split,
-            m=methods[-1], c=changed)
-    usual, true = ([k for k in kinds if k["base"] == kind] for kind in ("prior", "true"))
-    tuned = "; ".join(
-        f"{m} now answers {sum(k[m] == 'true' for k in usual)} of those {len(usual)} truly and has "
-        f"lost {sum(k[m] != 'true' for k in true)} of those {len(true)}" for m in methods[:0:-1])
-    return page.say(
-        "Of **{n}** colour questions on {s} images to which the usual answer is wrong, base gives "
-        "the usual one to **{u}** and the true one to **{t}**; {tuned}.", n=len(kinds), s=split,
-        u=len(usual), t=len(true), tuned=tuned)
-
-
-def said(line: dict, method: str, truth: dict[str, Any]) -> str:
-    """Whether an answer to a colour question is the "true" one, the "prior"'s, or an "other"."""
-    counts = comparison.counts(line, method, truth)
-    return ("true" if counts["colour_accuracy"][0] else "prior" if counts["prior_rate"][0]
-            else "other")
-
-
-def stored(line: dict, methods: Sequence[str], truth: dict[str, Any]) -> dict[str, Any]:
-    """{truth, usual, answers} of a stored line, for a card."""
-    out = {"truth": line["annotated"], "answers": {
-        m: {"text": line["answers"][m], "wrong": wrong_words(line, m, truth)} for m in methods}}
-    if line["p_true"]:
-        known = truth["rows"][line["id"]]
-        out["truth"] = " or ".join(known["true"])
-        out["usual"] = " or ".join(a for a in known["prior"] if a not in known["true"])
-        for m, answer in out["answers"].items():
-            answer |= {"kind": said(line, m, truth),
-                       "chances": (line["p_true"][m], line["p_prior"][m])}
-    return out
-
-
-def wrong_words(line: dict, method: str, truth: dict[str, Any]) -> cards.Wrong:
-    """What to mark in an answer: wrong objects and colours of a caption, a wrong answer whole."""
-    known, text = truth["rows"].get(line["id"]), line["answers"][method]
-    if known is None:
-        return set()
-    if known["category"] == "caption":
-        return _misdescribed(text, line["image"], truth)
-    return set() if comparison.quality(line, method, truth) else set(words(text))
-
-
-def _misdescribed(text: str, image: str, truth: dict[str, Any]) -> cards.Wrong:
-    if image not in truth["images"]:
-        return set()
-    vocabulary, objects = truth["vocabulary"], truth["images"][image]["objects"]
-    present = {o["name"] for o in objects}
-    return metrics.wrong_object_words(text, vocabulary["objects"], present) | metrics.wrong_colours(
-        text, vocabulary["objects"], vocabulary.get("colours", ()), objects)
 
 
 def ask(p: QualitativeComparison, result: stages.Result) -> Explorer:
@@ -217,7 +140,8 @@ def ask(p: QualitativeComparison, result: stages.Result) -> Explorer:
             example = _answered(p, result, replace(chosen, prompt=asked), truth)
         else:
             line = lines[split][chosen.id]
-            example = {"origin": "from the stored result", **stored(line, line["answers"], truth)}
+            example = {"origin": "from the stored result",
+                       **tables.stored(line, line["answers"], truth)}
         return cards.comparison_gallery([{"image": images.load(chosen.image),
                                           "question": question or chosen.question, **example}])
 
@@ -243,7 +167,8 @@ def _answered(p: QualitativeComparison, result: stages.Result, row: Row, truth: 
     for method in methods:
         with checkpoints.using(checkpoint, method):
             text = generate.decode(checkpoint, inputs, max_new_tokens=p.max_new_tokens)[0]
-        answers[method] = {"text": text, "wrong": _misdescribed(text, row.image_name, truth)}
+        answers[method] = {"text": text,
+                           "wrong": tables.misdescribed(text, row.image_name, truth)}
     return {"origin": "answered just now", "answers": answers,
             "truth": f"in the image: {', '.join(sorted(present))}" if known else "not known"}
 
@@ -251,3 +176,98 @@ def _answered(p: QualitativeComparison, result: stages.Result, row: Row, truth: 
 def _picker(choices: Sequence[tuple[str, Any]]) -> widgets.Dropdown:
     return widgets.Dropdown(description="Image", layout=WIDE, options=[
         (f"{n}. {visible(label)[:70]}", value) for n, (label, value) in enumerate(choices, 1)])
+
+
+# --- notebook 1: curves, numbers, words ---------------------------------------------------------
+
+def ways(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """way of weakening -> the metrics of its curves, noise first."""
+    return {"noise": metrics, **metrics["other_ways"]}
+
+
+def curves(metrics: dict[str, Any], measure: str) -> dict[str, dict[str, list[float]]]:
+    """The true and the prior's curve of a measure ("p", "p_first", "logp") for the figure."""
+    stem, _, first = measure.partition("_")
+    out = {}
+    for kind, label in KINDS.items():
+        name = f"{stem}_{kind}" + (f"_{first}" if first else "")
+        low, high = zip(*metrics[f"{name}_interval"], strict=True)
+        out[label] = {"mean": metrics[name], "low": list(low), "high": list(high)}
+    return out
+
+
+def noise_curves(p: NoiseProbability, metrics: dict[str, Any], measure: str) -> Shown:
+    """The figure of a measure against the step, a panel a way of weakening."""
+    if measure == "p_first" and all(np.allclose(found[f"p_{kind}"], found[f"p_{kind}_first"],
+                                                atol=1e-3)
+                                    for found in ways(metrics).values() for kind in KINDS):
+        return page.say("The probability of the first token, the measure of the paper's figure, is "
+                        "the same here: it decides the answer.")
+    title, caption = MEASURES[measure]
+    return page.figure(
+        figures.noise_curves({way: curves(found, measure) for way, found in ways(metrics).items()},
+                             p.noise_steps, title),
+        alt=f"The {title} against the step of {' and of '.join(ways(metrics))}, of the true answer "
+            "and the prior's",
+        caption=caption.format(images=metrics["images"], draws=p.draws))
+
+
+def noise_strip(p: NoiseProbability, example: dict[str, Any], way: str = "") -> Shown:
+    """An image at each step of the noise, or of another way, with one sampled answer under each."""
+    shown = example["other_ways"][way] if way else example | {"steps": p.noise_steps}
+    return page.figure(
+        figures.noise_strip(shown["images"], shown["steps"], shown["answers"]),
+        alt=f"One image at each step of {way or 'noise'} with the model's sampled answer under it",
+        caption=f"One image as the model is shown it, from step {shown['steps'][0]} of "
+                f"{way or 'noise'} to the last, with one sampled answer (temperature 1) at each.")
+
+
+def sampled_shares(p: NoiseProbability, metrics: dict[str, Any]) -> Shown:
+    """A row a step, three columns a way of weakening."""
+    frame = DataFrame({f"{way}: {kind}": shares for way, found in ways(metrics).items()
+                       for kind, shares in found["sampled"].items()}).map("{:.2f}".format)
+    frame.insert(0, "step", p.noise_steps)
+    return page.table(
+        frame, "Share of sampled answers that are the true one, the prior's, or another",
+        f"{min(p.sampled_answers, metrics['images'])} images a step")
+
+
+def noise_numbers(p: NoiseProbability, metrics: dict[str, Any], way: str) -> Shown:
+    """A row a step: each curve's mean with its interval."""
+    found = ways(metrics)[way]
+    frame = DataFrame({"step": p.noise_steps} | {
+        label: [Estimate(value, *interval).text() for value, interval in zip(
+            found[name], found[f"{name}_interval"], strict=True)]
+        for name, label in COLUMNS.items()})
+    return page.table(frame, f"The curves of {way} in numbers",
+                      f"{metrics['images']} images, mean with its 95 % interval over images; the "
+                      "log-probability a token is of the likeliest candidate, for answers of many "
+                      "tokens")
+
+
+def direction(change: Estimate) -> str:
+    """What an interval allows to say of a change between clean image and last step."""
+    if not change.excludes_zero():
+        return "does not clearly move"
+    return "rises" if change.low > 0 else "falls"
+
+
+def noise_headline(p: NoiseProbability, metrics: dict[str, Any]) -> Shown:
+    """Where both probabilities go, from the clean image to the last step, in each way; and in which
+    of them the prior's answer comes out: the true one falls and that one rises."""
+    values: dict[str, object] = {"last": p.noise_steps[-1], "n": metrics["images"]}
+    parts, out = [], []
+    for number, (way, found) in enumerate(ways(metrics).items()):
+        changes = {kind: Estimate(**found[f"change_{kind}"]) for kind in KINDS}
+        words = {kind: direction(change) for kind, change in changes.items()}
+        if words == {"true": "falls", "prior": "rises"}:
+            out.append(way)
+        parts.append(f"under {{w{number}}} P(true answer) **{{true{number}}}** ({{dt{number}}}) "
+                     f"and P(prior's answer) **{{prior{number}}}** ({{dp{number}}})")
+        values |= {f"w{number}": way, f"dt{number}": changes["true"].text(sign="+"),
+                   f"dp{number}": changes["prior"].text(sign="+"),
+                   **{f"{kind}{number}": text for kind, text in words.items()}}
+    return page.say(
+        "The prior's answer takes the true one's place under **{out}**. From the clean image to "
+        "step {last}: " + "; ".join(parts) + "; {n} images.",
+        out=" and ".join(out) or "nothing that was tried", **values)

@@ -75,26 +75,28 @@ def wrapped(text: str, *, columns: int) -> str:
     return "\n".join(lines)
 
 
-def noise_curves(curves: dict[str, dict[str, list[float]]], steps: list[int],
+def noise_curves(ways: Mapping[str, Mapping[str, Mapping[str, list[float]]]], steps: list[int],
                  ylabel: str) -> Figure:
-    """A line with its interval as a band for each name, against the noise step.
+    """A panel a way of weakening, in it a line with its band for each name, against the step.
+    ways: title -> name -> {"mean", "low", "high"}, each as long as `steps`."""
+    return bands({title: {name: (steps, c["mean"], c["low"], c["high"])
+                          for name, c in curves.items()} for title, curves in ways.items()},
+                 xlabel="step (0 is the clean image)", ylabel=ylabel)
 
-    curves: name -> {"mean", "low", "high"}, each as long as `steps`.
-    """
-    lines = {name: (steps, c["mean"], c["low"], c["high"]) for name, c in curves.items()}
-    return bands(lines, xlabel="noise step (0 is the clean image)", ylabel=ylabel)
 
-
-def bands(lines: Mapping[str, Sequence[Sequence[float]]], *, xlabel: str, ylabel: str) -> Figure:
-    """A line with its interval as a band for each name. lines: name -> x, mean, low, high."""
-    theme()
-    fig = Figure(figsize=(WIDTH * 0.85, 4.0), layout="constrained")
-    axes = fig.subplots()
-    for (name, (where, mean, low, high)), style in zip(lines.items(), line_styles(), strict=False):
-        axes.plot(where, mean, label=visible(name), **style)
-        axes.fill_between(where, low, high, color=style["color"], alpha=0.16, linewidth=0)
-    axes.set(xlabel=xlabel, ylabel=ylabel, xmargin=0.02)
-    legend_above(fig, axes)
+def bands(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], *, xlabel: str,
+          ylabel: str) -> Figure:
+    """A panel a title, in it a line with its interval as a band for each name.
+    panels: title -> name -> x, mean, low, high."""
+    fig, axes = grid(1, len(panels), width=WIDTH * (0.85 if len(panels) == 1 else 1), height=4.0,
+                     sharey=True)
+    for panel, (title, lines) in zip(axes, panels.items(), strict=True):
+        for (name, (where, mean, low, high)), style in zip(lines.items(), line_styles()):
+            panel.plot(where, mean, label=visible(name), **style)
+            panel.fill_between(where, low, high, color=style["color"], alpha=0.16, linewidth=0)
+        panel.set(title=visible(title), xlabel=xlabel, xmargin=0.02)
+    axes[0].set_ylabel(ylabel)
+    legend_above(fig, axes[0])
     return fig
 
 
@@ -181,6 +183,25 @@ def differences(panels: Mapping[str, "pandas.DataFrame"]) -> Figure:
                                xycoords=panel.get_yaxis_transform(), fontsize=9,
                                fontweight="bold", color="#3c4147",
                                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+    return fig
+
+
+def made_and_kept(panels: Mapping[str, "pandas.DataFrame"]) -> Figure:
+    """A panel a title, a row a label: the interval of the candidates (hollow) above that of the
+    kept ones (filled). panels: title -> {label, side, value, low, high}."""
+    fig, axes = _panels({t: rows.drop_duplicates("label") for t, rows in panels.items()})
+    sides = {"candidates": ("as made", -0.2, "white"), "kept": ("as kept", 0.2, COLOURS[0])}
+    style = {"color": COLOURS[0], "marker": "o"}
+    for panel, rows in zip(axes, panels.values(), strict=False):
+        places = {label: place for place, label in enumerate(rows["label"].unique())}
+        for row in rows.to_dict("records"):
+            _, above, fill = sides[row["side"]]
+            _interval(panel, row, places[row["label"]] + above, style, number="", fill=fill)
+        if rows["low"].min() >= 0:
+            most = rows["high"].max() or 1
+            panel.set_xlim(-0.06 * most, 1.1 * most)
+    fig.legend(handles=[Line2D([], [], **style, markerfacecolor=fill, label=label)
+                        for label, _, fill in sides.values()], loc="outside upper left", ncols=2)
     return fig
 
 

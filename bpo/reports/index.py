@@ -118,7 +118,8 @@ def facts(known: Manifests) -> Shown:
 def noise(frame: "DataFrame") -> dict[str, Any]:
     """{last: "step N", n: images, p_true, p_prior}: how the last noise step changes both
     probabilities; {} where notebook 1 has not run."""
-    rows = frame.query("notebook == '1_noise_probability'").drop(columns="more_is_better")
+    rows = frame.query("notebook == '1_noise_probability' and category == 'noise'")
+    rows = rows.drop(columns="more_is_better")
     changes = rows[rows["against"] != ""]
     if changes.empty:
         return {}

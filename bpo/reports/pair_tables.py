@@ -10,17 +10,23 @@ from bpo.pairs import stage as pairs
 from bpo.params import SOURCES, PairGeneration
 from bpo.reports import cards, figures, page
 from bpo.reports.cards import Shown
+from bpo.study import results
 from bpo.study import stage as stages
 from bpo.study.files import LineFile
 from bpo.study.results import Estimate
 
-CHECKS = {"truth_right": "share in truth right",
-          "near_duplicates": "share nearly equal to the chosen answer",
+CHECKS = {"equal": "share equal to the annotation",
+          "truth_right": "share in truth right",
+          "is_prior": "share with the prior's answer",
+          "of_noise": "share that talks of the noise",
+          "longer": "share longer than the chosen answer",
           "length_gap": "words more than the chosen answer",
-          "sentences_gap": "sentences more",
           "characters_gap": "characters a word more",
           "commas_gap": "commas a word more",
-          "type_token_gap": "type-token ratio (different words a word) more"}
+          "type_token_gap": "type-token ratio (different words a word) more",
+          "sentences_gap": "sentences more",
+          "near_duplicates": "share nearly equal to the chosen answer"}
+DRAWN = list(CHECKS)[:9]  # by way of weakening
 SIDES = {"candidates": "as made", "kept": "as kept"}
 
 
@@ -43,7 +49,8 @@ def weakening_strip(p: PairGeneration, result: stages.Result, number: int) -> Sh
     return page.figure(
         figures.noise_strip(list(pictures.values()), list(pictures), notes),
         alt="One image, clean and as each way of weakening leaves it",
-        caption=f"One image as each way of weakening leaves it (noise at step {p.weaken_steps[0]}, "
+        caption=f"One image as each way of weakening leaves it (noise and fade at step "
+                f"{p.weaken_steps[0]}, "
                 f"crops of {p.crop_share:.0%} of each side), and whether the model answers from "
                 "that picture alone or from both, one against the other.")
 
@@ -127,6 +134,37 @@ def checks(found: dict[str, Any]) -> Shown:
     return page.table(frame, "Audit of the rejected answers, before and after selection", note)
 
 
+def ways(result: stages.Result) -> Shown:
+    """A panel a measure, a row a way of weakening with its step."""
+    rows = results.read(result.folder).query("category == 'audit' and metric in @DRAWN")
+    rows = rows[rows["method"].str.startswith("weakened ")]
+    if rows.empty:
+        return page.say("This run has no answers from weakened images.")
+    rows = rows.assign(label=rows["method"].str.removeprefix("weakened "),
+                       side=rows["split_or_benchmark"])
+    measured = dict(list(rows.groupby("metric", sort=False)))
+    return page.figure(
+        figures.made_and_kept({CHECKS[m]: measured[m] for m in DRAWN if m in measured}),
+        alt="Measures of weakened answers as made and as kept, by way of weakening and step",
+        caption=f"Weakened answers by way and step, of {result.metrics['audited']} positives with "
+                "95 % bootstrap intervals over images. Good negatives are often the prior's "
+                "answer, seldom right, silent about the noise, and near 0 in length and style. "
+                "What is not drawn needs a truth file.")
+
+
+def prior_shares(found: dict[str, Any]) -> list[str]:
+    """How many of each source's kept answers are the prior's, where the truth file names it."""
+    return [f"{_counted(of_source)} of the {source} pairs" for source in sources(found)
+            if (of_source := found[source].get("is_prior", {}).get("kept"))]
+
+
+def longer(found: dict[str, Any]) -> Shown:
+    """How many kept answers are longer than the chosen one, by source and category."""
+    return page.say("Longer than the chosen answer: {shares}.", shares="; ".join(
+        f"{s}, {category}: {_counted(measured['longer']['kept'])}" for s in sources(found)
+        for category, measured in found[s]["categories"].items() if measured["longer"]["kept"]))
+
+
 def length_gaps(result: stages.Result) -> Shown:
     """A histogram a source: how many words more than the chosen answer each kept one has."""
     found, gaps = result.metrics, {}
@@ -173,8 +211,16 @@ def displacement(found: dict[str, Any]) -> Shown:
 def headline(found: dict[str, Any]) -> Shown:
     parts = [f"{found[s]['kept']} {s} ({found[s]['share_kept']:.0%} of rows)"
              for s in sources(found)]
-    return page.say("**{n} pairs** from {rows} annotated rows: {parts}.", n=found["pairs"],
-                    rows=found["rows"], parts=", ".join(parts))
+    known = prior_shares(found)
+    prior = (" Where the truth file names the prior's answer, **it is the rejected one** in "
+             "{shares}." if known else "")
+    return page.say("**{n} pairs** from {rows} annotated rows: {parts}." + prior, n=found["pairs"],
+                    rows=found["rows"], parts=", ".join(parts), shares=" and ".join(known))
+
+
+def _counted(share: dict[str, Any]) -> str:
+    """A share with its count: 34 % (107 of 311)."""
+    return f"{share['value']:.0%} ({round(share['value'] * share['n'])} of {share['n']})"
 
 
 def _text(estimate: dict[str, Any] | None) -> str:

@@ -1,22 +1,27 @@
 """What finished stages allow to say, as tables and figures: methods compared (notebooks 4 and 5),
-training (3), noise (1). Results are queries on results.csv, formatted last.
+training (3). Results are queries on results.csv, formatted last.
 """
 
+from collections.abc import Sequence
+from itertools import chain, zip_longest
 from typing import Any
 
 from pandas import DataFrame
 
-from bpo.evaluation import benchmarks, comparison
-from bpo.params import DPOTraining, NoiseProbability, QualitativeComparison
-from bpo.reports import figures
+from bpo.data import images
+from bpo.evaluation import benchmarks, comparison, metrics
+from bpo.params import DPOTraining, QualitativeComparison
+from bpo.reports import cards, figures
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
-from bpo.study import results
+from bpo.study import results, seeds
 from bpo.study import stage as stages
 from bpo.study.files import read_lines
-from bpo.study.results import DECIDED, OPEN, Estimate
+from bpo.study.results import DECIDED, OPEN
+from bpo.study.text import words
 from bpo.training.objectives import OBJECTIVES
 
+AGAINST, DRAWN = "picture against habit", "drawn by seed"
 CONTROLS = ("sft_matched", "sft", "sft_compute")  # the sharpest control first
 INTERVALS = "95 % bootstrap intervals over images"
 PAIRED = "paired 95 % bootstrap intervals over images"
@@ -136,6 +141,92 @@ def readings(frame: DataFrame) -> list[Shown]:
             for split in frame["split_or_benchmark"].unique() for against in baselines(frame)]
 
 
+def side_by_side(p: QualitativeComparison, result: stages.Result, frame: DataFrame) -> list[Shown]:
+    """How often base, the page's method and its control follow the habit, and `p.gallery` cards.
+
+    Half of the cards are drawn by seed among the colour questions to which the base gives the
+    prior's answer, which is wrong there; the others from each category of question in turn.
+    """
+    split, method = comparison.main_split(frame), main_method(frame)
+    matched = comparison.matched(p).get(method, control(frame))
+    methods = list(dict.fromkeys(("base", matched, method)))
+    rows, truth, _ = comparison.read_split(p, split)
+    files = {r.id: r.image for r in rows}
+    lines = sorted(read_lines(result.folder / f"answers-{split}.jsonl"),
+                   key=lambda x: seeds.seed_for(p.seed, "comparison gallery", x["id"]))
+    usual = [x for x in lines if x["p_true"] and said(x, "base", truth) == "prior"]
+    against = usual[:(p.gallery + 1) // 2]
+    turns = zip_longest(*([x for x in lines if x["category"] == category and x not in against]
+                          for category in dict.fromkeys(x["category"] for x in lines)))
+    others = list(filter(None, chain.from_iterable(turns)))[:p.gallery - len(against)]
+    gallery = cards.comparison_gallery([
+        {"image": images.load(files[x["id"]]), "question": x["question"],
+         "origin": origin, **stored(x, methods, truth)}
+        for origin, drawn in ((AGAINST, against), (DRAWN, others)) for x in drawn])
+    return [habit(lines, methods, truth, split), gallery]
+
+
+def habit(lines: Sequence[dict], methods: Sequence[str], truth: dict[str, Any], split: str
+          ) -> Shown:
+    """How many answers of the base the methods mended and lost, where its habit is wrong."""
+    kinds = [{m: said(x, m, truth) for m in methods} for x in lines if x["p_true"]]
+    if not kinds:
+        changed = sum(x["answers"][methods[-1]] != x["answers"]["base"] for x in lines)
+        return report.say(
+            "No truth file tells of a usual answer to the {n} {s} questions: those below are drawn "
+            "by seed. {m} answers {c} of {n} otherwise than base.", n=len(lines), s=split,
+            m=methods[-1], c=changed)
+    usual, true = ([k for k in kinds if k["base"] == kind] for kind in ("prior", "true"))
+    tuned = "; ".join(
+        f"{m} now answers {sum(k[m] == 'true' for k in usual)} of those {len(usual)} truly and has "
+        f"lost {sum(k[m] != 'true' for k in true)} of those {len(true)}" for m in methods[:0:-1])
+    return report.say(
+        "Of **{n}** colour questions on {s} images to which the usual answer is wrong, base gives "
+        "the usual one to **{u}** and the true one to **{t}**; {tuned}.", n=len(kinds), s=split,
+        u=len(usual), t=len(true), tuned=tuned)
+
+
+def said(line: dict, method: str, truth: dict[str, Any]) -> str:
+    """Whether an answer to a colour question is the "true" one, the "prior"'s, or an "other"."""
+    counts = comparison.counts(line, method, truth)
+    return ("true" if counts["colour_accuracy"][0] else "prior" if counts["prior_rate"][0]
+            else "other")
+
+
+def stored(line: dict, methods: Sequence[str], truth: dict[str, Any]) -> dict[str, Any]:
+    """{truth, usual, answers} of a stored line, for a card."""
+    out = {"truth": line["annotated"], "answers": {
+        m: {"text": line["answers"][m], "wrong": wrong_words(line, m, truth)} for m in methods}}
+    if line["p_true"]:
+        known = truth["rows"][line["id"]]
+        out["truth"] = " or ".join(known["true"])
+        out["usual"] = " or ".join(a for a in known["prior"] if a not in known["true"])
+        for m, answer in out["answers"].items():
+            answer |= {"kind": said(line, m, truth),
+                       "chances": (line["p_true"][m], line["p_prior"][m])}
+    return out
+
+
+def wrong_words(line: dict, method: str, truth: dict[str, Any]) -> cards.Wrong:
+    """What to mark in an answer: wrong objects and colours of a caption, a wrong answer whole."""
+    known, text = truth["rows"].get(line["id"]), line["answers"][method]
+    if known is None:
+        return set()
+    if known["category"] == "caption":
+        return misdescribed(text, line["image"], truth)
+    return set() if comparison.quality(line, method, truth) else set(words(text))
+
+
+def misdescribed(text: str, image: str, truth: dict[str, Any]) -> cards.Wrong:
+    """The words of a caption for objects and colours that the image does not have."""
+    if image not in truth["images"]:
+        return set()
+    vocabulary, objects = truth["vocabulary"], truth["images"][image]["objects"]
+    present = {o["name"] for o in objects}
+    return metrics.wrong_object_words(text, vocabulary["objects"], present) | metrics.wrong_colours(
+        text, vocabulary["objects"], vocabulary.get("colours", ()), objects)
+
+
 def chair_by_hand(p: QualitativeComparison, result: stages.Result, *, split: str, method: str
                   ) -> DataFrame:
     """A row a caption of a method: {caption, in the image, object words, wrong}; no rows where no
@@ -213,57 +304,3 @@ def training_headline(p: DPOTraining, methods: dict[str, dict[str, Any]]) -> Sho
         "chosen answer's log-probability fell in: {fell}." + warning, n=len(methods),
         ends=", ".join(f"{m} {f['accuracy_last']:.2f}" for m, f in dpo.items()) or "no DPO method",
         fell=", ".join(fell) or "none", far=", ".join(far), bound=p.fall_warning)
-
-
-# --- noise ------------------------------------------------------------------------------------
-
-KINDS = {"true": "true answer", "prior": "prior's answer"}
-MEASURES = {
-    "p": ("probability of the answer", "Probability of the whole answer, mean over {images} images "
-          "and {draws} noise draws; bands are 95 % bootstrap intervals over images."),
-    "p_first": ("probability of the first token", "The same for the answer's first token alone, "
-                "the measure of the paper's figure; {images} images, 95 % bootstrap intervals.")}
-
-
-def curves(metrics: dict[str, Any], measure: str) -> dict[str, dict[str, list[float]]]:
-    """The true and the prior's curve of a measure ("p", "p_first", "logp") for the figure."""
-    stem, _, first = measure.partition("_")
-    out = {}
-    for kind, label in KINDS.items():
-        name = f"{stem}_{kind}" + (f"_{first}" if first else "")
-        low, high = zip(*metrics[f"{name}_interval"], strict=True)
-        out[label] = {"mean": metrics[name], "low": list(low), "high": list(high)}
-    return out
-
-
-def noise_curves(p: NoiseProbability, metrics: dict[str, Any], measure: str) -> Shown:
-    """The figure of a measure against the noise step."""
-    title, caption = MEASURES[measure]
-    return report.figure(
-        figures.noise_curves(curves(metrics, measure), p.noise_steps, title),
-        alt=f"The {title} against the noise step, of the true answer and the prior's",
-        caption=caption.format(images=metrics["images"], draws=p.draws))
-
-
-def sampled_shares(p: NoiseProbability, metrics: dict[str, Any]) -> Shown:
-    rows = DataFrame(metrics["sampled"]).map("{:.2f}".format)
-    rows.insert(0, "noise step", p.noise_steps)
-    return report.table(
-        rows, "Share of sampled answers that are the true one, the prior's, or another",
-        f"{p.sampled_answers} images a step")
-
-
-def direction(change: Estimate) -> str:
-    """What an interval allows to say of a change between clean image and last step."""
-    if not change.excludes_zero():
-        return "does not clearly move"
-    return "rises" if change.low > 0 else "falls"
-
-
-def noise_headline(p: NoiseProbability, metrics: dict[str, Any]) -> Shown:
-    """Where both probabilities go, from the clean image to the last step."""
-    true, prior = (Estimate(**metrics[f"change_{kind}"]) for kind in KINDS)
-    return report.say(
-        "From the clean image to step {last}, P(true answer) **{t}** ({td}) and P(prior's answer) "
-        "**{r}** ({rd}); {n} images.", last=p.noise_steps[-1], n=metrics["images"],
-        t=direction(true), r=direction(prior), td=true.text(sign="+"), rd=prior.text(sign="+"))

@@ -147,7 +147,8 @@ def answers(p: PriorOrigin, multimodal: LlavaForConditionalGeneration, processor
                          data.split_rows(scenes, "counterfactual", seed))
         probe.work(NoiseProbability(
             seed=seed, model=str(place / "model"), rows=0, noise_steps=p.noise_steps,
-            data=str(place / "counterfactual" / "rows.json"), draws=p.draws, sampled_answers=1),
+            data=str(place / "counterfactual" / "rows.json"), draws=p.draws, sampled_answers=1,
+            other_ways=[]),
             place)
         looks = read_lines(place / "looks.jsonl")
     captions = overview.captions(multimodal, processor, scenes)

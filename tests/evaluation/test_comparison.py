@@ -13,7 +13,7 @@ from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate
 from bpo.models.generate import Request
 from bpo.params import QualitativeComparison, Refusal
-from bpo.reports import explorer, tables
+from bpo.reports import tables
 from bpo.study import results
 from bpo.study.files import read_lines
 
@@ -147,7 +147,7 @@ def test_a_presence_answer_is_as_good_as_pope_finds_it(text):
     ("caption", "a dog and cats", {"cats"}), ("unknown", "a dog", set()),
     ("caption", "a Blue dog, a blue cat, a blue box, red", {("blue", "dog"), "cat"})])
 def test_wrong_words_are_marked(row_id, text, words):
-    assert explorer.wrong_words(line(row_id, text, ""), "base", TRUTH) == words
+    assert tables.wrong_words(line(row_id, text, ""), "base", TRUTH) == words
 
 
 @pytest.mark.parametrize("base, sft, bpo, sentence", [
@@ -167,7 +167,7 @@ def test_how_often_the_habit_is_followed_is_counted(base, sft, bpo, sentence):
                                            "p_true": chances, "p_prior": chances}
                  for texts in zip(base.split(), sft.split(), bpo.split(), strict=True)]
     methods = METHODS if base else ("base", "bpo")
-    assert explorer.habit(lines, methods, TRUTH, "x").plain == sentence
+    assert tables.habit(lines, methods, TRUTH, "x").plain == sentence
 
 
 # --- what may be said ---------------------------------------------------------------------------
@@ -399,9 +399,9 @@ def test_data_without_a_truth_file_is_measured_by_length_and_change(parameters, 
     assert comparison.main_split(frame) == "held_out"
     assert set(tables.levels(frame)["category"]) == {"any"}
     assert tables.difference_figures(frame, "held_out") and tables.level_figure(frame, "held_out")
-    counted, gallery = explorer.side_by_side(p, found, frame)
+    counted, gallery = tables.side_by_side(p, found, frame)
     assert counted.plain.startswith("No truth file tells of a usual answer to the 5 held_out")
-    assert gallery.html.count(explorer.DRAWN) == 4 and "what is usual" not in gallery.html
+    assert gallery.html.count(tables.DRAWN) == 4 and "what is usual" not in gallery.html
 
 
 def test_the_gallery_shows_what_is_against_the_habit_beside_seed_drawn_questions(
@@ -409,12 +409,12 @@ def test_the_gallery_shows_what_is_against_the_habit_beside_seed_drawn_questions
     """Whatever the tuned models answer; with the probabilities of base, control and method."""
     frame, shown = results.read(result.folder), []
     truth = data_rows.read_truth(parameters.path(parameters.splits["natural"]))
-    monkeypatch.setattr(explorer, "read_lines", lambda file: [
+    monkeypatch.setattr(tables, "read_lines", lambda file: [
         x | {"answers": x["answers"] | {"base": usual}}
         for x in read_lines(file) for usual in truth["rows"][x["id"]]["prior"] or [""]])
-    monkeypatch.setattr(explorer.cards, "comparison_gallery", shown.extend)
-    explorer.side_by_side(parameters, result, frame)
-    assert [x["origin"] for x in shown] == [explorer.AGAINST] * 2 + [explorer.DRAWN] * 2
+    monkeypatch.setattr(tables.cards, "comparison_gallery", shown.extend)
+    tables.side_by_side(parameters, result, frame)
+    assert [x["origin"] for x in shown] == [tables.AGAINST] * 2 + [tables.DRAWN] * 2
     for x in shown[:2]:
         assert x["usual"] not in ("", x["truth"]) and list(x["answers"]) == ["base", "sft", "bpo"]
         assert x["answers"]["base"]["kind"] == "prior"

@@ -7,10 +7,12 @@ import pytest
 
 from bpo.data import rows as data_rows
 from bpo.evaluation import probe
-from bpo.models import generate, logprobs
+from bpo.models import encoding, generate, logprobs
 from bpo.models.weakening import View
 from bpo.params import NoiseProbability, Refusal
-from bpo.reports import tables
+from bpo.reports import explorer
+from bpo.study import results
+from bpo.study.files import read_lines
 from bpo.study.results import Estimate
 
 STEPS = [0, 500, 999]
@@ -128,7 +130,7 @@ def test_an_interrupted_analysis_goes_on_to_the_same_bytes(result, parameters, o
         patch.setattr(probe, "look", killed)
         probe.run(parameters)
     again = probe.run(parameters)
-    for name in ("looks.jsonl", "candidates.json"):
+    for name in ("looks.jsonl", "looks-fade.jsonl", "candidates.json"):
         assert (again.folder / name).read_bytes() == (result.folder / name).read_bytes()
     assert again.metrics == result.metrics
 
@@ -138,6 +140,36 @@ def test_the_example_shows_a_picture_and_an_answer_a_step(result, parameters):
     assert len(example["images"]) == len(example["answers"]) == len(STEPS)
     assert example["question"].startswith("what colour is the")
     assert example["true"] and example["prior"]
+
+
+def test_the_image_fades_at_the_same_steps_and_its_clean_look_is_shared(result, parameters):
+    lines, _ = probe.load(result)
+    faded = read_lines(result.folder / "looks-fade.jsonl")
+    assert {(x["row"], x["step"], x["draw"]) for x in faded} == {
+        (x["row"], x["step"], 0) for x in lines if x["step"]}
+    curves = result.metrics["other_ways"]["fade"]
+    for name in ("p_true", "p_prior", "logp_true"):
+        assert curves[name][0] == result.metrics[name][0]
+        assert curves[name][1:] != result.metrics[name][1:]
+    for step, value in zip(STEPS[1:], curves["p_true"][1:], strict=True):
+        ps = [math.exp(x["answers"][0]["logp"]) for x in faded if x["step"] == step]
+        assert value == pytest.approx(sum(ps) / 4, abs=2e-6)
+    rows = results.read(result.folder)
+    assert rows["category"].unique().tolist() == ["noise", "fade"]
+    assert len(rows.query("category == 'fade'")) == len(rows) / 2
+    shown = probe.example(parameters, result)["other_ways"]["fade"]
+    assert shown["steps"] == STEPS[1:] and len(shown["images"]) == len(shown["answers"]) == 2
+
+
+def test_a_faded_look_is_what_the_model_says_of_the_faded_picture(result, checkpoint, data_file):
+    line = read_lines(result.folder / "looks-fade.jsonl")[0]
+    row = next(r for r in data_rows.read_rows(data_file)[0] if r.id == line["row"])
+    inputs = generate.encode_batch(checkpoint, [generate.Request(row.id, row.prompt, row.image)],
+                                   View("fade", line["step"]))
+    ids = [[encoding.answer_tokens(checkpoint, row.prompt, a["text"]) for a in line["answers"]]]
+    [weighed] = logprobs.weigh_unpacked(checkpoint, inputs, ids)
+    assert [w.logprobs.sum().item() for w in weighed] == pytest.approx(
+        [a["logp"] for a in line["answers"]], abs=1e-4)
 
 
 # --- where the candidates come from -------------------------------------------------------------
@@ -235,14 +267,31 @@ def test_candidates_of_a_kind_are_summed_and_a_shared_first_token_counts_once():
 def test_curves_are_named_for_people():
     found = json.loads(json.dumps(probe.summary(LOOKS, [0, 900], seed=0)))
     for measure in ("p", "p_first", "logp"):
-        curves = tables.curves(found, measure)
+        curves = explorer.curves(found, measure)
         assert list(curves) == ["true answer", "prior's answer"]
         assert all(len(c[k]) == 2 for c in curves.values() for k in ("mean", "low", "high"))
-    assert tables.curves(found, "p_first")["true answer"]["mean"] == found["p_true_first"]
+    assert explorer.curves(found, "p_first")["true answer"]["mean"] == found["p_true_first"]
 
 
 @pytest.mark.parametrize("low, high, words", [
     (0.1, 0.2, "rises"), (-0.2, -0.1, "falls"), (-0.1, 0.1, "does not clearly move"),
     (0, 0.1, "does not clearly move")])
 def test_a_direction_is_said_only_where_the_interval_allows_it(low, high, words):
-    assert tables.direction(Estimate(0.05, low, high)) == words
+    assert explorer.direction(Estimate(0.05, low, high)) == words
+
+
+def test_the_headline_says_under_what_the_prior_comes_out(parameters):
+    def found(true, prior):
+        return {f"change_{kind}": {"value": sum(x) / 2, "low": x[0], "high": x[1]}
+                for kind, x in (("true", true), ("prior", prior))}
+
+    noise = found((-0.4, -0.2), (0.1, 0.3)) | {"images": 4}
+    fade = found((-0.4, -0.2), (-0.1, 0.1))
+    words = explorer.noise_headline(parameters, noise | {"other_ways": {"fade": fade}}).plain
+    assert "under noise. From the clean image to step 999: under noise P(true answer)" in words
+    assert "under fade P(true answer) falls (-0.300 [-0.400, -0.200]) and P(prior's answer) " \
+        "does not clearly move" in words
+    both = explorer.noise_headline(parameters, noise | {"other_ways": {"fade": noise}}).plain
+    assert "under noise and fade." in both
+    none = explorer.noise_headline(parameters, fade | {"images": 4, "other_ways": {}}).plain
+    assert "under nothing that was tried." in none

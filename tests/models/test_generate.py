@@ -187,8 +187,9 @@ def test_every_mode_weakens_the_image_in_its_own_way(checkpoint, requests):
     clean = pixels(checkpoint, asked, None)
     seen = {v.name: pixels(checkpoint, asked, v) for v in (
         View("noisy", 500), View("noisy", 900), View("noisy", 500, 1), View("crop", crop_share=0.5),
-        View("crop", 0, 1, 0.5), View("blank"), View("swapped"))}
-    assert len(seen) == 7
+        View("crop", 0, 1, 0.5), View("blank"), View("swapped"), View("fade", 500),
+        View("fade", 900))}
+    assert len(seen) == 9
     everything = [clean, *seen.values()]
     for i, one in enumerate(everything):
         assert not any(torch.allclose(one, other) for other in everything[:i])
@@ -218,6 +219,19 @@ def test_a_crop_is_a_piece_of_the_image_in_its_size():
     # Four rows of ten and four columns lie between its corners; smoothing adds a little.
     assert piece.max() - piece.min() <= 48
     assert len({p.tobytes() for p in pieces}) > 5
+
+
+def test_a_fading_image_turns_into_its_own_blur_by_the_step_s_share():
+    halves = np.zeros((40, 60, 3), dtype=np.uint8)
+    halves[:, 30:] = 200
+    image = Image.fromarray(halves)
+    clean, third, blurred = (np.asarray(WEAKENINGS["fade"].picture(image, Draw(
+        View("fade", step), "0", 0, None)), dtype=float) for step in (0, 333, 999))
+    assert (clean == halves).all()
+    # a third of the way from each pixel to the blurred one, to the level
+    assert np.abs(third - (2.0 * halves + blurred) / 3).max() <= 1
+    # Nearly the mean colour: neither the edge of the halves nor their places can be seen.
+    assert np.abs(blurred - 100).max() < 20 and np.abs(np.diff(blurred, axis=1)).max() <= 1
 
 
 def test_a_new_way_of_weakening_is_one_entry(checkpoint, requests, monkeypatch):

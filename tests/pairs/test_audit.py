@@ -16,17 +16,22 @@ WORDS = [f"word{n}" for n in range(30)]
 
 
 def line(row_id, chosen, candidates, *, kept=None, image=None, category="caption"):
-    """candidates: (source, text) or (source, text, ches); kept: their places, None for all."""
-    made = [{"source": source, "mode": "noisy", "text": text,
-             **({"scores": {"ches": ches[0]}} if ches else {})}
+    """candidates: (source, text) or (source, text, ches), a source perhaps with mode and step;
+    kept: their places, None for all."""
+    made = [{"mode": "noisy", **dict(zip(("source", "mode", "step"), source.split())),
+             "text": text, **({"scores": {"ches": ches[0]}} if ches else {})}
             for source, text, *ches in candidates]
     return {"id": row_id, "image": image or f"{row_id}.png", "category": category,
             "chosen": chosen, "candidates": made,
             "rejected": made if kept is None else [made[n] for n in kept]}
 
 
-def audited(*lines, right=lambda line, text: None):
-    found = audit.audit(lines, seed=0, right=right)
+def unknown(line, text):
+    return None
+
+
+def audited(*lines, right=unknown, prior=unknown, noise_words=()):
+    found = audit.audit(lines, seed=0, right=right, prior=prior, noise_words=noise_words)
     json.dumps(found, allow_nan=False)
     return found
 
@@ -162,6 +167,43 @@ def test_the_same_lines_have_the_same_audit_in_any_order():
     assert audited(*LINES) == audited(*reversed(LINES))
 
 
+WAYS = [  # of each, by hand: equal, of noise, the prior's, longer, words more; as made and as kept
+    line("a", "red", [("weakened noisy 500", "red"), ("weakened noisy 900", "Blue."),
+                      ("weakened noisy 900", "a blurry, noisy image"), ("injected", "blue")],
+         kept=[1, 2, 3], category="attribute"),
+    line("b", "a blurry dog", [("weakened noisy 500", "a blurry cat"), ("weakened crop", "A dog"),
+                               ("weakened noisy 900", "the picture is Out of\n focus")])]
+
+
+@pytest.mark.parametrize("way, measure, candidates, kept", [
+    ("noisy-500", "equal", 1 / 2, 0), ("noisy-900", "equal", 0, 0),
+    ("noisy-500", "of_noise", 0, 0),  # "blurry" is said of the chosen dog as well
+    ("noisy-900", "of_noise", 2 / 3, 2 / 3), ("crop", "of_noise", 0, 0),
+    ("noisy-900", "is_prior", 1 / 2, 1 / 2), ("noisy-500", "is_prior", 0, None),
+    ("noisy-900", "longer", 2 / 3, 2 / 3), ("crop", "length_gap", -1, -1),
+    ("noisy-900", "length_gap", 2, 2), ("crop", "truth_right", None, None)])
+def test_weakened_answers_are_measured_by_way_and_step(way, measure, candidates, kept):
+    found = audited(*WAYS, noise_words=["blurry", "out of focus", ""],
+                    prior=lambda k, text: text in ("Blue.", "red") if k["id"] == "a" else None)
+    assert list(found["weakened"]["ways"]) == ["noisy-500", "noisy-900", "crop"]
+    assert found["injected"]["ways"] == {}
+    sides = found["weakened"]["ways"][way][measure]
+    assert {side: e and e["value"] for side, e in sides.items()} == {
+        "candidates": pytest.approx(candidates, abs=1e-6), "kept": pytest.approx(kept, abs=1e-6)}
+
+
+def test_results_name_ways_and_categories():
+    found = audited(*WAYS)
+    for source, counts in counted(*WAYS).by_source().items():
+        found[source] |= counts
+    rows = {(r.split_or_benchmark, r.category, r.method, r.metric): r.estimate.value
+            for r in audit.tidy(found | {"shortcut": {}})}
+    assert rows["candidates", "audit", "weakened noisy-500", "equal"] == 0.5
+    assert rows["kept", "audit attribute", "injected", "longer"] == 0
+    assert rows["kept", "audit caption", "weakened", "length_gap"] == pytest.approx(2 / 3, abs=1e-6)
+    assert not [key for key in rows if key[3] in ("of_noise", "is_prior", "truth_right")]
+
+
 # --- the classifier -----------------------------------------------------------------------------
 
 def sentence(rng, words=8):
@@ -248,7 +290,8 @@ def test_each_category_has_a_classifier_of_its_own():
 
 
 def test_the_seed_draws_the_audit_s_intervals(alike):
-    first, again, other = (audit.audit(alike, seed=s, right=lambda k, text: None)["weakened"]
+    first, again, other = (audit.audit(
+        alike, seed=s, right=unknown, prior=unknown, noise_words=())["weakened"]
                            for s in (0, 0, 1))
     assert first == again
     first, other = (f["type_token_gap"]["kept"] for f in (first, other))

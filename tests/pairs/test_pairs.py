@@ -211,7 +211,8 @@ def test_the_stage_writes_a_line_a_positive_and_its_audit(uninterrupted, data_fi
             assert ("scores" in c) != ("fault" in c or same or not metrics.normalised(c["text"]))
     assert sum(found[s]["kept"] for s in ("weakened", "injected")) == kept
     assert set(uninterrupted.manifest["inputs"]) == {
-        "model", "text_model", "data", "truth", "describe_prompt", "question_prompt"}
+        "model", "text_model", "data", "truth", "describe_prompt", "question_prompt",
+        "noise_words"}
     files = {*FILES, "manifest.json", "results.csv"}
     assert {f.name for f in uninterrupted.folder.iterdir()} == files
 
@@ -570,7 +571,13 @@ def test_the_tables_have_a_row_for_everything_that_was_counted(uninterrupted, pa
         "weakened", "injected"]
     assert [r.split()[0] for r in rows_of(pair_tables.scores(parameters))] == list(params.SCORES)
     assert len(rows_of(pair_tables.weakenings(parameters))) == len(WEAKENINGS)
-    assert f"{found['pairs']} pairs from 12" in pair_tables.headline(found).plain
+    shown = pair_tables.headline(found).plain
+    assert f"{found['pairs']} pairs from 12" in shown
+    for source in ("weakened", "injected"):
+        prior = found[source]["is_prior"]["kept"]
+        assert f"of {prior['n']}) of the {source} pairs" in shown
+    assert "weakened, attribute: 100% (4 of 4); " in pair_tables.longer(found).plain
+    assert "12 positives" in pair_tables.ways(uninterrupted).plain
 
 
 def test_one_row_by_hand_ends_as_the_stage_stored_it(uninterrupted, parameters):
@@ -595,7 +602,7 @@ def test_figures_show_every_way_of_weakening_and_every_kept_answer(
         uninterrupted, parameters, data_file, outputs, tmp_path):
     pictures = pairs.weakened_pictures(parameters, uninterrupted, 0)
     assert list(pictures) == ["clean", *WEAKENINGS]
-    assert pictures["noisy"].size == (32, 32) and len({p.tobytes() for p in pictures.values()}) == 5
+    assert pictures["noisy"].size == (32, 32) and len({p.tobytes() for p in pictures.values()}) == 6
     assert "step 800" in pair_tables.weakening_strip(parameters, uninterrupted, 0).plain
     kept = {s: uninterrupted.metrics[s]["kept"] for s in ("weakened", "injected")}
     shown = pair_tables.length_gaps(uninterrupted).plain

@@ -38,7 +38,7 @@ def picture(width: int = 64) -> Image.Image:
 def all_figures() -> dict[str, object]:
     return {
         "strip": figures.noise_strip([picture()] * 7, list(range(7)), [HOSTILE] * 7),
-        "curves": figures.noise_curves({"a": CURVE, "$b$": CURVE}, [0, 900], "probability"),
+        "curves": figures.noise_curves({"": {"a": CURVE, "$b$": CURVE}}, [0, 900], "probability"),
         "training": figures.training_curves({"BPO": HISTORY, "SFT": [{"step": 1, "loss": 2.0}]}),
         "metrics": figures.metric_bars(ROWS),
         "differences": figures.differences({HOSTILE: ROWS}),
