@@ -130,7 +130,7 @@ def answered(p: Tuned, work: Callable[[Checkpoint, list[str], str], dict[str, li
 
 
 def main_split(frame: "DataFrame") -> str:
-    """The split of notebook 4 that pages show: counterfactual where there is one, else the first."""
+    """The split of notebook 4 that pages show: counterfactual if there is one, else the first."""
     splits = frame.loc[frame["notebook"] == QualitativeComparison.notebook, "split_or_benchmark"]
     first = splits.iloc[0] if len(splits) else "counterfactual"
     return "counterfactual" if "counterfactual" in set(splits) else first
