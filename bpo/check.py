@@ -19,7 +19,9 @@ from bpo.params import DPOTraining, PairGeneration, Parameters, Refusal
 from bpo.study import stage as stages
 
 PATHS = ("model", "text_model", "data", "image_folder", "describe_prompt", "question_prompt",
-         "noise_words", "pairs", "adapters", "splits", "folders", "probe_data")
+         "noise_words", "pairs", "adapters", "rival", "splits", "calibration_data", "folders",
+         "probe_data")
+ANNOTATED = ("data", "splits", "calibration_data", "probe_data")
 ROWS = 100  # of annotated data that are read and whose images are opened
 SHORT = {"rows": 64, "steps": 5, "questions": 8}  # of a run that measures seconds
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes a number
@@ -44,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"params/{options.study}/{name}.yaml: {len(type(p).model_fields)} parameters are "
               "good")
         for field, path, note, lost in findings(p, read):
-            if not note and (field in ("data", "probe_data") or field.startswith("splits.")):
+            if not note and field.partition(".")[0] in ANNOTATED:
                 note, lost = rows_there(p, field, path)
             print(f"  {field:24} {path}  {note or _size(path)}")
             missing += lost

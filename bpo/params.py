@@ -495,14 +495,24 @@ class DPOTraining(Checkpoint):
         return type(self)(**self.model_dump() | changes | {"variants": {}})
 
 
-class QualitativeComparison(Checkpoint):
-    notebook: ClassVar[str] = "4_qualitative_comparison"
+class Tuned(Checkpoint):
+    """What every notebook that looks at trained methods needs."""
 
     adapters: str = field(
         "outputs/{study}/3_dpo_training", "folder of notebook 3: an adapter for each method")
+    rival: str = field("", "folder of a second, untuned checkpoint that answers the same questions "
+                       "about the same images, such as a larger one; empty: none")
+
+
+class QualitativeComparison(Tuned):
+    notebook: ClassVar[str] = "4_qualitative_comparison"
+
     splits: dict[str, str] = field(
         {n: f"{WORLD}/{n}/rows.json" for n in ("counterfactual", "natural")},
         "held-out rows in the LLaVA layout, by the name of the split", min_length=1)
+    calibration_data: str = field(
+        WORLD + "/development/rows.json", "rows with a truth file, none of a split, whose colour "
+        "questions say how confident each method is; empty: no base as confident as it is")
     image_folder: str = field("", "folder of the images; empty: the data file's own")
     rows: Natural = field(0, "rows of each split, drawn by seed; 0: all")
     max_new_tokens: Count = field(40, "longest generated answer, in tokens")
@@ -510,12 +520,14 @@ class QualitativeComparison(Checkpoint):
     resamples: Resamples = field(2000, "bootstrap resamples over images")
     gallery: int = shown(8, "comparisons shown in the gallery", ge=1, le=60)
 
+    def conflicts(self) -> Iterator[str]:
+        if self.calibration_data and "calibration" in self.splits:
+            yield "splits: calibration is the name of calibration_data's rows; choose another one"
 
-class Benchmarks(Checkpoint):
+
+class Benchmarks(Tuned):
     notebook: ClassVar[str] = "5_benchmarks"
 
-    adapters: str = field(
-        "outputs/{study}/3_dpo_training", "folder of notebook 3: an adapter for each method")
     folders: dict[Benchmark, str] = field(
         {n: f"{WORLD}/benchmarks/{n}" for n in ("chair", "object-halbench", "pope", "amber")},
         "folder of each benchmark's official files: chair, object-halbench, pope, amber, mm-vet, "
@@ -532,7 +544,7 @@ class Benchmarks(Checkpoint):
     probe_image_folder: str = field("", "folder of their images; empty: the data file's own")
     probe_rows: Count = field(600, "rows that are weighed, drawn by seed")
     probe_step: NoiseStep = field(
-        800, "diffusion step of the noise that each token's probability is compared under")
+        800, "diffusion step of the noised image that answers are weighed with")
     judge: str = field("", "URL of an OpenAI-compatible endpoint that judges mm-vet, llava-bench, "
                        "mmhal; empty: answers are only written")
     judge_model: str = field("", "the endpoint's name of the judge")
@@ -546,7 +558,6 @@ class Benchmarks(Checkpoint):
     judge_retries: Natural = shown(5, "tries again of one request before the run stops")
     judge_timeout: Positive = shown(120.0, "seconds of silence after which a request is lost")
     resamples: Resamples = field(2000, "bootstrap resamples over images")
-    gallery: int = shown(4, "captions whose tokens are drawn", ge=1, le=20)
 
     def conflicts(self) -> Iterator[str]:
         if self.judge and not self.judge_model:

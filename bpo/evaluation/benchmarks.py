@@ -46,7 +46,7 @@ CALIBRATION: results.Metrics = {"brier": ("Brier score", "calibration", False),
 def run(p: Benchmarks) -> stages.Result:
     """The stage of notebook 5: answers-<benchmark>.jsonl, a line a question with all answers, and
     probed.jsonl, the annotated answers weighed with other images."""
-    inputs = {"model": p.path(p.model), "adapters": p.path(p.adapters)}
+    inputs = comparison.checkpoint_folders(p)
     for name, benchmark in chosen(p).items():
         folder = p.path(p.folders[name])
         if stages.owning_stage(folder) is None:  # else the stage tells better what is missing
@@ -57,6 +57,8 @@ def run(p: Benchmarks) -> stages.Result:
             inputs[f"{name} judge's prompt"] = benchmark.template
     if p.probe_data:
         inputs["probe data"] = p.path(p.probe_data)
+        if truth := data_rows.truth_file(inputs["probe data"]):
+            inputs["probe truth"] = truth
     roots = {f"answers-{n}.jsonl": p.path(p.folders[n]) / b.images for n, b in chosen(p).items()}
     if p.probe_data:
         roots[PROBED] = p.optional_path(p.probe_image_folder) or files.home(inputs["probe data"])
@@ -71,45 +73,55 @@ def chosen(p: Benchmarks) -> dict[str, Benchmark | Judged]:
 
 
 def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
-    checkpoint, methods = comparison.load_methods(p)
-    found: dict[str, Any] = {"methods": methods, "benchmarks": {}, "differences": {},
-                             "settings": {}}
-    lines: dict[str, list[dict]] = {}
-    special = encoding.special(checkpoint.processor)
+    loaded = {name: b.load(p.path(p.folders[name])) for name, b in chosen(p).items()}
+    questions = {n: _questions(p, n, getattr(x, "questions", x)) for n, x in loaded.items()}
+    found: dict[str, Any] = {"benchmarks": {}, "differences": {}, "settings": {}}
+
+    def ask(checkpoint: Checkpoint, methods: list[str], stem: str) -> dict[str, list[dict]]:
+        lines = {name: _answers(p, folder, checkpoint, methods, KNOWN[name], asked, stem=stem)
+                 for name, asked in questions.items()}
+        if stem == comparison.RIVAL:
+            return lines
+        probed = _probed(p, folder, checkpoint, methods)
+        # last: it may leave the model in another number format
+        found["noise_floor"] = diagnostics.noise_floor(
+            checkpoint, lines, lambda name, sample, stem, size: _answers(
+                p, folder, checkpoint, ["base"], KNOWN[name], sample, stem=stem, size=size),
+            batch_size=p.batch_size, seed=p.seed)
+        return {**lines, PROBED: probed}
+
+    methods, lines = comparison.answered(p, ask)
+    found["image"] = _gained(p, lines.pop(PROBED), [m for m in methods if m != comparison.RIVAL])
     for name, benchmark in chosen(p).items():
-        loaded = benchmark.load(p.path(p.folders[name]))
-        questions = data_rows.draw_rows(
-            loaded if isinstance(benchmark, Judged) else loaded.questions, p.questions, p.seed,
-            purpose=f"{name} questions")
-        for q in questions:
-            if reason := turns.strange(q.text, special):
-                raise Refusal(f"{p.path(p.folders[name])}: question {q.id} has {reason}, which the "
-                              "checkpoint does not read as text; take it out of the question")
-        lines[name] = _answers(p, folder, checkpoint, methods, benchmark, questions)
+        asked = questions[name]
         found["settings"][name] = {
-            "questions": len(questions), "images": len({q.image for q in questions}),
+            "questions": len(asked), "images": len({q.image for q in asked}),
             "max_new_tokens": p.max_new_tokens, "temperature": p.temperature, "top_p": p.top_p}
         if not isinstance(benchmark, Judged):
-            counted = {m: [(q.image, loaded.counts(q, line["answers"][m]))
-                           for q, line in zip(questions, lines[name], strict=True)]
-                       for m in methods}
+            counted = {m: [(q.image, loaded[name].counts(q, line["answers"][m]))
+                           for q, line in zip(asked, lines[name], strict=True)] for m in methods}
         elif p.judge:
             counted, found["settings"][name]["judge"] = _judged(
-                p, benchmark, questions, lines[name], methods)
+                p, benchmark, asked, lines[name], methods)
         else:
             continue
         found["benchmarks"][name], found["differences"][name] = comparison.scored(
             counted, benchmark.metrics, seed=p.seed, resamples=p.resamples, made=benchmark.combined,
             matched=comparison.matched(p))
     found["calibration"] = _calibrated(p, lines, methods)
-    found["image"] = _probed(p, folder, checkpoint, methods)
-    # last: it may leave the model in another number format
-    found["noise_floor"] = diagnostics.noise_floor(
-        checkpoint, lines, lambda name, sample, stem, size: _answers(
-            p, folder, checkpoint, ["base"], KNOWN[name], sample, stem=stem, size=size),
-        batch_size=p.batch_size, seed=p.seed)
     results.write(folder, tidy(found))
     return found
+
+
+def _questions(p: Benchmarks, name: str, listed: Sequence[Question]) -> list[Question]:
+    """As many of a benchmark's questions as are asked; Refusal where one holds a special token."""
+    drawn = data_rows.draw_rows(listed, p.questions, p.seed, purpose=f"{name} questions")
+    special = encoding.special_in(p.path(p.model))
+    for q in drawn:
+        if reason := turns.strange(q.text, special):
+            raise Refusal(f"{p.path(p.folders[name])}: question {q.id} has {reason}, which the "
+                          "checkpoint does not read as text; take it out of the question")
+    return drawn
 
 
 def described(name: str) -> results.Metrics:
@@ -151,45 +163,40 @@ def tidy(found: Mapping[str, Any]) -> list[Result]:
 
 def _answers(p: Benchmarks, folder: Path, checkpoint: Checkpoint, methods: Sequence[str],
              benchmark: Benchmark | Judged, questions: Sequence[Question], *,
-             stem: str = "answers", size: int = 0) -> list[dict]:
+             stem: str, size: int = 0) -> list[dict]:
     """<stem>-<benchmark>.jsonl: a line a question, {id, image, kind, label, question, answers,
     p_yes}, the last two by method; p_yes is P(yes) among yes and no, for yes/no questions."""
     place = p.path(p.folders[benchmark.name]) / benchmark.images
     asked = {q.id: q for q in questions}
     requests = [Request(q.id, ({"role": "user", "content": q.text},), place / q.image)
                 for q in questions]
+    yes_no = {q.id: (p.yes_no, (), ()) for q in questions
+              if q.label in ("yes", "no") and not isinstance(q, JudgedQuestion)}
+    scorer = diagnostics.scorer(checkpoint, requests, yes_no)
     return shards.run_on(folder / f"{stem}-{benchmark.name}.jsonl", requests, size or p.batch_size,
-                         functools.partial(_ask, p, checkpoint, methods, asked),
+                         functools.partial(_ask, p, checkpoint, methods, asked, yes_no, scorer),
                          label=f"{benchmark.title} questions")
 
 
 @torch.no_grad()
 def _ask(p: Benchmarks, checkpoint: Checkpoint, methods: Sequence[str],
-         asked: Mapping[str, Question], batch: Sequence[Request]) -> list[dict]:
+         asked: Mapping[str, Question], yes_no: Mapping[str, diagnostics.Candidates],
+         scorer: logprobs.Scorer, batch: Sequence[Request]) -> list[dict]:
     """One line a question; the images are prepared once for all methods."""
-    questions = [asked[r.id] for r in batch]
     inputs = generate.encode_batch(checkpoint, batch)
-    weighed = [k for k, q in enumerate(questions)
-               if q.label in ("yes", "no") and not isinstance(q, JudgedQuestion)]
-    chances = inputs if len(weighed) == len(batch) else generate.encode_batch(
-        checkpoint, [batch[k] for k in weighed]) if weighed else {}
-    tokens = [[encoding.answer_tokens(checkpoint, batch[k].messages, text) for text in p.yes_no]
-              for k in weighed]
+    weighed = diagnostics.weigh_candidates(checkpoint, methods, yes_no, scorer, batch, inputs)
     lines = [{"id": q.id, "image": q.image, "kind": q.kind, "label": q.label, "question": q.text,
-              "answers": {}, "p_yes": {}} for q in questions]
+              "answers": {}, "p_yes": {m: round(diagnostics.yes_share(logps), 6)
+                                       for m, logps in of_row["logps"].items()}}
+             for q, of_row in zip((asked[r.id] for r in batch), weighed, strict=True)]
     for method in methods:
         with checkpoints.using(checkpoint, method):
             texts = generate.sample_answers(
                 checkpoint, batch, inputs, None, seed=p.seed, purpose="benchmark answers",
                 temperature=p.temperature, top_p=p.top_p, samples=1,
                 max_new_tokens=p.max_new_tokens)
-            # Two answers of a token or two: a pass each costs little and is right for all models.
-            rows = logprobs.weigh_unpacked(checkpoint, chances, tokens) if weighed else []
         for line, [text] in zip(lines, texts, strict=True):
             line["answers"][method] = text
-        for k, row in zip(weighed, rows, strict=True):
-            share = diagnostics.yes_share([w.logprobs.sum().item() for w in row])
-            lines[k]["p_yes"][method] = round(share, 6)
     return lines
 
 
@@ -237,24 +244,30 @@ def _calibrated(p: Benchmarks, lines: Mapping[str, Sequence[dict]], methods: Seq
             len({x["image"] for x in asked}), p.resamples,
             seeds.numpy_generator(p.seed, "comparison interval"))
         for m in methods:
-            values[m] |= diagnostics.calibration(
+            values[m] |= metrics.calibration(
                 [(x["image"], x["p_yes"][m], x["label"] == "yes") for x in asked], weights)
         out[name] = {"values": values, "differences": differences}
     return out
 
 
 def _probed(p: Benchmarks, folder: Path, checkpoint: Checkpoint, methods: Sequence[str]
-            ) -> dict[str, Any]:
-    """How much the annotated answers owe to their image, by category of question."""
+            ) -> list[dict]:
+    """probed.jsonl: the annotated answers weighed with other images; none without probe_data."""
     if not p.probe_data:
-        return {}
-    rows, _ = data_rows.read_rows(p.path(p.probe_data), p.optional_path(p.probe_image_folder),
-                                  count=p.probe_rows, seed=p.seed, purpose="probed rows",
-                                  special=encoding.special(checkpoint.processor))
+        return []
+    data = p.path(p.probe_data)
+    rows, _ = data_rows.read_rows(data, p.optional_path(p.probe_image_folder), count=p.probe_rows,
+                                  seed=p.seed, purpose="probed rows",
+                                  special=encoding.special_in(p.path(p.model)))
     work = functools.partial(diagnostics.weigh, checkpoint, methods, {r.id: r for r in rows},
-                             step=p.probe_step, seed=p.seed)
-    lines = shards.run_on(folder / PROBED, diagnostics.requests(rows, seed=p.seed), p.batch_size,
-                          work, label="answers weighed")
+                             step=p.probe_step, seed=p.seed,
+                             vocabulary=data_rows.read_truth(data)["vocabulary"])
+    return shards.run_on(folder / PROBED, diagnostics.requests(rows, seed=p.seed), p.batch_size,
+                         work, label="answers weighed")
+
+
+def _gained(p: Benchmarks, lines: Sequence[dict], methods: Sequence[str]) -> dict[str, Any]:
+    """How much the annotated answers owe to their image, by category of question."""
     out = {}
     for category in dict.fromkeys(line["category"] for line in lines):
         mine = [line for line in lines if line["category"] == category]
@@ -269,12 +282,6 @@ def _probed(p: Benchmarks, folder: Path, checkpoint: Checkpoint, methods: Sequen
 def answers(result: stages.Result, name: str) -> list[dict[str, Any]]:
     """The lines of a benchmark's answers of a finished stage."""
     return read_lines(result.folder / f"answers-{name}.jsonl")
-
-
-def probed(result: stages.Result) -> list[dict[str, Any]]:
-    """The lines of the weighed answers of a finished stage; none without probe_data."""
-    file = result.folder / PROBED
-    return read_lines(file) if file.is_file() else []
 
 
 def by_place(p: Benchmarks, result: stages.Result, name: str, methods: Sequence[str], *,

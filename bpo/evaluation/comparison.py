@@ -6,7 +6,8 @@ Without one, only what needs no truth is measured: length, and how many answers 
 """
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+import gc
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,13 @@ import torch
 from bpo.data import files, images
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
-from bpo.evaluation import hallucination, metrics
+from bpo.evaluation import diagnostics, hallucination, metrics
 from bpo.evaluation import words as vocabulary
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
-from bpo.params import QualitativeComparison, Refusal
+from bpo.params import QualitativeComparison, Refusal, Tuned
 from bpo.study import results, seeds, shards
 from bpo.study import stage as stages
 from bpo.study.files import to_json, write_whole
@@ -38,6 +39,7 @@ METRICS: results.Metrics = {  # their category is that of the question
     "colour_accuracy": ("colour accuracy", "attribute", True),
     "p_true": ("P(true answer)", "attribute", True),
     "p_prior": ("P(prior's answer)", "attribute", False),
+    "logp_true": ("log P(true answer)", "attribute", True),
     "prior_rate": ("prior's answers given", "attribute", False),
     "pope_random": ("POPE random", "presence", True),
     "pope_popular": ("POPE popular", "presence", True),
@@ -45,51 +47,90 @@ METRICS: results.Metrics = {  # their category is that of the question
     "yes_rate": ("yes answers", "presence", None),
     "answer_words": ("words an answer", "any", None),
     "changed": ("answers that differ from base", "any", None),
+    **diagnostics.SHARPENING,
 }
+RIVAL = "rival"  # the name under which a second, untuned checkpoint answers
 # What a method is compared with, where it was trained.
-BASELINES = ("base", "sft", "sft_matched", "sft_compute", "bpo_unselected", "bpo_noisy")
+BASELINES = ("base", "sft", "sft_matched", "sft_compute", "bpo_unselected", "bpo_noisy", RIVAL)
+CALIBRATION = "calibration"
 
 
 def run(p: QualitativeComparison) -> stages.Result:
     """The stage of notebook 4: answers-<split>.jsonl, a line a question with all answers."""
-    inputs = {"model": p.path(p.model), "adapters": p.path(p.adapters)}
-    for split, data in p.splits.items():
+    inputs = checkpoint_folders(p)
+    for split, data in _data(p).items():
         inputs[split] = p.path(data)
         if truth := data_rows.truth_file(inputs[split]):
             inputs[f"{split} truth"] = truth
-    roots = {s: p.optional_path(p.image_folder) or files.home(inputs[s]) for s in p.splits}
+    roots = {s: p.optional_path(p.image_folder) or files.home(inputs[s]) for s in _data(p)}
     return stages.stage(p, lambda folder: _work(p, folder), inputs=inputs,
                         pictures=lambda folder: images.named(
                             {folder / f"answers-{s}.jsonl": root for s, root in roots.items()}))
 
 
+def _data(p: QualitativeComparison) -> dict[str, str]:
+    """The files of all rows that are asked, by split."""
+    return p.splits | ({CALIBRATION: p.calibration_data} if p.calibration_data else {})
+
+
 def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
-    checkpoint, methods = load_methods(p)
-    levels, differences, table = {}, {}, []
-    for split in p.splits:
-        rows, truth, skipped = read_split(p, split)
+    splits = {split: read_split(p, split) for split in _data(p)}
+    for split, (_, _, skipped) in splits.items():
         if skipped:
             write_whole(folder / f"rows_skipped-{split}.json", to_json(skipped, indent=1))
-        requests = [Request(r.id, r.prompt, r.image, len(r.answer.split())) for r in rows]
-        score_answers = _scorer(checkpoint, requests, truth)
-        lines = shards.run_on(
-            folder / f"answers-{split}.jsonl", requests, p.batch_size,
-            functools.partial(_ask, p, checkpoint, methods, {r.id: r for r in rows}, truth,
-                              score_answers),
-            label=f"{split} questions")
-        levels[split], differences[split] = score(lines, truth, methods, seed=p.seed,
+    methods, lines = answered(p, lambda checkpoint, names, stem: {
+        split: _answers(p, folder / f"{stem}-{split}.jsonl", checkpoint, names, rows, truth)
+        for split, (rows, truth, _) in splits.items()})
+    temperatures = diagnostics.matched_temperatures(lines.pop(CALIBRATION, []), methods)
+    levels, differences, table = {}, {}, []
+    for split, mine in lines.items():
+        truth = splits[split][1]
+        beyond = diagnostics.sharpen(mine, temperatures, seed=p.seed, resamples=p.resamples)
+        levels[split], differences[split] = score(mine, truth, methods, seed=p.seed,
                                                   resamples=p.resamples, matched=matched(p))
-        table += results.compared(split, levels[split], differences[split], METRICS)
-        table += [Result(split, "any", method, "base", "wins", Estimate(**e, more_is_better=True))
-                  for method, e in wins(lines, truth, methods[1:], seed=p.seed,
-                                        resamples=p.resamples).items()]
+        won = wins(mine, truth, methods[1:], seed=p.seed, resamples=p.resamples)
+        table += [*results.compared(split, levels[split], differences[split], METRICS),
+                  *results.compared(split, {}, beyond, diagnostics.AMONG),
+                  *(Result(split, "any", m, "base", "wins", Estimate(**e, more_is_better=True))
+                    for m, e in won.items()),
+                  *(Result(split, "sharpening", m, "", "temperature", Estimate(t))
+                    for m, t in temperatures.items())]
+        differences[split] |= beyond
     results.write(folder, table)
-    return {**levels, "differences": differences}
+    return {**levels, "differences": differences, "temperatures": temperatures}
+
+
+def checkpoint_folders(p: Tuned) -> dict[str, Path]:
+    """What a stage of `answered` reads of models, as its inputs."""
+    named = {"model": p.model, "adapters": p.adapters, RIVAL: p.rival}
+    return {name: p.path(folder) for name, folder in named.items() if folder}
+
+
+def answered(p: Tuned, work: Callable[[Checkpoint, list[str], str], dict[str, list[dict]]]
+             ) -> tuple[list[str], dict[str, list[dict]]]:
+    """All methods, and lines by name with what all of them say; the rival is loaded when the base
+    and its adapters are out of memory.
+
+    work: (checkpoint, methods, stem of its files) -> name -> lines, each with dicts by method.
+    """
+    def first() -> tuple[list[str], dict[str, list[dict]]]:  # what it loads goes when it returns
+        checkpoint, names = load_methods(p)
+        return names, work(checkpoint, names, "answers")
+
+    methods, lines = first()
+    if not p.rival:
+        return methods, lines
+    gc.collect()
+    torch.cuda.empty_cache()
+    rival = checkpoints.load(p.path(p.rival), precision=p.precision, transform=p.image_transform)
+    for name, more in work(rival, [RIVAL], RIVAL).items():
+        lines[name] = [{n: v | other[n] if isinstance(v, dict) else v for n, v in line.items()}
+                       for line, other in zip(lines[name], more, strict=True)]
+    return ["base", RIVAL, *methods[1:]], lines
 
 
 def main_split(frame: "DataFrame") -> str:
-    """The split of notebook 4's results that pages and verdicts are about: counterfactual where
-    there is one, else the first."""
+    """The split of notebook 4 that pages show: counterfactual if there is one, else the first."""
     splits = frame.loc[frame["notebook"] == QualitativeComparison.notebook, "split_or_benchmark"]
     first = splits.iloc[0] if len(splits) else "counterfactual"
     return "counterfactual" if "counterfactual" in set(splits) else first
@@ -98,7 +139,7 @@ def main_split(frame: "DataFrame") -> str:
 def read_split(p: QualitativeComparison, split: str
                ) -> tuple[list[Row], dict[str, Any], dict[str, int]]:
     """A split's rows, what is known of them, and how many are left out by reason."""
-    data = p.path(p.splits[split])
+    data = p.path(_data(p)[split])
     rows, skipped = data_rows.read_rows(
         data, p.optional_path(p.image_folder), count=p.rows, seed=p.seed, purpose=f"{split} rows",
         special=encoding.special_in(p.path(p.model)))
@@ -133,65 +174,44 @@ def matched(p: QualitativeComparison) -> dict[str, str]:
         "methods"].items() if "matched" in facts}
 
 
-def _chances(checkpoint: Checkpoint, batch: Sequence[Request], truth: dict[str, Any]
-             ) -> tuple[list[int], dict[str, torch.Tensor], list[list[list[int]]]]:
-    """Which requests of a batch have a true answer and a rival to weigh, their prompts, and the
-    token ids of the true answers and then the rivals of each."""
-    known = truth["rows"]
-    probed = [i for i, r in enumerate(batch) if _rivals(known.get(r.id))]
-    inputs = generate.encode_batch(checkpoint, [batch[i] for i in probed]) if probed else {}
-    tokens = [[encoding.answer_tokens(checkpoint, batch[i].messages, text)
-               for text in [*known[batch[i].id]["true"], *_rivals(known[batch[i].id])]]
-              for i in probed]
-    return probed, inputs, tokens
-
-
-@torch.no_grad()
-def _scorer(checkpoint: Checkpoint, requests: Sequence[Request], truth: dict[str, Any]
-            ) -> logprobs.Scorer:
-    sample = [r for r in requests if _rivals(truth["rows"].get(r.id))][:4]
-    if not sample:
-        return logprobs.weigh
-    _, inputs, tokens = _chances(checkpoint, sample, truth)
-    return logprobs.choose(checkpoint, inputs, tokens)
+def _answers(p: QualitativeComparison, file: Path, checkpoint: Checkpoint, methods: Sequence[str],
+             rows: Sequence[Row], truth: dict[str, Any]) -> list[dict]:
+    """A file of answers; of the calibration data colour questions alone, which are only weighed."""
+    candidates = {r.id: found for r in rows if (found := diagnostics.candidates(truth, r.id))}
+    decode = not file.stem.endswith(f"-{CALIBRATION}")
+    requests = [Request(r.id, r.prompt, r.image, len(r.answer.split()))
+                for r in rows if decode or r.id in candidates]
+    if not decode and not requests:
+        raise Refusal("calibration_data: none of its rows is a colour question of a truth file "
+                      "whose usual answer is a wrong one; give other rows, or leave it empty")
+    scorer = diagnostics.scorer(checkpoint, requests, candidates)
+    work = functools.partial(_ask, p, checkpoint, methods, {r.id: r for r in rows}, candidates,
+                             scorer, decode)
+    return shards.run_on(file, requests, p.batch_size, work, label=f"{file.stem} questions")
 
 
 @torch.no_grad()
 def _ask(p: QualitativeComparison, checkpoint: Checkpoint, methods: Sequence[str],
-         rows: dict[str, Row], truth: dict[str, Any], score_answers: logprobs.Scorer,
-         batch: Sequence[Request]) -> list[dict]:
-    """One line a question with each method's answer, and where truth and prior differ their
-    probabilities. The images are prepared once for all methods."""
+         rows: dict[str, Row], candidates: Mapping[str, diagnostics.Candidates],
+         scorer: logprobs.Scorer, decode: bool, batch: Sequence[Request]) -> list[dict]:
+    """One line a question with each method's answer, where `decode` says so, and the probabilities
+    of its candidates. The images are prepared once for all methods."""
     inputs = generate.encode_batch(checkpoint, batch)
-    probed, chances, tokens = _chances(checkpoint, batch, truth)
+    weighed = diagnostics.weigh_candidates(checkpoint, methods, candidates, scorer, batch, inputs)
     lines = [{"id": r.id, "image": rows[r.id].image_name, "category": rows[r.id].category,
-              "question": rows[r.id].question, "annotated": rows[r.id].answer,
-              "answers": {}, "p_true": {}, "p_prior": {}} for r in batch]
-    for method in methods:
+              "question": rows[r.id].question, "annotated": rows[r.id].answer, "answers": {},
+              **of_row} for r, of_row in zip(batch, weighed, strict=True)]
+    for method in methods if decode else ():
         with checkpoints.using(checkpoint, method):
             texts = generate.decode(checkpoint, inputs, max_new_tokens=p.max_new_tokens)
-            weighed = score_answers(checkpoint, chances, tokens) if probed else []
         for line, text in zip(lines, texts, strict=True):
             line["answers"][method] = text
-        for i, row in zip(probed, weighed, strict=True):
-            true = len(truth["rows"][batch[i].id]["true"])
-            values = [w.logprobs.sum().exp().item() for w in row]
-            lines[i]["p_true"][method] = round(sum(values[:true]), 6)
-            lines[i]["p_prior"][method] = round(sum(values[true:]), 6)
     return lines
-
-
-def _rivals(known: dict[str, Any] | None) -> list[str]:
-    """The prior's answers to a colour question that are not also true."""
-    if known is None or known["category"] != "attribute":
-        return []
-    return [a for a in known["prior"] if a not in known["true"]]
 
 
 def counts(line: dict, method: str, truth: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """What one answer adds to each metric, as (counted, out of)."""
-    text = line["answers"][method]
-    known = truth["rows"].get(line["id"])
+    text, known = line["answers"][method], truth["rows"].get(line["id"])
     out: dict[str, tuple[float, float]] = {
         "answer_words": (len(metrics.words(text)), 1),
         "changed": (float(metrics.normalised(text)
@@ -200,16 +220,16 @@ def counts(line: dict, method: str, truth: dict[str, Any]) -> dict[str, tuple[fl
         return out
     if known["category"] == "caption":
         present = {o["name"] for o in truth["images"][line["image"]]["objects"]}
-        lexicon = vocabulary.lexicon(truth["vocabulary"]["objects"])
-        return out | hallucination.chair(text, present, lexicon)
+        return out | hallucination.chair(text, present,
+                                         vocabulary.lexicon(truth["vocabulary"]["objects"]))
     right = metrics.normalised(text) in map(metrics.normalised, known["true"])
     if known["category"] == "attribute":
         out["colour_accuracy"] = (float(right), 1)
         if method in line["p_true"]:
-            priors = map(metrics.normalised, _rivals(known))
+            priors = map(metrics.normalised, diagnostics.candidates(truth, line["id"])[1])
             out["prior_rate"] = (float(metrics.normalised(text) in priors), 1)
-            out["p_true"] = (line["p_true"][method], 1)
-            out["p_prior"] = (line["p_prior"][method], 1)
+            out |= {n: (line[n][method], 1) for n in ("p_true", "p_prior", "logp_true")}
+            out |= {n: (x, 1) for n, x in line.get("sharpened", {}).get(method, {}).items()}
     if known["category"] == "presence":
         said = hallucination.yes_or_no(text, line["question"])
         out["yes_rate"] = (float(said == "yes"), 1)
@@ -219,11 +239,8 @@ def counts(line: dict, method: str, truth: dict[str, Any]) -> dict[str, tuple[fl
 
 
 def quality(line: dict, method: str, truth: dict[str, Any]) -> float | None:
-    """How good one answer is, for finding wins and losses; None where nothing is known.
-
-    A right answer is 1, a wrong one 0; a caption loses 1 for each wrong object word and gains the
-    share of the image's objects that it names.
-    """
+    """How good one answer is; None where nothing is known. A right answer is 1, a wrong one 0; a
+    caption loses 1 for each wrong object word and gains the share of objects that it names."""
     known = truth["rows"].get(line["id"])
     if known is None:
         return None

@@ -1,15 +1,17 @@
-"""What BPO is to change and a score cannot show: how much an answer owes to its image, how well a
-model's yes and no are calibrated, and which words of a caption the image carries.
+"""What BPO is to change and a score cannot show: how much an answer owes to its image, whether a
+method knows more or is only more certain, and how well a model's yes and no are calibrated.
 """
 
+import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from operator import ne
 from typing import Any
 
-import numpy as np
 import torch
 
 from bpo.data.rows import Row
+from bpo.evaluation import metrics, words
 from bpo.evaluation.hallucination import yes_or_no
 from bpo.evaluation.official import Question
 from bpo.models import checkpoint as checkpoints
@@ -18,16 +20,40 @@ from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
 from bpo.models.weakening import View
 from bpo.params import Refusal
-from bpo.study.seeds import seed_for
+from bpo.study import results
+from bpo.study.seeds import numpy_generator, seed_for
 
+Candidates = Sequence[Sequence[str]]  # answers to a question: true ones, the prior's, others
+SHARPENED = "base_sharpened"  # the base at the temperature that makes it as confident as a method
+# Of colour questions, as probabilities among their candidates: a method's levels, those of the base
+# as confident as the method, and the differences between the two (against SHARPENED).
+AMONG: results.Metrics = {"p_true": ("P(true answer)", "sharpening", True),
+                          "p_prior": ("P(prior's answer)", "sharpening", False),
+                          "logp_true": ("log P(true answer)", "sharpening", True)}
+SHARPENING: results.Metrics = {
+    "confidence": ("P(likeliest candidate)", "sharpening", None),
+    **{f"{side}_{n}": (f"{text} among candidates{of}", kind, None)
+       for side, of in (("among", ""), ("matched", ", base as confident"))
+       for n, (text, kind, _) in AMONG.items()}}
 VIEWS = ("right", "swapped", "none", "noisy")  # of an answer's image
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 AGAIN = 64  # yes/no questions that are asked again, to see how many answers noise turns round
-BINS = 10  # of probabilities, of equal width
+# A token's kind is that of the word that it is part of: a colour or an object of the truth file's
+# vocabulary, an English function word of this list, or another word; else it ends something.
+KINDS = {"colour": "colours", "object": "objects", "content": "other words",
+         "function": "function words", "stop": "comma, stop, end"}
+FUNCTION_WORDS = frozenset(
+    "a an the this that these those there it its he she they his her their and or but so as at by "
+    "for from in into of off on onto out over to up with without near next behind between is are "
+    "was were be been being has have had do does did can could will would which who where".split())
 # name: (label, whether more is better)
 GAINS = {"right": ("log-prob, right image", None),
          "over_swapped": ("right over swapped image", True),
          "over_none": ("right over no image", True),
-         "over_noisy": ("right over noised image", True)}
+         "over_noisy": ("right over noised image", True),
+         **{f"{view}_{kind}": (f"log-prob of {text}, {view} image",
+                               True if view == "right" and kind in ("colour", "object") else None)
+            for view in ("right", "swapped") for kind, text in KINDS.items()}}
 
 
 def requests(rows: Sequence[Row], *, seed: int) -> list[Request]:
@@ -49,12 +75,14 @@ def requests(rows: Sequence[Row], *, seed: int) -> list[Request]:
 
 @torch.no_grad()
 def weigh(checkpoint: Checkpoint, methods: Sequence[str], rows: Mapping[str, Row],
-          batch: Sequence[Request], *, step: int, seed: int) -> list[dict[str, Any]]:
+          batch: Sequence[Request], *, step: int, seed: int, vocabulary: Mapping[str, Any]
+          ) -> list[dict[str, Any]]:
     """The annotated answers' log-probs under each method, token by token, with the right image,
     another row's, none, and the right one at a noise step.
 
-    Returns a line a request: {id, image, category, question, answer, tokens, logprobs}, where
-    logprobs is method -> view -> one number a token, in nats.
+    vocabulary: {objects, colours} of a truth file, or empty.
+    Returns a line a request: {id, image, category, question, answer, tokens, kinds, logprobs},
+    where logprobs is method -> view -> one number a token, in nats.
     """
     tokens = [[encoding.answer_tokens(checkpoint, r.messages, rows[r.id].answer)] for r in batch]
     blind = [Request(r.id, r.messages, None, r.length) for r in batch]
@@ -64,7 +92,8 @@ def weigh(checkpoint: Checkpoint, methods: Sequence[str], rows: Mapping[str, Row
               "noisy": generate.encode_batch(checkpoint, batch, View("noisy", step), seed=seed)}
     lines = [{"id": r.id, "image": rows[r.id].image_name, "category": rows[r.id].category,
               "question": rows[r.id].question, "answer": rows[r.id].answer,
-              "tokens": [checkpoint.tokenizer.decode([t]) for t in ids], "logprobs": {}}
+              "tokens": [checkpoint.tokenizer.decode([t]) for t in ids],
+              "kinds": kinds(checkpoint.tokenizer, ids, vocabulary), "logprobs": {}}
              for r, [ids] in zip(batch, tokens, strict=True)]
     for method in methods:
         with checkpoints.using(checkpoint, method):
@@ -77,19 +106,142 @@ def weigh(checkpoint: Checkpoint, methods: Sequence[str], rows: Mapping[str, Row
     return lines
 
 
+def kinds(tokenizer: Any, ids: Sequence[int], vocabulary: Mapping[str, Any]) -> list[str]:
+    """The kind of each token of an answer (`KINDS`), whatever pieces its words are cut into."""
+    ends = [len(tokenizer.decode(ids[:k], skip_special_tokens=True)) for k in range(len(ids) + 1)]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    spans = [found.span() for found in WORD.finditer(text)]
+    said = [text[a:b].casefold() for a, b in spans]
+    of_word = ["colour" if w in vocabulary.get("colours", ()) else
+               "function" if w in FUNCTION_WORDS else "content" for w in said]
+    for _, first, last in words.lexicon(vocabulary.get("objects", {})).mentions(said):
+        of_word[first:last] = ["object"] * (last - first)
+    return [next((kind for kind, (a, b) in zip(of_word, spans, strict=True)
+                  if a < end and start < b), "stop")
+            for start, end in zip(ends, ends[1:], strict=False)]
+
+
 def gains(line: Mapping[str, Any], method: str) -> dict[str, tuple[float, float]]:
     """What one answer adds to each number of `GAINS`, in nats an answer, as (counted, out of):
-    log p(answer | right image), and how much that lies above the one with each other image."""
-    total = {view: sum(line["logprobs"][method][view]) for view in VIEWS}
-    return {"right": (total["right"], 1),
-            **{f"over_{v}": (total["right"] - total[v], 1) for v in VIEWS[1:]}}
-
-
-def token_gaps(line: Mapping[str, Any], method: str) -> list[float]:
-    """log p of each token with the clean image minus log p with the noised one, in nats: what the
-    image carries of it, given the tokens before it."""
+    log p(answer | right image), how much that lies above the one with each other image, and the
+    parts that its tokens of each kind have in it, with the right and with the swapped image."""
     views = line["logprobs"][method]
-    return [clean - noisy for clean, noisy in zip(views["right"], views["noisy"], strict=True)]
+    total = {view: sum(views[view]) for view in VIEWS}
+    parts = {f"{view}_{kind}": (sum(x for x, k in zip(views[view], line["kinds"], strict=True)
+                                    if k == kind), 1)
+             for view in ("right", "swapped") for kind in KINDS}
+    return {"right": (total["right"], 1),
+            **{f"over_{v}": (total["right"] - total[v], 1) for v in VIEWS[1:]}, **parts}
+
+
+def candidates(truth: Mapping[str, Any], row: str) -> Candidates:
+    """The answers that a colour question may have: the true ones, the prior's that are not true,
+    and the vocabulary's other colours. None where all of the prior's are true."""
+    known = truth["rows"].get(row, {"category": ""})
+    if known["category"] != "attribute":
+        return ()
+    priors = [a for a in known["prior"] if a not in known["true"]]
+    others = [c for c in truth["vocabulary"].get("colours", ())
+              if c not in known["true"] and c not in priors]
+    return (known["true"], priors, others) if priors else ()
+
+
+def _tokens(checkpoint: Checkpoint, asked: Sequence[Request], of_row: Mapping[str, Candidates]
+            ) -> logprobs.Answers:
+    """The token ids of each request's candidates; many requests ask the same of other images."""
+    made: dict[tuple[str, str], list[int]] = {}
+    for r in asked:
+        for text in itertools.chain(*of_row[r.id]):
+            if (key := (repr(r.messages), text)) not in made:
+                made[key] = encoding.answer_tokens(checkpoint, r.messages, text)
+    return [[made[repr(r.messages), text] for text in itertools.chain(*of_row[r.id])]
+            for r in asked]
+
+
+@torch.no_grad()
+def scorer(checkpoint: Checkpoint, requests: Sequence[Request],
+           of_row: Mapping[str, Candidates]) -> logprobs.Scorer:
+    """The way to weigh candidates that is right for this model (`logprobs.choose`)."""
+    sample = [r for r in requests if r.id in of_row][:4]
+    if not sample:
+        return logprobs.weigh
+    return logprobs.choose(checkpoint, generate.encode_batch(checkpoint, sample),
+                           _tokens(checkpoint, sample, of_row))
+
+
+@torch.no_grad()
+def weigh_candidates(checkpoint: Checkpoint, methods: Sequence[str],
+                     of_row: Mapping[str, Candidates], weigh: logprobs.Scorer,
+                     batch: Sequence[Request], inputs: dict[str, torch.Tensor]
+                     ) -> list[dict[str, Any]]:
+    """For each request {candidates, logps, p_true, p_prior, logp_true}, all but the first by
+    method: log-probs of the candidates as whole answers in nats, and the probabilities of the true
+    and of the prior's ones together. Empty for requests that are not in `of_row`.
+
+    inputs: the prompts of the batch as `generate.encode_batch` gives them.
+    """
+    out = [{"candidates": of_row.get(r.id, ()),
+            **{n: {} for n in ("logps", "p_true", "p_prior", "logp_true")}} for r in batch]
+    probed = [i for i, r in enumerate(batch) if r.id in of_row]
+    asked = [batch[i] for i in probed]
+    if not probed:
+        return out
+    if len(probed) < len(batch):
+        inputs = generate.encode_batch(checkpoint, asked)
+    tokens = _tokens(checkpoint, asked, of_row)
+    for method in methods:
+        with checkpoints.using(checkpoint, method):
+            weighed = weigh(checkpoint, inputs, tokens)
+        for i, row in zip(probed, weighed, strict=True):
+            logps = torch.stack([w.logprobs.sum() for w in row])
+            true, prior, _ = logps.split([len(texts) for texts in out[i]["candidates"]])
+            out[i]["logps"][method] = [round(x, 6) for x in logps.tolist()]
+            out[i]["logp_true"][method] = round(true.logsumexp(0).item(), 6)
+            for name, part in (("p_true", true), ("p_prior", prior)):
+                out[i][name][method] = round(sum(part.exp().tolist()), 6)
+    return out
+
+
+def matched_temperatures(lines: Sequence[Mapping[str, Any]], methods: Sequence[str]
+                         ) -> dict[str, float]:
+    """method -> the temperature at which the base is as confident as the method: the mean
+    probability of the likeliest candidate is the same. Empty without lines (`weigh_candidates`)."""
+    logps = {m: [line["logps"][m] for line in lines] for m in methods if lines}
+    return {m: metrics.temperature(logps["base"], metrics.confidence(mine))
+            for m, mine in logps.items()}
+
+
+def sharpen(lines: Sequence[dict[str, Any]], temperatures: Mapping[str, float], *, seed: int,
+            resamples: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """Adds to lines with candidates `sharpened`: method -> the numbers of `SHARPENING`.
+
+    Returns SHARPENED -> method -> metric of `AMONG` -> paired difference of the method to the base
+    that is as confident, bootstrap over images; empty without temperatures.
+    """
+    if not temperatures:
+        return {}
+    for line in lines:
+        if line["logps"]:
+            true, prior, _ = map(len, line["candidates"])
+            line["sharpened"] = {}
+            for m, logps in line["logps"].items():
+                among = metrics.among(logps, true, prior)
+                matched = metrics.among(line["logps"]["base"], true, prior, temperatures[m])
+                line["sharpened"][m] = {
+                    "confidence": among["confidence"],
+                    **{f"among_{n}": among[n] for n in AMONG},
+                    **{f"matched_{n}": matched[n] for n in AMONG}}
+
+    def ratios(method: str, side: str) -> dict[str, metrics.Ratios]:
+        return metrics.tabled([(line["image"], {
+            n: (line["sharpened"][method][f"{side}_{n}"], 1) for n in AMONG
+            if "sharpened" in line}) for line in lines], AMONG)
+
+    weights = metrics.bootstrap_weights(len({line["image"] for line in lines}), resamples,
+                                        numpy_generator(seed, "comparison interval"))
+    return {SHARPENED: {
+        m: metrics.differences(ratios(m, "among"), ratios(m, "matched"), weights, {})
+        for m in temperatures if m != "base"}}
 
 
 def noise_floor(checkpoint: Checkpoint, lines: Mapping[str, Sequence[dict]],
@@ -135,38 +287,6 @@ def has_room(model: torch.nn.Module, dtype: torch.dtype) -> bool:
 def yes_share(weighed: Sequence[float]) -> float:
     """P(yes) among yes and no, from the log-probs of the two answers, yes first."""
     return float(torch.tensor(list(weighed), dtype=torch.float64).softmax(0)[0])
-
-
-def calibration(answers: Sequence[tuple[str, float, bool]], weights: np.ndarray) -> dict[str, Any]:
-    """How P(yes) agrees with how often yes is right.
-
-    answers: (image, P(yes) among yes and no, whether yes is right) of each question.
-    weights: (resamples, images) from `metrics.bootstrap_weights`, columns in the sorted order of
-    images. Returns {ece, bins}: ece is the expected calibration error (arXiv 1706.04599), the mean
-    over questions of |share of yes that is right - mean P(yes)| of the bin that each lies in, with
-    its bootstrap interval over images (biased upwards, as resampled errors do not cancel); bins
-    are {low, high, n, p, share}.
-    """
-    images = {image: k for k, image in enumerate(sorted({a[0] for a in answers}))}
-    place = np.array([images[a[0]] for a in answers])
-    p = np.array([a[1] for a in answers])
-    right = np.array([a[2] for a in answers], dtype=float)
-    bin_of = np.minimum((p * BINS).astype(int), BINS - 1)
-    gap, size = np.zeros((2, len(images), BINS))
-    np.add.at(gap, (place, bin_of), right - p)
-    np.add.at(size, (place, bin_of), 1.0)
-
-    def error(drawn: np.ndarray) -> np.ndarray:
-        return np.abs(drawn @ gap).sum(-1) / (drawn @ size).sum(-1)
-
-    low, high = np.percentile(error(weights), [2.5, 97.5])
-    bins = [{"low": k / BINS, "high": (k + 1) / BINS, "n": int((bin_of == k).sum()),
-             "p": round(float(p[bin_of == k].mean()), 6),
-             "share": round(float(right[bin_of == k].mean()), 6)}
-            for k in range(BINS) if (bin_of == k).any()]
-    return {"ece": {"value": round(float(error(np.ones(len(images)))), 6),
-                    "low": round(float(low), 6), "high": round(float(high), 6),
-                    "n": len(answers)}, "bins": bins}
 
 
 def yes_no_counts(p_yes: float, right: bool) -> dict[str, tuple[float, float]]:

@@ -13,6 +13,7 @@ from bpo.evaluation.words import MARKS, Lexicon, Vocabulary, lexicon
 from bpo.study.text import normalised as normalised
 from bpo.study.text import words
 
+BINS = 10  # of probabilities, of equal width
 Ratios = Mapping[str, tuple[float, float]]  # image -> (what is counted, out of how many)
 
 
@@ -44,6 +45,37 @@ def caption_is_right(text: str, vocabulary: Vocabulary, colours: Sequence[str],
     named = set(lexicon(vocabulary).objects(text))
     return (bool(named) and named <= {o["name"] for o in objects}
             and not wrong_colours(text, vocabulary, colours, objects))
+
+
+def among(logps: Sequence[float], true: int, prior: int, temperature: float = 1.0
+          ) -> dict[str, float]:
+    """{p_true, p_prior, logp_true, confidence} of a question whose only answers are its candidates,
+    at a temperature; confidence: the probability of the likeliest.
+
+    logps: of the candidates, in nats: first `true` right ones, then `prior` ones of the prior.
+    """
+    scores = np.asarray(logps) / temperature
+    scores = scores - np.logaddexp.reduce(scores)
+    right = float(np.logaddexp.reduce(scores[:true]))
+    return {"p_true": float(np.exp(right)), "logp_true": right,
+            "p_prior": float(np.exp(scores[true:true + prior]).sum()),
+            "confidence": float(np.exp(scores.max()))}
+
+
+def confidence(logps: Sequence[Sequence[float]], temperature: float = 1.0) -> float:
+    """The mean over questions of the probability of the likeliest candidate."""
+    return float(np.mean([among(row, 0, 0, temperature)["confidence"] for row in logps]))
+
+
+def temperature(logps: Sequence[Sequence[float]], goal: float) -> float:
+    """The temperature between 0.01 and 100 at which `confidence` is the goal, by bisection: the
+    hotter, the less confident."""
+    low, high = np.log(0.01), np.log(100)
+    for _ in range(40):
+        middle = (low + high) / 2
+        hotter = confidence(logps, float(np.exp(middle))) > goal
+        low, high = (middle, high) if hotter else (low, middle)
+    return round(float(np.exp((low + high) / 2)), 6)
 
 
 def by_image(counts: Sequence[tuple[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
@@ -159,3 +191,35 @@ def _interval(value: Any, drawn: np.ndarray, count: float) -> dict[str, Any]:
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     return {"value": round(float(value), 6), "low": round(float(low), 6),
             "high": round(float(high), 6), "n": int(count)}
+
+
+def calibration(answers: Sequence[tuple[str, float, bool]], weights: np.ndarray) -> dict[str, Any]:
+    """How P(yes) agrees with how often yes is right.
+
+    answers: (image, P(yes) among yes and no, whether yes is right) of each question.
+    weights: (resamples, images) from `bootstrap_weights`, columns in the sorted order of
+    images. Returns {ece, bins}: ece is the expected calibration error (arXiv 1706.04599), the mean
+    over questions of |share of yes that is right - mean P(yes)| of the bin that each lies in, with
+    its bootstrap interval over images (biased upwards, as resampled errors do not cancel); bins
+    are {low, high, n, p, share}.
+    """
+    images = {image: k for k, image in enumerate(sorted({a[0] for a in answers}))}
+    place = np.array([images[a[0]] for a in answers])
+    p = np.array([a[1] for a in answers])
+    right = np.array([a[2] for a in answers], dtype=float)
+    bin_of = np.minimum((p * BINS).astype(int), BINS - 1)
+    gap, size = np.zeros((2, len(images), BINS))
+    np.add.at(gap, (place, bin_of), right - p)
+    np.add.at(size, (place, bin_of), 1.0)
+
+    def error(drawn: np.ndarray) -> np.ndarray:
+        return np.abs(drawn @ gap).sum(-1) / (drawn @ size).sum(-1)
+
+    low, high = np.percentile(error(weights), [2.5, 97.5])
+    bins = [{"low": k / BINS, "high": (k + 1) / BINS, "n": int((bin_of == k).sum()),
+             "p": round(float(p[bin_of == k].mean()), 6),
+             "share": round(float(right[bin_of == k].mean()), 6)}
+            for k in range(BINS) if (bin_of == k).any()]
+    return {"ece": {"value": round(float(error(np.ones(len(images)))), 6),
+                    "low": round(float(low), 6), "high": round(float(high), 6),
+                    "n": len(answers)}, "bins": bins}

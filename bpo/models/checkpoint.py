@@ -74,8 +74,11 @@ def quietly() -> Iterator[None]:
 
 @contextmanager
 def using(checkpoint: Checkpoint, name: str) -> Iterator[None]:
-    """The checkpoint with one of its adapters; "base" is the model with all of them off."""
-    if name == "base":
+    """The checkpoint with one of its adapters; "base" is the model with all of them off. One that
+    has none is itself under any name."""
+    if not isinstance(checkpoint.model, PeftModel):
+        yield
+    elif name == "base":
         with checkpoint.model.disable_adapter():
             yield
     else:

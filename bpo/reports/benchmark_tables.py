@@ -1,8 +1,7 @@
 """What finished benchmarks allow to say: tables, figures and sentences of notebook 5, from its
-results.csv and answers.
+results.csv and answers; and of notebook 4, whether a method knows more or is only more certain.
 """
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +14,7 @@ from bpo.params import Benchmarks
 from bpo.reports import figures, tables
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
-from bpo.reports.figures import COLOURS, QUIET, WIDTH
+from bpo.reports.figures import QUIET, WIDTH
 from bpo.study import results
 from bpo.study import stage as stages
 from bpo.study.results import DECIDED
@@ -125,36 +124,61 @@ def readings(frame: DataFrame) -> list[Shown]:
 
 
 def image_gains(frame: DataFrame) -> list[Shown]:
-    """What the right image adds to an answer's log-probability, where answers were weighed; and
-    whether it adds more than to the base's answers."""
-    rows = frame[(frame["split_or_benchmark"] == "image") & (frame["metric"] != "right")]
+    """How tuning moves the annotated answers' log-probability with the right and with the wrong
+    image, by kind of token; nothing where no answers were weighed."""
+    method = tables.main_method(frame)
+    names = {f"{view}_{kind}": (view, kind) for view in ("right", "swapped")
+             for kind in diagnostics.KINDS}
+    rows = frame.query("split_or_benchmark == 'image' and against == 'base' and metric in @names "
+                       f"and method in {(method, tables.control(frame))}").dropna(subset="value")
     if rows.empty:
         return []
-    rows = rows.assign(label=[diagnostics.GAINS[m][0] for m in rows["metric"]])
+    rows = rows.assign(view=[names[m][0] for m in rows["metric"]],
+                       kind=[names[m][1] for m in rows["metric"]])
+    out = [report.figure(
+        draw_image_gains(rows), alt="Change of the annotated answers' log-probability by token",
+        caption="Annotated answers by category of question, minus base. Filled: with the right "
+                "image; further right is better for colours and objects. Hollow: with another "
+                f"row's image; {tables.PAIRED}.")]
+    for category, mine in rows.query("method == @method").groupby("category", sort=False):
+        parts = []
+        for view, of in (("right", "right image"), ("swapped", "wrong image")):
+            changes = mine[mine["view"] == view].set_index("kind")["value"]
+            kinds = ", ".join(f"{diagnostics.KINDS[k]} {x:+.2f}" for k, x in changes.items())
+            parts.append(f"{of} {changes.sum():+.2f} ({kinds})")
+        out.append(report.say("{c}, {m} minus base in nats an answer: {r}.", c=category, m=method,
+                              r="; ".join(parts)))
+    return out
+
+
+def sharpening(frame: DataFrame, split: str) -> list[Shown]:
+    """Each method's probabilities beside those of the base at the temperature that makes it as
+    confident, and how much of the page's method's gain both have; nothing without calibration."""
+    rows = frame.query("split_or_benchmark == @split and category == 'sharpening'")
+    level = rows.query("against == ''").set_index(["metric", "method"])["value"]
+    if rows.empty:
+        return []
+    shown = [("P(true answer)", "p_true"), ("log P(true answer)", "logp_true"),
+             ("P(prior's answer)", "p_prior")]
+    table = DataFrame([
+        {"method": m, "P(likeliest candidate)": f"{level['confidence', m]:.3f}",
+         "base's temperature": f"{level['temperature', m]:.2f}",
+         **{label: f"{level[f'among_{n}', m]:.3f} [{level[f'matched_{n}', m]:.3f}]"
+            for label, n in shown}} for m in level["confidence"].index])
     method = tables.main_method(frame)
-    gains = rows.query("method == @method and against == 'base' and metric == 'over_swapped'")
-    parts = [f"{category} {gain.text(2, '+')}"
-             + ("" if gain.excludes_zero() else ", cannot be told from none")
-             for category, gain in zip(gains["category"], results.estimates(gains), strict=True)]
-    return [report.figure(draw_image_gains(rows.query("against == ''")),
-                          alt="What the right image adds to the annotated answer",
-                          caption=f"By category of question; {tables.INTERVALS}."),
-            report.say("Right over swapped image, {m} minus base, in nats: {r}.", m=method,
-                       r="; ".join(parts) or "nothing was weighed")]
-
-
-def token_gaps(p: Benchmarks, result: stages.Result, frame: DataFrame) -> list[Shown]:
-    """What the clean image adds to each token of the first weighed captions, `p.gallery` of them.
-    """
-    lines = benchmarks.probed(result)
-    captions = [line for line in lines if line["category"] == "caption"] or lines
-    return [report.figure(
-        draw_token_gaps(DataFrame(
-            {m: diagnostics.token_gaps(line, m) for m in ("base", tables.main_method(frame))},
-            index=line["tokens"])),
-        alt=f"Gain from the clean image by token: {line['answer']}",
-        caption=f"{line['id']}: log-probability with the clean image minus at step "
-                f"{p.probe_step}.") for line in captions[:p.gallery]]
+    beyond = rows.query("method == @method and against == @diagnostics.SHARPENED")
+    rest = results.estimate(beyond.query("metric == 'p_true'").iloc[0].to_dict())
+    before, after, matched = (level[name, m] for name, m in (
+        ("among_p_true", "base"), ("among_p_true", method), ("matched_p_true", method)))
+    return [report.table(
+        table, f"Knowing more or only more certain, {split} images",
+        f"{rest.n} colour questions, as probabilities among the candidate answers; in brackets the "
+        "base at the temperature that makes it as confident as the method"),
+        report.say("P(true answer), {m} minus base: {g}. The base made as confident as {m} changes "
+                   "by {s}, which is sharpening; beyond that {m} changes by **{r}**{t}.", m=method,
+                   g=f"{after - before:+.3f}", s=f"{matched - before:+.3f}",
+                   r=rest.text(sign="+"),
+                   t="" if rest.excludes_zero() else ", no difference seen")]
 
 
 def yes_and_no(result: stages.Result, frame: DataFrame) -> list[Shown]:
@@ -248,47 +272,29 @@ def draw_reliability(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> Figur
 
 
 def draw_image_gains(frame: DataFrame) -> Figure:
-    """A panel a category of question: what the right image adds to an answer's log-probability over
-    another, none and a noised one, a row a method.
+    """A panel a category of question, a row a kind of token: the change of the answers'
+    log-probability with the right image (filled) and with another one (hollow), a colour a method.
 
-    frame: {category, label, method, value, low, high}, in nats an answer; label: over what.
+    frame: {category, kind, view, method, value, low, high}, in nats an answer.
     """
-    methods, overs = frame["method"].unique().tolist(), frame["label"].unique()
-    categories = frame["category"].unique()
-    fig, panels = figures.grid(1, len(categories), width=WIDTH, height=1.4 + 0.5 * len(methods))
+    methods, categories = frame["method"].unique(), frame["category"].unique()
+    order = [k for k in diagnostics.KINDS if k in set(frame["kind"])]
+    looks = [(m, view, style) for m, style in zip(methods, figures.line_styles(), strict=False)
+             for view in ("right", "swapped")]
+    fig, panels = figures.grid(1, len(categories), width=WIDTH,
+                               height=1.3 + 0.2 * len(looks) * len(order))
     for column, (panel, category) in enumerate(zip(panels, categories, strict=True)):
-        for number, (over, style) in enumerate(zip(overs, figures.line_styles(), strict=False)):
-            rows = frame[(frame["category"] == category) & (frame["label"] == over)]
-            places = [methods.index(m) + 0.22 * (number - (len(overs) - 1) / 2)
-                      for m in rows["method"]]
-            panel.hlines(places, rows["low"], rows["high"], color=style["color"], linewidth=1.6)
-            panel.plot(rows["value"], places, style["marker"], color=style["color"],
-                       markersize=5.5, label=over)
-        figures.rows_of(panel, [visible(m) for m in methods])
+        for number, (method, view, style) in enumerate(looks):
+            rows = frame.query("category == @category and method == @method and view == @view")
+            places = [order.index(k) + 0.16 * (number - (len(looks) - 1) / 2)
+                      for k in rows["kind"]]
+            panel.hlines(places, rows["low"], rows["high"], color=style["color"], linewidth=1.4)
+            panel.plot(rows["value"], places, style["marker"], color=style["color"], markersize=5.5,
+                       markerfacecolor=style["color"] if view == "right" else "white",
+                       label=f"{visible(method)}, {'right' if view == 'right' else 'wrong'} image")
+        figures.rows_of(panel, [diagnostics.KINDS[k] for k in order])
         panel.tick_params(axis="y", labelleft=column == 0)
         panel.axvline(0, color="#303030", linewidth=1)
-        panel.set(title=category, xlabel="nats an answer")
-    figures.legend_above(fig, panels[0])
-    return fig
-
-
-def draw_token_gaps(frame: DataFrame) -> Figure:
-    """A bar a token of one answer, a group a method: what the clean image adds to its
-    log-probability over the noised one, in nats.
-
-    frame: a row a token, in its order, a column a method; the index holds the tokens.
-    """
-    rows = math.ceil(len(frame) / 16)
-    columns = math.ceil(len(frame) / rows)
-    fig, panels = figures.grid(rows, 1, width=WIDTH, height=1.1 + 2.0 * rows, sharey=True)
-    for row, panel in enumerate(panels):
-        part = frame.iloc[row * columns:(row + 1) * columns].rename(
-            index=visible, columns=visible)
-        part.plot.bar(ax=panel, width=0.8, color=COLOURS, edgecolor="white", legend=False,
-                      rot=0 if columns <= 12 else 35)
-        figures.hatched(panel)
-        panel.axhline(0, color="#303030", linewidth=1)
-        panel.set(xlabel="", ylabel="nats", xlim=(-0.6, columns - 0.4))
-        panel.grid(visible=False, axis="x")
+        panel.set(title=f"{category} answers", xlabel="nats an answer, minus base")
     figures.legend_above(fig, panels[0])
     return fig

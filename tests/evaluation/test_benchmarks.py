@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.server import completion
-from pandas import DataFrame
 
 from bpo import params
 from bpo.evaluation import benchmarks, comparison, diagnostics, official
@@ -59,7 +58,7 @@ def folders(data_file, tmp_path_factory):
 def parameters(model_folder, adapters, data_file, folders):
     return Benchmarks(study="s", model=str(model_folder), adapters=str(adapters), folders=folders,
                       max_new_tokens=5, batch_size=5, probe_data=str(data_file), probe_rows=9,
-                      resamples=200, gallery=2)
+                      resamples=200)
 
 
 @pytest.fixture(scope="module")
@@ -320,15 +319,14 @@ def test_kinds_of_questions_stand_in_a_table_of_their_own(frame):
 
 def test_the_figures_hold_every_method_and_token(parameters, result, frame):
     assert benchmark_tables.few(frame) == ["base", "sft", "bpo"]
-    gains = frame.query("split_or_benchmark == 'image' and against == ''").assign(label="over none")
-    drawn = benchmark_tables.draw_image_gains(gains)
-    assert [t.get_text() for t in drawn.axes[0].get_yticklabels()] == METHODS
-    line = benchmarks.probed(result)[0]
-    gaps = DataFrame({"base": diagnostics.token_gaps(line, "base")}, index=line["tokens"])
-    labels = [t.get_text() for a in benchmark_tables.draw_token_gaps(gaps).axes
-              for t in a.get_xticklabels()]
-    assert labels == line["tokens"]
-    assert len(benchmark_tables.token_gaps(parameters, result, frame)) == parameters.gallery
+    rows = frame.query("metric in ('right_object', 'swapped_stop') and against == 'base'")
+    drawn = benchmark_tables.draw_image_gains(rows.assign(
+        view=rows["metric"].str.partition("_")[0], kind=rows["metric"].str.partition("_")[2]))
+    assert len(drawn.axes) == 3 == rows["category"].nunique()
+    assert [t.get_text() for t in drawn.axes[0].get_yticklabels()] == [
+        "objects", "comma, stop, end"]
+    marks = [x.get_markerfacecolor() for x in drawn.axes[0].lines if len(x.get_xdata()) == 1]
+    assert len(marks) == 2 * (len(METHODS) - 1) == 2 * marks.count("white")
     table, figure = benchmark_tables.calibrations(result, frame)
     assert "POPE: calibration" in table.plain and "calibration error" in table.plain
     rows = frame.query("split_or_benchmark == 'chair' and against == ''").assign(label="rate")
@@ -341,11 +339,36 @@ def test_the_figures_hold_every_method_and_token(parameters, result, frame):
     assert benchmark_tables.trade_offs(undescribed) == []
 
 
-def test_gains_are_read_with_their_intervals(frame):
-    *_, said = benchmark_tables.image_gains(frame.query("method in ('base', 'sft')"))
-    assert "sft minus base" in said.plain
-    assert "caption +0.00 [+0.00, +0.00], cannot be told from none" in said.plain
+def test_changes_are_said_by_kind_of_token_with_right_and_wrong_image(result, frame):
+    lines = read_lines(result.folder / benchmarks.PROBED)
+    captions = [x for x in lines if x["category"] == "caption"]
+    assert {k for x in lines for k in x["kinds"]} >= {"colour", "object", "stop"}
+    _, *said = benchmark_tables.image_gains(frame)
+    changes = {n: sum(diagnostics.gains(x, "bpo")[n][0] - diagnostics.gains(x, "base")[n][0]
+                      for x in captions) / len(captions) for n in ("right", "swapped_object")}
+    text = next(x.plain for x in said if x.plain.startswith("caption, bpo minus base"))
+    right, wrong = text.split("; ")
+    assert f"right image {changes['right']:+.2f} (" in right
+    assert f"objects {changes['swapped_object']:+.2f}" in wrong
+    parts = frame.query("category == 'caption' and method == 'bpo' and against == ''")
+    of_right = parts[parts["metric"].isin({f"right_{k}" for k in diagnostics.KINDS})]
+    total = parts.query("metric == 'right'")["value"].item()
+    assert of_right["value"].sum() == pytest.approx(total, abs=1e-5)
     assert benchmark_tables.image_gains(frame.query("category == 'all'")) == []
+
+
+def test_a_rival_is_scored_on_the_same_questions(parameters, folders, model_folder, result,
+                                                 outputs):
+    found = benchmarks.run(parameters.model_copy(update={
+        "rival": str(model_folder), "folders": {"pope": folders["pope"]}, "probe_rows": 4}))
+    levels = found.metrics["benchmarks"]["pope"]
+    assert list(levels) == ["base", "rival", *METHODS[1:]]
+    assert levels["rival"] == levels["base"] == result.metrics["benchmarks"]["pope"]["base"]
+    differences = found.metrics["differences"]["pope"]
+    assert differences["rival"]["bpo"] == differences["base"]["bpo"]
+    calibrated = found.metrics["calibration"]["pope"]["values"]
+    assert calibrated["rival"] == calibrated["base"]
+    assert all("rival" not in x["values"] for x in found.metrics["image"].values())
 
 
 def test_a_page_of_answers_that_nothing_scored_says_so(frame):

@@ -2,6 +2,8 @@
 whole stage on a small random model with random adapters."""
 
 import json
+import math
+import weakref
 
 import pandas
 import pytest
@@ -13,7 +15,7 @@ from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate
 from bpo.models.generate import Request
 from bpo.params import QualitativeComparison, Refusal
-from bpo.reports import tables
+from bpo.reports import benchmark_tables, tables
 from bpo.study import results
 from bpo.study.files import read_lines
 
@@ -37,6 +39,7 @@ def line(row_id, base, tuned, *, image="0.png", p_true=None, p_prior=None):
     return {"id": row_id, "image": image, "category": "x", "question": "q ?", "annotated": "a",
             "answers": {"base": base, "bpo": tuned},
             "p_true": dict(zip(("base", "bpo"), p_true or ())),
+            "logp_true": dict(zip(("base", "bpo"), map(math.log, p_true or ()))),
             "p_prior": dict(zip(("base", "bpo"), p_prior or ()))}
 
 
@@ -54,20 +57,20 @@ P = {"p_true": (0.7, 0.2), "p_prior": (0.1, 0.6)}
       "cover": (1, 2), "objects": (2, 1), "words": (6, 1)}),
     ("colour", "red", "Blue.", P, "base",
      {"answer_words": (1, 1), "changed": (0, 1), "colour_accuracy": (1, 1), "prior_rate": (0, 1),
-      "p_true": (0.7, 1), "p_prior": (0.1, 1)}),
+      "p_true": (0.7, 1), "logp_true": (math.log(0.7), 1), "p_prior": (0.1, 1)}),
     ("colour", "red", "Blue.", P, "bpo",
      {"answer_words": (1, 1), "changed": (1, 1), "colour_accuracy": (0, 1), "prior_rate": (1, 1),
-      "p_true": (0.2, 1), "p_prior": (0.6, 1)}),
+      "p_true": (0.2, 1), "logp_true": (math.log(0.2), 1), "p_prior": (0.6, 1)}),
     # Where the prior is right nothing counts for it.
     ("typical", "red", "blue", {}, "base",
      {"answer_words": (1, 1), "changed": (0, 1), "colour_accuracy": (1, 1)}),
     # A true answer that the prior suggests too is no prior's answer.
     ("both", "red", "blue", P, "base",
      {"answer_words": (1, 1), "changed": (0, 1), "colour_accuracy": (1, 1), "prior_rate": (0, 1),
-      "p_true": (0.7, 1), "p_prior": (0.1, 1)}),
+      "p_true": (0.7, 1), "logp_true": (math.log(0.7), 1), "p_prior": (0.1, 1)}),
     ("both", "red", "blue", P, "bpo",
      {"answer_words": (1, 1), "changed": (1, 1), "colour_accuracy": (0, 1), "prior_rate": (1, 1),
-      "p_true": (0.2, 1), "p_prior": (0.6, 1)}),
+      "p_true": (0.2, 1), "logp_true": (math.log(0.2), 1), "p_prior": (0.6, 1)}),
     # Without a truth only length and change are counted.
     ("unknown", "a red dog", "A red dog!", {}, "bpo", {"answer_words": (3, 1), "changed": (0, 1)})])
 def test_an_answer_counts_as_by_hand(row_id, base, bpo, chances, method, counts):
@@ -117,7 +120,8 @@ def test_a_method_is_compared_with_every_baseline_but_itself(scored):
     _, contrasts = scored
     assert {a: list(m) for a, m in contrasts.items()} == {"base": ["bpo"]}
     lines = [x | {part: x[part] | ({"sft": x[part]["base"]} if x[part] else {})
-                  for part in ("answers", "p_true", "p_prior")} for x in LINES]
+                  for part in ("answers", "p_true", "logp_true", "p_prior")}
+             for x in LINES]
     _, contrasts = comparison.score(lines, TRUTH, ["base", "sft", "bpo"], seed=0, resamples=200)
     assert {a: list(m) for a, m in contrasts.items()} == {"base": ["sft", "bpo"],
                                                           "sft": ["base", "bpo"]}
@@ -257,7 +261,7 @@ def test_tables_show_values_with_intervals_and_counts(scored, tmp_path):
 def parameters(model_folder, adapters, data_file):
     return QualitativeComparison(
         study="s", model=str(model_folder), adapters=str(adapters), max_new_tokens=5, batch_size=5,
-        splits={"natural": str(data_file)}, resamples=200, gallery=4)
+        splits={"natural": str(data_file)}, calibration_data="", resamples=200, gallery=4)
 
 
 @pytest.fixture(scope="module")
@@ -358,6 +362,61 @@ def test_an_interrupted_comparison_goes_on_to_the_same_bytes(result, parameters,
     again = comparison.run(parameters)
     name = "answers-natural.jsonl"
     assert (again.folder / name).read_bytes() == (result.folder / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def beside_a_rival(parameters, model_folder, data_file, tmp_path_factory):
+    """The same comparison, calibrated, beside a rival: the base itself, loaded a second time."""
+    loaded, right = [], checkpoints.load
+
+    def load(*given, **settings):
+        assert not any(model() for model in loaded), "two models lie in memory together"
+        checkpoint = right(*given, **settings)
+        loaded.append(weakref.ref(checkpoint.model))
+        return checkpoint
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BPO_OUTPUTS", str(tmp_path_factory.mktemp("rival")))
+        patch.setattr(checkpoints, "load", load)
+        found = comparison.run(parameters.model_copy(update={
+            "rival": str(model_folder), "calibration_data": str(data_file)}))
+    assert len(loaded) == 2
+    return found
+
+
+def test_a_rival_is_a_method_and_a_baseline(beside_a_rival, result):
+    frame = results.read(beside_a_rival.folder)
+    assert list(beside_a_rival.metrics["natural"]) == ["base", "rival", "bpo", "bpo_weaken", "sft"]
+    same = frame.query("method == 'rival' and against == 'base'")
+    assert set(same["value"].dropna()) == {0} and len(same) > 10
+    rows = frame.query("method == 'bpo' and against == 'rival' and metric == 'p_true'")
+    assert results.estimates(rows) == results.estimates(
+        frame.query("method == 'bpo' and against == 'base' and metric == 'p_true'"))
+    assert tables.main_method(frame) == "bpo" and "rival" in tables.baselines(frame)
+    for method, values in result.metrics["natural"].items():
+        assert {n: beside_a_rival.metrics["natural"][method][n] for n in values} == values
+
+
+def test_the_base_as_confident_as_a_method_stands_beside_it(beside_a_rival):
+    frame = results.read(beside_a_rival.folder).query("category == 'sharpening'")
+    assert beside_a_rival.metrics["temperatures"]["base"] == pytest.approx(1, abs=1e-5)
+    levels = frame.query("against == ''").set_index(["method", "metric"])["value"]
+    assert levels["bpo", "temperature"] == beside_a_rival.metrics["temperatures"]["bpo"] != 1
+    beyond = frame.query("against == 'base_sharpened'").set_index(["method", "metric"])["value"]
+    assert set(beyond.index.get_level_values(0)) == {"rival", "bpo", "bpo_weaken", "sft"}
+    for name in ("p_true", "p_prior", "logp_true"):
+        assert beyond["bpo", name] == pytest.approx(
+            levels["bpo", f"among_{name}"] - levels["bpo", f"matched_{name}"], abs=2e-6)
+    *_, said = benchmark_tables.sharpening(results.read(beside_a_rival.folder), "natural")
+    assert f"{levels['bpo', 'among_p_true'] - levels['base', 'among_p_true']:+.3f}" in said.plain
+
+
+def test_calibration_needs_a_colour_question(parameters, untold_file, data_file, outputs):
+    with pytest.raises(Refusal, match="calibration_data: none of its rows is a colour question"):
+        comparison.run(parameters.model_copy(update={
+            "calibration_data": str(untold_file), "image_folder": str(data_file.parent)}))
+    with pytest.raises(ValueError, match="choose another one"):
+        QualitativeComparison(splits={"calibration": "x"})
 
 
 def test_methods_come_in_the_order_in_which_they_were_trained(model_folder, adapters, tmp_path):

@@ -1,6 +1,7 @@
 """The words of a text, in any language."""
 
 import itertools
+import random
 
 import pytest
 
@@ -43,6 +44,15 @@ def test_answers_that_differ_are_told_apart():
 def test_marks_that_are_asked_for_stand_between_the_words():
     assert words("No dog, a cat!", ",.!") == ["no", "dog", ",", "a", "cat", "!"]
     assert words("No dog; a cat") == [w for w in words("No dog; a cat", ";") if w != ";"]
+
+
+@pytest.mark.parametrize("letters", ["".join(map(chr, range(128))), "aZ0'-`9$ <_.\n\x1c~"])
+def test_ascii_text_has_the_words_that_it_has_beside_what_is_not_seen(letters):
+    draw = random.Random(0)
+    for _ in range(2000):
+        text = "".join(draw.choices(letters, k=draw.randint(0, 14)))
+        for marks in ("", ".,;:!?\n()", "^]-\\"):
+            assert words(text, marks) == words(text + "\u200b", marks), (text, marks)
 
 
 @pytest.mark.parametrize("text, length", [
