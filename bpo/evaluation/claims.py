@@ -19,7 +19,7 @@ WEAKENED = "bpo_weaken"  # the same with weakened answers alone, against its own
 RIVAL, SHARPENED = "rival", "base_sharpened"  # what notebook 4 compares with beside methods
 HARM = "harm"
 HOLDS, FAILS, UNMEASURED = "holds", "does not hold", "not measured"
-SIGNS = {HOLDS: "+", OPEN: "o", FAILS: "−", UNMEASURED: "–"}
+SIGNS = {HOLDS: "+", OPEN: "o", FAILS: "−", UNMEASURED: "·"}
 RULE = (
     "Claims by the paper's number: 1 noise brings out the prior, 2 against the untuned model, 3 "
     "against SFT (sft_matched: on the method's own rows, which leaves the contrast alone), 4 "
@@ -75,20 +75,20 @@ def stated(frame: "DataFrame") -> Iterator[Claim]:
     rows where the frame has them."""
     probed = frame.query("notebook == @PROBE and against != ''")
     last, first = ([*probed[c], ""][0] for c in ("split_or_benchmark", "against"))
-    yield Claim("1", "Noise hides the true answer", last, "p_true", False, first, "base")
-    yield Claim("1", "Noise brings out the prior's", last, "p_prior", True, first, "base")
+    yield Claim("1", "Noise lowers P(true answer)", last, "p_true", False, first, "base")
+    yield Claim("1", "Noise raises P(prior's answer)", last, "p_prior", True, first, "base")
 
     main, scored, others = _places(frame)
     spoken = [(main, "chair_i")] + [(name, BENCHMARKS[name][0]) for name in scored
                                     if BENCHMARKS.get(name, ("", "", False))[2]]
-    colours = [("Makes the true answer likelier", main, "p_true", True),
-               ("Makes the prior's answer less likely", main, "p_prior", False)]
+    colours = [("Raises P(true answer)", main, "p_true", True),
+               ("Lowers P(prior's answer)", main, "p_prior", False)]
     for where, metric in spoken:
         yield Claim("2", "Hallucinates less", where, metric, False)
         yield Claim("2", "Says as much", where, "cover", True)
     for says, *measure in colours:
         yield Claim("2", says, *measure)
-    yield Claim("2", "Gains more than a base that is only sharpened", main, "p_true", True,
+    yield Claim("2", "Gains more than sharpening", main, "p_true", True,
                 SHARPENED)
 
     has = set(zip(frame["split_or_benchmark"], frame["metric"], strict=True))
@@ -98,7 +98,7 @@ def stated(frame: "DataFrame") -> Iterator[Claim]:
         for says, *measure in colours:
             yield Claim("3", says, *measure, control, method)
 
-    yield Claim("5", "More answers are visibly better than worse", main, "wins", True)
+    yield Claim("5", "Answers are visibly better", main, "wins", True)
 
     for metric in ("pope_adversarial", "pope_random"):
         yield Claim(HARM, "Yes and no are no worse", main, metric, True)
@@ -106,7 +106,7 @@ def stated(frame: "DataFrame") -> Iterator[Claim]:
         for says, metric, more in (("Hallucinates no more", "chair_i", False),
                                    ("Says as much", "cover", True),
                                    ("Colours are no worse", "colour_accuracy", True)):
-            yield Claim(HARM, f"{says} on {split} images", split, metric, more)
+            yield Claim(HARM, says, split, metric, more)
     for name in scored:
         decides, _, spoken_of = BENCHMARKS.get(name, (next(iter(benchmarks.described(name))),
                                                       None, False))

@@ -162,15 +162,15 @@ def claims_over(frame: DataFrame) -> DataFrame:
     """A row a claim: {claim, says, method, against, decides, SEED: sign of its verdict, mean: its
     difference over seeds, over seeds: the verdict on that}.
 
-    frame: `read`'s. Signs: + holds, o no verdict, − does not hold, – not measured.
+    frame: `read`'s. Signs: + holds, o no verdict, − does not hold, · not measured.
     """
     signs = {str(seed): claims.decided(rows).set_index(claims.KEYS)["verdict"].map(claims.SIGNS)
              for seed, rows in frame.groupby("seed")}
     mean = claims.decided(over_seeds(frame)).set_index(claims.KEYS)
     table = pandas.concat({**signs, "mean": mean["difference"], "over seeds": mean["verdict"]},
                           axis=1, sort=False)
-    filled = {"mean": "–", "over seeds": claims.UNMEASURED}
-    return table.fillna({c: filled.get(c, "–") for c in table}).reset_index()
+    filled = dict.fromkeys(signs, claims.SIGNS[claims.UNMEASURED])
+    return table.fillna(filled | {"mean": "–", "over seeds": claims.UNMEASURED}).reset_index()
 
 
 def counted(verdicts: DataFrame) -> str:

@@ -41,29 +41,33 @@ def forests(frame: DataFrame, p: Replication) -> list[Shown]:
 
 
 def claims_table(verdicts: DataFrame) -> DataFrame:
-    """`replication.claims_over` for a page: what is compared in one column."""
-    verdicts = verdicts.assign(compared=results.names(verdicts))
-    first = ["claim", "says", "compared", "decides"]
-    return verdicts[[*first, *verdicts.columns.drop([*first, "method", "against"])]]
+    """Claims of one study, or `replication.claims_over`'s, for a page: what is compared in one
+    column, and the signs of all seeds in one, in the seeds' order."""
+    signs = [c for c in verdicts if c.isdigit()]
+    table = verdicts.assign(compared=results.names(verdicts))
+    if signs:
+        table["seeds"] = verdicts[signs].agg("".join, axis=1)
+    first = [c for c in ("claim", "says", "compared", "decides", "seeds") if c in table]
+    return table[[*first, *verdicts.columns.drop([*claims.KEYS, *signs])]]
 
 
 def steps(frame: DataFrame) -> DataFrame:
     """From base to method in three steps, for the methods whose matched SFT was trained: a row a
-    step with the level and its change, {method, step, METRIC, METRIC, change}.
+    step with levels and their changes, {step, METRIC, METRIC, change}.
 
     frame: of one study, or `replication.over_seeds`'s.
     """
     main = comparison.main_split(frame)
     rows = frame[(frame["split_or_benchmark"] == main) & frame["metric"].isin(STEPS)]
-    texts = dict(zip(zip(rows["method"], rows["against"], rows["metric"], strict=True),
-                     results.texts(rows), strict=True))
+    texts = {(r.method, r.against, r.metric): e.text(sign="+") if r.against else f"{e.value:.3f}"
+             for r, e in zip(rows.itertuples(), results.estimates(rows), strict=True)}
     table = []
     for method in (claims.METHOD, claims.WEAKENED):
         chain = {"base": "base", "fresh positives": "sft",
                  "its own rows": claims.matched(method), "contrast": method}
         before = ""
         for step, name in chain.items():
-            row = {"method": method, "step": step if step == name else f"{step}: {name}"}
+            row = {"step": step if step == name else f"{step}: {name}"}
             for metric in STEPS:
                 label = benchmarks.label(main, metric)
                 row[label] = texts.get((name, "", metric), "–")
@@ -175,7 +179,7 @@ def write_results(study: str) -> Path:
     seeds = _seeds(frame)
     _replaced(outputs_root().parent / "README.md", f"results {study}", found(mean, seeds))
     parts = [f"### `bpo replicate {study}`: {seeds}",
-             "A row a claim, a column a seed: + holds, o no verdict, − does not hold, – not "
+             "A row a claim; seeds in their order: + holds, o no verdict, − does not hold, · not "
              "measured; then the mean difference over seeds with its 95 % t interval, and what it "
              f"says. {claims.RULE}",
              markdown(claims_table(replication.claims_over(frame))),
