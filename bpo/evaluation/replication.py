@@ -115,7 +115,7 @@ def store(study: str, frame: DataFrame) -> Path:
         [["split_or_benchmark", "against"]].to_numpy().ravel())
     wanted |= (frame["notebook"] == claims.PROBE) & ends & frame["metric"].isin(STORED)
     steps = frame["method"].str.startswith("sft") & frame["against"].isin(("base", "sft"))
-    dpo = frame["method"].str.startswith(claims.METHOD)
+    dpo = ~frame["method"].str.startswith(("base", "sft", claims.RIVAL))
     wanted &= (frame["against"] == "") | steps | dpo | (frame["notebook"] == claims.PROBE)
     file = stored_file(study)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -171,18 +171,6 @@ def claims_over(frame: DataFrame) -> DataFrame:
                           axis=1, sort=False)
     filled = dict.fromkeys(signs, claims.SIGNS[claims.UNMEASURED])
     return table.fillna(filled | {"mean": "–", "over seeds": claims.UNMEASURED}).reset_index()
-
-
-def counted(verdicts: DataFrame) -> str:
-    """How many rows of `claims_over` hold over seeds, in a sentence, claims and harm apart."""
-    measured = verdicts[verdicts["over seeds"] != claims.UNMEASURED]
-    parts = []
-    for what, rows in (("rows of the paper's claims", measured[measured["claim"] != claims.HARM]),
-                       ("rows of harm", measured[measured["claim"] == claims.HARM])):
-        words = rows["over seeds"]
-        parts.append(f"of {len(rows)} {what} {(words == claims.HOLDS).sum()} hold over seeds and "
-                     f"{(words == claims.FAILS).sum()} do not")
-    return "; ".join(parts)
 
 
 def power(difference: float, deviation: float, seeds: int) -> float:

@@ -51,6 +51,18 @@ def claims_table(verdicts: DataFrame) -> DataFrame:
     return table[[*first, *verdicts.columns.drop([*claims.KEYS, *signs])]]
 
 
+def headline(mean: DataFrame, seeds: int) -> Shown:
+    """What changed over seeds against the untuned model and against bpo's own matched SFT."""
+    main = comparison.main_split(mean)
+    measures = [(main, metric) for metric in ("chair_i", "cover", *STEPS[:2])]
+    parts = [f"{claims.METHOD} − {against}: {changes}"
+             for against in ("base", claims.matched(claims.METHOD))
+             if (changes := _changes(mean, measures, claims.METHOD, against, brief=True))]
+    if mean["low"].isna().all() or not parts:
+        return report.say("{n} seeds are too few for an interval, or measured no claim.", n=seeds)
+    return report.say("Over {n} seeds, {t}.", n=seeds, t=". ".join(parts))
+
+
 def steps(frame: DataFrame) -> DataFrame:
     """From base to method in three steps, for the methods whose matched SFT was trained: a row a
     step with levels and their changes, {step, METRIC, METRIC, change}.
