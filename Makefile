@@ -19,7 +19,7 @@ PAGES = $(wildcard outputs/$(STUDY)/*.html)
 
 help:
 	@echo "make report     install, run the tiny study, write outputs/tiny/index.html"
-	@echo "make replicate  install, run the tiny study for five seeds, write outputs/tiny/7_replication.html"
+	@echo "make replicate  install, run the tiny study for seeds 100 to 111 (ARGS='--jobs 2': two at once), write outputs/tiny/7_replication.html"
 	@echo "make test       install, run all tests that a CPU can (make test ARGS='-m fast' for the quick ones, under a minute)"
 	@echo "make lab        install, open the notebooks in JupyterLab"
 	@echo "make pdf        print the reports of a study (STUDY=tiny) to outputs/tiny/pdf/, needs Chromium"
@@ -36,7 +36,7 @@ report: $(VENV)/.report
 	$(VENV)/bin/python -m bpo run tiny
 
 replicate: $(VENV)/.report
-	$(VENV)/bin/python -m bpo replicate tiny --seeds 5
+	$(VENV)/bin/python -m bpo replicate tiny --seeds 100-111 $(ARGS)
 
 test: $(VENV)/.report
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)

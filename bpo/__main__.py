@@ -1,11 +1,13 @@
-"""The command line: python -m bpo run | stage | replicate | report STUDY, and the
+"""The command line: python -m bpo run | stage | replicate | results | power | report STUDY, and the
 commands of other modules (`MODULES`)."""
 
 import argparse
 import importlib
 import os
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     pages = add("report", _report, "render the executed notebooks again")
     replicate = add("replicate", _replicate,
                     "run a study for several seeds and tell what holds over them")
+    tables = add("results", _results, "write the README's tables from a stored replication")
+    power = add("power", _power, "say how many seeds a difference needs")
     compare = add("compare", _compare, "write a page of what differs between two studies")
     for command in (run, stage, replicate):
         check.add_arguments(command)
-    for command in (pages, compare):
+    for command in (pages, tables, power, compare):
         command.add_argument("study")
     for command in (run, stage):
         command.add_argument("--as", dest="name", help="the results' name, if not the study's")
@@ -63,8 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--only", type=int, metavar="N", help="run notebook N alone")
     run.add_argument("--from", type=int, dest="first", metavar="N", help="start at notebook N")
     compare.add_argument("other", help="the second study")
-    replicate.add_argument("--seeds", type=int, default=5, metavar="N", help="how many, from the "
-                           "study's own upwards (default: 5)")
+    replicate.add_argument("--seeds", default="5", metavar="SEEDS", help="a count from the study's "
+                           "own seed upwards (default: 5), a range (100-111) or a list (100,103)")
+    replicate.add_argument("--jobs", type=int, default=1, metavar="N",
+                           help="seeds that run at once, each with outputs/STUDY-seedN.log")
+    power.add_argument("--metric", action="append", dest="metrics", metavar="NAME")
+    power.add_argument("--against", action="append", dest="baselines", metavar="METHOD")
+    power.add_argument("--difference", type=float, help="the true difference (default: 0.01)")
     for name, (module, text) in MODULES.items():
         command = add(name, None, text)
         if arguments[:1] == [name]:
@@ -192,8 +201,6 @@ def _replicate(options: argparse.Namespace) -> int:
     for name in ("seed", "study"):
         if name in overrides:
             raise Refusal(f"-p {name}: replicate sets {name} itself; leave it out")
-    if options.seeds < 2:
-        raise Refusal(f"--seeds {options.seeds}: a replication needs at least 2 seeds")
     read = params.read_study(study, overrides)
     compared = read.get(params.QualitativeComparison.notebook)
     if compared is None:
@@ -203,7 +210,10 @@ def _replicate(options: argparse.Namespace) -> int:
     from bpo.evaluation import replication  # here, since transformers comes with it
     from bpo.reports import summary
 
-    names = replication.studies(compared.study, seed=compared.seed, count=options.seeds)
+    names = replication.studies(compared.study, replication.seeds(options.seeds, compared.seed),
+                                compared.seed)
+    if options.jobs > 1:
+        _at_once(options, names)
     again = "then give the same command again: what is complete is only read"
     for seed, name in names.items():
         print(f"— seed {seed}: study {name}", flush=True)
@@ -218,8 +228,47 @@ def _replicate(options: argparse.Namespace) -> int:
     p = params.Replication(study=compared.study, seed=compared.seed, studies=list(names.values()))
     failed = _read_results(p)
     if not failed:
-        print(f"the tables over seeds are in {short(summary.write_results(p))}")
+        stored = replication.store(p.study, replication.read(names))
+        print(f"all seeds are in {short(stored)}, the tables over them in "
+              f"{short(summary.write_results(p.study))}")
     return failed
+
+
+def _at_once(options: argparse.Namespace, names: dict[int, str]) -> None:
+    """Runs seeds in processes of their own. How each ended is not looked at: the run that follows
+    finds what is complete, and says what failed."""
+    given = [x for pair in options.overrides for x in ("-p", *pair)]
+
+    def run(seed: int) -> None:
+        log = params.outputs_root() / f"{names[seed]}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        print(f"— seed {seed}: see {short(log)}", flush=True)
+        with log.open("w", encoding="utf-8") as stream:
+            subprocess.run([sys.executable, "-m", "bpo", "run", options.study, "--as", names[seed],
+                            *given, "-p", "seed", str(seed)], stdout=stream, stderr=stream)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(run, names))
+
+
+def _results(options: argparse.Namespace) -> int:
+    from bpo.reports import summary  # here, since transformers comes with it
+
+    print(f"the tables over seeds are in {short(summary.write_results(options.study))}")
+    return 0
+
+
+def _power(options: argparse.Namespace) -> int:
+    """How many seeds a difference needs, from the seeds at hand."""
+    from bpo.evaluation import replication  # here, since transformers comes with it
+    from bpo.reports import summary
+
+    given = {n: v for n in ("metrics", "baselines", "difference")
+             if (v := getattr(options, n)) is not None}
+    p = params.validate(params.Replication, {"study": options.study, **given}, where="bpo power")
+    print(summary.power(replication.every_seed(p), p).to_string(index=False))
+    print(f"true difference {p.difference:g}, two-sided paired t test over seeds at 5 %, power .8")
+    return 0
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -235,6 +284,7 @@ def _compare(options: argparse.Namespace) -> int:
 def _read_results(p: params.Replication, *, name: str = "") -> int:
     """Notebook 7, which computes no stage, into the first study's folder."""
     folder = params.outputs_root() / p.study
+    folder.mkdir(parents=True, exist_ok=True)  # no seed of a replication need be the study itself
     done = _execute(p.notebook, p, folder, name=name)
     studies.index(folder)
     return int(not done)

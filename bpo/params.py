@@ -570,13 +570,15 @@ class Replication(Parameters):
     notebook: ClassVar[str] = "7_replication"
 
     studies: list[str] = field(
-        [], "studies of the seeds, one each; empty: the study and every STUDY-seedN beside it")
+        [], "studies of the seeds, one each; empty: those that bpo replicate stored last, else the "
+        "study and every STUDY-seedN beside it")
     other: str = field("", "a second study to compare the first with; empty: none")
     baselines: list[str] = field(
         ["base", "sft_matched"], "what bpo is compared with in the forest plots", min_length=1)
     metrics: list[str] = field(
         ["chair_i", "cover", "p_true", "p_prior", "pope_adversarial"],
         "metrics of the forest plots", min_length=1)
+    difference: Positive = field(0.01, "true difference that seeds are counted for")
 
 
 SCHEMAS: dict[str, type[Parameters]] = {

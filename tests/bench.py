@@ -17,6 +17,7 @@ from pathlib import Path
 
 import bench_packed
 import numpy as np
+import pandas
 import torch
 from bench_clock import WALL, Row, faster, in_turn, row
 from transformers import DynamicCache
@@ -55,7 +56,7 @@ def main() -> int:
         table = GROUPS[group](world)
         before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         write_whole(file, to_json(before | {group: table}, indent=1) + "\n")
-        text = summary.markdown(table)
+        text = summary.markdown(pandas.DataFrame(table))
         section = summary.write_section(f"speed {group}", text)
         print(f"{group}\n{text}\nwritten to {file} and {section}")
     return 0

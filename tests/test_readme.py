@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -23,9 +24,30 @@ class Parsed(Exception):
     pass
 
 
+MARKED = re.compile(r"<!-- results ([\w-]+) -->\n(.*?)<!-- /results \1 -->", re.DOTALL)
+STORED = sorted((ROOT / "outputs" / "results").glob("*.csv.gz"))
+
+
 def test_the_readme_is_short_and_its_picture_small():
-    assert len(README.encode()) < 12_288
+    assert len(MARKED.sub("", README).encode()) < 12_288
+    assert sum(len(text.encode()) for _, text in MARKED.findall(README)) < 1_536
     assert (ROOT / "outputs" / "report.jpg").stat().st_size < 150_000
+
+
+def test_results_are_written_from_what_is_stored_and_not_typed(tmp_path, monkeypatch):
+    monkeypatch.setenv("BPO_OUTPUTS", str(tmp_path / "outputs"))
+    files = {f: tmp_path / f.relative_to(ROOT) for f in (FILES[0], FILES[2])}
+    for file, copy in (*files.items(), *((f, tmp_path / f.relative_to(ROOT)) for f in STORED)):
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    studies = {f.name.removesuffix(".csv.gz") for f in STORED}
+    for study in studies:
+        assert main(["results", study]) == 0
+    assert {f: copy.read_text(encoding="utf-8") for f, copy in files.items()} == {
+        f: TEXTS[f] for f in files}, "python -m bpo results STUDY writes the sections again"
+    assert {name for f in files for name, text in MARKED.findall(TEXTS[f]) if text} <= studies
+    assert not re.search(r"\.\d{3}\b", MARKED.sub("", README))
+    assert sum(f.stat().st_size for f in STORED) < 1_000_000
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -85,7 +107,7 @@ def test_its_trainer_is_imported_as_it_says():
 @pytest.mark.parametrize("target, does", [
     ("report", "-m bpo run tiny\n"), ("test", "-m pytest"), ("bench", "tests/bench.py"),
     ("lab", "-m jupyterlab --config=bpo/reports/template/lab_config.py"),
-    ("replicate", "-m bpo replicate tiny --seeds 5"), ("help", "outputs/tiny/index.html")])
+    ("replicate", "-m bpo replicate tiny --seeds 100-111"), ("help", "outputs/tiny/index.html")])
 def test_make_does_what_the_readme_says(target, does):
     assert does in subprocess.run(["make", "-n", target], cwd=ROOT, text=True, check=True,
                                   capture_output=True).stdout

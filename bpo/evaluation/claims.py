@@ -1,8 +1,8 @@
-"""The paper's claims on a study. Which measure decides each was fixed beforehand; a verdict is a
-query on the study's results. What a claim says of other seeds is `replication`'s.
+"""The paper's claims, one a row, each with the measure that decides it: it was named before any
+study ran. A verdict is a query on results, of one study or of means over seeds (`replication`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,172 +15,186 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 METHOD = "bpo"  # the method that the claims are about
-HOLDS, FAILS = "holds", "does not hold"
+WEAKENED = "bpo_weaken"  # the same with weakened answers alone, against its own matched SFT
+RIVAL, SHARPENED = "rival", "base_sharpened"  # what notebook 4 compares with beside methods
+HARM = "harm"
+HOLDS, FAILS, UNMEASURED = "holds", "does not hold", "not measured"
+SIGNS = {HOLDS: "+", OPEN: "o", FAILS: "−", UNMEASURED: "·"}
 RULE = (
-    "Holds: the 95 % interval of the deciding difference excludes zero on the claimed side. Does "
-    "not hold: it excludes zero on the other side, or hallucination fell but cover fell with it. "
-    "Otherwise it cannot be told. A claim of several lines holds when all lines that must gain do "
-    "and none is on the wrong side, and does not hold when one of its lines does not.")
-# category of notebook 4: what decides, what must not be lost with it
-DECIDES = {"caption": ("chair_i", "cover"), "attribute": ("colour_accuracy", None),
-           "presence": ("pope_adversarial", None)}
-# The same for a benchmark of notebook 5, and whether it is one of hallucination. Judged ones are
-# decided by their first metric.
+    "Claims by the paper's number: 1 noise brings out the prior, 2 against the untuned model, 3 "
+    "against SFT (sft_matched: on the method's own rows, which leaves the contrast alone), 4 "
+    "against a larger model, 5 visibly better; then harm. One measure decides each row; it was "
+    "named beforehand, and no row decides another. Holds: the 95 % interval of its difference lies "
+    "on the claimed side of zero. Does not hold: on the other side. Else: "
+    f"{OPEN}, which is all that one can wish of a row of harm, and of \"says as much\". The larger "
+    "model is passed when bpo is better, beyond its interval, on more than half of the tasks, and "
+    "not when it is worse on half of them or more.")
+# What decides a benchmark, what may not be lost with it, and whether it counts hallucination.
+# Judged ones are decided by their first metric.
 BENCHMARKS = {"chair": ("chair_i", "cover", True), "object-halbench": ("response", "cover", True),
               "pope": ("accuracy", None, False), "amber": ("hal", "cover", True)}
-SFT = {"sft": "SFT on all positives",
-       "sft_matched": "SFT on the same positives for as many steps",
-       "sft_compute": "SFT on the same positives with the same compute"}
-COLUMNS = ["claim", "says", "against", "line", "verdict", "because", "looked", "apart", "decides",
-           "p"]
+TASKS = ("chair_i", "colour_accuracy", "pope_adversarial")  # of the main split, against the rival
+CONTROLS = ("sft_matched", "sft", "sft_compute")  # the first leaves the contrast alone
 PROBE, COMPARISON, BENCHMARK = "1_noise_probability", "4_qualitative_comparison", "5_benchmarks"
+KEYS = ["claim", "says", "method", "against", "decides"]
+COLUMNS = [*KEYS, "difference", "verdict", "p"]
 
 
 @dataclass(frozen=True)
-class Line:
-    """One thing that a claim depends on: a category or a benchmark.
+class Claim:
+    """A row: what is said of a method's difference to `against`, and the measure that decides.
 
-    measures: metric -> difference, all that were looked at; decides: the metric of the verdict;
-    gains: whether the claim needs it to hold, else it only must not fail; main: on the main split.
+    claim: the paper's claim by number, or `HARM`; where: split or benchmark; more: whether the
+    measure is to rise, None: it is to stay.
     """
 
-    name: str
-    measures: Mapping[str, Estimate]
-    decides: str
-    verdict: str
-    note: str = ""
-    gains: bool = True
-    main: bool = True
+    claim: str
+    says: str
+    where: str
+    metric: str
+    more: bool | None
+    against: str = "base"
+    method: str = METHOD
+
+
+def measured(study: str) -> "DataFrame":
+    """The results of a study. What noise does to P(prior's answer) is left out where the prior's
+    answers are those that the model gave at the last step: it rises by construction."""
+    frame = results.of_study(study)
+    # The claim is about noise; notebook 1 may look at other ways of weakening too.
+    frame = frame[(frame["notebook"] != PROBE) | (frame["category"] == "noise")]
+    if not (frame["notebook"] == PROBE).any():
+        return frame
+    manifest = stages.read_manifest(stages.stage_folder(study, PROBE))
+    if "truth" in manifest["inputs"] or manifest["parameters"]["question"]:
+        return frame
+    return frame[(frame["notebook"] != PROBE) | (frame["metric"] != "p_prior")
+                 | (frame["against"] == "")]
+
+
+def stated(frame: "DataFrame") -> Iterator[Claim]:
+    """Every row but the fourth claim's, which counts tasks. Benchmarks and further splits have
+    rows where the frame has them."""
+    probed = frame.query("notebook == @PROBE and against != ''")
+    last, first = ([*probed[c], ""][0] for c in ("split_or_benchmark", "against"))
+    yield Claim("1", "Noise lowers P(true answer)", last, "p_true", False, first, "base")
+    yield Claim("1", "Noise raises P(prior's answer)", last, "p_prior", True, first, "base")
+
+    main, scored, others = _places(frame)
+    spoken = [(main, "chair_i")] + [(name, BENCHMARKS[name][0]) for name in scored
+                                    if BENCHMARKS.get(name, ("", "", False))[2]]
+    colours = [("Raises P(true answer)", main, "p_true", True),
+               ("Lowers P(prior's answer)", main, "p_prior", False)]
+    for where, metric in spoken:
+        yield Claim("2", "Hallucinates less", where, metric, False)
+        yield Claim("2", "Says as much", where, "cover", True)
+    for says, *measure in colours:
+        yield Claim("2", says, *measure)
+    yield Claim("2", "Gains more than sharpening", main, "p_true", True,
+                SHARPENED)
+
+    has = set(zip(frame["split_or_benchmark"], frame["metric"], strict=True))
+    where, metric = next((x for x in spoken if x in has), spoken[0])
+    for method, control in (*((METHOD, c) for c in CONTROLS), (WEAKENED, matched(WEAKENED))):
+        yield Claim("3", "Hallucinates less", where, metric, False, control, method)
+        for says, *measure in colours:
+            yield Claim("3", says, *measure, control, method)
+
+    yield Claim("5", "Answers are visibly better", main, "wins", True)
+
+    for metric in ("pope_adversarial", "pope_random"):
+        yield Claim(HARM, "Yes and no are no worse", main, metric, True)
+    for split in others:
+        for says, metric, more in (("Hallucinates no more", "chair_i", False),
+                                   ("Says as much", "cover", True),
+                                   ("Colours are no worse", "colour_accuracy", True)):
+            yield Claim(HARM, says, split, metric, more)
+    for name in scored:
+        decides, _, spoken_of = BENCHMARKS.get(name, (next(iter(benchmarks.described(name))),
+                                                      None, False))
+        if not spoken_of:
+            yield Claim(HARM, "Scores no worse", name, decides, True)
+    yield Claim(HARM, "P(yes) is as honest", "pope", "brier", False)
+    yield Claim(HARM, "Captions keep their length", main, "words", None)
+
+
+def decided(frame: "DataFrame") -> "DataFrame":
+    """A row a claim: {claim, says, method, against, decides, difference, verdict, p}, of one
+    study's results or of means over seeds. difference: as text; p: its own, NaN without one."""
+    from pandas import DataFrame
+
+    rows = frame.dropna(subset="value")
+    found = dict(zip(zip(rows["split_or_benchmark"], rows["method"], rows["against"],
+                         rows["metric"], strict=True), results.estimates(rows), strict=True))
+    table = []
+    for c in stated(frame):
+        estimate = found.get((c.where, c.method, c.against, c.metric)) if c.against else None
+        table.append([c.claim, c.says, c.method, c.against or "–", label(c.where, c.metric),
+                      estimate.text(sign="+") if estimate else "–", verdict(estimate, c.more),
+                      estimate and estimate.p])
+    table.append(_passes(frame, found))
+    return DataFrame(table, columns=COLUMNS).sort_values(
+        "claim", kind="stable", ignore_index=True)
 
 
 def table(study: str) -> "DataFrame":
-    """All claims on a study, those on notebooks that did not run left open: {claim, says, against,
-    line, verdict, because, looked, apart, decides, p}.
-
-    A row with an empty `line` is a claim, the others are the lines that it depends on. Of a line,
-    looked: how many differences were looked at; apart: of how many the interval excludes zero;
-    decides: whether that of the deciding one does, None where it was not measured; p: its p.
-    """
-    from pandas import DataFrame
-
-    frame = results.of_study(study)
-    base = list(_lines(frame, "base"))
-    rows = [*_noise(study, frame),
-            *_claim(2, "BPO hallucinates less than the untuned model and loses nowhere", base,
-                    against="base")]
-    for control, training in SFT.items():
-        rows += _claim(3, f"BPO beats {training}, by category",
-                       [replace(x, gains=True) for x in _lines(frame, control) if x.main],
-                       against=control)
-    rows += _claim(4, "A 7B model with BPO passes the untuned 13B on most tasks", [],
-                   because="a study of one model size cannot tell")
-    return DataFrame(rows + _visible(frame), columns=COLUMNS)
+    """`decided` of a study, with rows that say so of what was not measured."""
+    return decided(measured(study))
 
 
-def verdict(decisive: Estimate | None, kept: Estimate | None, *, needs_kept: bool
-            ) -> tuple[str, str]:
-    """The verdict on one line and a note to it.
-
-    kept: the measure that must not be lost with a gain (cover, which falls when a model says less);
-    needs_kept: whether a gain without it counts for nothing.
-    """
-    if decisive is None:
-        return OPEN, "not measured"
-    if decisive.reading() != BETTER:
-        return (FAILS if decisive.reading() == WORSE else OPEN), ""
-    if needs_kept and kept is None:
-        return OPEN, "gained, but cover was not measured beside it"
-    if kept is not None and kept.reading() == WORSE:
-        return FAILS, "gained, but cover was lost"
-    return HOLDS, ""
+def verdict(estimate: Estimate | None, more: bool | None) -> str:
+    """What the interval of a difference says of a claim that it lies above zero (more), below, or,
+    None, at it."""
+    if estimate is None:
+        return UNMEASURED
+    word = replace(estimate, more_is_better=bool(more)).reading()
+    if more is None and word != OPEN:
+        return FAILS
+    return {BETTER: HOLDS, WORSE: FAILS}.get(word, word)
 
 
-def _line(name: str, rows: "DataFrame", decides: str, kept: str | None = None, **rest: bool
-          ) -> Line:
-    measures = dict(zip(rows["metric"], results.estimates(rows), strict=True))
-    word, note = verdict(measures.get(decides), measures.get(kept or ""), needs_kept=bool(kept))
-    return Line(name, measures, decides, word, note, **rest)
+def matched(method: str) -> str:
+    """The SFT that has a method's own positives, by name."""
+    return method.replace(METHOD, "sft_matched", 1)
 
 
-def _claim(number: int, says: str, lines: Sequence[Line], *, against: str = "", because: str = ""
-           ) -> list[dict[str, Any]]:
-    verdicts = [x.verdict for x in lines]
-    gains = {x.verdict for x in lines if x.gains}
-    word = FAILS if FAILS in verdicts else HOLDS if gains == {HOLDS} else OPEN
-    reasons = "; ".join(f"{x.name}: {x.verdict}" + (f" ({x.note})" if x.note else "")
-                        for x in lines)
-    claim = {"claim": number, "says": says, "against": against or "–"}
-    rows = [{**claim, "line": "", "verdict": word, "because": because or reasons or "not measured"}]
-    for x in lines:
-        decisive = x.measures.get(x.decides)
-        rows.append({**claim, "line": x.name, "verdict": x.verdict, "because": x.note,
-                     "looked": len(x.measures),
-                     "apart": sum(e.excludes_zero() for e in x.measures.values()),
-                     "decides": decisive and decisive.excludes_zero(),
-                     "p": decisive and decisive.p})
-    return rows
-
-
-def _noise(study: str, frame: "DataFrame") -> list[dict[str, Any]]:
-    """Claim 1: from the clean image to the last noise step P(true) falls and P(prior) rises."""
-    says = "As noise drowns the image, the true answer gets less likely, the prior's answer more"
-    rows = frame.query("notebook == @PROBE and category == 'noise' and against != ''")
-    if rows.empty:
-        return _claim(1, says, [], because="notebook 1 has not run")
-    lines = [_line(name, rows[rows["metric"] == metric].assign(more_is_better=rises), metric)
-             for metric, name, rises in (("p_true", "P(true answer) falls", False),
-                                         ("p_prior", "P(prior's answer) rises", True))]
-    manifest = stages.read_manifest(stages.stage_folder(study, PROBE))
-    if "truth" not in manifest["inputs"] and not manifest["parameters"]["question"]:
-        lines[1] = replace(lines[1], verdict=OPEN, note="the prior's answers are what the model "
-                           "said at the last step, so they rise by construction")
-    return _claim(1, says, lines, against="clean image")
-
-
-def _lines(frame: "DataFrame", against: str) -> Iterator[Line]:
-    """A line a split and category of notebook 4 and a benchmark of notebook 5; those that gain are
-    on hallucination, on the main split."""
-    rows = frame[(frame["method"] == METHOD) & (frame["against"] == against)
-                 & frame["value"].notna() & frame["more_is_better"].notna()]
+def _places(frame: "DataFrame") -> tuple[str, list[str], list[str]]:
+    """The main split, the benchmarks that were scored, the other splits."""
     main = comparison.main_split(frame)
-    compared = rows.query("notebook == @COMPARISON and category in @DECIDES")
-    for (split, category), measures in compared.groupby(["split_or_benchmark", "category"],
-                                                        sort=False):
-        yield _line(f"{split} {category}", measures, *DECIDES[category], main=split == main,
-                    gains=split == main and category == "caption")
-    scored = rows.query("notebook == @BENCHMARK and category in ('all', 'kind')")
-    for name, measures in scored.groupby("split_or_benchmark", sort=False):
-        first = next(iter(benchmarks.described(name)))
-        decides, kept, gains = BENCHMARKS.get(name, (first, None, False))
-        yield _line(benchmarks.title(name), measures, decides, kept, gains=gains)
+    scored = frame.query("notebook == @BENCHMARK")["split_or_benchmark"].unique()
+    splits = frame.query("notebook == @COMPARISON")["split_or_benchmark"].unique()
+    return main, [n for n in scored if n in benchmarks.KNOWN], [s for s in splits if s != main]
 
 
-def _visible(frame: "DataFrame") -> list[dict[str, Any]]:
-    """Claim 5: more answers better than the untuned model's than worse; wins minus losses a
-    question, with its interval over images."""
-    says = "Answers are visibly more faithful: more of them better than worse"
-    if not (frame["notebook"] == COMPARISON).any():
-        return _claim(5, says, [], against="base", because="notebook 4 has not run")
-    split = comparison.main_split(frame)
-    rows = frame.query("notebook == @COMPARISON and metric == 'wins' and method == @METHOD and "
-                       "split_or_benchmark == @split").dropna(subset="value")
-    if rows.empty:
-        return _claim(5, says, [], against="base",
-                      because="nothing tells wins from losses: there is no truth file, or no BPO")
-    return _claim(5, says, [_line(f"{split}, all questions", rows, "wins")], against="base")
+def _passes(frame: "DataFrame", found: dict[tuple[str, ...], Estimate]) -> list[Any]:
+    """The row of claim 4: on how many tasks the method is better than an untuned larger model."""
+    main, scored, _ = _places(frame)
+    tasks = [*((main, metric) for metric in TASKS),
+             *((n, BENCHMARKS.get(n, [next(iter(benchmarks.described(n)))])[0]) for n in scored)]
+    readings = [found[key].reading() for where, metric in tasks
+                if (key := (where, METHOD, RIVAL, metric)) in found]
+    better, worse, of = readings.count(BETTER), readings.count(WORSE), len(readings)
+    word = (UNMEASURED if not of else HOLDS if 2 * better > of else FAILS if 2 * worse >= of
+            else OPEN)
+    return ["4", "Passes an untuned model of twice the size", METHOD, RIVAL, "tasks won",
+            f"better on {better}, worse on {worse} of {of} tasks" if of else "–", word, None]
+
+
+def label(where: str, metric: str) -> str:
+    """What decides, on a page; where "": the metric alone."""
+    words = {"wins": "wins − losses", "words": "length in words"}
+    return (f"{benchmarks.title(where)}: " if where else "") + (
+        words.get(metric) or benchmarks.label(where, metric))
 
 
 def looks(claims: "DataFrame") -> str:
     """How much was looked at, in a sentence with the names of what survives Holm's correction at
-    0.05. The correction is over the measures that decide, which were named beforehand; over all
-    that are shown beside them no usual number of resamples could survive it."""
-    decides = claims.dropna(subset="decides")
-    survive = []
-    tested = decides.dropna(subset="p")
-    for row, p in zip(tested.itertuples(), results.holm(tested["p"].tolist()), strict=True):
-        if p <= 0.05:
-            survive.append(row.line if row.against == "–" else f"{row.line} against {row.against}")
-    return (f"{claims['looked'].sum():.0f} comparisons were looked at, {claims['apart'].sum():.0f} "
-            f"intervals exclude zero; of the {len(decides)} that decide a verdict "
-            f"{decides['decides'].sum():.0f} do, and {len(survive)} survive Holm's correction at "
-            "0.05" + (f": {', '.join(survive)}" if survive else ""))
+    0.05, which is over the differences that decide; they were named beforehand."""
+    tested = claims.dropna(subset="p")
+    survive = [f"{row.decides} of {row.method} against {row.against}"
+               for row, p in zip(tested.itertuples(), results.holm(tested["p"].tolist()),
+                                 strict=True) if p <= 0.05]
+    sure = tested["verdict"].isin([HOLDS, FAILS]).sum()
+    return (f"{len(tested)} differences decide a row, {sure} of their intervals exclude zero, and "
+            f"{len(survive)} survive Holm's correction at 0.05"
+            + (f": {'; '.join(survive)}" if survive else ""))

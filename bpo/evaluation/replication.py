@@ -1,8 +1,12 @@
 """Several seeds of a study, and two studies side by side: queries on their results (notebook 7)."""
 
+import bisect
 import math
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import numpy
 import pandas
 from pandas import DataFrame
 
@@ -12,31 +16,58 @@ from bpo.study import results
 from bpo.study import stage as stages
 
 KEYS = ["notebook", "split_or_benchmark", "category", "method", "against", "metric"]
+VALUES = ["value", "low", "high", "n", "p", "more_is_better"]
 FEWEST = 3  # seeds: two give an interval that says nothing
+MOST = 1000  # seeds that a power is looked for in
 TABLE = "replication.csv"
+# The metrics that tables over seeds use, with the first of each benchmark that a judge scores.
+STORED = {"chair_i", "cover", "colour_accuracy", "p_true", "p_prior", "pope_adversarial",
+          "pope_random", "words", "wins", "brier",
+          *(claims.BENCHMARKS.get(n, [next(iter(benchmarks.described(n)))])[0]
+            for n in benchmarks.KNOWN)}
 # Categories that pages over several seeds leave to the table.
 ASIDE = ("kind", "reading", "calibration")
 
 
-def studies(study: str, *, seed: int, count: int) -> dict[int, str]:
-    """seed -> study of a replication: the study itself under its own seed, then the seeds after
-    it, each in a study of its own."""
-    return {s: study if s == seed else f"{study}-seed{s}" for s in range(seed, seed + count)}
+def seeds(text: str, first: int) -> list[int]:
+    """The seeds that `--seeds` names: a count from the study's own seed upwards ("5"), a range
+    with both ends ("100-111"), or a list ("100,103,").
+
+    Raises Refusal for another text, a seed twice, and fewer than two seeds.
+    """
+    if re.fullmatch(r"\d+", text):
+        found = list(range(first, first + int(text)))
+    elif ends := re.fullmatch(r"(\d+)-(\d+)", text):
+        found = list(range(int(ends[1]), int(ends[2]) + 1))
+    elif re.fullmatch(r"\d+(,\d+)*,?", text):
+        found = [int(s) for s in text.split(",") if s]
+    else:
+        raise Refusal(f"--seeds {text}: give a count (5), a range (100-111) or a list (100,103)")
+    if len(set(found)) < max(2, len(found)):
+        raise Refusal(f"--seeds {text}: a replication needs at least 2 seeds, each once")
+    return found
+
+
+def studies(study: str, seeds: Sequence[int], own: int) -> dict[int, str]:
+    """seed -> study: STUDY-seedN each; the study itself under its own seed."""
+    return {s: study if s == own else f"{study}-seed{s}" for s in seeds}
 
 
 def by_seed(p: Replication) -> dict[int, str]:
-    """seed -> study, of the studies that were named, else of the study and its STUDY-seedN.
+    """seed -> study, of the studies that were named; else of those that the last `bpo replicate`
+    stored, where they are here; else of the study and its STUDY-seedN.
 
     Raises Refusal where one has no finished comparison, or two have one seed.
     """
-    names = p.studies or [p.study, *sorted(f.name for f in outputs_root().glob(f"{p.study}-seed*"))]
+    names = p.studies or _stored_studies(p.study) or [
+        p.study, *sorted(f.name for f in outputs_root().glob(f"{p.study}-seed*") if f.is_dir())]
     found: dict[int, str] = {}
     for name in names:
-        folder = stages.stage_folder(name, claims.COMPARISON)
-        if not (folder / stages.MANIFEST).is_file():
-            raise Refusal(f"{folder / stages.MANIFEST}: study {name} has no finished comparison; "
-                          f"python -m bpo replicate {p.study} runs what is missing")
-        seed = stages.read_manifest(folder)["parameters"]["seed"]
+        if not _compared(name):
+            raise Refusal(f"{_comparison(name) / stages.MANIFEST}: study {name} has no finished "
+                          f"comparison; python -m bpo replicate {p.study} runs what is missing, or "
+                          "name finished studies in studies")
+        seed = stages.read_manifest(_comparison(name))["parameters"]["seed"]
         if seed in found:
             raise Refusal(f"studies {found[seed]} and {name} both have seed {seed}; name one study "
                           "a seed in studies")
@@ -44,19 +75,73 @@ def by_seed(p: Replication) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
+def _comparison(study: str) -> Path:
+    return stages.stage_folder(study, claims.COMPARISON)
+
+
+def _compared(study: str) -> bool:
+    return (_comparison(study) / stages.MANIFEST).is_file()
+
+
+def _stored_studies(study: str) -> list[str]:
+    if not stored_file(study).is_file():
+        return []
+    names = list(stored(study)["study"].unique())
+    return names if all(map(_compared, names)) else []
+
+
+def every_seed(p: Replication) -> DataFrame:
+    """`read`'s frame of the stored replication, else of the seeds that are here."""
+    return stored(p.study) if stored_file(p.study).is_file() else read(by_seed(p))
+
+
 def read(studies: Mapping[int, str]) -> DataFrame:
-    """The results of all seeds, with the column `seed`."""
-    return pandas.concat([results.of_study(name).assign(seed=seed)
+    """The results of all seeds, with the columns `seed` and `study`."""
+    return pandas.concat([claims.measured(name).assign(seed=seed, study=name)
                           for seed, name in studies.items()], ignore_index=True)
 
 
+def stored_file(study: str) -> Path:
+    return outputs_root() / "results" / f"{study}.csv.gz"
+
+
+def store(study: str, frame: DataFrame) -> Path:
+    """Writes what tables over seeds use of `read`'s frame, rounded to six digits, where the
+    repository keeps it: levels, and differences of DPO methods and between the steps to them. The
+    same frame gives the same bytes."""
+    wanted = frame["metric"].isin(STORED) & ~frame["category"].isin(("reading", "noise"))
+    ends = frame["split_or_benchmark"].isin(
+        frame.query("notebook == @claims.PROBE and against != ''")
+        [["split_or_benchmark", "against"]].to_numpy().ravel())
+    wanted |= (frame["notebook"] == claims.PROBE) & ends & frame["metric"].isin(STORED)
+    steps = frame["method"].str.startswith("sft") & frame["against"].isin(("base", "sft"))
+    dpo = ~frame["method"].str.startswith(("base", "sft", claims.RIVAL))
+    wanted &= (frame["against"] == "") | steps | dpo | (frame["notebook"] == claims.PROBE)
+    file = stored_file(study)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    half = file.with_name(f".{file.name}.tmp")
+    frame.loc[wanted, ["seed", "study", *KEYS, *VALUES]].round(6).to_csv(
+        half, index=False, lineterminator="\n", compression={"method": "gzip", "mtime": 0})
+    half.replace(file)
+    return file
+
+
+def stored(study: str) -> DataFrame:
+    """What `store` wrote, as `read` gives it."""
+    file = stored_file(study)
+    if not file.is_file():
+        raise Refusal(f"{file}: no replication of {study} is stored; python -m bpo replicate "
+                      f"{study} writes it")
+    return results.frame(file)
+
+
 def over_seeds(frame: DataFrame) -> DataFrame:
-    """One row an estimate that every seed has: {KEYS, seeds, value, low, high, more_is_better}.
+    """One row an estimate that every seed has: {KEYS, seeds, value, low, high, p, more_is_better}.
 
     value: the mean over k seeds. low, high: mean -/+ t(0.975, k - 1) s / sqrt(k), the 95 % interval
-    over seeds (s: standard deviation between them); NaN below `FEWEST` seeds. It takes seeds as
-    draws from a normal distribution and says how well the mean over seeds is known, not where the
-    next seed lies.
+    over seeds (s: standard deviation between them); NaN below `FEWEST` seeds, as is p, that of the
+    t test that a difference is 0. It takes seeds as draws from a normal distribution and says how
+    well the mean over seeds is known, not where the next seed lies.
     """
     from scipy import stats  # a second to import, and only those who read several seeds need it
 
@@ -65,31 +150,66 @@ def over_seeds(frame: DataFrame) -> DataFrame:
     out = groups.agg(seeds=("seed", "nunique"), value=("value", "mean"),
                      deviation=("value", "std"), more_is_better=("more_is_better", "first"))
     out = out[out["seeds"] == count].reset_index()
-    half = math.nan
-    if count >= FEWEST:
-        half = stats.t.ppf(0.975, count - 1) * out["deviation"] / math.sqrt(count)
+    error = out["deviation"] / math.sqrt(count) if count >= FEWEST else math.nan
+    half = stats.t.ppf(0.975, count - 1) * error
     out["low"], out["high"] = out["value"] - half, out["value"] + half
-    return out[[*KEYS, "seeds", "value", "low", "high", "more_is_better"]]
+    p = 2 * stats.t.sf(out["value"].abs() / error, count - 1)
+    out["p"] = numpy.where(out["against"] == "", math.nan, p)
+    return out[[*KEYS, "seeds", "value", "low", "high", "p", "more_is_better"]]
 
 
-def claims_over(tables: Mapping[int, DataFrame]) -> DataFrame:
-    """A row a claim and a row a line of a claim: {claim, says, against, line, seed N: verdict,
-    holds, fails}. `line` is "" for the claim itself; holds, fails: on how many seeds.
+def claims_over(frame: DataFrame) -> DataFrame:
+    """A row a claim: {claim, says, method, against, decides, SEED: sign of its verdict, mean: its
+    difference over seeds, over seeds: the verdict on that}.
 
-    tables: seed -> `claims.table` of its study.
+    frame: `read`'s. Signs: + holds, o no verdict, − does not hold, · not measured.
     """
-    every = pandas.concat([table.assign(seed=f"seed {seed}") for seed, table in tables.items()])
-    keys = ["claim", "says", "against", "line", "seed"]
-    verdicts = every.set_index(keys)["verdict"].unstack(sort=False).fillna("not measured")
-    counts = {"holds": (verdicts == claims.HOLDS).sum(axis=1),
-              "fails": (verdicts == claims.FAILS).sum(axis=1)}
-    return verdicts.assign(**counts).reset_index()
+    signs = {str(seed): claims.decided(rows).set_index(claims.KEYS)["verdict"].map(claims.SIGNS)
+             for seed, rows in frame.groupby("seed")}
+    mean = claims.decided(over_seeds(frame)).set_index(claims.KEYS)
+    table = pandas.concat({**signs, "mean": mean["difference"], "over seeds": mean["verdict"]},
+                          axis=1, sort=False)
+    filled = dict.fromkeys(signs, claims.SIGNS[claims.UNMEASURED])
+    return table.fillna(filled | {"mean": "–", "over seeds": claims.UNMEASURED}).reset_index()
 
 
-def counted(verdicts: DataFrame) -> str:
-    """On how many seeds each claim holds, in a line; claim 4 needs two model sizes."""
-    rows = verdicts[(verdicts["line"] == "") & (verdicts["claim"] != 4)]
-    return "; ".join(f"claim {r.claim} against {r.against} on {r.holds}" for r in rows.itertuples())
+def power(difference: float, deviation: float, seeds: int) -> float:
+    """The chance that the two-sided paired t test at 5 % over `seeds` sees a true difference whose
+    values spread by `deviation` between seeds: of the noncentral t, by its square, the noncentral
+    F, which scipy computes well far out too."""
+    from scipy import stats
+
+    if deviation == 0:
+        return float(difference != 0)
+    edge = stats.t.ppf(0.975, seeds - 1)
+    return float(stats.ncf.sf(edge**2, 1, seeds - 1, (difference / deviation) ** 2 * seeds))
+
+
+def seeds_needed(difference: float, deviation: float, wanted: float = 0.8) -> int | None:
+    """The fewest seeds with that power; None above `MOST`. Power grows with seeds: bisection."""
+    if power(difference, deviation, MOST) < wanted:
+        return None
+    return bisect.bisect_left(range(2, MOST), True, key=lambda k: power(
+        difference, deviation, k) >= wanted) + 2
+
+
+def spread(frame: DataFrame, metric: str, *, against: str, where: str) -> dict[str, float]:
+    """{seeds, mean, total, seed, image} of bpo's difference. `total`, its standard deviation
+    between seeds, holds two things: total² = seed² + image², where image² is the mean squared
+    standard error of the seeds' own bootstrap over n images, and falls with 1 / n.
+
+    Raises Refusal below `FEWEST` seeds.
+    """
+    rows = frame[(frame["split_or_benchmark"] == where) & (frame["method"] == claims.METHOD)
+                 & (frame["against"] == against) & (frame["metric"] == metric)].dropna(
+                     subset=["value", "low", "high"])
+    if len(rows) < FEWEST:
+        raise Refusal(f"{metric}, bpo against {against}, {where}: {len(rows)} seeds have it, and a "
+                      f"spread between seeds needs {FEWEST}; python -m bpo replicate runs more")
+    image = ((rows["high"] - rows["low"]) / (2 * 1.96)).pow(2).mean()
+    total = rows["value"].var()
+    return {"seeds": len(rows), "mean": rows["value"].mean(), "total": math.sqrt(total),
+            "seed": math.sqrt(max(total - image, 0.0)), "image": math.sqrt(image)}
 
 
 def seed_rows(frame: DataFrame, metric: str, *, where: str, against: str,

@@ -14,7 +14,7 @@ from bpo.study import environment, results
 from bpo.study import stage as stages
 
 if TYPE_CHECKING:
-    from pandas import DataFrame, Series
+    from pandas import DataFrame
 
 TITLES = {"0_tiny_world": "Tiny world", "1_noise_probability": "Noise and probability",
           "2_pair_generation": "Pair generation", "3_dpo_training": "DPO training",
@@ -124,7 +124,7 @@ def noise(frame: "DataFrame") -> dict[str, Any]:
     if changes.empty:
         return {}
     return {"last": changes["split_or_benchmark"].iloc[0], "n": rows["n"].iloc[0],
-            **dict(zip(changes["metric"], texts(changes), strict=True))}
+            **dict(zip(changes["metric"], results.texts(changes), strict=True))}
 
 
 def numbers(frame: "DataFrame") -> "DataFrame":
@@ -152,14 +152,9 @@ def numbers(frame: "DataFrame") -> "DataFrame":
     keys = ["split_or_benchmark", "metric"]
     rows = pandas.DataFrame(wanted, columns=[*keys, "measure"]).merge(
         rows.dropna(subset="value"), on=keys)
-    rows = rows.assign(column=results.names(rows), text=texts(rows))
+    rows = rows.assign(column=results.names(rows), text=results.texts(rows))
     return rows.set_index(["measure", "column"])["text"].unstack(sort=False).reindex(
         columns=["base", method, *(f"{method} − {b}" for b in against)]).fillna("–").reset_index()
-
-
-def texts(rows: "DataFrame") -> "Series":
-    """`results.texts`, where a difference that rounds to nothing has no sign."""
-    return results.texts(rows).str.replace(r"[-+](?=0\.000)", "", regex=True)
 
 
 def all_studies(root: Path) -> Path:

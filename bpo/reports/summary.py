@@ -2,21 +2,23 @@
 Markdown, the sections of outputs/README.md that commands rewrite.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import pandas
 from pandas import DataFrame
 
 from bpo.evaluation import benchmarks, claims, comparison, replication
-from bpo.params import Replication, outputs_root
+from bpo.params import Refusal, Replication, outputs_root
 from bpo.reports import figures
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
 from bpo.study import results
 from bpo.study.files import write_whole
+from bpo.study.text import signed
+
+STEPS = ("p_true", "p_prior", "chair_i")  # metrics of the steps from base to method
 
 
 def seeds(by_seed: Mapping[int, str]) -> Shown:
@@ -38,6 +40,107 @@ def forests(frame: DataFrame, p: Replication) -> list[Shown]:
     return shown
 
 
+def claims_table(verdicts: DataFrame) -> DataFrame:
+    """Claims of one study, or `replication.claims_over`'s, for a page: what is compared in one
+    column, and the signs of all seeds in one, in the seeds' order."""
+    signs = [c for c in verdicts if c.isdigit()]
+    table = verdicts.assign(compared=results.names(verdicts))
+    if signs:
+        table["seeds"] = verdicts[signs].agg("".join, axis=1)
+    first = [c for c in ("claim", "says", "compared", "decides", "seeds") if c in table]
+    return table[[*first, *verdicts.columns.drop([*claims.KEYS, *signs])]]
+
+
+def headline(mean: DataFrame, seeds: int) -> Shown:
+    """What changed over seeds against the untuned model and against bpo's own matched SFT."""
+    main = comparison.main_split(mean)
+    measures = [(main, metric) for metric in ("chair_i", "cover", *STEPS[:2])]
+    parts = [f"{claims.METHOD} − {against}: {changes}"
+             for against in ("base", claims.matched(claims.METHOD))
+             if (changes := _changes(mean, measures, claims.METHOD, against, brief=True))]
+    if mean["low"].isna().all() or not parts:
+        return report.say("{n} seeds are too few for an interval, or measured no claim.", n=seeds)
+    return report.say("Over {n} seeds, {t}.", n=seeds, t=". ".join(parts))
+
+
+def steps(frame: DataFrame) -> DataFrame:
+    """From base to method in three steps, for the methods whose matched SFT was trained: a row a
+    step with levels and their changes, {step, METRIC, METRIC, change}.
+
+    frame: of one study, or `replication.over_seeds`'s.
+    """
+    main = comparison.main_split(frame)
+    rows = frame[(frame["split_or_benchmark"] == main) & frame["metric"].isin(STEPS)]
+    texts = {(r.method, r.against, r.metric): e.text(sign="+") if r.against else f"{e.value:.3f}"
+             for r, e in zip(rows.itertuples(), results.estimates(rows), strict=True)}
+    table = []
+    for method in (claims.METHOD, claims.WEAKENED):
+        chain = {"base": "base", "fresh positives": "sft",
+                 "its own rows": claims.matched(method), "contrast": method}
+        before = ""
+        for step, name in chain.items():
+            row = {"step": step if step == name else f"{step}: {name}"}
+            for metric in STEPS:
+                label = benchmarks.label(main, metric)
+                row[label] = texts.get((name, "", metric), "–")
+                row[f"{label}, change"] = texts.get((name, before, metric), "–") if before else "–"
+            table.append(row)
+            before = name
+        if (method, claims.matched(method), STEPS[0]) not in texts:
+            del table[-len(chain):]
+    return DataFrame(table)
+
+
+def steps_table(frame: DataFrame, intervals: str) -> Shown:
+    """`steps` on a page, or why there is none."""
+    table = steps(frame)
+    if table.empty:
+        return report.say("No method was trained beside sft and its own matched SFT, so the steps "
+                          "from base to method are not known.")
+    return report.table(table, "From base to method in three steps",
+                        f"a change is a difference from the row above; {intervals}")
+
+
+def power(frame: DataFrame, p: Replication) -> DataFrame:
+    """How many seeds `p.difference` needs, a row a metric and baseline: {metric, against, seeds,
+    between seeds, of it images, power now, seeds for power .8 with 1, 2, 4 times the images}.
+
+    Raises Refusal where fewer seeds than `replication.FEWEST` have a metric, or none was measured.
+    """
+    where, table = comparison.main_split(frame), []
+    for metric in p.metrics:
+        for against in p.baselines:
+            if frame.query("metric == @metric and against == @against").empty:
+                continue
+            s = replication.spread(frame, metric, against=against, where=where)
+            row = {"metric": benchmarks.label(where, metric), "against": against,
+                   "seeds": s["seeds"], "mean": signed(s["mean"]),
+                   "between seeds": f"{s['total']:.4f}", "of images": f"{s['image']:.4f}"}
+            for times in (1, 2, 4):
+                spread = math.sqrt(s["seed"] ** 2 + s["image"] ** 2 / times)
+                if times == 1:
+                    row["power now"] = f"{replication.power(p.difference, spread, s['seeds']):.2f}"
+                needed = replication.seeds_needed(p.difference, spread)
+                row[f"seeds, images × {times}"] = needed or f"over {replication.MOST}"
+            table.append(row)
+    if not table:
+        raise Refusal(f"no seed of {p.study} compares {', '.join(p.metrics)} with "
+                      f"{', '.join(p.baselines)}; name metrics and baselines that it has")
+    return DataFrame(table)
+
+
+def power_table(frame: DataFrame, p: Replication) -> Shown:
+    """`power` on a page, or why there is none."""
+    try:
+        table = power(frame, p)
+    except Refusal as refusal:
+        return report.say("{r}.", r=refusal)
+    return report.table(
+        table, f"Seeds that a true difference of {p.difference:g} needs for a power of 0.8",
+        "two-sided paired t test over seeds at 5 %; between seeds: standard deviation of the "
+        "difference; of images: the part of it that more images make smaller")
+
+
 def two_studies(p: Replication) -> list[Shown]:
     """What the study and the other did differently and what came out, where another was named."""
     if not p.other:
@@ -50,67 +153,136 @@ def two_studies(p: Replication) -> list[Shown]:
                          f"the intervals of {apart} of {len(shared)} numbers do not meet")]
 
 
+# --- sections of README files -------------------------------------------------------------------
+
 def write_section(name: str, text: str) -> Path:
     """Puts `text` between <!-- NAME --> and <!-- /NAME --> in outputs/README.md, at its end where
     the marks are not there yet; everything else stays as it is. Returns the file."""
     file = outputs_root() / "README.md"
     before = file.read_text(encoding="utf-8") if file.is_file() else "# Results\n"
-    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
-    section = f"{first}\n{text.strip()}\n{last}"
-    marked = re.compile(re.escape(first) + ".*?" + re.escape(last), re.DOTALL)
-    after, count = marked.subn(lambda _: section, before, count=1)
-    write_whole(file, after if count else f"{before.rstrip()}\n\n{section}\n")
+    if not _replaced(file, name, text):
+        write_whole(file, f"{before.rstrip()}\n\n{_section(name, text)}\n")
     return file
 
 
-def write_results(p: Replication) -> Path:
-    """The section `results STUDY`: verdicts on the claims, and numbers with an interval over seeds
-    and each seed's difference."""
-    studies = replication.by_seed(p)
-    verdicts = replication.claims_over({s: claims.table(name) for s, name in studies.items()})
-    counted = verdicts.query("line == ''").assign(
-        open=lambda x: len(studies) - x["holds"] - x["fails"])[
-        ["says", "against", "holds", "fails", "open"]].rename(columns={
-            "says": "claim", "fails": "does not hold", "open": "cannot be told"})
-    return write_section(f"results {p.study}", f"""\
-### `bpo replicate {p.study}`: seeds {', '.join(map(str, studies))}
-
-On how many of {len(studies)} seeds each claim holds:
-
-{markdown(counted.to_dict("records"))}
-
-Mean over seeds with its 95 % t interval over seeds, then the difference on each seed; \\* marks a
-difference whose own 95 % interval (bootstrap over images) excludes zero.
-
-{markdown(numbers(replication.read(studies), p).to_dict("records"))}""")
+def _section(name: str, text: str) -> str:
+    text = re.sub(r"(?<![\w-])-(?=[\d.])", "−", text.strip())  # the minus sign of the pages
+    return f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
 
 
-def numbers(frame: DataFrame, p: Replication) -> DataFrame:
-    """A row a metric of `p.metrics` on the main split, and of what decides each benchmark: {metric,
-    base, bpo, and for each baseline the mean difference and that of each seed}. "–" stands for what
-    a seed lacks."""
-    main, keys = comparison.main_split(frame), ["split_or_benchmark", "metric"]
+def _replaced(file: Path, name: str, text: str) -> bool:
+    """Whether a file has a section, which then is `text`."""
+    if not file.is_file():
+        return False
+    marked = re.compile(rf"<!-- {re.escape(name)} -->.*?<!-- /{re.escape(name)} -->", re.DOTALL)
+    after, count = marked.subn(lambda _: _section(name, text), file.read_text(encoding="utf-8"),
+                               count=1)
+    if count:
+        write_whole(file, after)
+    return bool(count)
+
+
+def write_results(study: str) -> Path:
+    """Writes the stored replication of a study as the section `results STUDY` of outputs/README.md,
+    and, where the README beside outputs/ has such a section, what was found there. Returns the
+    first file."""
+    frame, p = replication.stored(study), Replication(study=study)
+    mean = replication.over_seeds(frame)
+    seeds = _seeds(frame)
+    _replaced(outputs_root().parent / "README.md", f"results {study}", found(mean, seeds))
+    parts = [f"### `bpo replicate {study}`: {seeds}",
+             "A row a claim; seeds in their order: + holds, o no verdict, − does not hold, · not "
+             "measured; then the mean difference over seeds with its 95 % t interval, and what it "
+             f"says. {claims.RULE}",
+             markdown(claims_table(replication.claims_over(frame))),
+             f"Over seeds, {claims.looks(claims.decided(mean))}.",
+             "Means over seeds:", markdown(numbers(mean, p))]
+    if len(table := steps(mean)):
+        parts += ["From base to method in three steps; a change is against the row above:",
+                  markdown(table)]
+    try:
+        parts += [f"Seeds that a true difference of {p.difference:g} needs for a power of .8:",
+                  markdown(power(frame, p))]
+    except Refusal as refusal:
+        parts[-1] = f"{refusal}."
+    return write_section(f"results {study}", "\n\n".join(parts))
+
+
+def _seeds(frame: DataFrame) -> str:
+    """"12 seeds, 100 to 111", or each named."""
+    found = sorted(frame["seed"].unique())
+    whole = found == list(range(found[0], found[-1] + 1))
+    return f"{len(found)} seeds, " + (f"{found[0]} to {found[-1]}" if whole
+                                      else ", ".join(map(str, found)))
+
+
+def found(mean: DataFrame, seeds: str) -> str:
+    """What a replication found, as a list for a README: its words are chosen by the intervals over
+    seeds. mean: `replication.over_seeds`'s."""
+    main = comparison.main_split(mean)
+    if mean["low"].isna().all():
+        return f"{seeds}: too few for an interval."
+    stated = list(claims.stated(mean))
+    noise = [c for c in stated if c.claim == "1"]
+    captions = [(main, m) for m in ("chair_i", "cover")]
+    colours = [(main, m) for m in ("p_true", "p_prior")]
+    bpo, contrast = claims.METHOD, " (the contrast alone)"
+    items = {
+        "**Noise**": _changes(mean, [(c.where, c.metric) for c in noise], "base",
+                              noise[0].against),
+        f"**{bpo} − base**": _changes(mean, captions + colours, bpo, "base"),
+        **{f"**{m} − {claims.matched(m)}**{contrast}": _changes(
+            mean, captions + colours, m, claims.matched(m)) for m in (bpo, claims.WEAKENED)},
+        f"**{bpo} − the sharpened base**": _changes(mean, colours[:1], bpo, claims.SHARPENED),
+        f"**Harm, {bpo} − base**": _changes(
+            mean, [(c.where, c.metric) for c in stated if c.claim == claims.HARM], bpo, "base",
+            brief=True)}
+    rival = claims.decided(mean).query("claim == '4'").iloc[0]
+    if rival["verdict"] != claims.UNMEASURED:
+        items[f"**{bpo} against an untuned model of twice the size**"] = rival["difference"]
+    return f"Means over {seeds}, with 95 % intervals over seeds:\n\n" + "\n".join(
+        f"{n}. {what}: {text}." for n, (what, text) in enumerate(
+            ((what, text) for what, text in items.items() if text), 1))
+
+
+def _changes(mean: DataFrame, measures: Sequence[tuple[str, str]], method: str, against: str, *,
+             brief: bool = False) -> str:
+    """"CHAIRi falls (-.012 [-.023, -.002]); no difference seen in cover (...)"; brief: without the
+    numbers of what shows no difference; "" where nothing was measured."""
+    rows = mean[(mean["method"] == method) & (mean["against"] == against)]
+    sure, unseen = [], []
+    for where, metric in measures:
+        row = rows[(rows["split_or_benchmark"] == where) & (rows["metric"] == metric)]
+        if row.empty:
+            continue
+        e, = results.estimates(row)
+        text = re.sub(r"\b0\.", ".", e.text(sign="+"))
+        alone = where == comparison.main_split(mean) or method == "base"
+        label = claims.label("" if alone else where, metric)
+        if e.excludes_zero():
+            sure.append(f"{label} {'rises' if e.low > 0 else 'falls'} ({text})")
+        else:
+            unseen.append(label if brief else f"{label} ({text})")
+    if unseen:
+        sure.append(f"no difference seen in {', '.join(unseen)}")
+    return "; ".join(sure)
+
+
+def numbers(mean: DataFrame, p: Replication) -> DataFrame:
+    """Levels of every method: a row a metric of `p.metrics` on the main split, and of what decides
+    each benchmark. mean: `replication.over_seeds`'s."""
+    main, keys = comparison.main_split(mean), ["split_or_benchmark", "metric"]
     shown = [(main, metric) for metric in p.metrics] + [
-        (name, metric) for name in frame["split_or_benchmark"].unique()
+        (name, metric) for name in mean["split_or_benchmark"].unique()
         if name in claims.BENCHMARKS for metric in claims.BENCHMARKS[name][:2] if metric]
-    frame = DataFrame(shown, columns=keys).merge(frame.dropna(subset="value"), on=keys)
-    mean = replication.over_seeds(frame).drop(columns="more_is_better")
-    mean = mean.assign(column=results.names(mean), text=results.texts(mean))
-    each = frame[(frame["method"] == claims.METHOD) & (frame["against"] != "")]
-    each = each.assign(column="each seed, " + each["against"], text=[
-        f"{e.value:+.3f}" + ("\\*" if e.excludes_zero() else "") for e in results.estimates(each)])
-    each = each.groupby([*keys, "column"])["text"].agg(" / ".join).reset_index()
-    columns = ["base", claims.METHOD]
-    for baseline in p.baselines:
-        columns += [f"{claims.METHOD} − {baseline}", f"each seed, {baseline}"]
-    table = pandas.concat([mean, each]).set_index([*keys, "column"])["text"].unstack().reindex(
-        index=shown, columns=columns).fillna("–")
-    table.insert(0, "metric", [f"{benchmarks.title(where)}: {benchmarks.label(where, metric)}"
-                               for where, metric in shown])
-    return table
+    rows = DataFrame(shown, columns=keys).merge(mean[mean["against"] == ""], on=keys)
+    rows = rows.assign(
+        metric=list(map(claims.label, rows["split_or_benchmark"], rows["metric"])),
+        value=rows["value"].map("{:.3f}".format))
+    return rows.pivot(index="metric", columns="method", values="value").reindex(
+        index=rows["metric"].unique(), columns=rows["method"].unique()).fillna("–").reset_index()
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table; the first row's keys are the columns."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(r.values() for r in rows)] if rows else []
+def markdown(rows: DataFrame) -> str:
+    lines = [list(rows), ["---"] * len(rows.columns), *rows.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

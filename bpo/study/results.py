@@ -44,11 +44,11 @@ class Estimate:
 
     def text(self, digits: int = 3, sign: str = "") -> str:
         """"0.345 [0.312, 0.381]", without an interval where there is none; sign "+" for a
-        difference; "none" where nothing was measured."""
+        difference, which one that rounds to nothing has not; "none" where nothing was measured."""
         if self.value is None:
             return "none"
-        shown = [f"{x:{sign}.{digits}f}" for x in (self.value, self.low, self.high)
-                 if x is not None]
+        shown = [f"{x:{sign}.{digits}f}" if round(x, digits) else f"{0:.{digits}f}"
+                 for x in (self.value, self.low, self.high) if x is not None]
         return shown[0] if len(shown) < 3 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
     def excludes_zero(self) -> bool:
@@ -131,16 +131,20 @@ def read(folder: Path) -> "DataFrame":
 
     Raises Refusal where the stage has none, as those that older versions of the kit computed.
     """
-    import pandas
-
     file = folder / FILE
     if not file.is_file():
         raise Refusal(f"{file} is not there: run notebooks/{folder.name}.ipynb of this study again")
+    return frame(file).assign(notebook=folder.name)
+
+
+def frame(file: Path) -> "DataFrame":
+    """A csv file with columns of `COLUMNS` and others, as `read` gives it."""
+    import pandas
+
     return pandas.read_csv(
         file, keep_default_na=False, dtype=dict.fromkeys(COLUMNS[:5], str),
         na_values={c: [""] for c in COLUMNS[5:11]},
-        converters={"more_is_better": {"True": True, "False": False, "": None}.get}
-    ).assign(notebook=folder.name)
+        converters={"more_is_better": {"True": True, "False": False, "": None}.get})
 
 
 def of_study(study: str) -> "DataFrame":

@@ -28,170 +28,151 @@ def finished(study, notebook, rows, **manifest):
     return study
 
 
-def compared(split="counterfactual", study="mine", against="base", **gains):
-    """Notebook 4 of a study: BPO's differences to a baseline, by metric."""
-    rows = [Result(split, comparison.METRICS[n][1], "bpo", against, n,
-                   gain(bounds, comparison.METRICS[n][2])) for n, bounds in gains.items()]
+def compared(split="counterfactual", study="mine", against="base", method="bpo", **gains):
+    """Notebook 4 of a study: a method's differences to a baseline, by metric."""
+    rows = [Result(split, "wins" if n == "wins" else comparison.METRICS[n][1], method, against, n,
+                   gain(bounds, n == "wins" or comparison.METRICS[n][2] is not False))
+            for n, bounds in gains.items()]
     return finished(study, claims.COMPARISON, rows)
 
 
-def benchmarked(name, **gains):
-    known = benchmarks.described(name)
+def benchmarked(name, against="base", **gains):
+    known = {**benchmarks.described(name), **benchmarks.CALIBRATION}
     return finished("mine", claims.BENCHMARK, [
-        Result(name, "all", "bpo", "base", n, gain(b, known[n][2])) for n, b in gains.items()])
+        Result(name, "all", "bpo", against, n, gain(b, known[n][2])) for n, b in gains.items()])
 
 
 def probed(true, prior, *, inputs=("truth",), question="", p=0.001):
     rows = [Result("step 999", "noise", "base", "step 0", n, gain(b, True, p))
             for n, b in (("p_true", true), ("p_prior", prior))]
-    file = stages.stage_folder("mine", "1_noise_probability") / results.FILE
-    file.unlink(missing_ok=True)
-    return finished("mine", "1_noise_probability", rows, inputs=dict.fromkeys(inputs, "x"),
+    return finished("mine", claims.PROBE, rows, inputs=dict.fromkeys(inputs, "x"),
                     parameters={"question": question})
 
 
-def claim(number, against=None):
-    only, = (c for c in claims.table("mine").itertuples() if c.claim == number and not c.line
-             and against in (None, c.against))
-    return only
+def verdicts(study="mine", **wanted):
+    """verdict by what decides, of the rows that are as wanted and were measured."""
+    rows = claims.table(study)
+    for name, value in wanted.items():
+        rows = rows[rows[name] == value]
+    rows = rows[rows["verdict"] != claims.UNMEASURED]
+    return dict(zip(rows["decides"], rows["verdict"], strict=True))
 
 
-def line(number):
-    only, = (c for c in claims.table("mine").itertuples() if c.claim == number and c.line)
-    return only
-
-
-def test_there_are_the_five_claims_with_a_row_for_each_sft(outputs):
+def test_every_claim_has_its_rows_before_anything_has_run(outputs):
     rows = claims.table("nothing")
-    assert list(zip(rows["claim"], rows["against"], strict=True)) == [
-        (1, "–"), (2, "base"), (3, "sft"), (3, "sft_matched"), (3, "sft_compute"), (4, "–"),
-        (5, "base")]
-    assert set(rows["verdict"]) == {OPEN}
-    assert claims.looks(rows) == (
-        "0 comparisons were looked at, 0 intervals exclude zero; of the 0 that decide a verdict 0 "
-        "do, and 0 survive Holm's correction at 0.05")
+    assert set(rows["verdict"]) == {claims.UNMEASURED}
+    found = rows.groupby(["claim", "method", "against"], sort=False).size().to_dict()
+    assert found == {
+        ("1", "base", "–"): 2, ("2", "bpo", "base"): 4, ("2", "bpo", "base_sharpened"): 1,
+        ("3", "bpo", "sft_matched"): 3, ("3", "bpo", "sft"): 3, ("3", "bpo", "sft_compute"): 3,
+        ("3", "bpo_weaken", "sft_matched_weaken"): 3, ("4", "bpo", "rival"): 1,
+        ("5", "bpo", "base"): 1, (claims.HARM, "bpo", "base"): 4}
+    assert claims.looks(rows) == ("0 differences decide a row, 0 of their intervals exclude zero, "
+                                  "and 0 survive Holm's correction at 0.05")
 
 
-@pytest.mark.parametrize("true, prior, verdict", [
-    (WORSE, BETTER, claims.HOLDS), (UNSURE, BETTER, OPEN), (WORSE, UNSURE, OPEN),
-    (BETTER, BETTER, claims.FAILS), (WORSE, WORSE, claims.FAILS), (UNSURE, UNSURE, OPEN),
-    ((-0.2, 0.0), BETTER, OPEN)])
-def test_noise_must_lower_the_true_answer_and_raise_the_prior_s(true, prior, verdict, outputs):
-    probed(true, prior)
-    assert claim(1).verdict == verdict
+@pytest.mark.parametrize("bounds, more, verdict", [
+    ((0.1, 0.2), True, claims.HOLDS), ((-0.2, -0.1), True, claims.FAILS),
+    ((-0.1, 0.2), True, OPEN), ((-0.2, 0.0), False, OPEN), ((-0.2, -0.1), False, claims.HOLDS),
+    ((0.1, 0.2), False, claims.FAILS), ((-0.1, 0.1), None, OPEN), ((0.1, 0.2), None, claims.FAILS),
+    ((-0.2, -0.1), None, claims.FAILS), ((None, None), True, OPEN)])
+def test_a_verdict_is_where_the_interval_lies(bounds, more, verdict):
+    assert claims.verdict(Estimate(sum(filter(None, bounds)), *bounds), more) == verdict
 
 
-def test_a_prior_s_answer_that_the_model_gave_itself_shows_nothing(outputs):
-    probed(WORSE, BETTER, inputs=("model", "data"))
-    assert claim(1).verdict == OPEN and "by construction" in claim(1).because
-    probed(BETTER, BETTER, inputs=())
-    assert claim(1).verdict == claims.FAILS
-    probed(WORSE, BETTER, inputs=(), question="what ?")
-    assert claim(1).verdict == claims.HOLDS
+def test_what_was_not_measured_has_no_verdict():
+    assert claims.verdict(None, True) == claims.UNMEASURED
 
 
-@pytest.mark.parametrize("gains, verdict, note", [
-    ({"chair_i": BETTER, "cover": UNSURE}, claims.HOLDS, ""),
-    ({"chair_i": BETTER, "cover": BETTER}, claims.HOLDS, ""),
-    ({"chair_i": BETTER, "cover": WORSE}, claims.FAILS, "gained, but cover was lost"),
-    ({"chair_i": UNSURE, "cover": WORSE}, OPEN, ""),
-    ({"chair_i": WORSE, "cover": BETTER}, claims.FAILS, ""),
-    ({"chair_i": BETTER}, OPEN, "cover was not measured"),
-    ({"chair_s": BETTER, "cover": UNSURE}, OPEN, "not measured")])
-def test_hallucination_is_judged_beside_cover(gains, verdict, note, outputs):
-    compared(**gains)
-    assert claim(2).verdict == verdict
-    assert note in line(2).because and note in claim(2).because
+def test_noise_has_a_row_for_each_answer(outputs):
+    probed(WORSE, UNSURE)
+    assert verdicts(claim="1", against="step 0") == {
+        "step 999: P(true answer)": claims.HOLDS, "step 999: P(prior's answer)": OPEN}
 
 
-@pytest.mark.parametrize("elsewhere, verdict", [
-    ({"colour_accuracy": WORSE}, claims.FAILS), ({"colour_accuracy": UNSURE}, claims.HOLDS)])
-def test_a_gain_against_base_is_undone_by_a_loss_elsewhere(elsewhere, verdict, outputs):
-    compared(chair_i=BETTER, cover=UNSURE)
-    compared("natural", **elsewhere)
-    assert claim(2).verdict == verdict
-    assert ("natural attribute: does not hold" in claim(2).because) == (verdict == claims.FAILS)
+@pytest.mark.parametrize("inputs, question, counts", [
+    (("model", "data"), "", False), ((), "what ?", True), (("truth",), "", True)])
+def test_a_prior_s_answer_that_the_model_gave_itself_shows_nothing(inputs, question, counts,
+                                                                  outputs):
+    probed(WORSE, BETTER, inputs=inputs, question=question)
+    assert ("step 999: P(prior's answer)" in verdicts(claim="1")) == counts
 
 
-def test_accuracy_alone_is_no_gain_against_base(outputs):
-    compared(colour_accuracy=BETTER)
-    assert claim(2).verdict == OPEN
+def test_no_row_decides_another(outputs):
+    """Hallucinating less stays, though cover and yes/no scores fall beside it."""
+    compared(chair_i=BETTER, cover=WORSE, p_true=UNSURE, pope_adversarial=WORSE, words=WORSE)
+    compared("natural", chair_i=UNSURE, cover=BETTER, colour_accuracy=WORSE)
+    compared(against="base_sharpened", p_true=WORSE)
+    assert verdicts(claim="2", against="base") == {
+        "counterfactual: CHAIRi": claims.HOLDS, "counterfactual: cover": claims.FAILS,
+        "counterfactual: P(true answer)": OPEN}
+    assert verdicts(against="base_sharpened") == {"counterfactual: P(true answer)": claims.FAILS}
+    assert verdicts(claim=claims.HARM) == {
+        "counterfactual: POPE adversarial": claims.FAILS, "natural: CHAIRi": OPEN,
+        "natural: cover": claims.HOLDS, "natural: colour accuracy": claims.FAILS,
+        "counterfactual: length in words": claims.FAILS}
 
 
-@pytest.mark.parametrize("control", claims.SFT)
-def test_each_sft_is_beaten_only_in_every_category_of_the_main_split(control, outputs):
-    gains = {"chair_i": BETTER, "cover": UNSURE, "pope_adversarial": BETTER}
-    compared(against=control, **gains, colour_accuracy=BETTER)
-    compared("natural", against=control, chair_i=WORSE)
-    others = [c for c in claims.SFT if c != control]
-    for other in others:
-        compared(against=other, **dict.fromkeys(gains, WORSE))
-    assert claim(3, control).verdict == claims.HOLDS
-    assert [claim(3, c).verdict for c in others] == [claims.FAILS] * 2
+@pytest.mark.parametrize("method, control", [
+    *(("bpo", c) for c in claims.CONTROLS), ("bpo_weaken", "sft_matched_weaken")])
+def test_each_sft_has_rows_of_its_own(method, control, outputs):
+    compared(against=control, method=method, chair_i=UNSURE, p_true=BETTER, p_prior=WORSE)
+    compared("natural", against=control, method=method, chair_i=WORSE)
+    assert verdicts(claim="3") == verdicts(claim="3", method=method, against=control) == {
+        "counterfactual: CHAIRi": OPEN, "counterfactual: P(true answer)": claims.HOLDS,
+        "counterfactual: P(prior's answer)": claims.FAILS}
 
 
-def test_a_category_that_cannot_be_told_leaves_the_claim_open(outputs):
-    compared(against="sft", chair_i=BETTER, cover=UNSURE, colour_accuracy=UNSURE)
-    assert claim(3, "sft").verdict == OPEN
-    assert claim(3, "sft").because == ("counterfactual caption: holds; counterfactual attribute: "
-                                       "cannot be told")
+def test_without_a_truth_file_a_benchmark_tells_of_hallucination(outputs):
+    compared("held_out", against="sft", answer_words=UNSURE)
+    benchmarked("chair", chair_i=BETTER, cover=UNSURE)
+    benchmarked("chair", against="sft", chair_i=WORSE)
+    benchmarked("pope", accuracy=WORSE, brier=BETTER)
+    benchmarked("mm-vet", total=WORSE, rec=BETTER)
+    assert verdicts(claim="2") == {"CHAIR: CHAIRi": claims.HOLDS, "CHAIR: cover": OPEN}
+    assert verdicts(claim="3") == {"CHAIR: CHAIRi": claims.FAILS}
+    assert verdicts(claim=claims.HARM) == {
+        "POPE: accuracy": claims.FAILS, "POPE: Brier score": claims.HOLDS,
+        "MM-Vet: MM-Vet": claims.FAILS}
 
 
-def test_a_study_of_one_size_cannot_tell_of_another(outputs):
-    assert claim(4).verdict == OPEN
-    assert "one model size" in claim(4).because
+@pytest.mark.parametrize("gains, verdict", [
+    ({"chair_i": BETTER, "colour_accuracy": BETTER, "pope_adversarial": WORSE}, claims.HOLDS),
+    ({"chair_i": BETTER, "colour_accuracy": WORSE}, claims.FAILS),
+    ({"chair_i": BETTER, "colour_accuracy": UNSURE}, OPEN),
+    ({"p_true": BETTER}, claims.UNMEASURED)])
+def test_the_rival_is_passed_on_more_than_half_of_the_tasks(gains, verdict, outputs):
+    compared(against="rival", **gains)
+    row, = claims.table("mine").query("claim == '4'").itertuples()
+    assert row.verdict == verdict
 
 
-def test_holm_is_over_what_decides_and_not_what_is_shown_beside_it(outputs):
-    compared(chair_i=BETTER, cover=UNSURE)
-    compared(against="sft", chair_i=BETTER)
-    probed(WORSE, BETTER)
-    text = claims.looks(claims.table("mine"))
-    assert text.startswith("5 comparisons were looked at, 4 intervals exclude zero; of the 4 that "
-                           "decide a verdict 4 do, and 4 survive")
-    assert text.endswith("counterfactual caption against sft")
+def test_benchmarks_count_among_the_tasks(outputs):
+    compared(against="rival", chair_i=UNSURE, pope_adversarial=BETTER)
+    benchmarked("amber", against="rival", hal=BETTER, cover=WORSE)
+    row, = claims.table("mine").query("claim == '4'").itertuples()
+    assert (row.difference, row.verdict) == ("better on 2, worse on 0 of 3 tasks", claims.HOLDS)
 
 
-def test_a_small_p_among_many_does_not_survive(outputs):
+def test_claim_five_is_wins_minus_losses(outputs):
+    compared(wins=BETTER)
+    assert verdicts(claim="5") == {"counterfactual: wins − losses": claims.HOLDS}
+
+
+def test_holm_is_over_what_decides(outputs):
+    compared(chair_i=BETTER, chair_s=BETTER)
     probed(WORSE, BETTER, p=0.03)
-    assert claims.looks(claims.table("mine")).endswith("0 survive Holm's correction at 0.05")
-
-
-@pytest.mark.parametrize("name, gains, verdict", [
-    ("chair", {"chair_i": BETTER, "cover": UNSURE}, claims.HOLDS),
-    ("chair", {"chair_i": BETTER, "cover": WORSE}, claims.FAILS),
-    ("object-halbench", {"response": BETTER, "cover": UNSURE}, claims.HOLDS),
-    ("object-halbench", {"response": BETTER}, OPEN),
-    ("amber", {"hal": BETTER, "cover": UNSURE, "chair": WORSE}, claims.HOLDS),
-    ("amber", {"hal": WORSE, "cover": BETTER}, claims.FAILS),
-    ("pope", {"accuracy": BETTER}, OPEN),  # no hallucination of captions: not enough alone
-    ("pope", {"accuracy": WORSE}, claims.FAILS),
-    ("mm-vet", {"total": WORSE, "rec": BETTER}, claims.FAILS)])
-def test_benchmarks_count_for_and_against_the_second_claim(name, gains, verdict, outputs):
-    benchmarked(name, **gains)
-    assert (claim(2).verdict, line(2).line) == (verdict, benchmarks.title(name))
+    text = claims.looks(claims.table("mine"))
+    # .001, .03, .03 of three that decide: 3 x .001 survives, 2 x .03 does not; CHAIRs decides none
+    assert text == ("3 differences decide a row, 3 of their intervals exclude zero, and 1 survive "
+                    "Holm's correction at 0.05: counterfactual: CHAIRi of bpo against base")
 
 
 def test_what_decides_a_benchmark_is_one_of_its_metrics():
-    for name, (decides, kept, _) in claims.BENCHMARKS.items():
+    for name, (decides, beside, _) in claims.BENCHMARKS.items():
         known = benchmarks.described(name)
-        assert known[decides][2] is not None and (kept is None or known[kept][2] is True)
+        assert known[decides][2] is not None and (beside is None or known[beside][2] is True)
     assert benchmarks.label("amber", "amber_score") == "AMBER score"
-    assert benchmarks.label("counterfactual", "chair_i") == "CHAIRi"
-
-
-@pytest.mark.parametrize("bounds, verdict", [
-    (BETTER, claims.HOLDS), (WORSE, claims.FAILS), (UNSURE, OPEN)])
-def test_claim_five_is_wins_minus_losses(bounds, verdict, outputs):
-    finished("mine", claims.COMPARISON, [
-        Result("counterfactual", "any", "bpo", "base", "wins", gain(bounds, True))])
-    assert claim(5).verdict == verdict
-
-
-def test_claim_five_needs_a_truth_file(outputs):
-    assert "notebook 4 has not run" in claim(5).because
-    compared(cover=BETTER)
-    assert "there is no truth file" in claim(5).because
 
 
 TRUTH = {"rows": {f"q{i}": {"category": "attribute", "true": ["red"], "prior": [], "kind": None}

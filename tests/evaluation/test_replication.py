@@ -23,7 +23,7 @@ from bpo.params import Refusal, Replication
 from bpo.reports import summary
 from bpo.study import results
 from bpo.study import stage as stages
-from bpo.study.results import Estimate, Result
+from bpo.study.results import OPEN, Estimate, Result
 
 
 def level(value, half=0.02, **rest):
@@ -71,11 +71,26 @@ def only(frame, **wanted):
     return row
 
 
-def test_the_study_itself_is_the_first_seed(three):
-    assert replication.studies("tiny", seed=0, count=3) == {
-        0: "tiny", 1: "tiny-seed1", 2: "tiny-seed2"}
-    assert replication.studies("mine", seed=7, count=2) == {7: "mine", 8: "mine-seed8"}
+@pytest.mark.parametrize("text, found", [
+    ("3", [7, 8, 9]), ("100-102", [100, 101, 102]), ("100,103", [100, 103]), ("5,7,", [5, 7])])
+def test_seeds_are_a_count_a_range_or_a_list(text, found):
+    assert replication.seeds(text, 7) == found
+
+
+def test_each_seed_is_a_study_and_the_study_s_own_seed_the_study_itself():
+    assert replication.studies("tiny", [0, 1, 100], 0) == {
+        0: "tiny", 1: "tiny-seed1", 100: "tiny-seed100"}
+
+
+def test_the_seeds_are_those_named_else_those_stored_else_all_that_are_there(three):
     assert three == {0: "mine", 1: "mine-seed1", 2: "mine-seed2"}
+    two = replication.by_seed(Replication(study="mine", studies=["mine-seed2", "mine-seed1"]))
+    assert list(two) == [1, 2]
+    replication.store("mine", replication.read(two))
+    assert replication.by_seed(Replication(study="mine")) == two
+    shutil.rmtree(stages.stage_folder("mine-seed2", claims.COMPARISON))
+    shutil.rmtree(stages.stage_folder("mine-seed2", "1_noise_probability").parent)
+    assert list(replication.by_seed(Replication(study="mine"))) == [0, 1]
 
 
 def test_the_interval_over_seeds_is_student_s(outputs):
@@ -87,6 +102,8 @@ def test_the_interval_over_seeds_is_student_s(outputs):
     half = 3.1824 * math.sqrt(10 / 3) / math.sqrt(4)
     assert row["value"] == 3 and row["seeds"] == 4
     assert (row["low"], row["high"]) == pytest.approx((3 - half, 3 + half), abs=1e-3)
+    # t = 3 / sqrt(10 / 3 / 4) = 3.286 of 3 degrees: between .05 (3.182) and .04 (3.482)
+    assert 0.04 < row["p"] < 0.05
 
 
 def test_two_seeds_have_a_mean_and_no_interval(three):
@@ -109,13 +126,62 @@ def test_rows_of_the_forest_are_the_seeds_and_their_mean(three):
     assert list(rows["low"])[:3] == pytest.approx([-0.12, -0.07, 0.04])
 
 
-def test_claims_are_counted_over_seeds(three):
-    verdicts = replication.claims_over({s: claims.table(n) for s, n in three.items()})
-    assert (only(verdicts, claim=1, line="")["holds"], only(verdicts, claim=4)["holds"]) == (3, 0)
-    second = only(verdicts, claim=2, line="counterfactual caption")
-    assert [second[f"seed {s}"] for s in three] == ["holds", "holds", "does not hold"]
-    assert (second["holds"], second["fails"]) == (2, 1)
-    assert "claim 2 against base on 2" in replication.counted(verdicts)
+def test_claims_by_seeds_are_a_matrix_of_signs(three):
+    verdicts = replication.claims_over(replication.read(three))
+    row = only(verdicts, claim="2", decides="counterfactual: CHAIRi")
+    assert [row[str(s)] for s in three] == ["+", "+", "−"]
+    # mean of .1, .05, -.06 with s = .0819, t(.975, 2) = 4.303
+    assert (row["mean"], row["over seeds"]) == ("-0.030 [-0.233, +0.173]", OPEN)
+    assert only(verdicts, claim="1", decides="step 999: P(true answer)")["over seeds"] == "holds"
+    assert only(verdicts, claim="4")["over seeds"] == claims.UNMEASURED
+
+
+# --- power --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seeds, power", [(5, 0.37), (12, 0.85)])
+def test_power_is_that_of_the_paired_t_test(seeds, power):
+    assert replication.power(0.01, 0.0105, seeds) == pytest.approx(power, abs=0.005)
+
+
+def test_the_seeds_needed_are_the_fewest_with_power(outputs):
+    needed = replication.seeds_needed(0.01, 0.0105)
+    assert replication.power(0.01, 0.0105, needed - 1) < 0.8 <= replication.power(
+        0.01, 0.0105, needed)
+    assert replication.seeds_needed(0.01, 0.0) == 2
+    assert replication.seeds_needed(0.0001, 0.0105) is None
+
+
+def test_spread_between_seeds_is_parted_from_that_of_images(three):
+    s = replication.spread(replication.read(three), "cover", against="base",
+                           where="counterfactual")
+    # of .1, .05, -.06: s² = .0067; each interval is .04 wide: image² = (.04 / 3.92)²
+    assert s["total"] ** 2 == pytest.approx(0.0067)
+    assert s["image"] == pytest.approx(0.04 / 3.92)
+    assert s["seed"] ** 2 == pytest.approx(0.0067 - (0.04 / 3.92) ** 2)
+
+
+def test_more_images_help_only_where_images_are_what_spreads(outputs):
+    for seed, gain in enumerate((0.01, 0.011, 0.009)):
+        seeded(f"s{seed}", gain, seed=seed)
+    frame = replication.read({s: f"s{s}" for s in range(3)})
+    row = summary.power(frame, Replication(study="s", metrics=["cover"])).iloc[0]
+    # seeds spread by .001, less than the .0102 of images: all of it falls with images
+    assert [row[f"seeds, images × {k}"] for k in (1, 2, 4)] == [
+        replication.seeds_needed(0.01, 0.04 / 3.92 / k**0.5) for k in (1, 2, 4)]
+
+
+def test_power_of_two_seeds_is_refused(three, capsys):
+    shutil.rmtree(stages.stage_folder("mine-seed2", claims.COMPARISON).parent)
+    assert main(["power", "mine", "--metric", "cover", "--difference", "0.02"]) == 1
+    assert "2 seeds have it, and a spread between seeds needs 3" in capsys.readouterr().err
+    assert main(["power", "mine", "--metric", "hal"]) == 1
+    assert "no seed of mine compares hal with base, sft_matched" in capsys.readouterr().err
+
+
+def test_power_is_a_command(three, capsys):
+    assert main(["power", "mine", "--metric", "cover", "--difference", "0.1"]) == 0
+    told = capsys.readouterr().out
+    assert "sft_matched" in told and "true difference 0.1" in told
 
 
 def test_what_two_studies_did_differently_is_listed(three):
@@ -149,25 +215,61 @@ def test_a_section_is_replaced_where_it_stands_and_the_rest_is_left(outputs):
                                      "<!-- /results other -->\n")
 
 
-def test_the_tables_of_a_replication_hold_means_intervals_and_each_seed(outputs):
-    for seed, gain in enumerate((0.1, 0.01, -0.06)):
-        name = "mine" if not seed else f"mine-seed{seed}"
-        seeded(name, gain, seed=seed)
-        folder = stages.stage_folder(name, claims.BENCHMARK)
-        folder.mkdir()
-        (folder / stages.MANIFEST).write_text("{}")
-        results.write(folder, [
-            Result("pope", "all", "bpo", against, "accuracy", level(0.6, more_is_better=True))
-            for against in ("", "base")])
-    text = summary.write_results(Replication(study="mine")).read_text(encoding="utf-8")
-    assert "### `bpo replicate mine`: seeds 0, 1, 2" in text
-    # The first seed's intervals exclude zero on the good side, the second's nothing, the third's
-    # on the bad side; the mean over seeds is (.1 + .01 - .06) / 3.
-    assert "+0.100\\* / +0.010 / -0.060\\*" in text
-    assert "| counterfactual: cover | – | 0.517 [0.317, 0.716] | +0.017 [-0.183, +0.216] |" in text
-    assert "POPE: accuracy | – | 0.600 [0.600, 0.600] |" in text
-    assert "| BPO hallucinates less than the untuned model and loses nowhere | base | 1 | 1 | 1 |" \
-        in text
+def test_what_is_stored_makes_the_readmes_tables(three, outputs):
+    (outputs.parent / "README.md").write_text(
+        "# Kit\n\n<!-- results mine -->\n<!-- /results mine -->\n\nrest\n", encoding="utf-8")
+    stored = replication.store("mine", replication.read(three))
+    before = stored.read_bytes()
+    assert replication.store("mine", replication.read(three)).read_bytes() == before
+    for study in three.values():  # the tables need no study, only what is stored
+        shutil.rmtree(outputs / study)
+    assert main(["results", "mine"]) == 0
+    text = (outputs / "README.md").read_text(encoding="utf-8")
+    assert "### `bpo replicate mine`: 3 seeds, 0 to 2" in text
+    assert ("| 2 | Says as much | bpo − base | counterfactual: cover | ++− | "
+            f"+0.030 [−0.173, +0.233] | {OPEN} |") in text
+    assert "| counterfactual: cover | 0.530 |" in text
+    # the list beside it: words by the intervals over seeds
+    text = (outputs.parent / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("# Kit") and text.endswith("\nrest\n")
+    assert "P(true answer) falls (−.200 [−.200, −.200])" in text
+    assert "**bpo − base**: no difference seen in CHAIRi (−.030 [−.233, +.173])" in text
+    assert main(["results", "other"]) == 1
+
+
+def test_words_follow_the_intervals(outputs):
+    for seed, gain in enumerate((0.1, 0.11, 0.12)):
+        seeded(f"s{seed}", gain, seed=seed)
+    mean = replication.over_seeds(replication.read({s: f"s{s}" for s in range(3)}))
+    text = summary.found(mean, "3 seeds")
+    assert "2. **bpo − base**: CHAIRi falls (-.110 [-.135, -.085]); cover rises (+.110" in text
+    assert "bpo_weaken" not in text and "Harm" not in text  # which nobody measured
+    assert summary.headline(mean, 3).plain == (
+        "Over 3 seeds, bpo − base: CHAIRi falls (-.110 [-.135, -.085]); cover rises (+.110 [+.085, "
+        "+.135]); P(true answer) rises (+.110 [+.085, +.135]). bpo − sft_matched: CHAIRi falls "
+        "(-.110 [-.135, -.085]); cover rises (+.110 [+.085, +.135]); P(true answer) rises (+.110 "
+        "[+.085, +.135]).")
+    two = replication.over_seeds(replication.read({s: f"s{s}" for s in range(2)}))
+    assert summary.found(two, "2 seeds") == "2 seeds: too few for an interval."
+    assert "2 seeds are too few" in summary.headline(two, 2).plain
+
+
+def test_the_steps_from_base_to_method(outputs):
+    rows = [Result("counterfactual", "attribute", method, against, metric, level(value))
+            for metric in summary.STEPS for method, against, value in (
+                ("base", "", 0.4), ("sft", "", 0.42), ("sft", "base", 0.02),
+                ("sft_matched", "", 0.45), ("sft_matched", "sft", 0.03), ("bpo", "", 0.46),
+                ("bpo", "sft_matched", 0.01), ("bpo_weaken", "", 0.5))]
+    folder = stages.stage_folder("mine", claims.COMPARISON)
+    folder.mkdir(parents=True)
+    (folder / stages.MANIFEST).write_text("{}")
+    results.write(folder, rows)
+    table = summary.steps(results.of_study("mine"))
+    # bpo_weaken has no matched SFT here
+    assert list(table["step"]) == ["base", "fresh positives: sft", "its own rows: sft_matched",
+                                   "contrast: bpo"]
+    assert list(table["CHAIRi, change"]) == [
+        "–", "+0.020 [0.000, +0.040]", "+0.030 [+0.010, +0.050]", "+0.010 [-0.010, +0.030]"]
 
 
 # --- the commands -------------------------------------------------------------------------------
@@ -203,6 +305,32 @@ def test_every_seed_is_a_study_of_its_own_then_notebook_7_reads_them(ran, output
     assert ran == [f"{study} {seed} {n}" for study, seed in (
         ("tiny", 0), ("tiny-seed1", 1), ("tiny-seed2", 2)) for n in every] + ["tiny 0 7"]
     assert "— seed 2: study tiny-seed2" in capsys.readouterr().out
+    assert set(replication.stored("tiny")["seed"]) == {0, 1, 2}
+
+
+def test_a_range_of_seeds_leaves_the_study_itself_out(ran, outputs, monkeypatch):
+    seeded("tiny", 0.1)
+    seeded("tiny-seed3", 0.1, seed=3)
+    assert main(["replicate", "tiny", "--seeds", "100-101"]) == 0
+    assert {x.split()[0] for x in ran} == {"tiny-seed100", "tiny-seed101", "tiny"}
+    assert [x for x in ran if x.startswith("tiny ")] == ["tiny 0 7"]
+    assert list(replication.by_seed(Replication(study="tiny"))) == [100, 101]
+
+
+def test_two_jobs_are_two_processes_with_a_log_each(ran, outputs, monkeypatch):
+    """Each process leaves what the run that follows then finds."""
+    commands = []
+
+    def process(command, *, stdout, stderr):
+        commands.append(command[3:])
+        stdout.write("did it")
+
+    monkeypatch.setattr(subprocess, "run", process)
+    assert main(["replicate", "tiny", "--seeds", "7,9", "--jobs", "2", "-p", "beta", "0.3"]) == 0
+    assert sorted(commands) == [
+        ["run", "tiny", "--as", f"tiny-seed{s}", "-p", "beta", "0.3", "-p", "seed", f"{s}"]
+        for s in (7, 9)]
+    assert (outputs / "tiny-seed9.log").read_text() == "did it"
 
 
 def test_a_seed_that_fails_stops_the_replication(ran, monkeypatch, outputs, capsys):
@@ -219,6 +347,9 @@ def test_a_seed_that_fails_stops_the_replication(ran, monkeypatch, outputs, caps
     (["-p", "seed", "4"], "-p seed: replicate sets seed itself"),
     (["-p", "study", "x"], "-p study: replicate sets study itself"),
     (["--seeds", "1"], "needs at least 2 seeds"),
+    (["--seeds", "4,4"], "needs at least 2 seeds, each once"),
+    (["--seeds", "7-5"], "needs at least 2 seeds"),
+    (["--seeds", "ten"], "give a count (5), a range (100-111) or a list (100,103)"),
     (["-p", "bta", "1"], "no notebook of study tiny has this parameter")])
 def test_what_cannot_be_replicated_is_refused(arguments, words, ran, outputs, capsys):
     assert main(["replicate", "tiny", *arguments]) == 1
@@ -275,4 +406,4 @@ def test_a_replication_that_is_killed_goes_on(tmp_path, little_study):
               for s in (study, f"{study}-seed1")]
     assert cover["value"] == pytest.approx(sum(values) / 2, abs=1e-6) and cover["seeds"] == 2
     index = (tmp_path / study / "index.html").read_text()
-    assert "7_replication.html" in index and "Of 2 seeds" in index
+    assert "7_replication.html" in index and "2 seeds are too few for an interval" in index
