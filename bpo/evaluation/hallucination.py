@@ -4,6 +4,7 @@ Every metric is (counted, out of), so that sums over answers give the published 
 decide; a function says where its official script asks a language model or word vectors.
 """
 
+import functools
 import re
 from collections.abc import Collection, Mapping, Sequence
 
@@ -185,6 +186,7 @@ _NOT_ASKED = _PRESENCE | frozenset(
     "single word phrase question and be".split())
 
 
+@functools.lru_cache(maxsize=2**16)  # the same answers come again and again
 def yes_or_no(text: str, question: str = "") -> str | None:
     """What an answer says, as a careful person reads it: "yes", "no", or None for neither.
 
