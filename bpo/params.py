@@ -430,8 +430,8 @@ class DPOTraining(Checkpoint):
     reference: Literal["base", "sft"] = field(
         "base", "what DPO starts from and keeps near to: the model as it is, or as the method's "
         "own matched SFT left it")
-    noise_step: int | None = field(None, "DPO learns only from images noised at this diffusion "
-                                   "step; empty: from all", ge=0, le=999)
+    noise_step: int | None = field(None, "of answers to noised images DPO learns only from those "
+                                   "at this diffusion step; None: from all", ge=0, le=999)
     damage: Damage = field("crop", "way of weakening that damages the image, for objectives that "
                            "compare it with a damaged one")
     damage_step: NoiseStep = field(800, "step of a noisy or fading damage")

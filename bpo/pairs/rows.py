@@ -29,9 +29,9 @@ def to_preferences(lines: Sequence[Line], image_folder: Path, *, method: str = "
                    noise_step: int | None = None) -> list[dict]:
     """TRL's conversational preference rows {id, images, prompt, chosen, rejected}, one a pair that
     the method learns from; images are paths, to be opened when a batch is made. A column `weight`
-    is there where a pair's is not 1. noise_step: only answers to images noised at this step."""
+    is there where a pair's is not 1. noise_step: of answers to noised images only those at this step."""
     pairs = [k for k in makers()[method][1](lines, seed)
-             if noise_step in (None, k["answer"].get("step"))]
+             if noise_step in (None, k["answer"].get("step", noise_step))]
     weighted = any(k["answer"].get("weight", 1.0) != 1.0 for k in pairs)
     return [{"id": k["id"],
              "images": [] if k["image"] is None else [str(image_folder / k["image"])],

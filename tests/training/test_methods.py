@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from helpers.data import row
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
