@@ -22,7 +22,7 @@ from bpo.study import stage as stages
 # no command computes them without a kernel.
 STAGES = {1: "evaluation.probe", 2: "pairs.stage", 3: "training.stage",
           4: "evaluation.comparison", 5: "evaluation.benchmarks"}
-TINY_STAGES = {0: "tiny.stage", 6: "tiny.prior"}
+TINY_STAGES = {0: "tiny.stage", 6: "tiny.prior", 8: "tiny.dose"}
 # command -> the module with its `add_arguments` and `run`, imported for that command alone: some
 # bring torch; and what it does
 MODULES = {

@@ -564,6 +564,37 @@ class Benchmarks(Tuned):
             yield "judge_model: must be named when judge is"
 
 
+class DoseResponse(Parameters):
+    """Worlds of several seeds; in each, preference rows of every dose; on these, the methods."""
+
+    notebook: ClassVar[str] = "8_dose_and_response"
+
+    study: StudyName = field("tiny-dose", "name of the study: its folder below outputs/")
+    repeats: Count = field(3, "seeds: the study's own and those that follow it")
+    doses: Annotated[list[Fraction], Field(min_length=2), AfterValidator(_distinct)] = field(
+        [0.0, 0.25, 0.5, 0.77, 0.95], "shares of typical colours among the preference rows; "
+        "partners as often, in proportion")
+    methods: Annotated[list[Method], *DISTINCT] = field(
+        ["sft_matched", "sft_matched_weaken", "bpo", "bpo_weaken"], "methods to train, by their "
+        "names in notebook 3's table")
+    text_documents: int = field(22000, "documents of the text corpus", ge=700)
+    alignment_images: Count = field(1000, "images of the alignment phase")
+    preference_images: Count = field(1000, "images of the preference rows of a dose")
+    test_images: EvenCount = field(400, "counterfactual images for reporting")
+    natural_images: EvenCount = field(200, "natural images for reporting")
+    tower_steps: Count = field(1000, "steps of teaching the vision tower")
+    text_steps: Count = field(900, "steps of text pretraining")
+    caption_steps: Count = field(300, "alignment steps on captions alone")
+    mixed_steps: Count = field(350, "alignment steps on all questions")
+    steps: Count = field(80, "optimizer steps of every method")
+    resamples: Resamples = field(2000, "bootstrap resamples over images")
+
+    def conflicts(self) -> Iterator[str]:
+        for method in self.methods:
+            if method in ("sft_compute", "bpo_own", "bpo_unselected"):
+                yield f"methods: {method} needs settings that this notebook has not"
+
+
 class Replication(Parameters):
     """Reads finished studies, computes no stage."""
 
@@ -583,7 +614,8 @@ class Replication(Parameters):
 
 SCHEMAS: dict[str, type[Parameters]] = {
     s.notebook: s for s in (TinyWorld, NoiseProbability, PairGeneration, DPOTraining,
-                            QualitativeComparison, Benchmarks, PriorOrigin, Replication)}
+                            QualitativeComparison, Benchmarks, PriorOrigin, Replication,
+                            DoseResponse)}
 
 
 def outputs_root() -> Path:

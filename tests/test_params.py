@@ -30,7 +30,7 @@ def refused(schema, **values) -> str:
 def test_defaults_are_valid_and_belong_to_the_tiny_study(schema):
     read = validate(schema, {}, where="here")
     assert read == schema()
-    own = "tiny-prior" if schema is params.PriorOrigin else "tiny"
+    own = {params.PriorOrigin: "tiny-prior", params.DoseResponse: "tiny-dose"}.get(schema, "tiny")
     assert (read.study, read.seed) == (own, 0)
 
 

@@ -20,7 +20,7 @@ TITLES = {"0_tiny_world": "Tiny world", "1_noise_probability": "Noise and probab
           "2_pair_generation": "Pair generation", "3_dpo_training": "DPO training",
           "4_qualitative_comparison": "Qualitative comparison", "5_benchmarks": "Benchmarks",
           "6_where_the_prior_comes_from": "Where the prior comes from",
-          "7_replication": "Replication"}
+          "7_replication": "Replication", "8_dose_and_response": "Dose and response"}
 COMPARED = ("chair_i", "cover", "p_true", "p_prior", "pope_adversarial")  # of notebook 4
 # The number of each benchmark that an index shows; of another benchmark its first.
 SHOWN = {"chair": "chair_i", "object-halbench": "response", "pope": "f1", "amber": "amber_score"}

@@ -5,16 +5,19 @@ Everything is read from metrics and from what the stages wrote; nothing is compu
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 
 from bpo.params import PriorOrigin, TinyWorld
-from bpo.reports import cards, page
+from bpo.reports import cards, figures, page
 from bpo.study import stage as stages
 from bpo.study.results import Estimate
-from bpo.tiny import figures, prior
+from bpo.study.text import visible
+from bpo.tiny import prior
 from bpo.tiny.drawing import draw_scene
 from bpo.tiny.world import TYPICAL, Scene, Thing
 
@@ -231,8 +234,50 @@ def prior_headline(metrics: Metrics) -> cards.Shown:
 
 def worlds_figure(metrics: Metrics, p: PriorOrigin) -> cards.Shown:
     return page.figure(
-        figures.prior_worlds(worlds(metrics), metrics["noise_steps"]),
+        prior_worlds(worlds(metrics), metrics["noise_steps"]),
         alt="P(prior) against the noise step for each text and image level; "
         "below, its clean value and its rise", caption="Probability of the typical colour on "
         f"{p.images} counterfactual images a seed, which never show it. Thin lines and open "
         f"markers: single seeds ({p.repeats}); thick lines and bars: their mean.")
+
+
+def prior_worlds(frame: DataFrame, steps: Sequence[int]) -> Figure:
+    """Above, a panel a text level: P(prior) against the noise step, a line an image level. Below,
+    its value on clean images and its rise to the last step. Every seed is thin or small."""
+    figures.theme()
+    texts = list(frame["text"].unique())
+    styles = dict(zip(frame["images"].unique(), figures.line_styles(), strict=False))
+    fig = Figure(figsize=(figures.WIDTH, 6.6), layout="constrained")
+    fig.get_layout_engine().set(h_pad=0.09)
+    panels = fig.subplot_mosaic([[number // 2 for number in range(2 * len(texts))],
+                                 ["P(prior)"] * len(texts) + ["rise"] * len(texts)])
+    for number, text in enumerate(texts):
+        panels[number].sharey(panels[0])
+        panels[number].tick_params(labelleft=number == 0)
+        panels[number].set(title=visible(f"text: {text}"), xmargin=0.02,
+                           xlabel="noise step (0 is the clean image)")
+        for level, style in styles.items():
+            same = (frame["text"] == text) & (frame["images"] == level)
+            curves = np.array(frame.loc[same, "curve"].tolist())  # (seeds, steps)
+            panels[number].plot(steps, curves.T, color=style["color"], linewidth=0.8, alpha=0.55)
+            panels[number].plot(steps, curves.mean(0), **style | {"linewidth": 2.2},
+                                label=visible(f"alignment images: {level}"))
+        panels[number].axhline(prior.CHANCE, color=figures.QUIET, linewidth=1,
+                               linestyle=(0, (2, 2)), label="chance")
+    panels[0].set_ylabel("P(prior's answer)")
+    for column, title in (("P(prior)", "P(prior) on clean images"),
+                          ("rise", "Rise to the last step")):
+        panel = panels[column]
+        for number, (level, style) in enumerate(styles.items()):
+            of_level = frame[frame["images"] == level]
+            places = np.arange(len(texts)) + (number - (len(styles) - 1) / 2) * 0.22
+            panel.plot(places[of_level["text"].map(texts.index)], of_level[column], style["marker"],
+                       color=style["color"], markersize=4.5, markerfacecolor="white")
+            means = of_level.groupby("text", sort=False)[column].mean().loc[texts]
+            panel.hlines(means, places - 0.08, places + 0.08, color=style["color"], linewidth=2.2)
+        panel.axhline(0, color="#303030", linewidth=0.8)
+        panel.set_xticks(range(len(texts)), [visible(f"text: {text}") for text in texts])
+        panel.set(title=title, xlim=(-0.5, len(texts) - 0.5))
+        panel.grid(visible=False, axis="x")
+    figures.legend_above(fig, panels[0])
+    return fig

@@ -12,7 +12,7 @@ from helpers import warm
 
 from bpo import params
 from bpo.reports import page as report
-from bpo.tiny import figures, language, prior, tables, training, world
+from bpo.tiny import dose, language, prior, tables, training, world
 
 pytestmark = pytest.mark.study  # worlds are made and models trained
 
@@ -277,7 +277,7 @@ def test_the_figure_draws_every_seed_and_the_mean():
                 "clean": {"p_true": last, "p_prior": first}, "chair_i": first, "cover": last,
                 "curve": {"p_prior": [first, last]}}
 
-    fig = figures.prior_worlds(tables.worlds({"cells": [
+    fig = tables.prior_worlds(tables.worlds({"cells": [
         cell(t, i, s) for t in ("uniform", "biased") for i in ("uniform", "half", "biased")
         for s in (1, 2)]}), [0, 999])
     above = [a for a in fig.axes if a.get_xlabel()]
@@ -294,7 +294,7 @@ def test_the_dose_figure_draws_every_seed_the_mean_and_the_base_as_a_band():
          "value": dose * seed if method == "bpo" else 0.1 * seed}
         for seed in (1, 2) for dose in (0.5, 0.0) for method in ("base", "bpo")
         for metric in ("cover", "p_prior", "words")])
-    prior, cover, blank = figures.dose_curves(frame, own_share=0.77).axes
+    prior, cover, blank = dose.dose_curves(frame, own_share=0.77).axes
     assert prior.get_title(loc="left").startswith("P(prior's answer)") and not blank.axison
     base, *seeds, mean, own = cover.lines
     assert [list(line.get_ydata()) for line in (*seeds, mean)] == [[0, 0.5], [0, 1], [0, 0.75]]

@@ -1,0 +1,197 @@
+"""Notebook 8's work: what each method does against the dose, the share of typical colours among
+the preference rows. One world a seed; on its preference rows of each dose notebooks 2 to 4 run as
+studies of their own, so that whatever is interrupted goes on where it was.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+from matplotlib.figure import Figure
+from pandas import DataFrame
+
+from bpo.evaluation import benchmarks, comparison, replication
+from bpo.pairs import stage as pairs
+from bpo.params import (
+    DoseResponse,
+    DPOTraining,
+    PairGeneration,
+    Parameters,
+    QualitativeComparison,
+    TinyWorld,
+)
+from bpo.reports import figures, page
+from bpo.reports.cards import Shown
+from bpo.study import results
+from bpo.study import stage as stages
+from bpo.study.results import Result
+from bpo.study.text import visible
+from bpo.tiny import data
+from bpo.tiny import stage as tiny
+from bpo.training import stage as training
+
+SLOPES = ("p_prior", "p_true", "chair_i", "cover")
+DOSE_PANELS = {  # (split, metric) -> title
+    ("counterfactual", "p_prior"): "P(prior's answer): lower is better\ncounterfactual images",
+    ("counterfactual", "chair_i"): "CHAIRi: lower is better\ncounterfactual images",
+    ("counterfactual", "cover"): "Cover: higher is better\ncounterfactual images",
+    ("natural", "colour_accuracy"): "Colour accuracy: higher is better\nnatural images",
+    ("natural", "chair_i"): "CHAIRi: lower is better\nnatural images"}
+
+
+def dose_curves(frame: DataFrame, *, own_share: float) -> Figure:
+    """A panel each of `DOSE_PANELS` that was measured: methods against the dose, every seed thin,
+    their mean thick. The base has no dose: a line at its mean, a band over its seeds.
+
+    frame: {seed, dose: share of typical colours among the preference rows, method, split, metric,
+    value}. own_share: the alignment's, a vertical line.
+    """
+    styles = dict(zip(frame["method"].unique(), figures.line_styles(), strict=False))
+    measured = {where: rows for where, rows in frame.groupby(["split", "metric"], sort=False)}
+    titles = {where: title for where, title in DOSE_PANELS.items() if where in measured}
+    lines = math.ceil(len(titles) / 3)
+    fig, panels = figures.grid(lines, 3, width=figures.WIDTH, height=0.6 + 2.7 * lines)
+    for panel, (where, title) in zip(panels, titles.items(), strict=False):
+        for method, rows in measured[where].groupby("method", sort=False):
+            style, label = styles[method], visible(method)
+            if method == "base":
+                seeds = rows.groupby("seed")["value"].mean()
+                panel.axhspan(seeds.min(), seeds.max(), color=style["color"], alpha=0.12, lw=0)
+                panel.axhline(seeds.mean(), color=style["color"], linewidth=1.4, label=label)
+                continue
+            values = rows.pivot(index="dose", columns="seed", values="value").sort_index()
+            panel.plot(values, color=style["color"], linewidth=0.8, alpha=0.5)
+            panel.plot(values.mean(axis=1, skipna=False), **style | {"linewidth": 2.4}, label=label)
+        panel.axvline(own_share, color=figures.QUIET, linewidth=1.2, linestyle=(0, (2, 2)),
+                      label="the alignment's own share")
+        panel.set(title=title, xlabel="share of typical colours")
+        panel.set_xticks(sorted(frame["dose"].unique()))
+    for panel in panels[len(titles):]:
+        panel.set_axis_off()
+    figures.legend_above(fig, panels[0])
+    return fig
+
+
+def run(p: DoseResponse) -> stages.Result:
+    """The stage of notebook 8: results.csv, from the studies STUDY-worldSEED and
+    STUDY-worldSEED-DOSE beside it."""
+    return stages.stage(p, lambda folder: _work(p, folder), inputs={})
+
+
+def settings(p: DoseResponse, schema: type[Parameters], study: str, seed: int, **more: Any
+             ) -> Any:
+    """A notebook's parameters: as this study says, and the tiny study's where it says nothing."""
+    shared = schema.model_fields.keys() & DoseResponse.model_fields.keys() - {"study", "seed"}
+    return schema(**{n: getattr(p, n) for n in shared} | {"study": study, "seed": seed} | more)
+
+
+def _work(p: DoseResponse, folder: Path) -> dict[str, Any]:
+    frames = []
+    for seed in range(p.seed, p.seed + p.repeats):
+        world = f"{p.study}-world{seed}"
+        tiny.run(settings(p, TinyWorld, world, seed, preference_doses=p.doses))
+        frames += [_one_dose(p, world, seed, dose).assign(seed=seed, dose=dose)
+                   for dose in p.doses]
+    measured = pandas.concat(frames, ignore_index=True)
+    results.write(folder, [
+        Result(f"{r['split_or_benchmark']}, dose {r['dose']:g}", f"seed {r['seed']}", r["method"],
+               r["against"], r["metric"], results.estimate(r))
+        for r in measured.to_dict("records")] + slopes(measured))
+    return {"seeds": p.repeats, "doses": p.doses}
+
+
+def _one_dose(p: DoseResponse, world: str, seed: int, dose: float) -> DataFrame:
+    """The results of notebooks 2 to 4 on a world's preference rows of a dose."""
+    study, place = f"{world}-{dose:g}", f"outputs/{world}/0_tiny_world"
+    model, rows = {"model": f"{place}/model"}, f"{place}/{data.dosed(dose)}"
+    pairs.run(settings(p, PairGeneration, study, seed, **model, data=f"{rows}/rows.json",
+                       text_model=f"{place}/language_model", score_candidates=False,
+                       describe_prompt=f"{place}/prompts/describe.txt",
+                       question_prompt=f"{place}/prompts/question.txt"))
+    training.run(settings(p, DPOTraining, study, seed, **model, image_folder=rows))
+    comparison.run(settings(
+        p, QualitativeComparison, study, seed, **model,
+        splits={s: f"{place}/{s}/rows.json" for s in ("counterfactual", "natural")},
+        calibration_data=f"{place}/development/rows.json"))
+    frame = results.of_study(study)
+    return frame[(frame["notebook"] == QualitativeComparison.notebook)
+                 | (frame["metric"] == "is_prior")].dropna(subset="value")
+
+
+def slopes(measured: DataFrame) -> list[Result]:
+    """Of every number in `SLOPES`, level or difference, its change from dose 0 to dose 1: the mean
+    over seeds of each seed's least-squares slope, with the 95 % t interval over seeds."""
+    keys = ["seed", *replication.KEYS]
+    rows = measured[measured["metric"].isin(SLOPES) & (measured["method"] != "base")]
+    each = rows.groupby(keys, sort=False).apply(
+        lambda g: np.polyfit(g["dose"], g["value"], 1)[0], include_groups=False)
+    each = each.rename("value").reset_index().assign(category="slope", more_is_better=None)
+    return [Result(r["split_or_benchmark"], "slope", r["method"], r["against"], r["metric"],
+                   results.estimate(r)) for r in replication.over_seeds(each).to_dict("records")]
+
+
+def frame(result: stages.Result) -> DataFrame:
+    """Levels by {seed, dose, method, split, metric, value}, from results.csv."""
+    rows = results.read(result.folder).query("against == '' and category != 'slope'")
+    split = rows["split_or_benchmark"].str.rsplit(", dose ", n=1, expand=True)
+    return rows.assign(split=split[0], dose=split[1].astype(float),
+                       seed=rows["category"].str.removeprefix("seed ").astype(int))
+
+
+def curves(p: DoseResponse, result: stages.Result) -> Shown:
+    """The figure, its caption with the slopes of P(prior)."""
+    levels = frame(result)
+    return page.figure(
+        dose_curves(levels[levels["metric"] != "is_prior"], own_share=TinyWorld().image_typical),
+        alt="Each method's P(prior), CHAIRi and cover on counterfactual images, colour accuracy "
+        "and CHAIRi on natural ones, against the share of typical colours in preference rows",
+        caption=f"Thin: {p.repeats} seeds; thick: their mean; the base's line has a band over its "
+        f"seeds. {p.test_images} counterfactual and {p.natural_images} natural images a seed. "
+        "Dashed: the share in the alignment images. Left of it the preference rows contradict the "
+        "habit, right of it they teach it.")
+
+
+def slope_table(result: stages.Result) -> Shown:
+    """A row a method and number: what a dose of 1 in place of 0 does."""
+    rows = results.read(result.folder).query("category == 'slope'")
+    shown = DataFrame({
+        "images": rows["split_or_benchmark"], "method": results.names(rows),
+        "number": benchmarks.labels(rows),
+        "change from dose 0 to dose 1": [e.text(sign="+") for e in results.estimates(rows)]})
+    return page.table(shown[rows["split_or_benchmark"].eq("counterfactual").to_numpy()
+                            & rows["against"].isin(["", "sft_matched", "sft_matched_weaken"])
+                            .to_numpy()].drop(columns="images"),
+                      "Slope against the dose, counterfactual images",
+                      "mean over seeds of each seed's straight line, 95 % t interval over seeds; a "
+                      "difference is to the SFT on the method's own positives")
+
+
+def rejected_prior(result: stages.Result) -> Shown:
+    """A row a dose: the share of rejected answers to colour questions that are the prior's."""
+    rows = frame(result).query("metric == 'is_prior' and split == 'kept'")
+    table = rows.groupby(["dose", "method"])["value"].mean().unstack().round(2)
+    return page.table(table.rename_axis(columns=None).reset_index(),
+                      "Share of rejected answers that are the prior's answer",
+                      "of those kept whose question has one; mean over seeds")
+
+
+def headline(p: DoseResponse, result: stages.Result) -> Shown:
+    """What the dose does to P(prior) of the methods, and where each crosses the base."""
+    levels, table = frame(result), results.read(result.folder)
+    said = []
+    for method in (m for m in p.methods if m.startswith("bpo")):
+        row = table.query("category == 'slope' and split_or_benchmark == 'counterfactual' and "
+                          "metric == 'p_prior' and against == '' and method == @method")
+        if len(row):
+            said.append(f"{method} {results.estimates(row)[0].text(2, '+')}")
+    mean = levels.query("split == 'counterfactual' and metric == 'p_prior'").groupby(
+        ["method", "dose"])["value"].mean()
+    below = [f"{m} up to {max(d for d in p.doses if mean[m, d] < mean['base', d]):g}"
+             for m in p.methods if any(mean[m, d] < mean["base", d] for d in p.doses)]
+    return page.say(
+        "The more typical the preference rows, the less of the habit goes: from dose 0 to 1 "
+        "P(prior's answer) changes by {said} (95 % over {n} seeds). On average over seeds it lies "
+        "below the base's for: {below}.", said="; ".join(said), n=p.repeats,
+        below=", ".join(below) or "no method")
