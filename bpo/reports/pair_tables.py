@@ -1,4 +1,5 @@
-"""What notebook 2 shows: how pairs were made, one of them by hand, what was kept, what is wrong."""
+"""What notebook 2 shows of pairs: how they were made, one by hand, what was kept, what is wrong;
+and the methods and objectives of notebook 3."""
 
 from typing import Any
 
@@ -6,14 +7,16 @@ from pandas import DataFrame
 
 from bpo.models.weakening import WEAKENINGS
 from bpo.pairs import audit, candidates, selection
+from bpo.pairs import methods as registry
 from bpo.pairs import stage as pairs
-from bpo.params import SOURCES, PairGeneration
+from bpo.params import SOURCES, DPOTraining, PairGeneration
 from bpo.reports import cards, figures, page
 from bpo.reports.cards import Shown
 from bpo.study import results
 from bpo.study import stage as stages
 from bpo.study.files import LineFile
 from bpo.study.results import Estimate
+from bpo.training.objectives import OBJECTIVES
 
 CHECKS = {"equal": "share equal to the annotation",
           "truth_right": "share in truth right",
@@ -226,3 +229,32 @@ def _counted(share: dict[str, Any]) -> str:
 def _text(estimate: dict[str, Any] | None) -> str:
     return "not known" if estimate is None or estimate["value"] is None else Estimate(
         *(estimate[name] for name in ("value", "low", "high"))).text()
+
+
+# --- what is trained on them (notebook 3) -------------------------------------------------------
+
+def methods(p: DPOTraining) -> Shown:
+    """A row a method of this run: what it learns from, its objective and its learning rate."""
+    meanings, rows = registry.meanings(), []
+    for name, method in p.runs().items():
+        settings, changes = p.varied(name), p.variants.get(name, {})
+        changed = ", ".join(f"{n} = {v}" for n, v in changes.items() if n != "method")
+        objective = ["SFT"] if not registry.learns_pairs(name) else [
+            f"{w:g} {n}".removeprefix("1 ") for n, w in zip(settings.loss, settings.loss_weights,
+                                                             strict=True)]
+        rows.append({"method": name, "objective": " + ".join(
+                         {"sigmoid": "DPO", "sft": "SFT"}.get(o, o) for o in objective),
+                     "learning rate": f"{settings.learning_rate:g}",
+                     "what it is": f"{method} with {changed}" if changes else meanings[method]})
+    return page.table(DataFrame(rows), "Methods of this run",
+                        "a difference is always to the SFT on the method's own positives")
+
+
+def objectives(p: DPOTraining) -> Shown:
+    """The objectives of pairs, from their registry, and those of this run."""
+    rows = DataFrame([{"name": name, "term of a pair": o.meaning,
+                       "damaged image": "yes" if o.damaged else "no",
+                       "computed by": "TRL" if o.function is None else "bpo"}
+                      for name, o in OBJECTIVES.items()])
+    sums = ", ".join(f"{w:g} {name}" for name, w in zip(p.loss, p.loss_weights, strict=True))
+    return page.table(rows, "Objectives", f"in this run: {sums}")

@@ -19,7 +19,6 @@ from bpo.study import stage as stages
 from bpo.study.files import read_lines
 from bpo.study.results import DECIDED, OPEN
 from bpo.study.text import words
-from bpo.training.objectives import OBJECTIVES
 
 AGAINST, DRAWN = "picture against habit", "drawn by seed"
 CONTROLS = ("sft_matched", "sft", "sft_compute")  # the sharpest control first
@@ -243,16 +242,6 @@ def chair_by_hand(p: QualitativeComparison, result: stages.Result, *, split: str
 
 
 # --- training ---------------------------------------------------------------------------------
-
-def objectives(p: DPOTraining) -> Shown:
-    """The objectives of pairs, from their registry, and those of this run."""
-    rows = DataFrame([{"name": name, "term of a pair": o.meaning,
-                       "damaged image": "yes" if o.damaged else "no",
-                       "computed by": "TRL" if o.function is None else "bpo"}
-                      for name, o in OBJECTIVES.items()])
-    sums = ", ".join(f"{w:g} {name}" for name, w in zip(p.loss, p.loss_weights, strict=True))
-    return report.table(rows, "Objectives", f"in this run: {sums}")
-
 
 def budgets(p: DPOTraining, result: stages.Result) -> Shown:
     """A row a method: its rows, steps and floating point operations."""
