@@ -9,7 +9,7 @@ from typing import Any
 from pandas import DataFrame
 
 from bpo.data import images
-from bpo.evaluation import benchmarks, comparison, metrics
+from bpo.evaluation import benchmarks, comparison, diagnostics, metrics
 from bpo.params import DPOTraining, QualitativeComparison
 from bpo.reports import cards, figures
 from bpo.reports import page as report
@@ -197,9 +197,8 @@ def stored(line: dict, methods: Sequence[str], truth: dict[str, Any]) -> dict[st
     out = {"truth": line["annotated"], "answers": {
         m: {"text": line["answers"][m], "wrong": wrong_words(line, m, truth)} for m in methods}}
     if line["p_true"]:
-        known = truth["rows"][line["id"]]
-        out["truth"] = " or ".join(known["true"])
-        out["usual"] = " or ".join(a for a in known["prior"] if a not in known["true"])
+        true, priors, _ = diagnostics.candidates(truth, line["id"])
+        out |= {"truth": " or ".join(true), "usual": " or ".join(priors)}
         for m, answer in out["answers"].items():
             answer |= {"kind": said(line, m, truth),
                        "chances": (line["p_true"][m], line["p_prior"][m])}

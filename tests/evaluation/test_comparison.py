@@ -166,9 +166,9 @@ def test_how_often_the_habit_is_followed_is_counted(base, sft, bpo, sentence):
     if base is None:
         lines = [line("unknown", "red", text) for text in bpo.split()]
     else:
-        chances = dict.fromkeys(METHODS, 0.5)
+        measured, chances = ("p_true", "p_prior", "logp_true"), dict.fromkeys(METHODS, 0.5)
         lines = [line("colour", "", "") | {"answers": dict(zip(METHODS, texts, strict=True)),
-                                           "p_true": chances, "p_prior": chances}
+                                           **dict.fromkeys(measured, chances)}
                  for texts in zip(base.split(), sft.split(), bpo.split(), strict=True)]
     methods = METHODS if base else ("base", "bpo")
     assert tables.habit(lines, methods, TRUTH, "x").plain == sentence

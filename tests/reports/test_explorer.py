@@ -40,7 +40,8 @@ def analysis(shared_outputs, model_folder, data_file):
 def comparison(shared_outputs, model_folder, adapters, data_file):
     """Parameters and result of notebook 4."""
     p = QualitativeComparison(study="s", model=str(model_folder), adapters=str(adapters),
-                              splits={"natural": str(data_file)}, max_new_tokens=5, resamples=100)
+                              splits={"natural": str(data_file)}, max_new_tokens=5, resamples=100,
+                              calibration_data="")
     return p, comparisons.run(p)
 
 
