@@ -271,10 +271,12 @@ def _gained(p: Benchmarks, lines: Sequence[dict], methods: Sequence[str]) -> dic
     out = {}
     for category in dict.fromkeys(line["category"] for line in lines):
         mine = [line for line in lines if line["category"] == category]
+        kinds = {kind for line in mine for kind in line["kinds"]}
+        names = [n for n in diagnostics.GAINS if n == "right" or n.startswith("over_")
+                 or n.partition("_")[2] in kinds]
         values, differences = comparison.scored(
             {m: [(x["image"], diagnostics.gains(x, m)) for x in mine] for m in methods},
-            diagnostics.GAINS, seed=p.seed, resamples=p.resamples,
-            matched=comparison.matched(p))
+            names, seed=p.seed, resamples=p.resamples, matched=comparison.matched(p))
         out[category] = {"values": values, "differences": differences}
     return out
 

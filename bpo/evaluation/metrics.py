@@ -89,7 +89,8 @@ def by_image(counts: Sequence[tuple[str, tuple[float, float]]]) -> dict[str, tup
 
 def bootstrap_weights(images: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """(resamples, images) how often each image is drawn when as many are drawn with replacement."""
-    return rng.multinomial(images, np.full(images, 1 / images), size=resamples)
+    drawn = rng.multinomial(images, np.full(images, 1 / images), size=resamples)
+    return drawn.astype(float)  # once, not in each product
 
 
 def itself(ratio: Any) -> Any:
