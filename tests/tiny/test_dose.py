@@ -1,0 +1,79 @@
+"""Dose and response: the studies that notebook 8 runs, what it makes of them, going on after a
+stop."""
+
+import shutil
+
+import pandas
+import pytest
+from helpers.study import LITTLE
+
+from bpo import params
+from bpo.params import DoseResponse, Refusal, validate
+from bpo.study import results
+from bpo.study import stage as stages
+from bpo.tiny import dose
+
+pytestmark = pytest.mark.study
+
+SMALL = {n: v for n, v in LITTLE.items() if n in DoseResponse.model_fields} | {
+    "text_documents": 700, "tower_steps": 10, "steps": 2, "natural_images": 6, "test_images": 8,
+    "doses": [0.0, 1.0], "repeats": 1, "methods": ["sft_matched", "bpo"]}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    outputs = tmp_path_factory.mktemp("outputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BPO_OUTPUTS", str(outputs))
+        yield DoseResponse(**SMALL), dose.run(DoseResponse(**SMALL)), outputs
+
+
+def test_each_dose_is_a_study_on_one_world(done):
+    p, result, outputs = done
+    assert {f.name for f in outputs.iterdir() if f.is_dir()} >= {
+        "tiny-dose", "tiny-dose-world0", "tiny-dose-world0-0", "tiny-dose-world0-1"}
+    frame = dose.frame(result)
+    assert set(frame["dose"]) == {0, 1} and set(frame["seed"]) == {0}
+    assert {"base", "sft_matched", "bpo"} <= set(frame["method"])
+    base = frame.query("method == 'base' and metric == 'chair_i' and split == 'counterfactual'")
+    assert base["value"].nunique() == 1  # one model, one set of questions
+    stored = results.of_study("tiny-dose-world0-1").query(
+        "method == 'bpo' and against == 'sft_matched' and metric == 'cover'")
+    assert not stored.empty
+
+
+def test_its_page_says_the_dose_and_its_slopes(done):
+    p, result, _ = done
+    assert "bpo" in dose.headline(p, result).plain
+    assert "bpo − sft_matched" in dose.slope_table(result).plain
+    assert dose.rejected_prior(result) and dose.curves(p, result)
+
+
+def test_a_run_that_was_cut_off_goes_on_with_what_its_studies_hold(done, monkeypatch):
+    p, result, outputs = done
+    before = results.read(result.folder)
+    shutil.rmtree(outputs / "tiny-dose")
+    for module in (dose.pairs, dose.training, dose.comparison, dose.tiny):
+        def run(settings, inner=module.run):
+            with stages.read_only():  # which refuses to compute
+                return inner(settings)
+
+        monkeypatch.setattr(module, "run", run)
+    pandas.testing.assert_frame_equal(results.read(dose.run(p).folder), before)
+
+
+def test_a_slope_is_the_mean_of_each_seed_s_straight_line():
+    rows = [{"notebook": "n", "split_or_benchmark": "natural", "category": "attribute",
+             "method": "bpo", "against": "", "metric": "p_prior", "seed": seed, "dose": x,
+             "value": 0.1 * seed + (0.2 + 0.1 * seed) * x} for seed in range(3)
+            for x in (0.0, 0.5, 1.0)]
+    [slope] = dose.slopes(pandas.DataFrame(rows))
+    assert (slope.method, slope.category) == ("bpo", "slope")
+    assert slope.estimate.value == pytest.approx(0.3)  # the mean of .2, .3, .4; t(2) = 4.303
+    assert slope.estimate.low == pytest.approx(0.3 - 4.3027 * 0.1 / 3**0.5, abs=1e-4)
+
+
+def test_a_method_that_wants_other_settings_is_refused():
+    with pytest.raises(Refusal, match="bpo_own needs settings that this notebook has not"):
+        validate(DoseResponse, {"methods": ["bpo_own"]}, where="here")
+    assert params.read_study("tiny-dose")
