@@ -272,6 +272,24 @@ def test_the_steps_from_base_to_method(outputs):
         "–", "+0.020 [0.000, +0.040]", "+0.030 [+0.010, +0.050]", "+0.010 [-0.010, +0.030]"]
 
 
+def test_every_dpo_method_is_set_beside_the_base_and_its_own_sft(outputs):
+    rows = [{"split_or_benchmark": "counterfactual", "notebook": claims.COMPARISON, "category": "x",
+             "method": m, "against": against, "metric": "p_true", "value": value,
+             "low": value - 0.01, "high": value + 0.01, "more_is_better": True}
+            for m, against, value in (
+                ("bpo", "", 0.5), ("bpo", "base", 0.1), ("bpo", "sft", 0.3),
+                ("bpo", "sft_matched", 0.02), ("bpo_noise_9", "base", 0.2),
+                ("bpo_noise_9", "sft_noise_9", -0.03), ("bpo_noise_9", claims.SHARPENED, 0.4),
+                ("sft_matched", "base", 0.08))]
+    table = summary.by_method(pandas.DataFrame(rows))
+    assert table.to_dict("list") == {
+        "method": ["bpo", "bpo_noise_9"],
+        "P(true answer), − base": ["+0.100 [+0.090, +0.110] better",
+                                   "+0.200 [+0.190, +0.210] better"],
+        "P(true answer), − own SFT": ["+0.020 [+0.010, +0.030] better",
+                                      "-0.030 [-0.040, -0.020] worse"]}
+
+
 # --- the commands -------------------------------------------------------------------------------
 
 @pytest.mark.slow
