@@ -29,7 +29,8 @@ def to_preferences(lines: Sequence[Line], image_folder: Path, *, method: str = "
                    noise_step: int | None = None) -> list[dict]:
     """TRL's conversational preference rows {id, images, prompt, chosen, rejected}, one a pair that
     the method learns from; images are paths, to be opened when a batch is made. A column `weight`
-    is there where a pair's is not 1. noise_step: of answers to noised images only those at this step."""
+    is there where a pair's is not 1. noise_step: of answers to noised images those at this step
+    alone."""
     pairs = [k for k in makers()[method][1](lines, seed)
              if noise_step in (None, k["answer"].get("step", noise_step))]
     weighted = any(k["answer"].get("weight", 1.0) != 1.0 for k in pairs)
@@ -52,6 +53,6 @@ def training_rows(method: str, lines: Sequence[Line], image_folder: Path, *, see
     if method == "sft":
         return [{"id": k["id"], "images": [str(image_folder / k["image"])], "prompt": k["prompt"],
                  "completion": [{"role": "assistant", "content": k["chosen"]}]} for k in lines]
-    rows = to_preferences(lines, image_folder, seed=seed, noise_step=noise_step,
-                          method=matched().get(method, "bpo" if method == "sft_compute" else method))
+    learnt = matched().get(method, "bpo" if method == "sft_compute" else method)
+    rows = to_preferences(lines, image_folder, method=learnt, seed=seed, noise_step=noise_step)
     return rows if learns_pairs(method) else to_completions(rows)
