@@ -252,9 +252,9 @@ def _at_once(options: argparse.Namespace, names: dict[int, str]) -> None:
 
 
 def _results(options: argparse.Namespace) -> int:
-    from bpo.reports import summary  # here, since transformers comes with it
-
-    print(f"the tables over seeds are in {short(summary.write_results(options.study))}")
+    dosed = params.params_root() / options.study / f"{params.DoseResponse.notebook}.yaml"
+    module = importlib.import_module("bpo.tiny.dose" if dosed.is_file() else "bpo.reports.summary")
+    print(f"the tables over seeds are in {short(module.write_results(options.study))}")
     return 0
 
 

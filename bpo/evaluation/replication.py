@@ -117,10 +117,15 @@ def store(study: str, frame: DataFrame) -> Path:
     steps = frame["method"].str.startswith("sft") & frame["against"].isin(("base", "sft"))
     dpo = ~frame["method"].str.startswith(("base", "sft", claims.RIVAL))
     wanted &= (frame["against"] == "") | steps | dpo | (frame["notebook"] == claims.PROBE)
+    return keep(study, frame.loc[wanted, ["seed", "study", *KEYS, *VALUES]])
+
+
+def keep(study: str, frame: DataFrame) -> Path:
+    """Writes a study's table where the repository keeps it."""
     file = stored_file(study)
     file.parent.mkdir(parents=True, exist_ok=True)
     half = file.with_name(f".{file.name}.tmp")
-    frame.loc[wanted, ["seed", "study", *KEYS, *VALUES]].round(6).to_csv(
+    frame.round(6).to_csv(
         half, index=False, lineterminator="\n", compression={"method": "gzip", "mtime": 0})
     half.replace(file)
     return file

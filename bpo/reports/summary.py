@@ -103,6 +103,7 @@ def by_method(mean: DataFrame) -> DataFrame:
     rows = rows.assign(text=results.texts(rows), number=[
         f"{benchmarks.label(main, m)}, − {'base' if a == 'base' else 'own SFT'}"
         for m, a in zip(rows["metric"], rows["against"], strict=True)])
+    rows = rows.drop_duplicates(["method", "number"], keep="last")
     return rows.pivot(index="method", columns="number", values="text").reindex(
         index=rows["method"].unique(), columns=sorted(rows["number"].unique(), key=lambda n: (
             not n.endswith("base"), n))).fillna("–").reset_index()

@@ -15,6 +15,7 @@ from pandas import DataFrame
 from bpo.evaluation import benchmarks, comparison, replication
 from bpo.pairs import stage as pairs
 from bpo.params import (
+    SOURCES,
     DoseResponse,
     DPOTraining,
     PairGeneration,
@@ -22,7 +23,7 @@ from bpo.params import (
     QualitativeComparison,
     TinyWorld,
 )
-from bpo.reports import figures, page
+from bpo.reports import figures, page, summary
 from bpo.reports.cards import Shown
 from bpo.study import results
 from bpo.study import stage as stages
@@ -38,7 +39,8 @@ DOSE_PANELS = {  # (split, metric) -> title
     ("counterfactual", "chair_i"): "CHAIRi: lower is better\ncounterfactual images",
     ("counterfactual", "cover"): "Cover: higher is better\ncounterfactual images",
     ("natural", "colour_accuracy"): "Colour accuracy: higher is better\nnatural images",
-    ("natural", "chair_i"): "CHAIRi: lower is better\nnatural images"}
+    ("natural", "chair_i"): "CHAIRi: lower is better\nnatural images",
+    ("kept", "is_prior"): "Share with the prior's answer\nrejected answers kept"}
 
 
 def dose_curves(frame: DataFrame, *, own_share: float) -> Figure:
@@ -116,8 +118,9 @@ def _one_dose(p: DoseResponse, world: str, seed: int, dose: float) -> DataFrame:
         splits={s: f"{place}/{s}/rows.json" for s in ("counterfactual", "natural")},
         calibration_data=f"{place}/development/rows.json"))
     frame = results.of_study(study)
-    return frame[(frame["notebook"] == QualitativeComparison.notebook)
-                 | (frame["metric"] == "is_prior")].dropna(subset="value")
+    of_prior = frame["metric"].eq("is_prior") & frame["category"].eq("audit")
+    return frame[frame["notebook"].eq(QualitativeComparison.notebook)
+                 | of_prior & frame["method"].isin(SOURCES)].dropna(subset="value")
 
 
 def slopes(measured: DataFrame) -> list[Result]:
@@ -132,66 +135,79 @@ def slopes(measured: DataFrame) -> list[Result]:
                    results.estimate(r)) for r in replication.over_seeds(each).to_dict("records")]
 
 
-def frame(result: stages.Result) -> DataFrame:
-    """Levels by {seed, dose, method, split, metric, value}, from results.csv."""
-    rows = results.read(result.folder).query("against == '' and category != 'slope'")
+def levels(table: DataFrame) -> DataFrame:
+    """{seed, dose, split, method, metric, value} of every level, from results.csv."""
+    rows = table.query("against == '' and category != 'slope'")
     split = rows["split_or_benchmark"].str.rsplit(", dose ", n=1, expand=True)
     return rows.assign(split=split[0], dose=split[1].astype(float),
                        seed=rows["category"].str.removeprefix("seed ").astype(int))
 
 
-def curves(p: DoseResponse, result: stages.Result) -> Shown:
-    """The figure, its caption with the slopes of P(prior)."""
-    levels = frame(result)
+def curves(p: DoseResponse, table: DataFrame) -> Shown:
+    """The figure of `dose_curves`."""
+    measured = levels(table)
     return page.figure(
-        dose_curves(levels[levels["metric"] != "is_prior"], own_share=TinyWorld().image_typical),
+        dose_curves(measured, own_share=TinyWorld().image_typical),
         alt="Each method's P(prior), CHAIRi and cover on counterfactual images, colour accuracy "
-        "and CHAIRi on natural ones, against the share of typical colours in preference rows",
+        "and CHAIRi on natural ones, against the share of typical colours in preference rows; and "
+        "the share of rejected answers that are the prior's",
         caption=f"Thin: {p.repeats} seeds; thick: their mean; the base's line has a band over its "
         f"seeds. {p.test_images} counterfactual and {p.natural_images} natural images a seed. "
         "Dashed: the share in the alignment images. Left of it the preference rows contradict the "
         "habit, right of it they teach it.")
 
 
-def slope_table(result: stages.Result) -> Shown:
-    """A row a method and number: what a dose of 1 in place of 0 does."""
-    rows = results.read(result.folder).query("category == 'slope'")
-    shown = DataFrame({
-        "images": rows["split_or_benchmark"], "method": results.names(rows),
-        "number": benchmarks.labels(rows),
-        "change from dose 0 to dose 1": [e.text(sign="+") for e in results.estimates(rows)]})
-    return page.table(shown[rows["split_or_benchmark"].eq("counterfactual").to_numpy()
-                            & rows["against"].isin(["", "sft_matched", "sft_matched_weaken"])
-                            .to_numpy()].drop(columns="images"),
-                      "Slope against the dose, counterfactual images",
-                      "mean over seeds of each seed's straight line, 95 % t interval over seeds; a "
-                      "difference is to the SFT on the method's own positives")
+def slope_rows(table: DataFrame) -> DataFrame:
+    """{method, number, change from dose 0 to dose 1}, counterfactual images."""
+    rows = table.query("category == 'slope' and split_or_benchmark == 'counterfactual'")
+    rows = rows[rows["against"].eq("") | rows["against"].str.startswith("sft_matched")]
+    return DataFrame({
+        "method": results.names(rows), "number": benchmarks.labels(rows),
+        "change from dose 0 to 1": [e.text(sign="+") for e in results.estimates(rows)]}
+    ).reset_index(drop=True)
 
 
-def rejected_prior(result: stages.Result) -> Shown:
-    """A row a dose: the share of rejected answers to colour questions that are the prior's."""
-    rows = frame(result).query("metric == 'is_prior' and split == 'kept'")
-    table = rows.groupby(["dose", "method"])["value"].mean().unstack().round(2)
-    return page.table(table.rename_axis(columns=None).reset_index(),
-                      "Share of rejected answers that are the prior's answer",
-                      "of those kept whose question has one; mean over seeds")
+def by_dose(table: DataFrame, split: str, metric: str) -> DataFrame:
+    """A row a dose, a column a method: the mean over seeds."""
+    rows = levels(table).query("split == @split and metric == @metric")
+    means = rows.groupby(["dose", "method"], sort=False)["value"].mean().unstack(sort=False)
+    return means.sort_index().map("{:.3f}".format).rename_axis(columns=None).reset_index()
 
 
-def headline(p: DoseResponse, result: stages.Result) -> Shown:
-    """What the dose does to P(prior) of the methods, and where each crosses the base."""
-    levels, table = frame(result), results.read(result.folder)
-    said = []
-    for method in (m for m in p.methods if m.startswith("bpo")):
-        row = table.query("category == 'slope' and split_or_benchmark == 'counterfactual' and "
-                          "metric == 'p_prior' and against == '' and method == @method")
-        if len(row):
-            said.append(f"{method} {results.estimates(row)[0].text(2, '+')}")
-    mean = levels.query("split == 'counterfactual' and metric == 'p_prior'").groupby(
-        ["method", "dose"])["value"].mean()
-    below = [f"{m} up to {max(d for d in p.doses if mean[m, d] < mean['base', d]):g}"
-             for m in p.methods if any(mean[m, d] < mean["base", d] for d in p.doses)]
-    return page.say(
-        "The more typical the preference rows, the less of the habit goes: from dose 0 to 1 "
-        "P(prior's answer) changes by {said} (95 % over {n} seeds). On average over seeds it lies "
-        "below the base's for: {below}.", said="; ".join(said), n=p.repeats,
-        below=", ".join(below) or "no method")
+def finding(table: DataFrame) -> str:
+    """What the dose does to P(prior) of the DPO methods, and up to where they lie below the base.
+    """
+    measured, said = levels(table), []
+    rows = table.query("category == 'slope' and split_or_benchmark == 'counterfactual' and "
+                       "metric == 'p_prior' and against == ''")
+    for method, e in zip(rows["method"], results.estimates(rows), strict=True):
+        if method.startswith("bpo"):
+            said.append(f"{method} {e.text(2, '+')}")
+    mean = measured.query("split == 'counterfactual' and metric == 'p_prior'").groupby(
+        ["method", "dose"], sort=False)["value"].mean()
+    doses = sorted(measured["dose"].unique())
+    below = [f"{m} up to {max(b):g}" for m in mean.index.unique("method")
+             if (b := [d for d in doses if mean[m, d] < mean["base", d]])]
+    return (f"From dose 0 to 1, P(prior's answer) changes by {'; '.join(said)} (mean over "
+            f"{measured['seed'].nunique()} seeds, 95 % t interval). Its mean lies below the base's "
+            f"for: {', '.join(below) or 'no method'}.")
+
+
+def write_results(study: str) -> Path:
+    """Stores the results of a finished study where the repository keeps them, and writes the
+    section `results STUDY` of outputs/README.md from what is stored."""
+    folder = stages.stage_folder(study, DoseResponse.notebook)
+    if (folder / stages.MANIFEST).is_file():
+        replication.keep(study, results.read(folder)[list(results.COLUMNS)])
+    table = replication.stored(study)
+    return summary.write_section(f"results {study}", "\n\n".join([
+        finding(table), "Slopes on counterfactual images; a difference is to the SFT on the "
+        "method's own positives:", summary.markdown(slope_rows(table)),
+        "P(prior's answer) on counterfactual images, mean over seeds:",
+        summary.markdown(by_dose(table, "counterfactual", "p_prior")),
+        "CHAIRi on counterfactual images:",
+        summary.markdown(by_dose(table, "counterfactual", "chair_i")),
+        "Colour accuracy on natural images:",
+        summary.markdown(by_dose(table, "natural", "colour_accuracy")),
+        "Share of the rejected answers kept that are the prior's answer, by source:",
+        summary.markdown(by_dose(table, "kept", "is_prior"))]))

@@ -8,6 +8,7 @@ import pytest
 from helpers.study import LITTLE
 
 from bpo import params
+from bpo.__main__ import main
 from bpo.params import DoseResponse, Refusal, validate
 from bpo.study import results
 from bpo.study import stage as stages
@@ -32,7 +33,7 @@ def test_each_dose_is_a_study_on_one_world(done):
     p, result, outputs = done
     assert {f.name for f in outputs.iterdir() if f.is_dir()} >= {
         "tiny-dose", "tiny-dose-world0", "tiny-dose-world0-0", "tiny-dose-world0-1"}
-    frame = dose.frame(result)
+    frame = dose.levels(results.read(result.folder))
     assert set(frame["dose"]) == {0, 1} and set(frame["seed"]) == {0}
     assert {"base", "sft_matched", "bpo"} <= set(frame["method"])
     base = frame.query("method == 'base' and metric == 'chair_i' and split == 'counterfactual'")
@@ -42,24 +43,30 @@ def test_each_dose_is_a_study_on_one_world(done):
     assert not stored.empty
 
 
-def test_its_page_says_the_dose_and_its_slopes(done):
-    p, result, _ = done
-    assert "bpo" in dose.headline(p, result).plain
-    assert "bpo − sft_matched" in dose.slope_table(result).plain
-    assert dose.rejected_prior(result) and dose.curves(p, result)
+def test_its_page_and_its_section_say_the_dose_and_its_slopes(done):
+    p, result, outputs = done
+    table = results.read(result.folder)
+    assert "bpo − sft_matched" in set(dose.slope_rows(table)["method"])
+    assert dose.curves(p, table).plain
+    assert list(dose.by_dose(table, "kept", "is_prior")["dose"]) == [0, 1]
+    assert main(["results", "tiny-dose"]) == 0
+    first = (outputs / "README.md").read_text(encoding="utf-8")
+    assert dose.finding(table).replace("-", "−")[:40] in first.replace("-", "−")
+    shutil.rmtree(outputs / "tiny-dose")  # what is stored is enough
+    assert main(["results", "tiny-dose"]) == 0
+    assert (outputs / "README.md").read_text(encoding="utf-8") == first
 
 
 def test_a_run_that_was_cut_off_goes_on_with_what_its_studies_hold(done, monkeypatch):
     p, result, outputs = done
-    before = results.read(result.folder)
-    shutil.rmtree(outputs / "tiny-dose")
+    shutil.rmtree(outputs / "tiny-dose", ignore_errors=True)
     for module in (dose.pairs, dose.training, dose.comparison, dose.tiny):
         def run(settings, inner=module.run):
             with stages.read_only():  # which refuses to compute
                 return inner(settings)
 
         monkeypatch.setattr(module, "run", run)
-    pandas.testing.assert_frame_equal(results.read(dose.run(p).folder), before)
+    assert dose.run(p).metrics == result.metrics
 
 
 def test_a_slope_is_the_mean_of_each_seed_s_straight_line():
