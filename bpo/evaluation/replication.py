@@ -26,7 +26,7 @@ STORED = {"chair_i", "cover", "colour_accuracy", "p_true", "p_prior", "pope_adve
           *(claims.BENCHMARKS.get(n, [next(iter(benchmarks.described(n)))])[0]
             for n in benchmarks.KNOWN)}
 # Categories that pages over several seeds leave to the table.
-ASIDE = ("kind", "reading", "calibration")
+ASIDE = ("kind", "reading", "calibration", "sharpening")
 
 
 def seeds(text: str, first: int) -> list[int]:

@@ -1,15 +1,19 @@
 """Dose and response: the studies that notebook 8 runs, what it makes of them, going on after a
 stop."""
 
+import json
 import shutil
+import subprocess
 
 import pandas
 import pytest
-from helpers.study import LITTLE
+from helpers import warm
+from helpers.study import LITTLE, environment
 
 from bpo import params
 from bpo.__main__ import main
 from bpo.params import DoseResponse, Refusal, validate
+from bpo.reports import page as report
 from bpo.study import results
 from bpo.study import stage as stages
 from bpo.tiny import dose
@@ -84,3 +88,16 @@ def test_a_method_that_wants_other_settings_is_refused():
     with pytest.raises(Refusal, match="bpo_own needs settings that this notebook has not"):
         validate(DoseResponse, {"methods": ["bpo_own"]}, where="here")
     assert params.read_study("tiny-dose")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_headless(tmp_path):
+    given = json.dumps(SMALL | {"repeats": 2})
+    done = subprocess.run(
+        [warm.python(), "-m", "papermill", "--no-progress-bar",
+         str(params.ROOT / "notebooks" / f"{DoseResponse.notebook}.ipynb"),
+         str(tmp_path / "out.ipynb"), "-y", given], cwd=tmp_path, text=True, capture_output=True,
+        env=environment(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert report.failure_message(tmp_path / "out.ipynb") is None
+    assert "mean over 2 seeds" in report.headline(tmp_path / "out.ipynb")
