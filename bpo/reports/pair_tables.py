@@ -152,7 +152,8 @@ def ways(result: stages.Result) -> Shown:
         caption=f"Weakened answers by way and step, of {result.metrics['audited']} positives with "
                 "95 % bootstrap intervals over images. Good negatives are often the prior's "
                 "answer, seldom right, silent about the noise, and near 0 in length and style. "
-                "What is not drawn needs a truth file.")
+                "Compare steps as made: without select, what is kept of a later step comes from "
+                "rows whose earlier ones gave nothing. What is not drawn needs a truth file.")
 
 
 def prior_shares(found: dict[str, Any]) -> list[str]:
