@@ -366,7 +366,7 @@ class PairGeneration(Checkpoint):
     select: dict[Literal[SCORES], float] = field(
         {}, "weights of the scores that choose among candidates: similarity, length, image; empty: "
         "the first made")
-    keep: Count = field(1, "rejected answers kept of each source and mode")
+    keep: Count = field(1, "rejected answers kept of each source, mode and step")
     drop_right: bool = field(False, "drop candidates that the truth file says are right")
     clean_answers: bool = field(
         False, "also the model's own answer to each clean image, which bpo_own learns from")

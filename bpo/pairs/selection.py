@@ -28,8 +28,8 @@ SCORES = {
 class Choice(NamedTuple):
     """What `choose` made of a line's candidates.
 
-    kept, unselected: candidates as they came, group by group (a group is a source and a mode) in
-    the order of making; kept has the best first, unselected the first made.
+    kept, unselected: candidates as they came, group by group (a group is a source, a mode and a
+    step) in the order of making; kept has the best first, unselected the first made.
     dropped: {id, category, source, mode, text, reason} of every candidate that is not in kept.
     """
 
@@ -72,11 +72,12 @@ def choose(p: PairGeneration, line: Mapping[str, Any], right: Right) -> Choice:
     all of them where it is empty, come in the order of making. Unselected ones are drawn uniformly
     from all usable ones, so they may be among the kept; the draw depends on this line alone.
     """
-    groups: dict[tuple[str, str], list[dict]] = {}
+    groups: dict[tuple[str, str, int], list[dict]] = {}
     for candidate in line["candidates"]:
-        groups.setdefault((candidate["source"], candidate["mode"]), []).append(candidate)
+        groups.setdefault((candidate["source"], candidate["mode"], candidate.get("step", 0)),
+                          []).append(candidate)
     choice = Choice([], [], [])
-    for (source, mode), made in groups.items():
+    for (source, mode, _), made in groups.items():
         reasons, seen, totals = [], set(), {}
         for n, candidate in enumerate(made):
             text, same = candidate["text"], metrics.normalised(candidate["text"])

@@ -121,7 +121,7 @@ def scores(p: PairGeneration) -> Shown:
     return page.table(DataFrame(selection.SCORES.items(), columns=["score", "meaning"]),
                       "Scores that select can weigh",
                       f"in this run: {p.select or 'none, the first made is kept'}; {p.keep} kept "
-                      "of each source and mode")
+                      "of each source, mode and step")
 
 
 def checks(found: dict[str, Any]) -> Shown:

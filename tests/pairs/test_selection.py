@@ -138,6 +138,13 @@ def test_each_group_has_its_own_best():
     assert texts(choice.kept) == ["a red cat on a mat", "a fox"]
 
 
+def test_each_noise_step_has_its_own_best():
+    made = [candidate(text) | {"step": step} for step, text in (
+        (500, "a cat"), (500, "a fox"), (800, "a cat"), (999, "a cow"))]
+    assert [(c["step"], c["text"]) for c in choose(*made).kept] == [
+        (500, "a cat"), (800, "a cat"), (999, "a cow")]
+
+
 def test_a_useless_candidate_needs_no_scores():
     choice = choose(candidate(""), candidate("a cat", logp_clean=0.0, logp_noisy=0.0),
                     weights={"image": 1})
