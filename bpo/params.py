@@ -411,7 +411,8 @@ class DPOTraining(Checkpoint):
     methods: Annotated[list[Method], *DISTINCT] = field(
         list(METHODS), "methods to train, one adapter each, by their names in notebook 3's table")
     variants: dict[VariantName, dict[str, Any]] = field(
-        {}, "methods to train with other settings too: a name, its method, and what differs, such "
+        {"bpo_dpo_alone": {"method": "bpo", "loss": ["sigmoid"], "loss_weights": [1.0],
+                           "learning_rate": 1e-4}}, "methods to train with other settings too: a name, its method, and what differs, such "
         "as {bpo_strict: {method: bpo, beta: 0.3}}")
     steps: Natural = field(80, "optimizer steps of every method; 0: what epochs gives")
     epochs: Positive = field(2.0, "passes over the pairs of bpo, used when steps is 0")

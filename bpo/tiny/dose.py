@@ -112,7 +112,8 @@ def _one_dose(p: DoseResponse, world: str, seed: int, dose: float) -> DataFrame:
                        text_model=f"{place}/language_model", score_candidates=False,
                        describe_prompt=f"{place}/prompts/describe.txt",
                        question_prompt=f"{place}/prompts/question.txt"))
-    training.run(settings(p, DPOTraining, study, seed, **model, image_folder=rows))
+    training.run(settings(p, DPOTraining, study, seed, **model, image_folder=rows,
+                          variants={}))
     comparison.run(settings(
         p, QualitativeComparison, study, seed, **model,
         splits={s: f"{place}/{s}/rows.json" for s in ("counterfactual", "natural")},

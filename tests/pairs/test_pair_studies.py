@@ -12,13 +12,17 @@ from bpo.models.weakening import WEAKENINGS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("tiny-weakening", "tiny-selection"))
+@pytest.mark.parametrize("name", ("tiny-weakening", "tiny-selection", "tiny-controls", "tiny-axes"))
 def test_a_study_of_pairs_runs_whole(name, outputs, little_study, monkeypatch):
     # The tiny world is the same in all of them: it is read again.
     shutil.copytree(little_study / "0_tiny_world", outputs / name / "0_tiny_world")
     little = LITTLE | {"batch_pairs": 8, "device_batch": 8}  # many methods: small steps
     overrides = [x for n, v in little.items() for x in ("-p", n, str(v))
                  if n not in ("noise_steps", "probe_rows")]
+    variants = params.read_study(name)["3_dpo_training"].variants
+    overrides += ["-p", "variants", json.dumps({n: {k: min(x, 4) if k == "steps" else x
+                                                    for k, x in v.items()}
+                                                for n, v in variants.items()})]
     if name == "tiny-selection":  # its pages show what no other study's do
         done = subprocess.run(command("run", name, *overrides), env=environment(outputs), text=True,
                               capture_output=True)
@@ -30,7 +34,7 @@ def test_a_study_of_pairs_runs_whole(name, outputs, little_study, monkeypatch):
     read = params.read_study(name)
     found = {n: json.loads((outputs / name / n / "manifest.json").read_text())["metrics"]
              for n in read}
-    methods = read["3_dpo_training"].methods
+    methods = list(read["3_dpo_training"].runs())
     assert list(found["3_dpo_training"]["methods"]) == methods
     compared = found["4_qualitative_comparison"]
     assert list(compared["counterfactual"]) == ["base", *methods]
@@ -42,7 +46,34 @@ def test_a_study_of_pairs_runs_whole(name, outputs, little_study, monkeypatch):
         rows = found["3_dpo_training"]["methods"]
         assert rows["bpo"]["rows"] == rows["bpo_unselected"]["rows"]
         assert found["2_pair_generation"]["weakened"]["dropped"]["not selected"] > 0
-    else:
+    if name == "tiny-controls":
+        facts = found["3_dpo_training"]["methods"]
+        assert all(facts[m]["matched"] for m in methods if m.startswith("bpo"))
+        assert "sft_matched_reversed" in compared["differences"]["counterfactual"]
+    if name == "tiny-axes":
+        assert {r["step"] for k in pairs for r in k["rejected"] if "step" in r} == {
+            500, 600, 700, 800, 900, 999}
+    if name == "tiny-weakening":
         assert "bpo_noisy" in compared["differences"]["counterfactual"]
         modes = {r["mode"] for k in pairs for r in k["rejected"]}
         assert modes == set(WEAKENINGS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("tiny-alignment-rows", "tiny-large"))
+def test_a_study_beside_the_tiny_one_runs_whole(name, outputs, little_study, monkeypatch):
+    shutil.copytree(little_study, outputs / "tiny")  # whose methods tiny-large sets beside a rival
+    monkeypatch.setattr(__main__, "_execute", without_a_kernel)
+    read = params.read_study(name)
+    fields = {n for p in read.values() for n in type(p).model_fields}
+    little = LITTLE | ({"text_width": 64} if name == "tiny-large" else {"batch_pairs": 8,
+                                                                        "device_batch": 8})
+    overrides = [x for n, v in little.items() if n in fields for x in ("-p", n, str(v))]
+    assert __main__.main(["run", name, *overrides]) == 0
+    found = {n: json.loads((outputs / name / n / "manifest.json").read_text())["metrics"]
+             for n in read}
+    compared = found["4_qualitative_comparison"]["counterfactual"]
+    assert ("rival" in compared) == ("rival" in found["5_benchmarks"]["benchmarks"]["pope"]) == (
+        name == "tiny-large")
+    rows = json.loads((outputs / name / "0_tiny_world" / "preference" / "rows.json").read_text())
+    assert len(rows) == 60 * (3 if name == "tiny-alignment-rows" else 2)

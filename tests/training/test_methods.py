@@ -30,7 +30,7 @@ def parameters(model_folder, data_file, tmp_path_factory):
     write_lines(file, lines)
     return DPOTraining(study="s", model=str(model_folder), image_folder=str(data_file.parent),
                        pairs=str(file), steps=2, batch_pairs=4, device_batch=4, lora_rank=4,
-                       learning_rate=1e-2, save_every=2)
+                       learning_rate=1e-2, save_every=2, variants={})
 
 
 def changed(p, **values):

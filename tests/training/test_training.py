@@ -59,6 +59,7 @@ def images(data_file):
 @pytest.fixture(scope="module")
 def parameters(model_folder, images):
     return DPOTraining(study="s", model=str(model_folder), image_folder=str(images), steps=4,
+                       variants={},
                        batch_pairs=4, device_batch=2, learning_rate=1e-2, lora_rank=4,
                        lora_alpha=8, save_every=2, loss=["sigmoid"], loss_weights=[1.0])
 
