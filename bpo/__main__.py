@@ -243,7 +243,7 @@ def _at_once(options: argparse.Namespace, names: dict[int, str]) -> None:
         log = params.outputs_root() / f"{names[seed]}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         print(f"— seed {seed}: see {short(log)}", flush=True)
-        with log.open("w", encoding="utf-8") as stream:
+        with log.open("wb") as stream:
             subprocess.run([sys.executable, "-m", "bpo", "run", options.study, "--as", names[seed],
                             *given, "-p", "seed", str(seed)], stdout=stream, stderr=stream)
 

@@ -341,7 +341,7 @@ def test_two_jobs_are_two_processes_with_a_log_each(ran, outputs, monkeypatch):
 
     def process(command, *, stdout, stderr):
         commands.append(command[3:])
-        stdout.write("did it")
+        stdout.write(b"did it")
 
     monkeypatch.setattr(subprocess, "run", process)
     assert main(["replicate", "tiny", "--seeds", "7,9", "--jobs", "2", "-p", "beta", "0.3"]) == 0

@@ -171,7 +171,8 @@ def test_mdpo_without_damaged_images_is_refused(trainer, rows):
 def test_a_divergence_of_another_kind_is_refused_with_an_objective_and_left_to_trl_alone():
     def losses(*names, **settings):
         return SimpleNamespace(**{"loss_types": list(names), "loss_weights": [1.0] * len(names),
-                                  "ld_alpha": None, "f_divergence_type": "reverse_kl", **settings})
+                                  "ld_alpha": None, "f_divergence_type": "reverse_kl",
+                                  "weighted": False, **settings})
 
     for settings in ({"ld_alpha": 0.5}, {"f_divergence_type": "js_divergence"}):
         alone = losses("sigmoid", "sft", **settings)
