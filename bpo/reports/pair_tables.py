@@ -239,16 +239,18 @@ def methods(p: DPOTraining) -> Shown:
     meanings, rows = registry.meanings(), []
     for name, method in p.runs().items():
         settings, changes = p.varied(name), p.variants.get(name, {})
-        changed = ", ".join(f"{n} = {v}" for n, v in changes.items() if n != "method")
+        changed = ", ".join(f"{n} = {v}" for n, v in changes.items() if n not in (
+            "method", "loss", "loss_weights", "learning_rate"))
         objective = ["SFT"] if not registry.learns_pairs(name) else [
             f"{w:g} {n}".removeprefix("1 ") for n, w in zip(settings.loss, settings.loss_weights,
                                                              strict=True)]
         rows.append({"method": name, "objective": " + ".join(
                          {"sigmoid": "DPO", "sft": "SFT"}.get(o, o) for o in objective),
                      "learning rate": f"{settings.learning_rate:g}",
-                     "what it is": f"{method} with {changed}" if changes else meanings[method]})
+                     "what it is": f"{method} with {changed or 'this objective and rate'}"
+                     if changes else meanings[method]})
     return page.table(DataFrame(rows), "Methods of this run",
-                        "a difference is always to the SFT on the method's own positives")
+                        "what DPO adds is measured against the SFT on the method's own positives")
 
 
 def objectives(p: DPOTraining) -> Shown:
