@@ -67,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--only", type=int, metavar="N", help="run notebook N alone")
     run.add_argument("--from", type=int, dest="first", metavar="N", help="start at notebook N")
     compare.add_argument("other", help="the second study")
+    tables.add_argument("others", nargs="*", metavar="OTHER", help="further ones: in one table")
     replicate.add_argument("--seeds", default="5", metavar="SEEDS", help="a count from the study's "
                            "own seed upwards (default: 5), a range (100-111) or a list (100,103)")
     replicate.add_argument("--jobs", type=int, default=1, metavar="N",
@@ -207,8 +208,8 @@ def _replicate(options: argparse.Namespace) -> int:
         raise Refusal(f"study {study} has no {params.QualitativeComparison.notebook}.yaml, and a "
                       "replication tells over seeds what that notebook compares; write one, or "
                       "run the study for each seed")
-    from bpo.evaluation import replication  # here, since transformers comes with it
-    from bpo.reports import summary
+    from bpo.evaluation import replication  # here, since transformers comes with them
+    from bpo.reports import readme
 
     names = replication.studies(compared.study, replication.seeds(options.seeds, compared.seed),
                                 compared.seed)
@@ -230,7 +231,7 @@ def _replicate(options: argparse.Namespace) -> int:
     if not failed:
         stored = replication.store(p.study, replication.read(names))
         print(f"all seeds are in {short(stored)}, the tables over them in "
-              f"{short(summary.write_results(p.study))}")
+              f"{short(readme.write_results(p.study))}")
     return failed
 
 
@@ -253,8 +254,10 @@ def _at_once(options: argparse.Namespace, names: dict[int, str]) -> None:
 
 def _results(options: argparse.Namespace) -> int:
     dosed = params.params_root() / options.study / f"{params.DoseResponse.notebook}.yaml"
-    module = importlib.import_module("bpo.tiny.dose" if dosed.is_file() else "bpo.reports.summary")
-    print(f"the tables over seeds are in {short(module.write_results(options.study))}")
+    module = importlib.import_module("bpo.tiny.dose" if dosed.is_file() else "bpo.reports.readme")
+    file = (module.write_joined([options.study, *options.others]) if options.others
+            else module.write_results(options.study))
+    print(f"the tables over seeds are in {short(file)}")
     return 0
 
 

@@ -454,6 +454,12 @@ class DPOTraining(Checkpoint):
                         "processes: --num_processes 8, or --config_file FILE; empty: none")
 
     def conflicts(self) -> Iterator[str]:
+        problems = list(self._without_variants())
+        yield from problems
+        for name, changes in self.variants.items() if not problems else ():
+            yield from self._misfits(name, changes)
+
+    def _without_variants(self) -> Iterator[str]:
         if self.batch_pairs % self.device_batch:
             yield (f"batch_pairs ({self.batch_pairs}) must be a multiple of device_batch "
                    f"({self.device_batch})")
@@ -464,8 +470,6 @@ class DPOTraining(Checkpoint):
                    "sft_matched too")
         if self.ld_alpha < 1 and any(_objectives()[n].function for n in self.loss):
             yield "ld_alpha: goes with TRL's own objectives alone"
-        for name, changes in self.variants.items():
-            yield from self._misfits(name, changes)
 
     def _misfits(self, name: str, changes: Mapping[str, Any]) -> Iterator[str]:
         """What is wrong with a variant, a sentence each."""

@@ -29,7 +29,7 @@ from bpo.models import encoding, generate, logprobs, prefix
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
 from bpo.models.weakening import View
-from bpo.reports import summary
+from bpo.reports import readme
 from bpo.study import shards
 from bpo.study.files import to_json, write_whole
 
@@ -56,8 +56,8 @@ def main() -> int:
         table = GROUPS[group](world)
         before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         write_whole(file, to_json(before | {group: table}, indent=1) + "\n")
-        text = summary.markdown(pandas.DataFrame(table))
-        section = summary.write_section(f"speed {group}", text)
+        text = readme.markdown(pandas.DataFrame(table))
+        section = readme.write_section(f"speed {group}", text)
         print(f"{group}\n{text}\nwritten to {file} and {section}")
     return 0
 

@@ -139,7 +139,7 @@ def test_a_question_can_be_asked(lab):
     saved = lab.run_all(name)
     check(saved)
     still = html_of(saved, "4-06b")
-    assert "data:image/" in still and "bpo_inject" in still
+    assert "data:image/" in still and "bpo_weaken" in still
     view = lab.page.locator(".jp-OutputArea-output:has(.widget-text)").first
     view.scroll_into_view_if_needed()
     before = view.locator("img").get_attribute("src")

@@ -163,7 +163,7 @@ class TestTheWholeStudy:
         lines = [json.loads(x) for x in
                  (study / "2_pair_generation" / "pairs.jsonl").read_text().splitlines()]
         found = manifest(study, "2_pair_generation")["metrics"]
-        assert len(lines) == found["rows"] == 180
+        assert len(lines) == found["rows"] == 120
         assert sum(len(x["rejected"]) for x in lines) == found["pairs"] > 0
         for line in lines:
             assert len({r["source"] for r in line["rejected"]}) == len(line["rejected"])

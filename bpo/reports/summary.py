@@ -1,21 +1,17 @@
-"""Several seeds of a study, and two studies: figures and tables of notebook 7, and result tables in
-Markdown, the sections of outputs/README.md that commands rewrite.
-"""
+"""Several seeds of a study, and two studies: figures and tables of notebook 7."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from pandas import DataFrame
 
 from bpo.evaluation import benchmarks, claims, comparison, replication
-from bpo.params import Refusal, Replication, outputs_root
+from bpo.params import Refusal, Replication
 from bpo.reports import figures
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
 from bpo.study import results
-from bpo.study.files import write_whole
 from bpo.study.text import signed
 
 STEPS = ("p_true", "p_prior", "chair_i")  # metrics of the steps from base to method
@@ -57,7 +53,7 @@ def headline(mean: DataFrame, seeds: int) -> Shown:
     measures = [(main, metric) for metric in ("chair_i", "cover", *STEPS[:2])]
     parts = [f"{claims.METHOD} − {against}: {changes}"
              for against in ("base", claims.matched(claims.METHOD))
-             if (changes := _changes(mean, measures, claims.METHOD, against, brief=True))]
+             if (changes := in_words(mean, measures, claims.METHOD, against, brief=True))]
     if mean["low"].isna().all() or not parts:
         return report.say("{n} seeds are too few for an interval, or measured no claim.", n=seeds)
     return report.say("Over {n} seeds, {t}.", n=seeds, t=". ".join(parts))
@@ -171,101 +167,7 @@ def two_studies(p: Replication) -> list[Shown]:
                          f"the intervals of {apart} of {len(shared)} numbers do not meet")]
 
 
-# --- sections of README files -------------------------------------------------------------------
-
-def write_section(name: str, text: str) -> Path:
-    """Puts `text` between <!-- NAME --> and <!-- /NAME --> in outputs/README.md, at its end where
-    the marks are not there yet; everything else stays as it is. Returns the file."""
-    file = outputs_root() / "README.md"
-    before = file.read_text(encoding="utf-8") if file.is_file() else "# Results\n"
-    if not _replaced(file, name, text):
-        write_whole(file, f"{before.rstrip()}\n\n{_section(name, text)}\n")
-    return file
-
-
-def _section(name: str, text: str) -> str:
-    text = re.sub(r"(?<![\w-])-(?=[\d.])", "−", text.strip())  # the minus sign of the pages
-    return f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
-
-
-def _replaced(file: Path, name: str, text: str) -> bool:
-    """Whether a file has a section, which then is `text`."""
-    if not file.is_file():
-        return False
-    marked = re.compile(rf"<!-- {re.escape(name)} -->.*?<!-- /{re.escape(name)} -->", re.DOTALL)
-    after, count = marked.subn(lambda _: _section(name, text), file.read_text(encoding="utf-8"),
-                               count=1)
-    if count:
-        write_whole(file, after)
-    return bool(count)
-
-
-def write_results(study: str) -> Path:
-    """Writes the stored replication of a study as the section `results STUDY` of outputs/README.md,
-    and, where the README beside outputs/ has such a section, what was found there. Returns the
-    first file."""
-    frame, p = replication.stored(study), Replication(study=study)
-    mean = replication.over_seeds(frame)
-    seeds = _seeds(frame)
-    _replaced(outputs_root().parent / "README.md", f"results {study}", found(mean, seeds))
-    parts = [f"### `bpo replicate {study}`: {seeds}",
-             "A row a claim; seeds in their order: + holds, o no verdict, − does not hold, · not "
-             "measured; then the mean difference over seeds with its 95 % t interval, and what it "
-             f"says. {claims.RULE}",
-             markdown(claims_table(replication.claims_over(frame))),
-             f"Over seeds, {claims.looks(claims.decided(mean))}.",
-             "Means over seeds:", markdown(numbers(mean, p))]
-    parts += ["Every DPO method against the untuned model, and against the SFT that trained on its "
-              "own positives as often:", markdown(by_method(mean))]
-    if len(table := steps(mean)):
-        parts += ["From base to method in three steps; a change is against the row above:",
-                  markdown(table)]
-    try:
-        parts += [f"Seeds that a true difference of {p.difference:g} needs for a power of .8:",
-                  markdown(power(frame, p))]
-    except Refusal as refusal:
-        parts[-1] = f"{refusal}."
-    return write_section(f"results {study}", "\n\n".join(parts))
-
-
-def _seeds(frame: DataFrame) -> str:
-    """"12 seeds, 100 to 111", or each named."""
-    found = sorted(frame["seed"].unique())
-    whole = found == list(range(found[0], found[-1] + 1))
-    return f"{len(found)} seeds, " + (f"{found[0]} to {found[-1]}" if whole
-                                      else ", ".join(map(str, found)))
-
-
-def found(mean: DataFrame, seeds: str) -> str:
-    """What a replication found, as a list for a README: its words are chosen by the intervals over
-    seeds. mean: `replication.over_seeds`'s."""
-    main = comparison.main_split(mean)
-    if mean["low"].isna().all():
-        return f"{seeds}: too few for an interval."
-    stated = list(claims.stated(mean))
-    noise = [c for c in stated if c.claim == "1"]
-    captions = [(main, m) for m in ("chair_i", "cover")]
-    colours = [(main, m) for m in ("p_true", "p_prior")]
-    bpo, contrast = claims.METHOD, " (the contrast alone)"
-    items = {
-        "**Noise**": _changes(mean, [(c.where, c.metric) for c in noise], "base",
-                              noise[0].against),
-        f"**{bpo} − base**": _changes(mean, captions + colours, bpo, "base"),
-        **{f"**{m} − {claims.matched(m)}**{contrast}": _changes(
-            mean, captions + colours, m, claims.matched(m)) for m in (bpo, claims.WEAKENED)},
-        f"**{bpo} − the sharpened base**": _changes(mean, colours[:1], bpo, claims.SHARPENED),
-        f"**Harm, {bpo} − base**": _changes(
-            mean, [(c.where, c.metric) for c in stated if c.claim == claims.HARM], bpo, "base",
-            brief=True)}
-    rival = claims.decided(mean).query("claim == '4'").iloc[0]
-    if rival["verdict"] != claims.UNMEASURED:
-        items[f"**{bpo} against an untuned model of twice the size**"] = rival["difference"]
-    return f"Means over {seeds}, with 95 % intervals over seeds:\n\n" + "\n".join(
-        f"{n}. {what}: {text}." for n, (what, text) in enumerate(
-            ((what, text) for what, text in items.items() if text), 1))
-
-
-def _changes(mean: DataFrame, measures: Sequence[tuple[str, str]], method: str, against: str, *,
+def in_words(mean: DataFrame, measures: Sequence[tuple[str, str]], method: str, against: str, *,
              brief: bool = False) -> str:
     """"CHAIRi falls (-.012 [-.023, -.002]); no difference seen in cover (...)"; brief: without the
     numbers of what shows no difference; "" where nothing was measured."""
@@ -286,23 +188,3 @@ def _changes(mean: DataFrame, measures: Sequence[tuple[str, str]], method: str, 
     if unseen:
         sure.append(f"no difference seen in {', '.join(unseen)}")
     return "; ".join(sure)
-
-
-def numbers(mean: DataFrame, p: Replication) -> DataFrame:
-    """Levels of every method: a row a metric of `p.metrics` on the main split, and of what decides
-    each benchmark. mean: `replication.over_seeds`'s."""
-    main, keys = comparison.main_split(mean), ["split_or_benchmark", "metric"]
-    shown = [(main, metric) for metric in p.metrics] + [
-        (name, metric) for name in mean["split_or_benchmark"].unique()
-        if name in claims.BENCHMARKS for metric in claims.BENCHMARKS[name][:2] if metric]
-    rows = DataFrame(shown, columns=keys).merge(mean[mean["against"] == ""], on=keys)
-    rows = rows.assign(
-        metric=list(map(claims.label, rows["split_or_benchmark"], rows["metric"])),
-        value=rows["value"].map("{:.3f}".format))
-    return rows.pivot(index="metric", columns="method", values="value").reindex(
-        index=rows["metric"].unique(), columns=rows["method"].unique()).fillna("–").reset_index()
-
-
-def markdown(rows: DataFrame) -> str:
-    lines = [list(rows), ["---"] * len(rows.columns), *rows.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -23,7 +23,7 @@ from bpo.params import (
     QualitativeComparison,
     TinyWorld,
 )
-from bpo.reports import figures, page, summary
+from bpo.reports import figures, page, readme
 from bpo.reports.cards import Shown
 from bpo.study import results
 from bpo.study import stage as stages
@@ -201,14 +201,14 @@ def write_results(study: str) -> Path:
     if (folder / stages.MANIFEST).is_file():
         replication.keep(study, results.read(folder)[list(results.COLUMNS)])
     table = replication.stored(study)
-    return summary.write_section(f"results {study}", "\n\n".join([
+    return readme.write_section(f"results {study}", "\n\n".join([
         finding(table), "Slopes on counterfactual images; a difference is to the SFT on the "
-        "method's own positives:", summary.markdown(slope_rows(table)),
+        "method's own positives:", readme.markdown(slope_rows(table)),
         "P(prior's answer) on counterfactual images, mean over seeds:",
-        summary.markdown(by_dose(table, "counterfactual", "p_prior")),
+        readme.markdown(by_dose(table, "counterfactual", "p_prior")),
         "CHAIRi on counterfactual images:",
-        summary.markdown(by_dose(table, "counterfactual", "chair_i")),
+        readme.markdown(by_dose(table, "counterfactual", "chair_i")),
         "Colour accuracy on natural images:",
-        summary.markdown(by_dose(table, "natural", "colour_accuracy")),
+        readme.markdown(by_dose(table, "natural", "colour_accuracy")),
         "Share of the rejected answers kept that are the prior's answer, by source:",
-        summary.markdown(by_dose(table, "kept", "is_prior"))]))
+        readme.markdown(by_dose(table, "kept", "is_prior"))]))

@@ -20,7 +20,7 @@ from bpo import __main__, params
 from bpo.__main__ import main
 from bpo.evaluation import claims, comparison, replication
 from bpo.params import Refusal, Replication
-from bpo.reports import summary
+from bpo.reports import readme, summary
 from bpo.study import results
 from bpo.study import stage as stages
 from bpo.study.results import OPEN, Estimate, Result
@@ -203,14 +203,14 @@ def test_a_seed_without_a_comparison_and_a_seed_twice_are_refused(three, outputs
 
 def test_a_section_is_replaced_where_it_stands_and_the_rest_is_left(outputs):
     outputs.mkdir()
-    file = summary.write_section("speed", "first")
+    file = readme.write_section("speed", "first")
     assert file == outputs / "README.md"
     assert file.read_text() == "# Results\n\n<!-- speed -->\nfirst\n<!-- /speed -->\n"
     file.write_text(f"# Mine\n\nbefore\n{file.read_text()[11:]}\nafter\n", encoding="utf-8")
-    summary.write_section("speed", r"| \* | − |")
+    readme.write_section("speed", r"| \* | − |")
     assert file.read_text(encoding="utf-8") == (
         "# Mine\n\nbefore\n<!-- speed -->\n| \\* | − |\n<!-- /speed -->\n\nafter\n")
-    summary.write_section("results other", "second")
+    readme.write_section("results other", "second")
     assert file.read_text().endswith("after\n\n<!-- results other -->\nsecond\n"
                                      "<!-- /results other -->\n")
 
@@ -241,7 +241,7 @@ def test_words_follow_the_intervals(outputs):
     for seed, gain in enumerate((0.1, 0.11, 0.12)):
         seeded(f"s{seed}", gain, seed=seed)
     mean = replication.over_seeds(replication.read({s: f"s{s}" for s in range(3)}))
-    text = summary.found(mean, "3 seeds")
+    text = readme.found(mean, "3 seeds")
     assert "2. **bpo − base**: CHAIRi falls (-.110 [-.135, -.085]); cover rises (+.110" in text
     assert "bpo_weaken" not in text and "Harm" not in text  # which nobody measured
     assert summary.headline(mean, 3).plain == (
@@ -250,7 +250,7 @@ def test_words_follow_the_intervals(outputs):
         "(-.110 [-.135, -.085]); cover rises (+.110 [+.085, +.135]); P(true answer) rises (+.110 "
         "[+.085, +.135]).")
     two = replication.over_seeds(replication.read({s: f"s{s}" for s in range(2)}))
-    assert summary.found(two, "2 seeds") == "2 seeds: too few for an interval."
+    assert readme.found(two, "2 seeds") == "2 seeds: too few for an interval."
     assert "2 seeds are too few" in summary.headline(two, 2).plain
 
 

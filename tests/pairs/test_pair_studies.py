@@ -12,15 +12,19 @@ from bpo.models.weakening import WEAKENINGS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("tiny-weakening", "tiny-selection", "tiny-controls", "tiny-axes"))
+@pytest.mark.parametrize("name", (
+    "tiny-weakening", "tiny-selection", "tiny-controls", "tiny-axes", "tiny-difficulty",
+    "tiny-length", "tiny-length-prior"))
 def test_a_study_of_pairs_runs_whole(name, outputs, little_study, monkeypatch):
     # The tiny world is the same in all of them: it is read again.
     shutil.copytree(little_study / "0_tiny_world", outputs / name / "0_tiny_world")
-    little = LITTLE | {"batch_pairs": 8, "device_batch": 8}  # many methods: small steps
+    little = LITTLE | {"batch_pairs": 8, "device_batch": 8, "steps": 2}  # many methods: small steps
     overrides = [x for n, v in little.items() for x in ("-p", n, str(v))
                  if n not in ("noise_steps", "probe_rows")]
+    if name.startswith("tiny-length"):  # what they change is read, and what remains is the tiny study
+        overrides += ["-p", "methods", '["bpo"]']
     variants = params.read_study(name)["3_dpo_training"].variants
-    overrides += ["-p", "variants", json.dumps({n: {k: min(x, 4) if k == "steps" else x
+    overrides += ["-p", "variants", json.dumps({n: {k: min(x, 2) if k == "steps" else x
                                                     for k, x in v.items()}
                                                 for n, v in variants.items()})]
     if name == "tiny-selection":  # its pages show what no other study's do
@@ -34,7 +38,8 @@ def test_a_study_of_pairs_runs_whole(name, outputs, little_study, monkeypatch):
     read = params.read_study(name)
     found = {n: json.loads((outputs / name / n / "manifest.json").read_text())["metrics"]
              for n in read}
-    methods = list(read["3_dpo_training"].runs())
+    methods = (["bpo"] if name.startswith("tiny-length") else
+               list(read["3_dpo_training"].runs()))
     assert list(found["3_dpo_training"]["methods"]) == methods
     compared = found["4_qualitative_comparison"]
     assert list(compared["counterfactual"]) == ["base", *methods]
@@ -50,6 +55,9 @@ def test_a_study_of_pairs_runs_whole(name, outputs, little_study, monkeypatch):
         facts = found["3_dpo_training"]["methods"]
         assert all(facts[m]["matched"] for m in methods if m.startswith("bpo"))
         assert "sft_matched_reversed" in compared["differences"]["counterfactual"]
+    if name == "tiny-difficulty":
+        weights = [r["weight"] for k in pairs for r in k["rejected"]]
+        assert sum(weights) / len(weights) == pytest.approx(1, abs=1e-4) and len(set(weights)) > 9
     if name == "tiny-axes":
         assert {r["step"] for k in pairs for r in k["rejected"] if "step" in r} == {
             500, 600, 700, 800, 900, 999}
@@ -60,7 +68,7 @@ def test_a_study_of_pairs_runs_whole(name, outputs, little_study, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("tiny-alignment-rows", "tiny-large"))
+@pytest.mark.parametrize("name", ("tiny-alignment-rows", "tiny-large", "tiny-aligned-2x"))
 def test_a_study_beside_the_tiny_one_runs_whole(name, outputs, little_study, monkeypatch):
     shutil.copytree(little_study, outputs / "tiny")  # whose methods tiny-large sets beside a rival
     monkeypatch.setattr(__main__, "_execute", without_a_kernel)
@@ -73,7 +81,8 @@ def test_a_study_beside_the_tiny_one_runs_whole(name, outputs, little_study, mon
     found = {n: json.loads((outputs / name / n / "manifest.json").read_text())["metrics"]
              for n in read}
     compared = found["4_qualitative_comparison"]["counterfactual"]
-    assert ("rival" in compared) == ("rival" in found["5_benchmarks"]["benchmarks"]["pope"]) == (
-        name == "tiny-large")
+    assert ("rival" in compared) == (name == "tiny-large")
+    if name != "tiny-aligned-2x":
+        assert ("rival" in found["5_benchmarks"]["benchmarks"]["pope"]) == (name == "tiny-large")
     rows = json.loads((outputs / name / "0_tiny_world" / "preference" / "rows.json").read_text())
     assert len(rows) == 60 * (3 if name == "tiny-alignment-rows" else 2)

@@ -373,9 +373,9 @@ def test_several_samples_and_draws_give_several_candidates_and_one_is_kept(param
         assert len(set(groups)) == len(groups) // 2
     lines = pair_rows.read_pairs(result.folder / "pairs.jsonl")
     for line in lines:
-        modes = [r["mode"] for r in line["rejected"]]
-        assert len(set(modes)) == len(modes)
-        assert [r["mode"] for r in line["unselected"]] == modes
+        groups = [(r["mode"], r.get("step")) for r in line["rejected"]]
+        assert len(set(groups)) == len(groups)
+        assert [(r["mode"], r.get("step")) for r in line["unselected"]] == groups
     assert any(line["unselected"] != line["rejected"] for line in lines)
     drop = result.metrics["weakened"]["dropped"]
     assert drop["not selected"] > 0

@@ -124,7 +124,8 @@ def study(hostile_model, hostile_data, prompt_files, tmp_path_factory):
                               "max_new_tokens": 12, **prompt_files},
         "3_dpo_training": {"image_folder": str(hostile_data.parent), "steps": 2, "save_every": 1,
                            "methods": ["sft", "bpo"]},
-        "4_qualitative_comparison": {"splits": {"held_out": str(hostile_data)}, "resamples": 100},
+        "4_qualitative_comparison": {"splits": {"held_out": str(hostile_data)}, "resamples": 100,
+                                     "calibration_data": ""},
     }
     (root / "params" / "hostile").mkdir(parents=True)
     for name, values in made.items():

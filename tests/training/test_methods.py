@@ -13,6 +13,7 @@ from bpo.data import rows as data_rows
 from bpo.params import DPOTraining, Refusal, validate
 from bpo.study.files import write_lines
 from bpo.training import stage as train
+from bpo.training import trainers
 from bpo.training.packed import PackedDPOTrainer
 
 WRONG = {"weakened": "a big green box", "injected": "there is a dog on this"}
@@ -100,6 +101,23 @@ def test_a_reference_after_sft_starts_there_and_keeps_its_copy(run):
     assert first["logps/chosen"] > json.loads(
         (fresh.folder / "bpo" / "history.json").read_text())[0]["logps/chosen"]
     assert adapter(result, "bpo").keys() == adapter(fresh, "bpo").keys()
+
+
+def test_a_run_that_was_cut_off_goes_on_from_its_own_adapter_and_reference(run, monkeypatch):
+    settings = {"methods": ["sft_matched", "bpo"], "reference": "sft", "steps": 5}
+    whole = run(study="whole", **settings)
+
+    def cut(self, args, state, control, **kwargs):
+        if self.label == "bpo" and state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainers.Progress, "on_step_end", cut)
+        run(study="cut", **settings)
+    resumed = run(study="cut", **settings)
+    histories = [(r.folder / "bpo" / "history.json").read_text() for r in (whole, resumed)]
+    assert histories[0] == histories[1]
+    assert same(adapter(whole, "bpo"), adapter(resumed, "bpo"))
 
 
 def test_a_reference_after_sft_needs_that_sft(run):
