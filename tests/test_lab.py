@@ -153,7 +153,8 @@ def test_a_question_can_be_asked(lab):
     assert "is there a banana ?" in view.inner_text()
     names = view.locator("p .label").all_inner_texts()
     assert names[-8:] == ["base", *params.DPOTraining().runs()]
-    assert len(view.locator("p:has(> .label) > bdi").all_inner_texts()) == len(names)
+    answers = view.locator("p > .label + span").all_inner_texts()
+    assert len(list(filter(None, answers))) == len(names)
 
 
 @pytest.mark.parametrize("broken", ["a misspelt parameter", "a cell in the middle"])
