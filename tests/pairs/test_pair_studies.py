@@ -21,7 +21,7 @@ def test_a_study_of_pairs_runs_whole(name, outputs, little_study, monkeypatch):
     little = LITTLE | {"batch_pairs": 8, "device_batch": 8, "steps": 2}  # many methods: small steps
     overrides = [x for n, v in little.items() for x in ("-p", n, str(v))
                  if n not in ("noise_steps", "probe_rows")]
-    if name.startswith("tiny-length"):  # what they change is read, and what remains is the tiny study
+    if name.startswith("tiny-length"):  # what they change is in notebook 2
         overrides += ["-p", "methods", '["bpo"]']
     variants = params.read_study(name)["3_dpo_training"].variants
     overrides += ["-p", "variants", json.dumps({n: {k: min(x, 2) if k == "steps" else x
