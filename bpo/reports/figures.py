@@ -261,13 +261,6 @@ def histograms(values: dict[str, list[int]], *, xlabel: str, ylabel: str) -> Fig
     return fig
 
 
-def hatched(axes: Axes) -> None:
-    """Groups of bars differ in grey too."""
-    for bars, hatch in zip(axes.containers, ["", "///", "...", "xxx"], strict=False):
-        for bar in bars:
-            bar.set(hatch=hatch, edgecolor="white")
-
-
 def grid(rows: int, columns: int, *, width: float, height: float, **rest: Any
          ) -> tuple[Figure, list[Axes]]:
     theme()
