@@ -69,6 +69,10 @@ def dose_curves(frame: DataFrame, *, own_share: float) -> Figure:
         panel.axvline(own_share, color=figures.QUIET, linewidth=1.2, linestyle=(0, (2, 2)),
                       label="the alignment's own share")
         panel.set(title=title, xlabel="share of typical colours")
+        if where[0] == "kept":  # sources of rejected answers, which no other panel has
+            sources = set(measured[where]["method"])
+            panel.legend(handles=[x for x in panel.lines if x.get_label() in sources],
+                         frameon=False, fontsize=8)
         panel.set_xticks(sorted(frame["dose"].unique()))
     for panel in panels[len(titles):]:
         panel.set_axis_off()
