@@ -246,13 +246,31 @@ class TinyWorld(Parameters):
                    "image_partner while preference_rows is alignment")
 
 
-class PriorOrigin(Parameters):
+class Worlds(Parameters):
+    """What notebooks share that build worlds of several seeds."""
+
+    repeats: Count = field(3, "seeds: the study's own and those that follow it")
+    text_documents: int = field(22000, "documents of the text corpus", ge=700)
+    alignment_images: Count = field(1000, "images of the alignment phase")
+    tower_steps: Count = field(1000, "steps of teaching the vision tower")
+    text_steps: Count = field(900, "steps of text pretraining")
+    caption_steps: Count = field(300, "alignment steps on captions alone")
+    mixed_steps: Count = field(350, "alignment steps on all questions")
+    resamples: Resamples = field(2000, "bootstrap resamples over images")
+
+    def of(self, schema: type[Parameters], **more: Any) -> Any:
+        """A notebook's parameters: as this study says, and the tiny study's where it says nothing.
+        """
+        shared = schema.model_fields.keys() & type(self).model_fields.keys() - {"study", "seed"}
+        return schema(**{n: getattr(self, n) for n in shared} | more)
+
+
+class PriorOrigin(Worlds):
     """Worlds of every text level with every image level."""
 
     notebook: ClassVar[str] = "6_where_the_prior_comes_from"
 
     study: StudyName = field("tiny-prior", "name of the study: its folder below outputs/")
-    repeats: Count = field(3, "seeds: the study's own and those that follow it")
     text_levels: Levels = field(
         {"uniform": [0.125, 0.106], "biased": [0.95, 0.9]}, "name, share of typical colours, share "
         "of objects with their partner in the text; the level with the most typical colours is "
@@ -262,16 +280,10 @@ class PriorOrigin(Parameters):
         "the same of the alignment images")
     text_documents: int = field(22000, "documents drawn for the text corpus, of which those about "
                                 "rewriting are left out", ge=700)
-    alignment_images: Count = field(1000, "images of the alignment phase")
-    tower_steps: Count = field(1000, "steps of teaching the vision tower")
-    text_steps: Count = field(900, "steps of text pretraining")
-    caption_steps: Count = field(300, "alignment steps on captions alone")
-    mixed_steps: Count = field(350, "alignment steps on all questions")
     images: Count = field(200, "counterfactual images, the same for all worlds of a seed")
     noise_steps: NoiseSteps = field([0, 300, 500, 600, 700, 800, 900, 999], "diffusion steps at "
                                     "which to look; 0 is the clean image")
     draws: Count = field(1, "noise draws for each image and step")
-    resamples: Resamples = field(2000, "bootstrap resamples over images")
 
 
 class Checkpoint(Parameters):
@@ -412,7 +424,8 @@ class DPOTraining(Checkpoint):
         list(METHODS), "methods to train, one adapter each, by their names in notebook 3's table")
     variants: dict[VariantName, dict[str, Any]] = field(
         {"bpo_dpo_alone": {"method": "bpo", "loss": ["sigmoid"], "loss_weights": [1.0],
-                           "learning_rate": 1e-4}}, "methods to train with other settings too: a name, its method, and what differs, such "
+                           "learning_rate": 1e-4}},
+        "methods to train with other settings too: a name, its method, and what differs, such "
         "as {bpo_strict: {method: bpo, beta: 0.3}}")
     steps: Natural = field(80, "optimizer steps of every method; 0: what epochs gives")
     epochs: Positive = field(2.0, "passes over the pairs of bpo, used when steps is 0")
@@ -569,30 +582,22 @@ class Benchmarks(Tuned):
             yield "judge_model: must be named when judge is"
 
 
-class DoseResponse(Parameters):
+class DoseResponse(Worlds):
     """Worlds of several seeds; in each, preference rows of every dose; on these, the methods."""
 
     notebook: ClassVar[str] = "8_dose_and_response"
 
     study: StudyName = field("tiny-dose", "name of the study: its folder below outputs/")
-    repeats: Count = field(3, "seeds: the study's own and those that follow it")
     doses: Annotated[list[Fraction], Field(min_length=2), AfterValidator(_distinct)] = field(
         [0.0, 0.25, 0.5, 0.77, 0.95], "shares of typical colours among the preference rows; "
         "partners as often, in proportion")
     methods: Annotated[list[Method], *DISTINCT] = field(
         ["sft_matched", "sft_matched_weaken", "bpo", "bpo_weaken"], "methods to train, by their "
         "names in notebook 3's table")
-    text_documents: int = field(22000, "documents of the text corpus", ge=700)
-    alignment_images: Count = field(1000, "images of the alignment phase")
     preference_images: Count = field(1000, "images of the preference rows of a dose")
     test_images: EvenCount = field(400, "counterfactual images for reporting")
     natural_images: EvenCount = field(200, "natural images for reporting")
-    tower_steps: Count = field(1000, "steps of teaching the vision tower")
-    text_steps: Count = field(900, "steps of text pretraining")
-    caption_steps: Count = field(300, "alignment steps on captions alone")
-    mixed_steps: Count = field(350, "alignment steps on all questions")
     steps: Count = field(80, "optimizer steps of every method")
-    resamples: Resamples = field(2000, "bootstrap resamples over images")
 
     def conflicts(self) -> Iterator[str]:
         for method in self.methods:

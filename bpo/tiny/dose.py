@@ -19,7 +19,6 @@ from bpo.params import (
     DoseResponse,
     DPOTraining,
     PairGeneration,
-    Parameters,
     QualitativeComparison,
     TinyWorld,
 )
@@ -86,18 +85,11 @@ def run(p: DoseResponse) -> stages.Result:
     return stages.stage(p, lambda folder: _work(p, folder), inputs={})
 
 
-def settings(p: DoseResponse, schema: type[Parameters], study: str, seed: int, **more: Any
-             ) -> Any:
-    """A notebook's parameters: as this study says, and the tiny study's where it says nothing."""
-    shared = schema.model_fields.keys() & DoseResponse.model_fields.keys() - {"study", "seed"}
-    return schema(**{n: getattr(p, n) for n in shared} | {"study": study, "seed": seed} | more)
-
-
 def _work(p: DoseResponse, folder: Path) -> dict[str, Any]:
     frames = []
     for seed in range(p.seed, p.seed + p.repeats):
         world = f"{p.study}-world{seed}"
-        tiny.run(settings(p, TinyWorld, world, seed, preference_doses=p.doses))
+        tiny.run(p.of(TinyWorld, study=world, seed=seed, preference_doses=p.doses))
         frames += [_one_dose(p, world, seed, dose).assign(seed=seed, dose=dose)
                    for dose in p.doses]
     measured = pandas.concat(frames, ignore_index=True)
@@ -111,15 +103,15 @@ def _work(p: DoseResponse, folder: Path) -> dict[str, Any]:
 def _one_dose(p: DoseResponse, world: str, seed: int, dose: float) -> DataFrame:
     """The results of notebooks 2 to 4 on a world's preference rows of a dose."""
     study, place = f"{world}-{dose:g}", f"outputs/{world}/0_tiny_world"
-    model, rows = {"model": f"{place}/model"}, f"{place}/{data.dosed(dose)}"
-    pairs.run(settings(p, PairGeneration, study, seed, **model, data=f"{rows}/rows.json",
-                       text_model=f"{place}/language_model", score_candidates=False,
-                       describe_prompt=f"{place}/prompts/describe.txt",
-                       question_prompt=f"{place}/prompts/question.txt"))
-    training.run(settings(p, DPOTraining, study, seed, **model, image_folder=rows,
-                          variants={}))
-    comparison.run(settings(
-        p, QualitativeComparison, study, seed, **model,
+    rows = f"{place}/{data.dosed(dose)}"
+    shared = {"study": study, "seed": seed, "model": f"{place}/model"}
+    pairs.run(p.of(PairGeneration, **shared, data=f"{rows}/rows.json", score_candidates=False,
+                   text_model=f"{place}/language_model",
+                   describe_prompt=f"{place}/prompts/describe.txt",
+                   question_prompt=f"{place}/prompts/question.txt"))
+    training.run(p.of(DPOTraining, **shared, image_folder=rows, variants={}))
+    comparison.run(p.of(
+        QualitativeComparison, **shared,
         splits={s: f"{place}/{s}/rows.json" for s in ("counterfactual", "natural")},
         calibration_data=f"{place}/development/rows.json"))
     frame = results.of_study(study)

@@ -100,16 +100,9 @@ def draw_images(p: PriorOrigin, seed: int
             p.alignment_images, seed=seed, purpose="alignment", seen=seen_here)
         seen |= seen_here
     counterfactual = functools.partial(world.counterfactual_scene,
-                                       partner=settings(p, seed).image_partner)
+                                       partner=TinyWorld().image_partner)
     return aligned, data.draw_scenes(counterfactual, p.images, seed=seed,
                                      purpose="counterfactual", seen=seen)
-
-
-def settings(p: PriorOrigin, seed: int) -> TinyWorld:
-    """How a world is built: as the study says, and as the tiny study's where it says nothing."""
-    shared = TinyWorld.model_fields.keys() & PriorOrigin.model_fields.keys() - {"study", "seed"}
-    return TinyWorld(seed=seed, preference_images=p.alignment_images,
-                     **{name: getattr(p, name) for name in shared})
 
 
 def _one_seed(p: PriorOrigin, folder: Path, seed: int) -> None:
@@ -117,7 +110,7 @@ def _one_seed(p: PriorOrigin, folder: Path, seed: int) -> None:
     waiting = [k for k in keys(p) if k[0] == seed and not _file(folder, *k).is_file()]
     if not waiting:
         return
-    tiny = settings(p, seed)
+    tiny = p.of(TinyWorld, seed=seed)
     aligned, scenes = draw_images(p, seed)
     processor = model.build_processor()
     seeing, tower = training.seeing_model(processor, tiny)
