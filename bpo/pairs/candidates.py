@@ -6,7 +6,7 @@ order of rows.jsonl, made through `shards`; which candidates become rejected is 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -132,31 +132,33 @@ class Candidates(Sequence):
         return [{"id": r.id, "texts": t} for r, t in zip(requests, texts, strict=True)]
 
     def _weaken(self, view: View) -> None:
-        def prepare(batch: np.ndarray) -> tuple[list[Request], dict[str, torch.Tensor]]:
-            requests = [self.request(number, view) for number in batch.tolist()]
-            return requests, generate.encode_branches(self._reader, requests, view,
-                                                      seed=self.p.seed)
-
-        budget = self.p.batch_tokens // (self.p.weaken_samples * (1 + view.two_branches))
-        shards.run(self.folder / f"weakened-{view.name}.jsonl",
-                   lambda: shards.by_budget(*self._lengths, budget),
-                   lambda prepared: self.answers(self.model, *prepared, view),
-                   prepare=prepare, label=f"weakened, {view.name}")
+        self._ask(f"weakened-{view.name}", view,
+                  lambda prepared: self.answers(self.model, *prepared, view),
+                  sequences=self.p.weaken_samples * (1 + view.two_branches))
 
     def _answer_clean(self) -> None:
         """Writes clean.jsonl: {id, text} a row, the likeliest answer to its clean image."""
-        def prepare(batch: np.ndarray) -> tuple[list[Request], dict[str, torch.Tensor]]:
-            requests = [self.request(number, None) for number in batch.tolist()]
-            return requests, generate.encode_batch(self._reader, requests)
-
         def work(prepared: tuple) -> list[dict[str, Any]]:
             requests, inputs = prepared
             texts = generate.decode(self.model, inputs, max_new_tokens=self.p.max_new_tokens)
             return [{"id": r.id, "text": t} for r, t in zip(requests, texts, strict=True)]
 
-        shards.run(self.folder / "clean.jsonl",
-                   lambda: shards.by_budget(*self._lengths, self.p.batch_tokens), work,
-                   prepare=prepare, label="answers to clean images")
+        self._ask("clean", None, work)
+
+    def _ask(self, name: str, view: View | None, work: Callable[[tuple], list[dict[str, Any]]], *,
+             sequences: int = 1) -> None:
+        """Writes NAME.jsonl: what `work` makes of each batch of questions, requests and inputs.
+
+        sequences: decoded at once for each row.
+        """
+        def prepare(batch: np.ndarray) -> tuple[list[Request], dict[str, torch.Tensor]]:
+            requests = [self.request(number, view) for number in batch.tolist()]
+            return requests, generate.encode_branches(self._reader, requests, view,
+                                                      seed=self.p.seed)
+
+        shards.run(self.folder / f"{name}.jsonl",
+                   lambda: shards.by_budget(*self._lengths, self.p.batch_tokens // sequences), work,
+                   prepare=prepare, label=f"answers, {name}")
 
     @cached_property
     def _lengths(self) -> tuple[np.ndarray, np.ndarray]:
