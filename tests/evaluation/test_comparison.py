@@ -478,3 +478,16 @@ def test_the_gallery_shows_what_is_against_the_habit_beside_seed_drawn_questions
         assert x["usual"] not in ("", x["truth"]) and list(x["answers"]) == ["base", "sft", "bpo"]
         assert x["answers"]["base"]["kind"] == "prior"
         assert all(0 <= p <= 1 for a in x["answers"].values() for p in a["chances"])
+
+
+def test_a_method_is_set_against_the_sft_on_its_own_positives_alone():
+    methods = ("base", "sft_matched", "sft_matched_weaken", "bpo", "bpo_weaken")
+    counted = {m: [(str(image), {"cover": (n + image, 10)}) for image in range(4)]
+               for n, m in enumerate(methods)}
+    _, differences = comparison.scored(
+        counted, ["cover"], seed=0, resamples=100,
+        matched={"bpo": "sft_matched", "bpo_weaken": "sft_matched_weaken"})
+    assert {against: set(of) for against, of in differences.items()} == {
+        "base": set(methods[1:]), "sft_matched": {"base", "sft_matched_weaken", "bpo"},
+        "sft_matched_weaken": {"bpo_weaken"}}
+    assert differences["sft_matched_weaken"]["bpo_weaken"]["cover"]["value"] == pytest.approx(0.2)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
@@ -15,6 +16,7 @@ from bpo.study.files import write_lines
 from bpo.training import stage as train
 from bpo.training import trainers
 from bpo.training.packed import PackedDPOTrainer
+from bpo.training.packed import rows as packed_rows
 
 WRONG = {"weakened": "a big green box", "injected": "there is a dog on this"}
 
@@ -128,8 +130,6 @@ def test_a_reference_after_sft_needs_that_sft(run):
 # --- weights ------------------------------------------------------------------------------------
 
 def trainer(rows, folder, model_folder, processor, **settings):
-    from datasets import Dataset
-
     config = DPOConfig(str(folder), per_device_train_batch_size=len(rows), max_length=None,
                        report_to=[], use_cpu=True, **settings)
     return PackedDPOTrainer(
@@ -166,3 +166,9 @@ def test_an_objective_that_cannot_weigh_pairs_says_which_can(rows, model_folder,
     weighed = [r | {"weight": 2.0} for r in rows]
     with pytest.raises(ValueError, match="hinge cannot weigh pairs: .* or use sigmoid, sft"):
         trainer(weighed, tmp_path, model_folder, processor, loss_type=["hinge"])
+
+
+def test_weights_do_not_part_the_pairs_of_a_positive(rows):
+    weighed = [r | {"weight": float(n)} for n, r in enumerate(rows)]
+    groups = [packed_rows.positives(Dataset.from_list(k)) for k in (rows, weighed)]
+    assert groups[0] == groups[1] == [[0, 1], [2], [3], [4]]
