@@ -43,6 +43,9 @@ def seeded(study, gain, *, seed=0, metrics=("chair_i", "cover", "p_true")):
     results.write(stages.stage_folder(study, "1_noise_probability"), [
         Result("step 999", "noise", "base", "step 0", f"p_{n}", level(v, p=0.001,
                                                                       more_is_better=v < 0))
+        for n, v in (("true", -0.2), ("prior", 0.2))] + [  # of which no claim speaks
+        Result("step 999", "fade", "base", "step 0", f"p_{n}", level(-v, p=0.001,
+                                                                     more_is_better=v < 0))
         for n, v in (("true", -0.2), ("prior", 0.2))])
     rows = []
     for metric in metrics:

@@ -223,7 +223,7 @@ def positives(dataset: Dataset) -> list[list[int]]:
     """
     groups: dict[str, list[int]] = {}
     for number, row in enumerate(_stored(dataset)):
-        for name in ("rejected", "rejected_ids", "weight"):
+        for name in ("rejected", "rejected_ids"):
             row.pop(name, None)
         groups.setdefault(digest(list(row.items())), []).append(number)
     return list(groups.values())
