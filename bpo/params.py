@@ -533,6 +533,10 @@ class QualitativeComparison(Tuned):
         "questions say how confident each method is; empty: no base as confident as it is")
     image_folder: str = field("", "folder of the images; empty: the data file's own")
     rows: Natural = field(0, "rows of each split, drawn by seed; 0: all")
+    noise_rows: Natural = field(150, "rows of the first split, drawn as notebook 1 draws them, whose "
+                                "answers are weighed again under noise; 0: none")
+    noise_steps: NoiseSteps = field(
+        [0, 200, 400, 600, 800, 999], "diffusion steps at which they are; 0 is the clean image")
     max_new_tokens: Count = field(40, "longest generated answer, in tokens")
     batch_size: Count = field(128, "rows decoded together")
     resamples: Resamples = field(2000, "bootstrap resamples over images")

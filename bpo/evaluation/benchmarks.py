@@ -21,7 +21,7 @@ from bpo.evaluation import comparison, diagnostics, judged, metrics, official, w
 from bpo.evaluation.judged import KNOWN, Judged, JudgedQuestion
 from bpo.evaluation.official import Benchmark, Question
 from bpo.models import checkpoint as checkpoints
-from bpo.models import encoding, generate, logprobs
+from bpo.models import encoding, generate, logprobs, tuned
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.endpoint import Endpoint
 from bpo.models.generate import Request
@@ -46,7 +46,7 @@ CALIBRATION: results.Metrics = {"brier": ("Brier score", "calibration", False),
 def run(p: Benchmarks) -> stages.Result:
     """The stage of notebook 5: answers-<benchmark>.jsonl, a line a question with all answers, and
     probed.jsonl, the annotated answers weighed with other images."""
-    inputs = comparison.checkpoint_folders(p)
+    inputs = tuned.checkpoint_folders(p)
     for name, benchmark in chosen(p).items():
         folder = p.path(p.folders[name])
         if stages.owning_stage(folder) is None:  # else the stage tells better what is missing
@@ -80,7 +80,7 @@ def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
     def ask(checkpoint: Checkpoint, methods: list[str], stem: str) -> dict[str, list[dict]]:
         lines = {name: _answers(p, folder, checkpoint, methods, KNOWN[name], asked, stem=stem)
                  for name, asked in questions.items()}
-        if stem == comparison.RIVAL:
+        if stem == tuned.RIVAL:
             return lines
         probed = _probed(p, folder, checkpoint, methods)
         # last: it may leave the model in another number format
@@ -90,8 +90,8 @@ def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
             batch_size=p.batch_size, seed=p.seed)
         return {**lines, PROBED: probed}
 
-    methods, lines = comparison.answered(p, ask)
-    found["image"] = _gained(p, lines.pop(PROBED), [m for m in methods if m != comparison.RIVAL])
+    methods, lines = tuned.answered(p, ask)
+    found["image"] = _gained(p, lines.pop(PROBED), [m for m in methods if m != tuned.RIVAL])
     for name, benchmark in chosen(p).items():
         asked = questions[name]
         found["settings"][name] = {
@@ -107,7 +107,7 @@ def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
             continue
         found["benchmarks"][name], found["differences"][name] = comparison.scored(
             counted, benchmark.metrics, seed=p.seed, resamples=p.resamples, made=benchmark.combined,
-            matched=comparison.matched(p))
+            matched=tuned.matched(p))
     found["calibration"] = _calibrated(p, lines, methods)
     results.write(folder, tidy(found))
     return found
@@ -239,7 +239,7 @@ def _calibrated(p: Benchmarks, lines: Mapping[str, Sequence[dict]], methods: Seq
             {m: [(x["image"], diagnostics.yes_no_counts(x["p_yes"][m], x["label"] == "yes"))
                  for x in asked] for m in methods},
             ("brier", "mean_p_yes"), seed=p.seed, resamples=p.resamples,
-            matched=comparison.matched(p))
+            matched=tuned.matched(p))
         weights = metrics.bootstrap_weights(
             len({x["image"] for x in asked}), p.resamples,
             seeds.numpy_generator(p.seed, "comparison interval"))
@@ -276,7 +276,7 @@ def _gained(p: Benchmarks, lines: Sequence[dict], methods: Sequence[str]) -> dic
                  or n.partition("_")[2] in kinds]
         values, differences = comparison.scored(
             {m: [(x["image"], diagnostics.gains(x, m)) for x in mine] for m in methods},
-            names, seed=p.seed, resamples=p.resamples, matched=comparison.matched(p))
+            names, seed=p.seed, resamples=p.resamples, matched=tuned.matched(p))
         out[category] = {"values": values, "differences": differences}
     return out
 

@@ -6,8 +6,7 @@ Without one, only what needs no truth is measured: length, and how many answers 
 """
 
 import functools
-import gc
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,13 @@ import torch
 from bpo.data import files, images
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
-from bpo.evaluation import diagnostics, hallucination, metrics
+from bpo.evaluation import diagnostics, hallucination, metrics, under_noise
 from bpo.evaluation import words as vocabulary
 from bpo.models import checkpoint as checkpoints
-from bpo.models import encoding, generate, logprobs
+from bpo.models import encoding, generate, logprobs, tuned
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
-from bpo.params import QualitativeComparison, Refusal, Tuned
+from bpo.params import QualitativeComparison, Refusal
 from bpo.study import results, seeds, shards
 from bpo.study import stage as stages
 from bpo.study.files import to_json, write_whole
@@ -49,15 +48,16 @@ METRICS: results.Metrics = {  # their category is that of the question
     "changed": ("answers that differ from base", "any", None),
     **diagnostics.SHARPENING,
 }
-RIVAL = "rival"  # the name under which a second, untuned checkpoint answers
 # What a method is compared with, where it was trained.
-BASELINES = ("base", "sft", "sft_matched", "sft_compute", "bpo_unselected", "bpo_noisy", RIVAL)
+BASELINES = ("base", "sft", "sft_matched", "sft_compute", "bpo_unselected", "bpo_noisy",
+             tuned.RIVAL)
 CALIBRATION = "calibration"
+NOISED = "/"  # no split is called so
 
 
 def run(p: QualitativeComparison) -> stages.Result:
     """The stage of notebook 4: answers-<split>.jsonl, a line a question with all answers."""
-    inputs = checkpoint_folders(p)
+    inputs = tuned.checkpoint_folders(p)
     for split, data in _data(p).items():
         inputs[split] = p.path(data)
         if truth := data_rows.truth_file(inputs[split]):
@@ -78,16 +78,18 @@ def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
     for split, (_, _, skipped) in splits.items():
         if skipped:
             write_whole(folder / f"rows_skipped-{split}.json", to_json(skipped, indent=1))
-    methods, lines = answered(p, lambda checkpoint, names, stem: {
-        split: _answers(p, folder / f"{stem}-{split}.jsonl", checkpoint, names, rows, truth)
-        for split, (rows, truth, _) in splits.items()})
+    methods, lines = tuned.answered(p, lambda checkpoint, names, stem: {
+        NOISED: under_noise.weigh(p, folder, checkpoint, names, stem),
+        **{split: _answers(p, folder / f"{stem}-{split}.jsonl", checkpoint, names, rows, truth)
+           for split, (rows, truth, _) in splits.items()}})
+    noised = lines.pop(NOISED)
     temperatures = diagnostics.matched_temperatures(lines.pop(CALIBRATION, []), methods)
     levels, differences, table = {}, {}, []
     for split, mine in lines.items():
         truth = splits[split][1]
         beyond = diagnostics.sharpen(mine, temperatures, seed=p.seed, resamples=p.resamples)
         levels[split], differences[split] = score(mine, truth, methods, seed=p.seed,
-                                                  resamples=p.resamples, matched=matched(p))
+                                                  resamples=p.resamples, matched=tuned.matched(p))
         won = wins(mine, truth, methods[1:], seed=p.seed, resamples=p.resamples)
         table += [*results.compared(split, levels[split], differences[split], METRICS),
                   *results.compared(split, {}, beyond, diagnostics.AMONG),
@@ -96,37 +98,13 @@ def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
                   *(Result(split, "sharpening", m, "", "temperature", Estimate(t))
                     for m, t in temperatures.items())]
         differences[split] |= beyond
+    if noised:
+        steps = under_noise.metrics(p.noise_steps)
+        table += results.compared(under_noise.main_split(p), *scored(
+            {m: [(x["image"], under_noise.counts(x, m)) for x in noised] for m in methods}, steps,
+            seed=p.seed, resamples=p.resamples, matched=tuned.matched(p)), steps)
     results.write(folder, table)
     return {**levels, "differences": differences, "temperatures": temperatures}
-
-
-def checkpoint_folders(p: Tuned) -> dict[str, Path]:
-    """What a stage of `answered` reads of models, as its inputs."""
-    named = {"model": p.model, "adapters": p.adapters, RIVAL: p.rival}
-    return {name: p.path(folder) for name, folder in named.items() if folder}
-
-
-def answered(p: Tuned, work: Callable[[Checkpoint, list[str], str], dict[str, list[dict]]]
-             ) -> tuple[list[str], dict[str, list[dict]]]:
-    """All methods, and lines by name with what all of them say; the rival is loaded when the base
-    and its adapters are out of memory.
-
-    work: (checkpoint, methods, stem of its files) -> name -> lines, each with dicts by method.
-    """
-    def first() -> tuple[list[str], dict[str, list[dict]]]:  # what it loads goes when it returns
-        checkpoint, names = load_methods(p)
-        return names, work(checkpoint, names, "answers")
-
-    methods, lines = first()
-    if not p.rival:
-        return methods, lines
-    gc.collect()
-    torch.cuda.empty_cache()
-    rival = checkpoints.load(p.path(p.rival), precision=p.precision, transform=p.image_transform)
-    for name, more in work(rival, [RIVAL], RIVAL).items():
-        lines[name] = [{n: v | other[n] if isinstance(v, dict) else v for n, v in line.items()}
-                       for line, other in zip(lines[name], more, strict=True)]
-    return ["base", RIVAL, *methods[1:]], lines
 
 
 def main_split(frame: "DataFrame") -> str:
@@ -144,34 +122,6 @@ def read_split(p: QualitativeComparison, split: str
         data, p.optional_path(p.image_folder), count=p.rows, seed=p.seed, purpose=f"{split} rows",
         special=encoding.special_in(p.path(p.model)))
     return rows, data_rows.read_truth(data), dict(sorted(skipped.items()))
-
-
-def load_methods(p: QualitativeComparison) -> tuple[Checkpoint, list[str]]:
-    """The base model with one named adapter a method, and the names, "base" first.
-
-    Methods come in the order in which notebook 3 trained them; raises Refusal if there is none.
-    """
-    adapters = p.path(p.adapters)
-    names = [f.parent.parent.name for f in sorted(adapters.glob("*/adapter/adapter_config.json"))]
-    if not names:
-        raise Refusal(f"{adapters}: there are no adapters (METHOD/adapter/adapter_config.json); "
-                      "notebook 3_dpo_training writes them")
-    if (adapters / stages.MANIFEST).is_file():
-        order = list(stages.read_manifest(adapters)["metrics"]["methods"])
-        names.sort(key=lambda n: order.index(n) if n in order else len(order))
-    base = checkpoints.load(p.path(p.model), precision=p.precision, transform=p.image_transform)
-    tuned = checkpoints.load_adapters(base, {n: adapters / n / "adapter" for n in names})
-    return tuned, ["base", *names]
-
-
-def matched(p: QualitativeComparison) -> dict[str, str]:
-    """DPO method -> the SFT on its own positives, as notebook 3 trained them; empty for adapters
-    from elsewhere."""
-    folder = p.path(p.adapters)
-    if not (folder / stages.MANIFEST).is_file():
-        return {}
-    return {m: facts["matched"] for m, facts in stages.read_manifest(folder)["metrics"][
-        "methods"].items() if "matched" in facts}
 
 
 def _answers(p: QualitativeComparison, file: Path, checkpoint: Checkpoint, methods: Sequence[str],

@@ -31,6 +31,7 @@ from bpo.study.files import read_lines, to_json, write_whole
 from bpo.study.results import Estimate, Result
 
 LOOKS = "looks.jsonl"
+CANDIDATES = "candidates.json"
 RESAMPLES = 2000
 KINDS = ("true", "prior")
 NOISE = "noisy"  # the way of weakening that notebook 1 is about
@@ -65,50 +66,54 @@ def run(p: NoiseProbability) -> stages.Result:
 def work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
     """Writes the looks and answers of notebook 1 into a folder, and returns its metrics."""
     data = p.path(p.data)
-    rows, skipped = listed(p)
-    rows = [r for r in rows if not p.category or r.category == p.category]
-    if p.question:
-        rows = [asked(p, r) for r in {r.image: r for r in reversed(rows)}.values()]
+    rows, left_out = to_look_at(p)
     if not rows:
-        raise Refusal(f"{data}: no row has the category {p.category!r}; set category to an empty "
-                      "text to use all")
-    rows, bad = data_rows.open_images(
-        data_rows.draw_rows(rows, p.rows, p.seed, purpose="probe rows"))
-    if not rows:
-        raise Refusal(f"{data}: no image can be used: {bad}")
+        raise Refusal(f"{data}: no row of the category {p.category!r} can be used ({left_out}); "
+                      "set category to an empty text to use all")
     checkpoint = checkpoints.load(p.path(p.model), precision=p.precision,
                                   transform=p.image_transform)
-    candidates, unused = _candidates(p, checkpoint, rows)
+    candidates, unused = candidate_answers(p, checkpoint, rows)
     rows = [r for r in rows if r.id in candidates]
     if not rows:
         raise Refusal(f"{data}: no row is left to analyse: {data_rows.Reasons() + unused}")
-    write_whole(folder / "candidates.json", to_json(candidates, indent=1))
-    looks = _looks(p, rows, NOISE)
+    write_whole(folder / CANDIDATES, to_json(candidates, indent=1))
     with torch.no_grad():
-        score = logprobs.choose(checkpoint, _encode(p, checkpoint, looks[:4]),
-                                _answer_ids(checkpoint, looks[:4], candidates))
+        some = looks_at(p, rows, NOISE)[:4]
+        score = logprobs.choose(checkpoint, encode(p, checkpoint, some),
+                                answer_ids(checkpoint, some, candidates))
     sampled = {r.id for r in rows[:p.sampled_answers]}
 
-    def seen(file: str, looks: Sequence[Look]) -> list[dict]:
+    def seen(file: str, way: str) -> list[dict]:
         return shards.run_on(
-            folder / file, looks, p.batch_size,
+            folder / file, looks_at(p, rows, way), p.batch_size,
             lambda batch: look(p, checkpoint, batch, candidates, score=score, sampled=sampled),
-            label=f"steps, {looks[0].way}")
+            label=f"steps, {way}")
 
-    lines = seen(LOOKS, looks)
+    lines = seen(LOOKS, NOISE)
     curves = summary(lines, p.noise_steps, seed=p.seed)
     clean = [x for x in lines if x["step"] == 0]  # the same image whatever weakens it later
-    others = {way: summary(clean + seen(f"looks-{way}.jsonl", _looks(p, rows, way)), p.noise_steps,
-                           seed=p.seed) for way in p.other_ways}
+    others = {way: summary(clean + seen(f"looks-{way}.jsonl", way), p.noise_steps, seed=p.seed)
+              for way in p.other_ways}
     results.write(folder, [*tidy(curves, images=len(rows)),
                            *(r for way, found in others.items()
                              for r in tidy(found, images=len(rows), way=way))])
     return {**curves, "other_ways": others, "images": len(rows),
             "prefix_shared": score is logprobs.weigh,
-            "rows_skipped": dict(sorted((skipped + bad + unused).items()))}
+            "rows_skipped": dict(sorted((left_out + unused).items()))}
 
 
-def _looks(p: NoiseProbability, rows: Sequence[Row], way: str) -> list[Look]:
+def to_look_at(p: NoiseProbability) -> tuple[list[Row], data_rows.Reasons]:
+    """The rows to analyse, drawn by seed, and why others are left out."""
+    rows, skipped = listed(p)
+    rows = [r for r in rows if not p.category or r.category == p.category]
+    if p.question:
+        rows = [asked(p, r) for r in {r.image: r for r in reversed(rows)}.values()]
+    rows, bad = data_rows.open_images(
+        data_rows.draw_rows(rows, p.rows, p.seed, purpose="probe rows"))
+    return rows, skipped + bad
+
+
+def looks_at(p: NoiseProbability, rows: Sequence[Row], way: str) -> list[Look]:
     """A row's looks stay together. The clean image, step 0, is looked at once, with the noise."""
     draws = p.draws if WEAKENINGS[way].drawn else 1
     steps = p.noise_steps if way == NOISE else p.noise_steps[1:]
@@ -129,8 +134,8 @@ def asked(p: NoiseProbability, row: Row) -> Row:
     return replace(row, prompt=prompt) if p.question else row
 
 
-def _candidates(p: NoiseProbability, checkpoint: Checkpoint, rows: Sequence[Row]
-                ) -> tuple[dict[str, dict[str, list[str]]], Counter]:
+def candidate_answers(p: NoiseProbability, checkpoint: Checkpoint, rows: Sequence[Row]
+                      ) -> tuple[dict[str, dict[str, list[str]]], Counter]:
     """row id -> {"true": answers, "prior": answers}, and why rows have none.
 
     They are the user's; or the truth file's; or, where nobody knows the prior's answer, the
@@ -156,8 +161,8 @@ def _candidates(p: NoiseProbability, checkpoint: Checkpoint, rows: Sequence[Row]
     return {r.id: candidates[r.id] for r in rows if r.id in candidates}, unused
 
 
-def _encode(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look]
-            ) -> dict[str, torch.Tensor]:
+def encode(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look]
+           ) -> dict[str, torch.Tensor]:
     """A batch of prompts with weakened images. A draw uses the same eps at every step, so that a
     curve along the steps does not wander with the draw."""
     if batch[0].way != NOISE:
@@ -173,8 +178,9 @@ def _encode(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look]
         seeds.torch_generator(p.seed, "probe noise", x.row.id, x.draw))} for x in batch])
 
 
-def _answer_ids(checkpoint: Checkpoint, batch: Sequence[Look], candidates: dict
-                ) -> list[list[list[int]]]:
+def answer_ids(checkpoint: Checkpoint, batch: Sequence[Look], candidates: dict
+               ) -> list[list[list[int]]]:
+    """The tokens of each look's candidates, the true ones first."""
     return [[encoding.answer_tokens(checkpoint, x.row.prompt, text)
              for kind in KINDS for text in candidates[x.row.id][kind]] for x in batch]
 
@@ -184,11 +190,11 @@ def look(p: NoiseProbability, checkpoint: Checkpoint, batch: Sequence[Look], can
          score: logprobs.Scorer, sampled: set[str]) -> list[dict]:
     """A line of looks.jsonl for each look, logps in nats. sampled: ids of the rows for whose first
     draw an answer is sampled, from the model as it is (temperature 1)."""
-    ids = _answer_ids(checkpoint, batch, candidates)
-    weighed = score(checkpoint, _encode(p, checkpoint, batch), ids)
+    ids = answer_ids(checkpoint, batch, candidates)
+    weighed = score(checkpoint, encode(p, checkpoint, batch), ids)
     spoken = [x for x in batch if x.row.id in sampled and x.draw == 0]
     texts = generate.decode(
-        checkpoint, _encode(p, checkpoint, spoken), max_new_tokens=p.max_new_tokens,
+        checkpoint, encode(p, checkpoint, spoken), max_new_tokens=p.max_new_tokens,
         sampling=generate.SeededSampling(
             [seeds.torch_generator(p.seed, "probe answer", x.id) for x in spoken],
             temperature=1.0, top_p=1.0)) if spoken else []
@@ -271,7 +277,7 @@ def tidy(curves: Mapping[str, Any], *, images: int, way: str = "noise") -> list[
 def load(result: stages.Result) -> tuple[list[dict], dict[str, dict[str, list[str]]]]:
     """The looks and the candidates of a finished stage."""
     return (read_lines(result.folder / "looks.jsonl"),
-            json.loads((result.folder / "candidates.json").read_text(encoding="utf-8")))
+            json.loads((result.folder / CANDIDATES).read_text(encoding="utf-8")))
 
 
 def example(p: NoiseProbability, result: stages.Result) -> dict[str, Any]:

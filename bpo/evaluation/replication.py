@@ -21,12 +21,12 @@ FEWEST = 3  # seeds: two give an interval that says nothing
 MOST = 1000  # seeds that a power is looked for in
 TABLE = "replication.csv"
 # The metrics that tables over seeds use, with the first of each benchmark that a judge scores.
-STORED = {"chair_i", "cover", "colour_accuracy", "p_true", "p_prior", "pope_adversarial",
-          "pope_random", "words", "wins", "brier",
+STORED = {"chair_i", "cover", "colour_accuracy", "p_true", "p_prior", "prior_rate",
+          "pope_adversarial", "pope_random", "words", "wins", "brier",
           *(claims.BENCHMARKS.get(n, [next(iter(benchmarks.described(n)))])[0]
             for n in benchmarks.KNOWN)}
 # Categories that pages over several seeds leave to the table.
-ASIDE = ("kind", "reading", "calibration", "sharpening")
+ASIDE = ("kind", "reading", "calibration", "sharpening", "noise")
 
 
 def seeds(text: str, first: int) -> list[int]:
@@ -114,6 +114,8 @@ def store(study: str, frame: DataFrame) -> Path:
         frame.query("notebook == @claims.PROBE and against != ''")
         [["split_or_benchmark", "against"]].to_numpy().ravel())
     wanted |= (frame["notebook"] == claims.PROBE) & ends & frame["metric"].isin(STORED)
+    under_noise = (frame["category"] == "noise") & (frame["notebook"] == claims.COMPARISON)
+    wanted |= under_noise & frame["metric"].str.startswith("p_")
     steps = frame["method"].str.startswith("sft") & frame["against"].isin(("base", "sft"))
     dpo = ~frame["method"].str.startswith(("base", "sft", claims.RIVAL))
     wanted &= (frame["against"] == "") | steps | dpo | (frame["notebook"] == claims.PROBE)

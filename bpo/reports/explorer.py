@@ -17,9 +17,9 @@ from pandas import DataFrame
 from bpo.data import images
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
-from bpo.evaluation import comparison, probe
+from bpo.evaluation import probe
 from bpo.models import checkpoint as checkpoints
-from bpo.models import encoding, generate, logprobs
+from bpo.models import encoding, generate, logprobs, tuned
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
 from bpo.models.noise import STEPS
@@ -158,7 +158,7 @@ def _answered(p: QualitativeComparison, result: stages.Result, row: Row, truth: 
     key = to_json([result.manifest["parameters"], result.manifest["inputs"]])
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = comparison.load_methods(p)
+        _loaded[key] = tuned.load_methods(p)
     checkpoint, methods = _loaded[key]
     known = truth["images"].get(row.image_name)
     present = {o["name"] for o in known["objects"]} if known else set()

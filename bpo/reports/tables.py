@@ -10,6 +10,7 @@ from pandas import DataFrame
 
 from bpo.data import images
 from bpo.evaluation import benchmarks, comparison, diagnostics, metrics
+from bpo.models import tuned
 from bpo.params import DPOTraining, QualitativeComparison
 from bpo.reports import cards, figures
 from bpo.reports import page as report
@@ -49,9 +50,10 @@ def baselines(frame: DataFrame) -> list[str]:
 
 
 def levels(frame: DataFrame) -> DataFrame:
-    """The levels of every metric that the base has a value of, with the column label."""
+    """The levels of every metric that the base has a value of, with the column label. What noise
+    does is drawn as curves instead (`under_noise`)."""
     keys = ["split_or_benchmark", "category", "metric"]
-    rows = frame[frame["against"] == ""]
+    rows = frame.query("against == '' and category != 'noise'")
     rows = rows.merge(rows.query("method == 'base' and value.notna()")[keys], on=keys)
     return rows.assign(label=benchmarks.labels(rows))
 
@@ -60,7 +62,8 @@ def differences(frame: DataFrame) -> DataFrame:
     """The measured differences of the page's method to every baseline, with the columns label,
     title (the benchmark's) and reading."""
     rows = judged(frame[(frame["method"] == main_method(frame)) & (frame["against"] != "")
-                        & frame["value"].notna() & (frame["metric"] != "wins")])
+                        & frame["value"].notna() & (frame["metric"] != "wins")
+                        & (frame["category"] != "noise")])
     return rows.assign(label=benchmarks.labels(rows),
                        title=rows["split_or_benchmark"].map(benchmarks.title),
                        reading=[e.reading() for e in results.estimates(rows)])
@@ -147,7 +150,7 @@ def side_by_side(p: QualitativeComparison, result: stages.Result, frame: DataFra
     prior's answer, which is wrong there; the others from each category of question in turn.
     """
     split, method = comparison.main_split(frame), main_method(frame)
-    matched = comparison.matched(p).get(method, control(frame))
+    matched = tuned.matched(p).get(method, control(frame))
     methods = list(dict.fromkeys(("base", matched, method)))
     rows, truth, _ = comparison.read_split(p, split)
     files = {r.id: r.image for r in rows}

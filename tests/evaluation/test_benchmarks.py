@@ -13,7 +13,7 @@ from helpers.server import completion
 from bpo import params
 from bpo.evaluation import benchmarks, comparison, diagnostics, official
 from bpo.evaluation.hallucination import yes_or_no
-from bpo.models import encoding, generate, logprobs
+from bpo.models import encoding, generate, logprobs, tuned
 from bpo.models.generate import Request
 from bpo.params import Benchmarks, Refusal
 from bpo.reports import benchmark_tables, tables
@@ -189,7 +189,7 @@ def test_the_base_is_asked_again_in_other_batches(result, frame):
 
 def test_another_format_is_tried_where_the_model_has_room(parameters, monkeypatch):
     monkeypatch.setattr(diagnostics, "has_room", lambda model, dtype: True)
-    loaded, _ = comparison.load_methods(parameters)
+    loaded, _ = tuned.load_methods(parameters)
     line = {"id": "random-1", "image": "0.png", "question": "is there a disc ?",
             "answers": {"base": "yes"}, "p_yes": {"base": 0.5}}
     asked = []

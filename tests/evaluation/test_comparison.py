@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from bpo.data import rows as data_rows
-from bpo.evaluation import comparison
+from bpo.evaluation import comparison, probe, under_noise
 from bpo.models import checkpoint as checkpoints
-from bpo.models import encoding, generate
+from bpo.models import encoding, generate, tuned
 from bpo.models.generate import Request
 from bpo.params import QualitativeComparison, Refusal
 from bpo.reports import benchmark_tables, tables
@@ -384,6 +384,31 @@ def beside_a_rival(parameters, model_folder, data_file, tmp_path_factory):
     return found
 
 
+def test_the_curves_under_noise_are_notebook_1_s_for_the_base(result, parameters, beside_a_rival,
+                                                              outputs):
+    probed = probe.run(under_noise.probing(parameters).model_copy(update={"sampled_answers": 1}))
+    frame = results.read(result.folder).query("category == 'noise'")
+    base = frame.query("method == 'base' and against == ''").set_index("metric")["value"]
+    for measure in ("p_true", "p_prior", "logp_true", "logp_prior"):
+        assert [base[f"{measure}_at_{step}"] for step in parameters.noise_steps] == pytest.approx(
+            probed.metrics[measure], abs=1e-5)
+    other = frame.query("method == 'bpo' and against == ''").set_index("metric")["value"]
+    assert other["p_true_at_999"] > 1.1 * base["p_true_at_999"]
+    beyond = frame.query("method == 'bpo' and against == 'base'").set_index("metric")["value"]
+    assert beyond["p_true_at_999"] == pytest.approx(other["p_true_at_999"] - base["p_true_at_999"],
+                                                    abs=1e-5)
+    assert frame["more_is_better"].isna().all()
+    lines = read_lines(beside_a_rival.folder / "rival-under_noise.jsonl")
+    ours = read_lines(result.folder / "answers-under_noise.jsonl")
+    assert [x["p_true"]["rival"] for x in lines] == [x["p_true"]["base"] for x in ours]
+
+
+def test_no_row_is_weighed_under_noise_where_none_is_wanted(parameters, outputs):
+    folder = comparison.run(parameters.model_copy(update={"noise_rows": 0, "rows": 2})).folder
+    assert "noise" not in set(results.read(folder)["category"])
+    assert not [f.name for f in folder.iterdir() if "noise" in f.name]
+
+
 def test_a_rival_is_a_method_and_a_baseline(beside_a_rival, result):
     frame = results.read(beside_a_rival.folder)
     assert list(beside_a_rival.metrics["natural"]) == ["base", "rival", "bpo", "bpo_weaken", "sft"]
@@ -424,14 +449,14 @@ def test_methods_come_in_the_order_in_which_they_were_trained(model_folder, adap
         (tmp_path / method).symlink_to(adapters / method)
     (tmp_path / "manifest.json").write_text(json.dumps(
         {"metrics": {"methods": {"sft": {}, "bpo_weaken": {}, "bpo": {}}}}))
-    _, names = comparison.load_methods(QualitativeComparison(
+    _, names = tuned.load_methods(QualitativeComparison(
             study="s", model=str(model_folder), adapters=str(tmp_path)))
     assert names == ["base", "sft", "bpo_weaken", "bpo"]
 
 
 def test_a_folder_without_adapters_is_refused(model_folder, tmp_path):
     with pytest.raises(Refusal, match="3_dpo_training writes them"):
-        comparison.load_methods(QualitativeComparison(
+        tuned.load_methods(QualitativeComparison(
             study="s", model=str(model_folder), adapters=str(tmp_path)))
 
 
@@ -443,7 +468,7 @@ def test_an_adapter_of_another_model_is_refused(model_folder, adapters, tmp_path
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 2}))
     with pytest.raises(Refusal, match="trained on another model"):
-        comparison.load_methods(QualitativeComparison(
+        tuned.load_methods(QualitativeComparison(
             study="s", model=str(model_folder), adapters=str(tmp_path)))
 
 

@@ -210,7 +210,7 @@ def test_rows_whose_prior_has_no_answer_are_counted(parameters, outputs):
 
 
 def test_a_category_without_rows_is_refused(parameters, outputs):
-    with pytest.raises(Refusal, match="no row has the category 'number'"):
+    with pytest.raises(Refusal, match="no row of the category 'number'"):
         probe.run(changed(parameters, category="number"))
 
 
