@@ -17,7 +17,7 @@ from pandas import DataFrame
 from bpo.data import images
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
-from bpo.evaluation import probe
+from bpo.evaluation import comparison, probe
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs, tuned
 from bpo.models.checkpoint import Checkpoint

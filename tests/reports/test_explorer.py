@@ -11,7 +11,7 @@ from bpo.data import images
 from bpo.evaluation import comparison as comparisons
 from bpo.evaluation import probe
 from bpo.models import checkpoint as checkpoints
-from bpo.models import encoding, generate
+from bpo.models import encoding, generate, tuned
 from bpo.models.generate import Request
 from bpo.params import NoiseProbability, QualitativeComparison
 from bpo.reports import explorer
@@ -121,7 +121,7 @@ def test_what_a_control_breaks_is_said_in_the_view(comparison, monkeypatch):
 
 def test_stored_answers_are_shown_until_one_asks(comparison, monkeypatch):
     p, result = comparison
-    monkeypatch.setattr(comparisons, "load_methods", None)  # no model is needed
+    monkeypatch.setattr(tuned, "load_methods", None)  # no model is needed
     found = explorer.ask(p, result)
     stored = {x["id"]: x for x in read_lines(result.folder / "answers-natural.jsonl")}
     choices = [value for _, value in found.children[0].options]
@@ -152,7 +152,7 @@ def test_a_question_is_answered_by_the_base_and_by_every_adapter(comparison, mod
     assert truth.startswith("truthin the image: ")
     assert (answers[0], answers[1]) == (f"base{said[0]}", f"bpo{said[1]}")
     assert len(answers) == 4
-    monkeypatch.setattr(comparisons, "load_methods", None)  # the model is loaded once
+    monkeypatch.setattr(tuned, "load_methods", None)  # the model is loaded once
     assert "is there a dog ?" in found.show(row=chosen, question="is there a dog ?").html
 
 
