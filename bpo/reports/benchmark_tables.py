@@ -224,7 +224,7 @@ def draw_trade_off(frame: DataFrame, across: str, up: Sequence[str]) -> Figure:
     frame: {method, metric, label, value, low, high}; across, up: the metrics.
     """
     fig, panels = figures.grid(1, len(up), width=WIDTH, height=3.9)
-    styles = dict(zip(frame["method"].unique(), figures.line_styles(), strict=False))
+    styles = figures.styles(frame["method"].unique())
     for panel, metric in zip(panels, up, strict=True):
         rows = frame[frame["metric"] == metric]
         panel.set(title=rows["label"].iloc[0], xlabel=across)
@@ -261,7 +261,7 @@ def draw_reliability(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> Figur
     fig, [upper, lower] = figures.grid(2, 1, width=WIDTH * 0.85, height=4.6, sharex=True,
                                        height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
-    for (method, mine), style in zip(bins.items(), figures.line_styles(), strict=False):
+    for (method, mine), style in zip(bins.items(), figures.styles(bins).values(), strict=True):
         p = [b["p"] for b in mine]
         upper.plot(p, [b["share"] for b in mine], label=visible(method), **style)
         lower.plot(p, [b["n"] for b in mine], **style)
@@ -279,7 +279,7 @@ def draw_image_gains(frame: DataFrame) -> Figure:
     """
     methods, categories = frame["method"].unique(), frame["category"].unique()
     order = [k for k in diagnostics.KINDS if k in set(frame["kind"])]
-    looks = [(m, view, style) for m, style in zip(methods, figures.line_styles(), strict=False)
+    looks = [(m, view, style) for m, style in figures.styles(methods).items()
              for view in ("right", "swapped")]
     fig, panels = figures.grid(1, len(categories), width=WIDTH,
                                height=1.3 + 0.2 * len(looks) * len(order))

@@ -1,13 +1,15 @@
-"""Every figure of the notebooks, in one look: palette, markers and line styles tell things apart,
-so that they stay apart in grey and for colour-blind readers. Each function returns a Figure.
+"""Every figure of the notebooks, in one look: colours, markers and line styles tell things apart,
+so that they stay apart in grey and for colour-blind readers; a method has one look on every page.
+Each function returns a Figure.
 
 Method names and model answers are drawn as plain text: `$` starts no formula.
 """
 
+import hashlib
 import itertools
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
@@ -20,10 +22,15 @@ if TYPE_CHECKING:
     import pandas
     from PIL import Image
 
-# Okabe and Ito's colours, dark and light by turns
-COLOURS = ["#0b5596", "#d98200", "#008463", "#b8508f", "#303030", "#4aa3dc", "#a34a00"]
-MARKERS = ["o", "s", "D", "^", "v", "P", "X", "<", "h"]
+# seaborn's "colorblind" palette, without the two that are too faint on white
+COLOURS = ["#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494", "#56b4e9", "#ca9161"]
+MARKERS = ["o", "s", "D", "^", "v", "P", "X", "<", "h", ">", "p", "*"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2))]
+# name -> its places in the three lists; names that are not here get theirs by their hash
+LOOKS = {"base": (5, 0, 0), "sft": (2, 6, 3), "sft_matched": (1, 1, 1),
+         "sft_matched_weaken": (7, 3, 4), "sft_compute": (6, 5, 6), "bpo": (0, 2, 0),
+         "bpo_weaken": (3, 4, 2), "bpo_dpo_alone": (4, 8, 5),
+         "true answer": (0, 0, 0), "prior's answer": (1, 1, 1)}
 QUIET = "#6b7178"
 WIDTH = 9.0  # inches; a wide page shows it as 864 pixels
 
@@ -91,9 +98,11 @@ def bands(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], *, xlab
     fig, axes = grid(1, len(panels), width=WIDTH * (0.85 if len(panels) == 1 else 1), height=4.0,
                      sharey=True)
     for panel, (title, lines) in zip(axes, panels.items(), strict=True):
-        for (name, (where, mean, low, high)), style in zip(lines.items(), line_styles()):
-            panel.plot(where, mean, label=visible(name), **style)
-            panel.fill_between(where, low, high, color=style["color"], alpha=0.16, linewidth=0)
+        looks = styles(lines)
+        for name, (where, mean, low, high) in lines.items():
+            panel.plot(where, mean, label=visible(name), **looks[name])
+            panel.fill_between(where, low, high, color=looks[name]["color"], alpha=0.16,
+                               linewidth=0)
         panel.set(title=visible(title), xlabel=xlabel, xmargin=0.02)
     axes[0].set_ylabel(ylabel)
     legend_above(fig, axes[0])
@@ -111,9 +120,10 @@ def training_curves(histories: dict[str, list[dict[str, float]]]) -> Figure:
     curves = [(loss, "loss", {}), (margin, "rewards/margins", {}),
               (accuracy, "rewards/accuracies", {}), (change, "chosen", {"linestyle": "-"}),
               (change, "rejected", {"linestyle": ":", "markerfacecolor": "white"})]
-    for (method, history), style in zip(histories.items(), line_styles(), strict=False):
+    looks = styles(histories)
+    for method, history in histories.items():
         for panel, key, look in curves:
-            _curve(panel, history, key, **style | look, label=visible(method))
+            _curve(panel, history, key, **looks[method] | look, label=visible(method))
     for panel, title, unit in ((loss, "Loss", "nats"), (margin, "Reward margin", "nats"),
                                (accuracy, "Reward accuracy", "share of pairs"),
                                (change, "Log-probability of answers", "nats, change")):
@@ -149,13 +159,13 @@ def metric_bars(frame: "pandas.DataFrame") -> Figure:
 
     frame: {method, label, value, low, high}; label: the metric's.
     """
-    styles = dict(zip(frame["method"].unique(), line_styles(), strict=False))
+    looks = styles(frame["method"].unique())
     panels = {metric: rows.assign(label=rows["method"])
               for metric, rows in frame.groupby("label", sort=False)}
     fig, axes = _panels(panels)
     for panel, rows in zip(axes, panels.values(), strict=False):
         for place, row in enumerate(rows.to_dict("records")):
-            style = styles[row["method"]]
+            style = looks[row["method"]]
             _interval(panel, row, place, style, number=f"{row['value']:.3f}", fill=style["color"])
     return fig
 
@@ -269,10 +279,26 @@ def grid(rows: int, columns: int, *, width: float, height: float, **rest: Any
     return fig, list(fig.subplots(rows, columns, squeeze=False, **rest).flat)
 
 
-def line_styles() -> Any:
-    """Endless line styles: the first seven differ in colour, marker and dash at once, 63 in all."""
-    for colour, marker, line in zip(*map(itertools.cycle, (COLOURS, MARKERS, LINES)), strict=False):
-        yield {"color": colour, "marker": marker, "linestyle": line}
+def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """name -> {"color", "marker", "linestyle"}: of its name alone, unless two unnamed in `LOOKS`
+    would look alike, of which the later takes the next free look."""
+    sizes, taken = (len(COLOURS), len(MARKERS), len(LINES)), set(LOOKS.values())
+    looks = {}
+    for name in names:
+        if not (look := LOOKS.get(name)):
+            start = int(hashlib.sha1(name.encode("utf-8", "surrogatepass")).hexdigest(), 16)
+            free = (tuple((start + n) // math.prod(sizes[:k]) % sizes[k] for k in range(3))
+                    for n in range(math.prod(sizes)))
+            look = next((x for x in free if x not in taken), (0, 0, 0))
+            taken.add(look)
+        looks[name] = {kind: values[place] for kind, values, place in zip(
+            ("color", "marker", "linestyle"), (COLOURS, MARKERS, LINES), look, strict=True)}
+    return looks
+
+
+def colour(method: str) -> str:
+    """The colour of a method on every page."""
+    return styles([method])[method]["color"]
 
 
 def legend_above(fig: Figure, axes: Axes) -> None:

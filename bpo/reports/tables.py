@@ -122,16 +122,16 @@ def change_tables(frame: DataFrame) -> list[Shown]:
 
 
 def reading(frame: DataFrame, split: str, against: str) -> str:
-    """In which metrics the page's method is better or worse than another, and how many cannot be
-    told."""
+    """In which metrics the page's method is better or worse than another, and in how many no
+    difference is seen."""
     rows = differences(frame.query("split_or_benchmark == @split")).query(
         "against == @against and reading != ''")
     if rows.empty:
         return "not to be judged without a truth file"
     better, worse = (", ".join(rows.loc[rows["reading"] == kind, "label"]) or "nothing"
                      for kind in DECIDED)
-    return (f"better in {better}, worse in {worse}; {(rows['reading'] == OPEN).sum()} of "
-            f"{len(rows)} metrics cannot be told apart")
+    return (f"better in {better}, worse in {worse}; {OPEN} in {(rows['reading'] == OPEN).sum()} of "
+            f"{len(rows)} metrics")
 
 
 def readings(frame: DataFrame) -> list[Shown]:

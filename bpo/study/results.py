@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FILE = "results.csv"
 COLUMNS = ("split_or_benchmark", "category", "method", "against", "metric", "value", "low", "high",
            "n", "p", "p_holm", "more_is_better")
-BETTER, WORSE, OPEN = "better", "worse", "cannot be told"
+BETTER, WORSE, OPEN = "better", "worse", "no difference seen"
 DECIDED = (BETTER, WORSE)
 
 # metric -> (label, category, whether more is better; None: neither is)
@@ -55,8 +55,8 @@ class Estimate:
         return self.low is not None and not self.low <= 0 <= self.high
 
     def reading(self) -> str:
-        """What the interval of a difference allows to say: better, worse, cannot be told; ""
-        where neither direction is good."""
+        """What the interval of a difference allows to say: better, worse, no difference seen;
+        "" where neither direction is good."""
         if self.more_is_better is None or self.value is None:
             return ""
         if not self.excludes_zero():

@@ -49,7 +49,7 @@ def dose_curves(frame: DataFrame, *, own_share: float) -> Figure:
     frame: {seed, dose: share of typical colours among the preference rows, method, split, metric,
     value}. own_share: the alignment's, a vertical line.
     """
-    styles = dict(zip(frame["method"].unique(), figures.line_styles(), strict=False))
+    styles = figures.styles(frame["method"].unique())
     measured = {where: rows for where, rows in frame.groupby(["split", "metric"], sort=False)}
     titles = {where: title for where, title in DOSE_PANELS.items() if where in measured}
     lines = math.ceil(len(titles) / 3)

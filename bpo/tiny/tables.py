@@ -188,12 +188,12 @@ def effects(metrics: Metrics, factor: str) -> DataFrame:
 
 def verdict(change: Metrics) -> str:
     """What the seeds allow to say: every one's interval leaves zero out on the same side, or
-    nothing can be told."""
+    it is not seen to move."""
     if all(s["low"] > 0 for s in change["seeds"]):
         return "raises"
     if all(s["high"] < 0 for s in change["seeds"]):
         return "lowers"
-    return "cannot be told to move"
+    return "is not seen to move"
 
 
 def numbers(change: Metrics) -> str:
@@ -211,7 +211,7 @@ def larger(metrics: Metrics, measure: str) -> str:
     text, images = (effect(metrics, factor, measure)["seeds"] for factor in FACTORS)
     more = {abs(t["value"]) > abs(i["value"]) for t, i in zip(text, images, strict=True)}
     if len(more) > 1:
-        return "which moves it more cannot be told: the seeds disagree"
+        return "which moves it more differs by seed"
     mover = "the text moves" if more.pop() else "the alignment images move"
     return f"{mover} it more{', on every seed' if len(text) > 1 else ''}"
 
@@ -246,7 +246,7 @@ def prior_worlds(frame: DataFrame, steps: Sequence[int]) -> Figure:
     its value on clean images and its rise to the last step. Every seed is thin or small."""
     figures.theme()
     texts = list(frame["text"].unique())
-    styles = dict(zip(frame["images"].unique(), figures.line_styles(), strict=False))
+    styles = figures.styles(frame["images"].unique())
     fig = Figure(figsize=(figures.WIDTH, 6.6), layout="constrained")
     fig.get_layout_engine().set(h_pad=0.09)
     panels = fig.subplot_mosaic([[number // 2 for number in range(2 * len(texts))],

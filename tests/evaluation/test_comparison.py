@@ -195,7 +195,7 @@ def with_differences(folder, **intervals):
 @pytest.mark.parametrize("name, interval, reading", [
     ("cover", (0.1, 0.2), "better"), ("cover", (-0.2, -0.1), "worse"),
     ("chair_i", (0.1, 0.2), "worse"), ("chair_i", (-0.2, -0.1), "better"),
-    ("cover", (-0.1, 0.2), "cannot be told"), ("chair_i", (0, 0.2), "cannot be told"),
+    ("cover", (-0.1, 0.2), "no difference seen"), ("chair_i", (0, 0.2), "no difference seen"),
     ("p_prior", (-0.3, -0.2), "better"), ("words", (0.1, 0.2), "")])
 def test_an_interval_is_read_by_whether_more_is_better(name, interval, reading, tmp_path):
     rows = tables.differences(with_differences(tmp_path, **{name: interval}))
@@ -205,9 +205,9 @@ def test_an_interval_is_read_by_whether_more_is_better(name, interval, reading, 
 @pytest.mark.parametrize("intervals, reading", [
     ({"cover": (0.1, 0.2), "chair_i": (0.1, 0.2), "colour_accuracy": (-0.1, 0.1),
       "chair_s": (-0.2, -0.1)},
-     "better in cover, CHAIRs, worse in CHAIRi; 1 of 4 metrics cannot be told apart"),
+     "better in cover, CHAIRs, worse in CHAIRi; no difference seen in 1 of 4 metrics"),
     ({"cover": (-0.2, -0.1)},
-     "better in nothing, worse in cover; 0 of 1 metrics cannot be told apart"),
+     "better in nothing, worse in cover; no difference seen in 0 of 1 metrics"),
     ({"words": (0.1, 0.2)}, "not to be judged without a truth file")])
 def test_the_reading_is_one_phrase(intervals, reading, tmp_path):
     frame = with_differences(tmp_path, **intervals)
@@ -341,7 +341,7 @@ def test_the_metrics_are_the_scores_of_the_answers(result, lines, data_file):
 def test_a_method_that_changes_nothing_is_told_apart_in_nothing(result):
     rows = results.read(result.folder).query("method == 'sft' and against == 'base'").dropna(
         subset="value")
-    assert {e.reading() for e in results.estimates(rows)} == {"cannot be told", ""}
+    assert {e.reading() for e in results.estimates(rows)} == {"no difference seen", ""}
     assert result.metrics["natural"]["sft"]["changed"]["value"] == 0
     assert result.metrics["natural"]["bpo"]["changed"]["value"] > 0
 

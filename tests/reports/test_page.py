@@ -13,7 +13,8 @@ from helpers.pages import alone
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from bpo.params import NoiseProbability
+from bpo.pairs.methods import meanings
+from bpo.params import ROOT, NoiseProbability
 from bpo.reports import cards, figures
 from bpo.reports import page as report
 from bpo.reports.template import executed as template
@@ -310,6 +311,25 @@ def test_figures_show_what_was_measured():
     strip = figures.noise_strip([picture()] * 3, [0, 5, 9], ["$x^2$"] * 3)
     assert not strip.axes[0].xaxis.label.get_parse_math()  # `$x^2$` is drawn as it is
     assert [axes.get_title() for axes in strip.axes] == ["step 0", "step 5", "step 9"]
+
+
+NAMES = sorted({"base", *meanings(), *(name for file in ROOT.glob("params/*/3_*.yaml")
+                for name in re.findall(r'"(\w+)": {"method"', file.read_text()))})
+
+
+def test_a_method_looks_the_same_in_every_figure_and_like_no_other():
+    import seaborn
+
+    alone = {name: figures.styles([name])[name] for name in NAMES}
+    together = figures.styles(NAMES)
+    assert {n: s for n, s in alone.items() if s != together[n]} == {}
+    assert len(set(map(str, alone.values()))) == len(NAMES)
+    named = ("base", "sft", "sft_matched", "sft_matched_weaken", "sft_compute", "bpo",
+             "bpo_weaken", "bpo_dpo_alone")
+    assert len({figures.colour(name) for name in named}) == len(named)
+    assert {*figures.COLOURS} <= {*seaborn.color_palette("colorblind").as_hex()}
+    many = [f"my method {n}" for n in range(400)]  # of 672 looks
+    assert len(set(map(str, figures.styles(many).values()))) == 400
 
 
 def test_importing_is_cheap():

@@ -16,7 +16,7 @@ from bpo.study.results import Estimate, Result
     (Estimate(0.1, 0.05, 0.2, more_is_better=True), "0.100 [0.050, 0.200]", "better"),
     (Estimate(0.1, 0.05, 0.2, more_is_better=False), "0.100 [0.050, 0.200]", "worse"),
     (Estimate(-0.1, -0.2, -0.05, more_is_better=False), "-0.100 [-0.200, -0.050]", "better"),
-    (Estimate(0.1, 0.0, 0.2, more_is_better=True), "0.100 [0.000, 0.200]", "cannot be told")))
+    (Estimate(0.1, 0.0, 0.2, more_is_better=True), "0.100 [0.000, 0.200]", "no difference seen")))
 def test_an_estimate_says_what_its_interval_allows(estimate, text, reading):
     assert (estimate.text(), estimate.reading()) == (text, reading)
 
@@ -47,7 +47,7 @@ def test_what_is_written_is_read_again(tmp_path):
     again = results.estimates(frame)
     # two differences have a better and a worse and were measured: 0.02 x 2, then 0.3
     assert [e.p_holm for e in again] == [None, None, 0.04, None, 0.3, None]
-    assert [e.reading() for e in again[2:]] == ["better", "", "cannot be told", ""]
+    assert [e.reading() for e in again[2:]] == ["better", "", "no difference seen", ""]
     assert again[2] == Estimate(0.1, 0.01, 0.2, 9, 0.02, 0.04, True)
     assert again[3] == Estimate(None, None, None, 0, None, None, False)
     assert list(results.texts(frame)) == [
