@@ -131,6 +131,13 @@ def facts(mapping: dict[str, object]) -> Shown:
                  plain="\n".join(f"{name}: {value}" for name, value in mapping.items()))
 
 
+def folded(title: str, *shown: Shown) -> Shown:
+    """What is rarely asked, behind a line that opens it."""
+    inner = "".join(part.html for part in shown)
+    return Shown(f"<details><summary>{_line(title)}</summary>{inner}</details>", kind="fold",
+                 plain="\n".join([f"{title}:", *(part.plain for part in shown)]))
+
+
 def clean_notebook(path: Path, made_by: Parameters | None = None) -> None:
     """Take progress bars out of an executed notebook, in place: text bars, widgets, their state;
     and the folders that papermill noted, since a study may move.

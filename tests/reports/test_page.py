@@ -55,6 +55,7 @@ def shown_objects() -> list[cards.Shown]:
         report.table(pandas.DataFrame({"text": [HOSTILE], "n": [3]}), HOSTILE, note=HOSTILE),
         report.say("The answer is **{answer}** (p < 0.05)", answer=HOSTILE),
         report.facts({HOSTILE: HOSTILE, "seed": 0}),
+        report.folded(HOSTILE, report.say("{x}", x=HOSTILE)),
         cards.pair_gallery([{
             "image": picture(), "noised": picture(300), "question": HOSTILE, "chosen": "a red box",
             "category": HOSTILE, "rejected": [{"source": HOSTILE, "text": HOSTILE}]}]),
@@ -190,7 +191,7 @@ def test_hostile_text_is_only_text(shown):
     assert "mathjax_ignore" in parsed.elements[0][1]["class"]  # JupyterLab typesets no `$x^2$`
     assert {tag for tag, _ in parsed.elements} <= {
         "div", "figure", "figcaption", "img", "table", "caption", "thead", "tbody", "tr", "th",
-        "td", "p", "strong", "dl", "dt", "dd", "bdi", "span", "mark"}
+        "td", "p", "strong", "dl", "dt", "dd", "bdi", "span", "mark", "details", "summary"}
     assert all(image["src"].startswith("data:image/") for image in parsed.all("img"))
     words = "".join(parsed.words)
     assert r"<script>alert(1)</script> **bold** $x^2$ `code` <img src='http" in words

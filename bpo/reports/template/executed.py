@@ -47,10 +47,11 @@ def failure(notebook: "nbformat.NotebookNode") -> dict[str, Any] | None:
 
 
 def last_sentence(notebook: "nbformat.NotebookNode") -> str:
-    """The plain text of the last thing said with `report.say`; "" if nothing was."""
+    """The plain text of the last thing said with `report.say`, unfolded; "" if nothing was."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     said = [output.data["text/plain"] for output in outputs
-            if 'class="bpo mathjax_ignore say"' in output.get("data", {}).get("text/html", "")]
+            if re.search('^<div class="bpo mathjax_ignore say"',
+                         output.get("data", {}).get("text/html", ""), re.M)]
     return said[-1] if said else ""
 
 
