@@ -699,16 +699,21 @@ def read(schema: type[Parameters], namespace: Mapping[str, Any]) -> Parameters:
 
     In a kernel the names come from the cells that ran and hold nothing but `name = literal` lines:
     the parameters cell, papermill's injected cell and later edits of either. Variables of other
-    cells are not parameters, so the set-up cell may be run again at any time.
+    cells are not parameters, so the set-up cell may be run again at any time. A name that is none
+    counts only in the newest of its cells: once it is corrected there, it is no longer refused.
     """
     if "In" in namespace:
-        values = {n: v for source in namespace["In"] for n, v in _assigned(source, schema).items()}
+        cells = [c for source in namespace["In"] if (c := _assigned(source, schema))[1]]
+        newest = dict(cells)  # of the injected ones, and of the others
+        values = {n: v for injected, names in cells for n, v in names.items()
+                  if n in schema.model_fields or names is newest[injected]}
     else:
         values = {n: v for n, v in namespace.items() if not n.startswith("_")}
     return validate(schema, values, where="as this notebook was given them")
 
 
-def _assigned(source: str, schema: type[Parameters]) -> dict[str, Any]:
+def _assigned(source: str, schema: type[Parameters]) -> tuple[bool, dict[str, Any]]:
+    """Whether papermill injected the cell, and the parameters that it sets; {} for other cells."""
     injected = source.lstrip().startswith("# Parameters")
     try:
         values = {s.targets[0].id: ast.literal_eval(s.value) for s in ast.parse(source).body}
@@ -716,8 +721,8 @@ def _assigned(source: str, schema: type[Parameters]) -> dict[str, Any]:
         if injected:
             raise Refusal(f"{schema.notebook}: the parameters given to this notebook must be plain "
                           "numbers, texts, truth values and lists of them") from None
-        return {}
-    return values if injected or values.keys() & schema.model_fields.keys() else {}
+        return injected, {}
+    return injected, values if injected or values.keys() & schema.model_fields.keys() else {}
 
 
 class _NoRepeats(yaml.SafeLoader):

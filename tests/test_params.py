@@ -299,14 +299,22 @@ def test_the_injected_cell_goes_over_the_parameters_cell():
     assert (read.beta, read.steps) == (0.4, 5)
 
 
-def test_an_unknown_name_in_the_injected_cell_is_refused():
-    with pytest.raises(Refusal, match=r"betta: no such parameter \(did you mean beta\?\)"):
-        params.read(DPOTraining, kernel(CELL, "# Parameters\nbetta = 0.4\n"))
+TYPO, INJECTED_TYPO = CELL.replace("steps =", "stepps ="), "# Parameters\nbetta = 0.4\n"
 
 
-def test_an_unknown_name_in_an_edited_parameters_cell_is_refused():
-    with pytest.raises(Refusal, match="stepps: no such parameter"):
-        params.read(DPOTraining, kernel(CELL.replace("steps =", "stepps =")))
+@pytest.mark.parametrize("cells, refused", (
+    ([CELL, INJECTED_TYPO], r"betta: no such parameter \(did you mean beta\?\)"),
+    ([TYPO], "stepps: no such parameter"),
+    ([TYPO, "# Parameters\nbeta = 0.4\n"], "stepps: no such parameter"),
+    ([CELL, "import math", TYPO], "stepps: no such parameter"),
+    ([TYPO, "import math", CELL], ""),
+    ([CELL, INJECTED_TYPO, INJECTED_TYPO.replace("tt", "t"), CELL], "")))
+def test_an_unknown_name_is_refused_until_its_cell_is_corrected(cells, refused):
+    if refused:
+        with pytest.raises(Refusal, match=refused):
+            params.read(DPOTraining, kernel(*cells))
+    else:
+        assert params.read(DPOTraining, kernel(*cells)).steps == 5
 
 
 @pytest.mark.parametrize("cell", (

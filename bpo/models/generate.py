@@ -148,8 +148,11 @@ def replies(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], *, max_new_t
     """
     ends = checkpoint.base.generation_config.eos_token_id or checkpoint.tokenizer.eos_token_id
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=sampling is not None,
-                              num_return_sequences=samples, eos_token_id=ends, top_k=0,
-                              pad_token_id=checkpoint.tokenizer.pad_token_id)
+                              num_return_sequences=samples, eos_token_id=ends,
+                              pad_token_id=checkpoint.tokenizer.pad_token_id,
+                              # `sampling` alone draws; else transformers takes the checkpoint's
+                              # own and warns where nothing is drawn. 50 is what it leaves unsaid.
+                              temperature=1.0, top_p=1.0, top_k=0 if sampling else 50)
     steps = LogitsProcessorList([s for s in (contrast, sampling) if s is not None])
     tokens = checkpoint.model.generate(**batch, generation_config=config, logits_processor=steps)
     if contrast is not None:

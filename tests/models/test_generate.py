@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from transformers.generation import configuration_utils
 
 from bpo.data import images
 from bpo.data import rows as data_rows
@@ -120,6 +121,15 @@ def test_greedy_answers_are_the_same_every_time_and_alone(checkpoint, requests):
     assert together == answers(checkpoint, requests)
     assert together == [answers(checkpoint, [r])[0] for r in requests]
     assert len(set(together)) > 1, "a model that always says the same tests nothing"
+
+
+def test_a_checkpoint_s_own_sampling_neither_warns_nor_counts(checkpoint, requests, monkeypatch):
+    plain, said = answers(checkpoint, requests), []
+    own = checkpoint.base.generation_config
+    for name, value in (("temperature", 0.2), ("top_p", 0.6), ("top_k", 1), ("do_sample", True)):
+        monkeypatch.setattr(own, name, value)
+    monkeypatch.setattr(configuration_utils.logger, "warning_once", said.append)
+    assert (answers(checkpoint, requests), said) == (plain, [])
 
 
 def test_greedy_answers_depend_on_the_image(checkpoint, requests):
