@@ -21,8 +21,8 @@ FEWEST = 3  # seeds: two give an interval that says nothing
 MOST = 1000  # seeds that a power is looked for in
 TABLE = "replication.csv"
 # The metrics that tables over seeds use, with the first of each benchmark that a judge scores.
-STORED = {"chair_i", "cover", "colour_accuracy", "p_true", "p_prior", "pope_adversarial",
-          "pope_random", "words", "wins", "brier",
+STORED = {"chair_i", "cover", "colour_accuracy", "prior_rate", "p_true", "p_prior",
+          "pope_adversarial", "pope_random", "words", "wins", "brier",
           *(claims.BENCHMARKS.get(n, [next(iter(benchmarks.described(n)))])[0]
             for n in benchmarks.KNOWN)}
 # Categories that pages over several seeds leave to the table.
