@@ -28,7 +28,7 @@ TINY_STAGES = {0: "tiny.stage", 6: "tiny.prior", 8: "tiny.dose"}
 MODULES = {
     "new": ("new", "write the parameters of a study of your own model and data"),
     "check": ("check", "read a study's parameters, say what is missing, and the memory"),
-    "verify": ("reports.verify", "name what in a study or its zip is not as in SHA256SUMS"),
+    "verify": ("study.verify", "name what in a study or its zip is not as in SHA256SUMS"),
     "pack": ("reports.pack", "make one zip file of a study's reports, parameters and adapters"),
     "export": ("pairs.export", "write a study's pairs in another tool's layout"),
     "merge": ("training.merge", "write what a method trained as a plain checkpoint"),

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from bpo.params import SCHEMAS, Refusal
 from bpo.reports import page as report
-from bpo.reports import verify
 from bpo.reports.cards import Shown
-from bpo.study import environment, results
+from bpo.study import environment, results, verify
 from bpo.study import stage as stages
 
 if TYPE_CHECKING:

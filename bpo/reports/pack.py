@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bpo.params import Refusal, outputs_root, params_root, short
-from bpo.reports import verify
+from bpo.study import verify
 
 PACKED = re.compile(r"[^/]+\.(html|ipynb|json|md|csv)|[^/]+/(manifest\.json|timings\.json"
                     r"|results\.csv)|3_dpo_training/[^/]+/(adapter/[^/]+|(history|compute)\.json)")

@@ -13,8 +13,7 @@ from bpo import params
 from bpo.evaluation import comparison
 from bpo.reports import index as studies
 from bpo.reports import page as report
-from bpo.reports import verify
-from bpo.study import results
+from bpo.study import results, verify
 from bpo.study.results import Estimate, Result
 
 

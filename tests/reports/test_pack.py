@@ -10,7 +10,8 @@ import pytest
 
 from bpo.__main__ import main
 from bpo.params import Refusal
-from bpo.reports import pack, verify
+from bpo.reports import pack
+from bpo.study import verify
 
 FILES = {"index.html": "<p>page", "2_pair_generation.ipynb": '"endpoint_key_variable = \\"MY\\""',
          "0_tiny_world/model/model.safetensors": "weights", "0_tiny_world/images/1.png": "pixels",
