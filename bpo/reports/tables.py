@@ -179,13 +179,13 @@ def habit(lines: Sequence[dict], methods: Sequence[str], truth: dict[str, Any], 
             "by seed. {m} answers {c} of {n} otherwise than base.", n=len(lines), s=split,
             m=methods[-1], c=changed)
     usual, true = ([k for k in kinds if k["base"] == kind] for kind in ("prior", "true"))
-    tuned = "; ".join(
+    by_method = "; ".join(
         f"{m} now answers {sum(k[m] == 'true' for k in usual)} of those {len(usual)} truly and has "
         f"lost {sum(k[m] != 'true' for k in true)} of those {len(true)}" for m in methods[:0:-1])
     return report.say(
         "Of **{n}** colour questions on {s} images to which the usual answer is wrong, base gives "
         "the usual one to **{u}** and the true one to **{t}**; {tuned}.", n=len(kinds), s=split,
-        u=len(usual), t=len(true), tuned=tuned)
+        u=len(usual), t=len(true), tuned=by_method)
 
 
 def said(line: dict, method: str, truth: dict[str, Any]) -> str:

@@ -35,9 +35,9 @@ TRUTH = {
              "plain": {"category": "presence", "true": ["yes"], "prior": [], "kind": None}}}
 
 
-def line(row_id, base, tuned, *, image="0.png", p_true=None, p_prior=None):
+def line(row_id, base, bpo, *, image="0.png", p_true=None, p_prior=None):
     return {"id": row_id, "image": image, "category": "x", "question": "q ?", "annotated": "a",
-            "answers": {"base": base, "bpo": tuned},
+            "answers": {"base": base, "bpo": bpo},
             "p_true": dict(zip(("base", "bpo"), p_true or ())),
             "logp_true": dict(zip(("base", "bpo"), map(math.log, p_true or ()))),
             "p_prior": dict(zip(("base", "bpo"), p_prior or ()))}
@@ -297,11 +297,11 @@ def test_base_answers_are_those_of_the_plain_model(lines, data_file, checkpoint)
 @pytest.mark.parametrize("method", ("bpo", "bpo_weaken"))
 def test_a_method_s_answers_are_those_of_its_adapter_alone(lines, data_file, model_folder, adapters,
                                                            method):
-    tuned = checkpoints.load_adapters(checkpoints.load(model_folder),
-                                      {"x": adapters / method / "adapter"})
+    adapted = checkpoints.load_adapters(checkpoints.load(model_folder),
+                                        {"x": adapters / method / "adapter"})
     requests = requests_of(data_file)
-    alone = generate.decode(tuned, generate.encode_batch(
-        tuned, [requests[x["id"]] for x in lines]), max_new_tokens=5)
+    alone = generate.decode(adapted, generate.encode_batch(
+        adapted, [requests[x["id"]] for x in lines]), max_new_tokens=5)
     assert [x["answers"][method] for x in lines] == alone
     assert alone != [x["answers"]["base"] for x in lines]
 

@@ -144,10 +144,10 @@ def test_a_question_is_answered_by_the_base_and_by_every_adapter(comparison, mod
     request = Request("x", ({"role": "user", "content": "is there a <b>cat</b> ?"},),
                       chosen[1].image)
     base = checkpoints.load(model_folder)
-    tuned = checkpoints.load_adapters(checkpoints.load(model_folder),
+    adapted = checkpoints.load_adapters(checkpoints.load(model_folder),
                                       {"x": adapters / "bpo" / "adapter"})
     said = [generate.decode(m, generate.encode_batch(m, [request]), max_new_tokens=5)[0]
-            for m in (base, tuned)]
+            for m in (base, adapted)]
     truth, *answers = lines(shown)
     assert truth.startswith("truthin the image: ")
     assert (answers[0], answers[1]) == (f"base{said[0]}", f"bpo{said[1]}")
