@@ -21,7 +21,7 @@ from bpo.params import Parameters
 from bpo.reports.cards import OUTPUT_STYLE, Shown, data_uri
 from bpo.reports.template import executed, filters
 from bpo.study.files import write_whole
-from bpo.study.text import as_text, shortened, visible
+from bpo.study.text import as_text, number, shortened, visible
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -106,10 +106,16 @@ def _cell(value: Any) -> str:
         return str(value)
     if math.isnan(value):
         return "–"
-    return f"{value:.3g}" if 0 < abs(value) < 0.001 else f"{value:,.3f}"
+    return f"{value:.3g}" if 0 < abs(value) < 0.001 else number(value)
 
 
-class _Escaping(string.Formatter):
+class _Text(string.Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        text = super().format_field(value, format_spec)
+        return text.replace("-", "−") if isinstance(value, Real) else text
+
+
+class _Escaping(_Text):
     def format_field(self, value: Any, format_spec: str) -> str:
         return as_text(super().format_field(value, format_spec))
 
@@ -121,7 +127,7 @@ def say(template: str, **values: object) -> Shown:
     """
     bold = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(template, quote=False))
     return Shown(f"<p>{_Escaping().format(bold, **values)}</p>", kind="say",
-                 plain=template.replace("**", "").format(**values))
+                 plain=_Text().format(template.replace("**", ""), **values))
 
 
 def facts(mapping: dict[str, object]) -> Shown:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bpo.params import SCHEMAS, Refusal, outputs_root
 from bpo.study.files import whole
 from bpo.study.stage import MANIFEST
+from bpo.study.text import number
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -44,11 +45,11 @@ class Estimate:
 
     def text(self, digits: int = 3, sign: str = "") -> str:
         """"0.345 [0.312, 0.381]", without an interval where there is none; sign "+" for a
-        difference, which one that rounds to nothing has not; "none" where nothing was measured."""
+        difference; "none" where nothing was measured."""
         if self.value is None:
             return "none"
-        shown = [f"{x:{sign}.{digits}f}" if round(x, digits) else f"{0:.{digits}f}"
-                 for x in (self.value, self.low, self.high) if x is not None]
+        shown = [number(x, digits, sign) for x in (self.value, self.low, self.high)
+                 if x is not None]
         return shown[0] if len(shown) < 3 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
     def excludes_zero(self) -> bool:
@@ -179,14 +180,15 @@ def names(frame: "DataFrame") -> "Series":
 
 
 def texts(frame: "DataFrame") -> "Series":
-    """Each row for a table: of a level "0.345 [0.312, 0.381]", of a difference with its sign and
-    what its interval allows to say, as in "+0.100 [+0.050, +0.150] better"."""
+    """Each row for a table: of a level "0.345 [0.312, 0.381]", two digits where it is out of fewer
+    than a hundred; of a difference with its sign and what its interval allows to say, as in
+    "+0.100 [+0.050, +0.150] better"."""
     import pandas
 
     def text(row: Mapping[str, Any]) -> str:
         e = estimate(row)
         if not row["against"]:
-            return e.text()
+            return e.text(2 if e.n and e.n < 100 else 3)
         return e.text(sign="+") + (f" {e.reading()}" if e.reading() in DECIDED else "")
 
     return pandas.Series(map(text, frame.to_dict("records")), index=frame.index, dtype=object)

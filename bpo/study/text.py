@@ -95,6 +95,12 @@ def as_text(value: object) -> Markup:
     return Markup(f"<bdi>{inner}</bdi>")
 
 
-def signed(value: float) -> str:
-    """A difference with its sign; one that rounds to nothing has none."""
-    return f"{round(value, 3) or 0.0:+.3f}".replace("+0.000", "0.000")
+def number(value: float, digits: int = 3, sign: str = "") -> str:
+    """A number for readers, its minus sign U+2212; sign "+": one of both, as a difference has. What
+    rounds to nothing has none."""
+    shown = f"{value:{sign},.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
+    return shown.replace("-", "−")
+
+
+def signed(value: float, digits: int = 3) -> str:
+    return number(value, digits, "+")

@@ -16,7 +16,7 @@ from bpo.params import PriorOrigin, TinyWorld
 from bpo.reports import cards, figures, page
 from bpo.study import stage as stages
 from bpo.study.results import Estimate
-from bpo.study.text import visible
+from bpo.study.text import signed, visible
 from bpo.tiny import prior
 from bpo.tiny.drawing import draw_scene
 from bpo.tiny.world import TYPICAL, Scene, Thing
@@ -180,7 +180,7 @@ def effects(metrics: Metrics, factor: str) -> DataFrame:
     """A factor's effects: a row a measure and level of the other factor."""
     other = "images" if factor == "text" else "text"
     return DataFrame([
-        {"of": MEASURES[e["measure"]], other: e["at"], "mean": f"{e['mean']:+.3f}"}
+        {"of": MEASURES[e["measure"]], other: e["at"], "mean": signed(e['mean'])}
         | {f"seed {s['seed']}": Estimate(s["value"], s["low"], s["high"]).text(2, "+")
            for s in e["seeds"]} | {f"biased {factor}": verdict(e)}
         for e in metrics["effects"] if e["factor"] == factor])
@@ -202,8 +202,8 @@ def numbers(change: Metrics) -> str:
     if len(change["seeds"]) == 1:
         only = change["seeds"][0]
         return Estimate(only["value"], only["low"], only["high"]).text(sign="+")
-    each = ", ".join(f"{s['value']:+.3f}" for s in change["seeds"])
-    return f"{change['mean']:+.3f} ({each})"
+    each = ", ".join(signed(s["value"]) for s in change["seeds"])
+    return f"{signed(change['mean'])} ({each})"
 
 
 def larger(metrics: Metrics, measure: str) -> str:

@@ -250,7 +250,7 @@ def test_tables_show_values_with_intervals_and_counts(scored, tmp_path):
                            for category in ("caption", "attribute", "presence", "any")]
     rows = tables.pivoted(tables.levels(frame).query("category == 'attribute'"), "method", "label")
     assert list(rows["method"]) == ["base", "bpo"]
-    assert rows["P(true answer)"][1] == "0.900 [0.900, 0.900]"
+    assert rows["P(true answer)"][1] == "0.90 [0.90, 0.90]"
     assert "yes answers 2" in shown["Table: natural images, presence questions"].html
     assert "yes answers" not in set(tables.judged(tables.levels(frame))["label"])
 

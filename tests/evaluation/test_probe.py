@@ -289,7 +289,7 @@ def test_the_headline_says_under_what_the_prior_comes_out(parameters):
     fade = found((-0.4, -0.2), (-0.1, 0.1))
     words = explorer.noise_headline(parameters, noise | {"other_ways": {"fade": fade}}).plain
     assert "under noise. From the clean image to step 999: under noise P(true answer)" in words
-    assert "under fade P(true answer) falls (-0.300 [-0.400, -0.200]) and P(prior's answer) " \
+    assert "under fade P(true answer) falls (−0.300 [−0.400, −0.200]) and P(prior's answer) " \
         "does not clearly move" in words
     both = explorer.noise_headline(parameters, noise | {"other_ways": {"fade": noise}}).plain
     assert "under noise and fade." in both

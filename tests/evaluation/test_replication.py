@@ -134,7 +134,7 @@ def test_claims_by_seeds_are_a_matrix_of_signs(three):
     row = only(verdicts, claim="2", decides="counterfactual: CHAIRi")
     assert [row[str(s)] for s in three] == ["+", "+", "−"]
     # mean of .1, .05, -.06 with s = .0819, t(.975, 2) = 4.303
-    assert (row["mean"], row["over seeds"]) == ("-0.030 [-0.233, +0.173]", OPEN)
+    assert (row["mean"], row["over seeds"]) == ("−0.030 [−0.233, +0.173]", OPEN)
     assert only(verdicts, claim="1", decides="step 999: P(true answer)")["over seeds"] == "holds"
     assert only(verdicts, claim="4")["over seeds"] == claims.UNMEASURED
 
@@ -193,7 +193,7 @@ def test_what_two_studies_did_differently_is_listed(three):
     assert named == {("parameters", "seed"), ("inputs", "truth"), ("modules", "bpo.models.noise")}
     shared, apart = replication.side_by_side("mine", "mine-seed2", baselines=["base"])
     assert set(shared["method"]) == {"bpo", "bpo − base"} and apart == len(shared) == 6
-    assert only(shared, metric="CHAIRi", method="bpo − base")["mine"] == "-0.100 [-0.120, -0.080]"
+    assert only(shared, metric="CHAIRi", method="bpo − base")["mine"] == "−0.100 [−0.120, −0.080]"
 
 
 def test_a_seed_without_a_comparison_and_a_seed_twice_are_refused(three, outputs):
@@ -245,12 +245,12 @@ def test_words_follow_the_intervals(outputs):
         seeded(f"s{seed}", gain, seed=seed)
     mean = replication.over_seeds(replication.read({s: f"s{s}" for s in range(3)}))
     text = readme.found(mean, "3 seeds")
-    assert "2. **bpo − base**: CHAIRi falls (-.110 [-.135, -.085]); cover rises (+.110" in text
+    assert "2. **bpo − base**: CHAIRi falls (−.110 [−.135, −.085]); cover rises (+.110" in text
     assert "bpo_weaken" not in text and "Harm" not in text  # which nobody measured
     assert summary.headline(mean, 3).plain == (
-        "Over 3 seeds, bpo − base: CHAIRi falls (-.110 [-.135, -.085]); cover rises (+.110 [+.085, "
+        "Over 3 seeds, bpo − base: CHAIRi falls (−.110 [−.135, −.085]); cover rises (+.110 [+.085, "
         "+.135]); P(true answer) rises (+.110 [+.085, +.135]). bpo − sft_matched: CHAIRi falls "
-        "(-.110 [-.135, -.085]); cover rises (+.110 [+.085, +.135]); P(true answer) rises (+.110 "
+        "(−.110 [−.135, −.085]); cover rises (+.110 [+.085, +.135]); P(true answer) rises (+.110 "
         "[+.085, +.135]).")
     two = replication.over_seeds(replication.read({s: f"s{s}" for s in range(2)}))
     assert readme.found(two, "2 seeds") == "2 seeds: too few for an interval."
@@ -272,7 +272,7 @@ def test_the_steps_from_base_to_method(outputs):
     assert list(table["step"]) == ["base", "fresh positives: sft", "its own rows: sft_matched",
                                    "contrast: bpo"]
     assert list(table["CHAIRi, change"]) == [
-        "–", "+0.020 [0.000, +0.040]", "+0.030 [+0.010, +0.050]", "+0.010 [-0.010, +0.030]"]
+        "–", "+0.020 [0.000, +0.040]", "+0.030 [+0.010, +0.050]", "+0.010 [−0.010, +0.030]"]
 
 
 def test_every_dpo_method_is_set_beside_the_base_and_its_own_sft(outputs):
@@ -290,7 +290,7 @@ def test_every_dpo_method_is_set_beside_the_base_and_its_own_sft(outputs):
         "P(true answer), − base": ["+0.100 [+0.090, +0.110] better",
                                    "+0.200 [+0.190, +0.210] better"],
         "P(true answer), − own SFT": ["+0.020 [+0.010, +0.030] better",
-                                      "-0.030 [-0.040, -0.020] worse"]}
+                                      "−0.030 [−0.040, −0.020] worse"]}
 
 
 # --- the commands -------------------------------------------------------------------------------

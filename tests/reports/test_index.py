@@ -99,12 +99,12 @@ def test_the_index_shows_numbers_with_intervals_and_the_facts(study):
     assert head == ["measure", "base", "bpo", "bpo − base", "bpo − sft_matched"]
     found = {r[0]: r[1:] for r in rows}
     assert found["P(true answer), counterfactual images"] == [
-        "0.500 [0.450, 0.550]", "0.600 [0.550, 0.650]", "+0.100 [+0.090, +0.110] better", "–"]
+        "0.50 [0.45, 0.55]", "0.60 [0.55, 0.65]", "+0.100 [+0.090, +0.110] better", "–"]
     assert found["P(prior's answer), counterfactual images"][2].endswith(" worse")
-    assert found["cover, counterfactual images"][2] == "0.000 [-0.010, +0.010]"
+    assert found["cover, counterfactual images"][2] == "0.000 [−0.010, +0.010]"
     assert found["CHAIRi, counterfactual images"][2] == "–"
     words = re.sub(r"\s+", " ", page.words)
-    assert "changes by -0.200 [-0.250, -0.150], that of the prior's answer by +0.125" in words
+    assert "changes by −0.200 [−0.250, −0.150], that of the prior's answer by +0.125" in words
     for told in ("draws = 5", "122 s in all, on CPU", "model abababab", "torch 2.13.0",
                  "sha256sum -c SHA256SUMS", "it came to <b>pass</b>"):
         assert told in words, told
@@ -130,7 +130,7 @@ def test_the_list_of_studies_names_each_and_the_failed(study, outputs):
     assert page.links == ["one/index.html", "two/index.html"]
     words = re.sub(r"\s+", " ", page.words)
     assert "1 complete, 1 failed" in words and "failed: Noise and probability" in words
-    assert "under noise P(prior's answer) -0.400 [-0.450, -0.350]" in words
+    assert "under noise P(prior's answer) −0.400 [−0.450, −0.350]" in words
     assert "notebooks 1, 4" in words
 
 

@@ -380,7 +380,7 @@ def test_tables_sentences_and_estimates():
         {"score": [Estimate(0.3451, 0.3119, 0.381).text(), "–"], "x": [5e-6, float("nan")],
          "name": ["a", None]}, index=["base", "BPO"]), "t").html
     assert Estimate(0.3451, 0.3119, 0.381).text() == "0.345 [0.312, 0.381]"
-    assert Estimate(0.1, -0.2, 0.4).text(sign="+") == "+0.100 [-0.200, +0.400]"
+    assert Estimate(0.1, -0.2, 0.4).text(sign="+") == "+0.100 [−0.200, +0.400]"
     assert text.count('class="number"') == 2 * 3
     assert "<bdi>5e-06</bdi>" in text and "<bdi>BPO</bdi>" in text
     said = report.say("**{n:,}** of {share:.0%}", n=1284, share=0.5)

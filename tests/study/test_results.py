@@ -15,14 +15,14 @@ from bpo.study.results import Estimate, Result
     (Estimate(None, None, None, 0), "none", ""),
     (Estimate(0.1, 0.05, 0.2, more_is_better=True), "0.100 [0.050, 0.200]", "better"),
     (Estimate(0.1, 0.05, 0.2, more_is_better=False), "0.100 [0.050, 0.200]", "worse"),
-    (Estimate(-0.1, -0.2, -0.05, more_is_better=False), "-0.100 [-0.200, -0.050]", "better"),
+    (Estimate(-0.1, -0.2, -0.05, more_is_better=False), "−0.100 [−0.200, −0.050]", "better"),
     (Estimate(0.1, 0.0, 0.2, more_is_better=True), "0.100 [0.000, 0.200]", "no difference seen")))
 def test_an_estimate_says_what_its_interval_allows(estimate, text, reading):
     assert (estimate.text(), estimate.reading()) == (text, reading)
 
 
 def test_a_difference_has_its_sign():
-    assert Estimate(0.1, -0.05, 0.25).text(2, "+") == "+0.10 [-0.05, +0.25]"
+    assert Estimate(0.1, -0.05, 0.25).text(2, "+") == "+0.10 [−0.05, +0.25]"
 
 
 VALUES = {"base": {"cover": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9},
@@ -51,8 +51,8 @@ def test_what_is_written_is_read_again(tmp_path):
     assert again[2] == Estimate(0.1, 0.01, 0.2, 9, 0.02, 0.04, True)
     assert again[3] == Estimate(None, None, None, 0, None, None, False)
     assert list(results.texts(frame)) == [
-        "0.500 [0.400, 0.600]", "3.000 [2.000, 4.000]", "+0.100 [+0.010, +0.200] better", "none",
-        "-0.100 [-0.200, +0.100]", "+1.000 [+0.500, +2.000]"]
+        "0.50 [0.40, 0.60]", "3.00 [2.00, 4.00]", "+0.100 [+0.010, +0.200] better", "none",
+        "−0.100 [−0.200, +0.100]", "+1.000 [+0.500, +2.000]"]
 
 
 def test_families_are_corrected_apart(tmp_path):

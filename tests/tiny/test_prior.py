@@ -242,7 +242,7 @@ def test_a_verdict_needs_every_seed(seeds, verdict):
 
 
 def test_numbers_are_those_of_each_seed_or_the_interval_of_one():
-    assert tables.numbers(change((0.1, 0, 0), (-0.04, 0, 0))) == "+0.030 (+0.100, -0.040)"
+    assert tables.numbers(change((0.1, 0, 0), (-0.04, 0, 0))) == "+0.030 (+0.100, −0.040)"
     assert tables.numbers(change((0.3, 0.2, 0.4))) == "+0.300 [+0.200, +0.400]"
 
 
