@@ -23,8 +23,7 @@ TABLE = "replication.csv"
 # The metrics that tables over seeds use, with the first of each benchmark that a judge scores.
 STORED = {"chair_i", "cover", "colour_accuracy", "p_true", "p_prior", "prior_rate",
           "pope_adversarial", "pope_random", "words", "wins", "brier",
-          *(claims.BENCHMARKS.get(n, [next(iter(benchmarks.described(n)))])[0]
-            for n in benchmarks.KNOWN)}
+          *(claims.deciding(n)[0] for n in benchmarks.KNOWN)}
 # Categories that pages over several seeds leave to the table.
 ASIDE = ("kind", "reading", "calibration", "sharpening", "noise")
 
@@ -229,7 +228,8 @@ def seed_rows(frame: DataFrame, metric: str, *, where: str, against: str,
                  & (frame["against"] == against) & (frame["metric"] == metric)]
     mean = over_seeds(rows) if len(rows) else rows
     each = rows.assign(label="seed " + rows["seed"].astype(str))
-    return pandas.concat([each, mean.assign(label="mean")])[["label", "value", "low", "high"]]
+    return pandas.concat([each, mean.assign(label="mean")])[
+        ["label", "value", "low", "high", "more_is_better"]]
 
 
 def settings_that_differ(study: str, other: str) -> DataFrame:

@@ -172,27 +172,27 @@ def metric_bars(frame: "pandas.DataFrame") -> Figure:
 
 def differences(panels: Mapping[str, "pandas.DataFrame"]) -> Figure:
     """Differences with intervals around a zero line, a panel a title, a row each; the mean of
-    several is a diamond.
+    several is a diamond. Better lies right: where less is better, a row is mirrored.
 
-    panels: title -> {label, value, low, high, perhaps reading}; an interval may be missing (NaN).
-    A marker is filled where the interval leaves zero out; then the reading stands at the right.
+    panels: title -> {label, value, low, high, perhaps more_is_better}; an interval may be missing
+    (NaN). A marker is filled where the interval leaves zero out.
     """
     fig, axes = _panels(panels)
     for panel, rows in zip(axes, panels.values(), strict=False):
         panel.axvline(0, color="#303030", linewidth=1)
         panel.set_xlabel("difference")
+        if any(more in (True, False) for more in rows.get("more_is_better", ())):
+            panel.set_xlabel("worse  ←  difference  →  better")
+            panel.xaxis.set_major_formatter(lambda x, _: f"{abs(x):.3g}")
         for place, row in enumerate(rows.to_dict("records")):
+            number = signed(row["value"])
+            if row.get("more_is_better") is False:
+                row |= {"value": -row["value"], "low": -row["high"], "high": -row["low"]}
             apart = row["low"] > 0 or row["high"] < 0
             mean = row["label"] == "mean"
             style = {"color": COLOURS[mean], "marker": "D" if mean else "o"}
-            _interval(panel, row, place, style, number=signed(row["value"]),
+            _interval(panel, row, place, style, number=number,
                       fill=style["color"] if apart else "white")
-            if apart and row.get("reading"):
-                panel.margins(x=0.18)
-                panel.annotate(row["reading"], (1, place), ha="right", va="center",
-                               xycoords=panel.get_yaxis_transform(), fontsize=9,
-                               fontweight="bold", color="#3c4147",
-                               bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     return fig
 
 
