@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bpo.params import SCHEMAS, Parameters, Refusal, outputs_root
-from bpo.study import environment, processes, sources
+from bpo.study import environment, hub, processes, sources
 from bpo.study.files import Hashes, file_hash, to_json, write_whole
 
 MANIFEST = "manifest.json"
@@ -207,10 +207,13 @@ def fingerprint(path: Path, hashed: Callable[[Path], str] = file_hash) -> str:
 
     Below an earlier stage's folder the hashes come from its manifest, after the files were
     compared with it. Elsewhere: a file's content, or names, sizes and contents of a folder's
-    files, where of a file above 256 MB only 64 blocks spread over it are read.
+    files, where of a file above 256 MB only 64 blocks spread over it are read. What the hub's
+    cache holds is told by its commit.
     """
     owner = owning_stage(path)
     if owner is None:
+        if revision := hub.revision(path):
+            return revision
         if not path.exists():
             command = written_by(path)
             raise Refusal(f"{path} is not there yet: {command}" if command
