@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bpo.params import SCHEMAS, Refusal, outputs_root
+from bpo.study import hub
 from bpo.study.files import file_hash
 
 MANIFEST = "manifest.json"
@@ -24,10 +25,13 @@ def fingerprint(path: Path, hashed: Callable[[Path], str] = file_hash) -> str:
 
     Below an earlier stage's folder the hashes come from its manifest, after the files were
     compared with it. Elsewhere: a file's content, or names, sizes and contents of a folder's
-    files, where of a file above 256 MB only 64 blocks spread over it are read.
+    files, where of a file above 256 MB only 64 blocks spread over it are read. What the hub's
+    cache holds is told by its commit.
     """
     owner = require(path)
     if owner is None:
+        if commit := hub.revision(path):
+            return commit
         if path.is_file():
             return hashed(path)
         return digest(f"{f.relative_to(path).as_posix()} {hashed(f)}" for f in files_of(path))
