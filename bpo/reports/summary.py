@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pandas import DataFrame
 
@@ -12,7 +12,8 @@ from bpo.reports import figures
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
 from bpo.study import results
-from bpo.study.text import signed
+from bpo.study.results import OPEN
+from bpo.study.text import as_text, signed
 
 STEPS = ("p_true", "p_prior", "chair_i")  # metrics of the steps from base to method
 
@@ -45,6 +46,118 @@ def claims_table(verdicts: DataFrame) -> DataFrame:
         table["seeds"] = verdicts[signs].agg("".join, axis=1)
     first = [c for c in ("claim", "says", "compared", "decides", "seeds") if c in table]
     return table[[*first, *verdicts.columns.drop([*claims.KEYS, *signs])]]
+
+
+QUESTION = "Does BPO make the model look at the picture?"
+# What a claim says -> in a sentence where it holds, where the contrary does, where neither is seen
+WORDS = {"Raises P(true answer)": ("raises the true answer's probability",
+                                   "lowers the true answer's probability", "the true answer"),
+         "Lowers P(prior's answer)": ("lowers that of the usual, wrong answer",
+                                      "raises that of the usual, wrong answer", "the usual answer"),
+         "Hallucinates less": ("names fewer objects that are not there",
+                               "names more objects that are not there", "objects not there"),
+         "Says as much": ("names more of the objects", "names fewer of the objects",
+                          "objects named")}
+LOOKS = [says for says in WORDS if says != "Says as much"]  # what looking at the picture would do
+
+
+def on_main(decided: DataFrame, main: str) -> DataFrame:
+    """The rows of `claims.decided` or `replication.claims_over` that an index shows: measured, of
+    the untuned model, of the method's own matched SFT, and of harm; of claim 2 and 3 those of the
+    main split, where it decides any."""
+    signs = [c for c in decided if c.isdigit()]
+    seen = (decided[signs] != claims.SIGNS[claims.UNMEASURED]).any(axis=1) if signs else (
+        decided["verdict"] != claims.UNMEASURED)
+    rows = decided[seen & ~((decided["claim"] == "3") & (
+        decided["against"] != decided["method"].map(claims.matched)))]
+    compared, there = rows["claim"].isin(("2", "3")), rows["decides"].str.startswith(f"{main}: ")
+    rows = rows[~compared | there] if (compared & there).any() else rows
+    return rows.assign(decides=rows["decides"].str.removeprefix(f"{main}: "))
+
+
+def answer(decided: DataFrame) -> tuple[str, str]:
+    """Whether BPO makes the model look, in a word or two, and the sentence that says why; ("", "")
+    where nothing was compared. decided: `on_main` of one study's verdicts or of those over seeds.
+    """
+    base = decided[(decided["method"] == claims.METHOD) & (decided["claim"] == "2")
+                   & decided["says"].isin(list(WORDS))]
+    look = base.loc[base["says"].isin(LOOKS), "verdict"]
+    if look.empty:
+        return "", ""
+    holds, fails = (look == claims.HOLDS).any(), (look == claims.FAILS).any()
+    harm = decided[(decided["claim"] == claims.HARM) & (decided["verdict"] == claims.FAILS)
+                   & (decided["decides"] != claims.label("", "words"))]  # shorter is not worse
+    word = ("Mixed" if holds and fails else "Yes" if (look == claims.HOLDS).all()
+            else "Partly" if holds else "No" if fails else "No difference seen")
+    own = decided[(decided["method"] == claims.METHOD) & (decided["claim"] == "3")]
+    parts = [f"Against the untuned model BPO {_told(base)}."]
+    both = base[["says", "verdict"]].merge(own[["says", "verdict"]], on="says")
+    if len(both) and (both["verdict_x"] == both["verdict_y"]).all():
+        same = _listed([WORDS[says][2] for says in WORDS if says in set(both["says"])])
+        parts.append(f"{CONTRAST}, the same is seen in {same}.")
+    elif len(own):
+        parts.append(f"{CONTRAST}, it {_told(own)}.")
+    if len(harm):
+        parts.append(f"Worse than before: {_listed(harm['decides'])}.")
+    return word + (", at a price" if holds and len(harm) else ""), " ".join(parts)
+
+
+def _told(rows: DataFrame) -> str:
+    """"makes the true answer likelier; no difference is seen in objects not there"."""
+    by_verdict = {v: [says for says in WORDS if says in set(
+        rows.loc[rows["verdict"] == v, "says"])] for v in (claims.HOLDS, claims.FAILS, OPEN)}
+    told = [WORDS[says][place] for place, v in enumerate((claims.HOLDS, claims.FAILS))
+            for says in by_verdict[v]]
+    if unseen := [WORDS[says][2] for says in by_verdict[OPEN]]:
+        told.append(f"shows no difference in {_listed(unseen)}")
+    return _listed(told)
+
+
+def _listed(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+CONTRAST = "Against SFT on the same positives, which leaves the contrast alone"
+GROUPS = {"1": "1 · Noise brings out the prior", "2": "2 · {method} against the untuned model",
+          "3": "3 · {method} against {against}: SFT on its own positives",
+          "4": "4 · Against an untuned model of twice the size", "5": "5 · Visibly better answers",
+          claims.HARM: "Harm · {method} against the untuned model"}
+TERMS = ("CHAIRi: share of the named objects that are not there. cover: share of the objects that "
+         "are named. P(prior's answer): probability of what is usual. POPE: yes/no questions about "
+         "objects. Positives: the chosen answers.")
+MEANING = {"+": "holds", "o": "no difference seen", "−": "does not hold", "·": "not measured"}
+KINDS = {"+": "holds", "o": "open", "−": "fails", "·": "open"}  # classes of the signs
+
+
+def matrix(decided: DataFrame) -> Shown:
+    """Claims by seeds: a row a claim, a sign a seed and one over seeds; of a single study its sign
+    and its difference. decided: `on_main`'s."""
+    seeds = [c for c in decided if c.isdigit()]
+    heads = [*seeds, "all"] if seeds else ["", "difference"]
+    body, before = "", ""
+    for row in decided.to_dict("records"):
+        group = GROUPS[row["claim"]].format(**row)
+        if group != before:
+            body += (f'<tr class="group"><th scope="colgroup" colspan="{1 + len(heads)}">'
+                     f"{as_text(group)}</th></tr>")
+            before = group
+        cells = "".join(f'<td class="sign {KINDS[sign]}">{sign}</td>' for sign in (
+            *(row[seed] for seed in seeds), claims.SIGNS[row["verdict"]]))
+        cells += "" if seeds else f'<td class="difference">{as_text(row["difference"])}</td>'
+        decides = ": ".join(x for x in row["decides"].split(": ") if x not in row["says"])
+        body += (f'<tr><th scope="row">{as_text(row["says"])} '
+                 f'<span class="note">{as_text(decides)}</span></th>{cells}</tr>')
+    head = "".join(f'<th scope="col">{name}</th>' if name else "<td></td>" for name in heads)
+    legend = ", ".join(f"{sign} {text}" for sign, text in MEANING.items())
+    if seeds:
+        legend += f"; seeds {seeds[0]} to {seeds[-1]}, then all"
+    return Shown(f'<table class="claims{" many" * bool(seeds)}"><caption>{legend}</caption><thead>'
+                 f'<tr><th scope="col">claim</th>{head}</tr></thead><tbody>{body}</tbody></table>'
+                 f'<p class="note">{as_text(TERMS)}</p>', kind="matrix",
+                 plain="\n".join(f"{r['says']}, {r['decides']}, {r['method']} − {r['against']}: "
+                                 f"{''.join(r[s] for s in seeds)} {r['verdict']}"
+                                 for r in decided.to_dict("records")))
 
 
 def headline(mean: DataFrame, seeds: int) -> Shown:
