@@ -229,7 +229,8 @@ def seed_rows(frame: DataFrame, metric: str, *, where: str, against: str,
                  & (frame["against"] == against) & (frame["metric"] == metric)]
     mean = over_seeds(rows) if len(rows) else rows
     each = rows.assign(label="seed " + rows["seed"].astype(str))
-    return pandas.concat([each, mean.assign(label="mean")])[["label", "value", "low", "high"]]
+    return pandas.concat([each, mean.assign(label="mean")])[
+        ["label", "value", "low", "high", "more_is_better"]]
 
 
 def settings_that_differ(study: str, other: str) -> DataFrame:

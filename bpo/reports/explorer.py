@@ -17,7 +17,7 @@ from pandas import DataFrame
 from bpo.data import images
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
-from bpo.evaluation import comparison, probe
+from bpo.evaluation import comparison, probe, under_noise
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs, tuned
 from bpo.models.checkpoint import Checkpoint
@@ -271,3 +271,26 @@ def noise_headline(p: NoiseProbability, metrics: dict[str, Any]) -> Shown:
         "The prior's answer takes the true one's place under **{out}**. From the clean image to "
         "step {last}: " + "; ".join(parts) + "; {n} images.",
         out=" and ".join(out) or "nothing that was tried", **values)
+
+
+def after_training(frame: DataFrame, against: Sequence[str]) -> Shown:
+    """Notebook 1's curves after training: P(true answer) and P(prior's answer) against the noise
+    step, a line for the page's method and for each of what it is compared with."""
+    rows = frame.query("category == 'noise' and against == ''")
+    names = [*against, tables.main_method(frame)]
+    rows = rows[rows["method"].isin(names) & rows["value"].notna()]
+    where = rows["metric"].str.extract(r"(?P<measure>p_true|p_prior)_at_(?P<step>\d+)")
+    rows = rows.assign(measure=where["measure"], step=where["step"].astype(float)).dropna(
+        subset="measure")
+    if rows.empty:
+        return page.say("This run did not ask under noise (noise_rows is 0, or nobody knows what "
+                          "to weigh).")
+    panels = {under_noise.LABELS[measure]: {
+        name: [mine[c] for c in ("step", "value", "low", "high")]
+        for name in names if len(mine := of[of["method"] == name])}
+        for measure, of in rows.groupby("measure", sort=False)}
+    return page.figure(
+        figures.bands(panels, xlabel="noise step (0 is the clean image)", ylabel="probability"),
+        alt=f"P(true answer) and P(prior's answer) against the noise step, of {', '.join(names)}",
+        caption=f"{rows['split_or_benchmark'].iloc[0]} images, {rows['n'].iloc[0]:.0f} colour "
+                f"questions, the same at each step; bands are {tables.INTERVALS}.")

@@ -1,18 +1,20 @@
-"""Several seeds of a study, and two studies: figures and tables of notebook 7."""
+"""What came out of training (notebook 3), of several seeds and of two studies (notebook 7)."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pandas import DataFrame
 
 from bpo.evaluation import benchmarks, claims, comparison, replication
-from bpo.params import Refusal, Replication
-from bpo.reports import figures
+from bpo.params import DPOTraining, Refusal, Replication
+from bpo.reports import figures, pair_tables
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
 from bpo.study import results
-from bpo.study.text import signed
+from bpo.study import stage as stages
+from bpo.study.text import number, signed
 
 STEPS = ("p_true", "p_prior", "chair_i")  # metrics of the steps from base to method
 
@@ -188,3 +190,61 @@ def in_words(mean: DataFrame, measures: Sequence[tuple[str, str]], method: str, 
     if unseen:
         sure.append(f"no difference seen in {', '.join(unseen)}")
     return "; ".join(sure)
+
+
+# --- training ---------------------------------------------------------------------------------
+
+def budgets(p: DPOTraining, result: stages.Result) -> Shown:
+    """A row a method: its rows, steps and floating point operations."""
+    rows = DataFrame([
+        {"method": method, "rows": m["rows"], "steps": m["steps"],
+         "packed": {True: "yes", False: "no"}.get(m.get("packed"), "–"),
+         "GFLOP a step": f"{m['flops_per_step'] / 1e9:.1f}",
+         "TFLOP in all": f"{m['flops'] / 1e12:.2f}",
+         "seconds": f"{result.timings[method]:.0f}" if method in result.timings else ""}
+        for method, m in result.metrics["methods"].items()])
+    return report.table(
+        rows, "What each method was given",
+        f"{p.batch_pairs} rows a step; floating point operations counted over the first steps, "
+        "forward and backward, the reference apart and once for each row; seconds on the machine "
+        "named in the facts at the top")
+
+
+ENDS = {"loss_first": ("loss, first step", 2, ""), "loss_last": ("loss, end", 2, ""),
+        "margin_last": ("margin, end", 2, ""), "accuracy_last": ("accuracy, end", 2, ""),
+        "chosen_change": ("chosen log-prob", 1, "+"),
+        "rejected_change": ("rejected log-prob", 1, "+")}
+
+
+def training_ends(result: stages.Result) -> Shown:
+    """A row a method: where its curves ended; SFT has a loss alone."""
+    rows = DataFrame([
+        {"method": method} | {label: number(m[name], digits, sign) if name in m else "–"
+                              for name, (label, digits, sign) in ENDS.items()}
+        for method, m in result.metrics["methods"].items()])
+    return report.table(
+        rows, "Where each method ended", "end and change: mean of the last tenth of the steps; "
+        "accuracy: share of training pairs whose chosen answer gained more than the rejected one, "
+        "chance is one half; change against the reference, in nats an answer, on training rows")
+
+
+def training_headline(p: DPOTraining, methods: dict[str, dict[str, Any]]) -> Shown:
+    """How well each DPO method learnt its pairs, by which objective, and whether it raised the
+    chosen answer or only lowered the rejected one. methods: the stage's metrics of each."""
+    dpo = {m: f for m, f in methods.items() if "chosen_change" in f}
+    far = [m for m, f in dpo.items() if f["chosen_change"] < -p.fall_warning]
+    warning = (
+        " **Warning:** in {far} the chosen answer fell by more than {bound} nats on average: there "
+        "the margin was won by making the right answer unlikely too. Add sft, anchor or dpop to "
+        "loss, or raise beta.") if far else ""
+    learnt = "; ".join(
+        f"{m} ({pair_tables.objective(p, m)}) prefers the chosen answer in "
+        f"{f['accuracy_last']:.0%} of its training pairs: chosen "
+        f"{number(f['chosen_change'], 1, '+')}, rejected {number(f['rejected_change'], 1, '+')} "
+        "nats an answer" for m, f in dpo.items())
+    return report.say(
+        "**The pairs were learnt**, mostly by making rejected answers unlikely: {l}." + warning
+        if dpo and all(abs(f["rejected_change"]) > abs(f["chosen_change"]) for f in dpo.values())
+        else "After training, {l}." + warning if dpo else
+        "{n} adapters trained, none of them on pairs.", n=len(methods), l=learnt,
+        far=", ".join(far), bound=p.fall_warning)

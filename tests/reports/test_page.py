@@ -26,7 +26,7 @@ CURVE = {"mean": [0.9, 0.2], "low": [0.8, 0.1], "high": [1.0, 0.3]}
 HISTORY = [{"step": s, "loss": 1 / s, "rewards/margins": s, "rewards/accuracies": 0.5,
             "chosen": -5.0, "rejected": -5.0 - s} for s in (1, 2, 3)]
 ROWS = pandas.DataFrame([
-    {"method": m, "label": k, "value": 0.1, "low": low, "high": 0.2, "reading": "better"}
+    {"method": m, "label": k, "value": 0.1, "low": low, "high": 0.2}
     for m, low in (("SFT", -0.1), (HOSTILE, 0.05)) for k in ("accuracy", "yes share")])
 
 
@@ -41,7 +41,6 @@ def all_figures() -> dict[str, object]:
         "strip": figures.noise_strip([picture()] * 7, list(range(7)), [HOSTILE] * 7),
         "curves": figures.noise_curves({"": {"a": CURVE, "$b$": CURVE}}, [0, 900], "probability"),
         "training": figures.training_curves({"BPO": HISTORY, "SFT": [{"step": 1, "loss": 2.0}]}),
-        "metrics": figures.metric_bars(ROWS),
         "differences": figures.differences({HOSTILE: ROWS}),
         "forest": figures.differences({n: ROWS.assign(label=["seed 0", "seed 1", HOSTILE, "mean"])
                                        for n in (HOSTILE, "cover")}),
@@ -309,6 +308,10 @@ def test_figures_show_what_was_measured():
     dots = [line for line in apart.axes[0].lines if line.get_marker() == "o"]
     fills = [dot.get_markerfacecolor() for dot in dots]
     assert fills[0] == "white" and fills[2] != "white"
+    # better lies right, whatever its sign
+    (panel,) = figures.differences({"CHAIRi": ROWS[2:3].assign(more_is_better=False)}).axes
+    assert [list(line.get_xdata()) for line in panel.lines[1:]] == [[-0.2, -0.05], [-0.1]]
+    assert [text.get_text() for text in panel.texts] == ["+0.100"]
     strip = figures.noise_strip([picture()] * 3, [0, 5, 9], ["$x^2$"] * 3)
     assert not strip.axes[0].xaxis.label.get_parse_math()  # `$x^2$` is drawn as it is
     assert [axes.get_title() for axes in strip.axes] == ["step 0", "step 5", "step 9"]
