@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 
 from bpo.reports.template.look import COLOURS, QUIET, styles, theme
 from bpo.reports.template.look import colour as colour
-from bpo.study.text import signed, visible
+from bpo.study.text import joined, signed, visible
 
 if TYPE_CHECKING:
     import pandas
@@ -51,8 +51,8 @@ def noise_strip(images: list["Image.Image"], steps: list[int | str],
 
 
 def wrapped(text: str, *, columns: int) -> str:
-    lines = textwrap.wrap(visible(" ".join(text.split())), columns, max_lines=4, placeholder=" …")
-    return "\n".join(lines)
+    text = visible(joined(" ".join(text.split())))
+    return "\n".join(textwrap.wrap(text, columns, max_lines=4, placeholder=" …"))
 
 
 def noise_curves(ways: Mapping[str, Mapping[str, Mapping[str, list[float]]]], steps: list[int],
@@ -181,7 +181,7 @@ def _panels(frames: Mapping[str, "pandas.DataFrame"]) -> tuple[Figure, list[Axes
     """A panel a frame under its title, a row for each of its labels; labels that repeat those of
     the panel at the left are not drawn."""
     alone = len(frames) == 1
-    labels = [[wrapped(label, columns=34 if alone else 20) for label in frame["label"]]
+    labels = [[wrapped(label, columns=34 if alone else 23) for label in frame["label"]]
               for frame in frames.values()]
     columns = min(len(frames), 2)
     rows = math.ceil(len(frames) / columns)

@@ -22,7 +22,7 @@ from bpo.reports.cards import OUTPUT_STYLE, Shown, data_uri
 from bpo.reports.template import executed, filters
 from bpo.reports.template.look import IN_THE_DARK
 from bpo.study.files import write_whole
-from bpo.study.text import as_text, number, shortened, visible
+from bpo.study.text import as_text, joined, number, shortened, visible
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -36,7 +36,8 @@ ESTIMATE = re.compile(r"([-+−]?[\d.,]+%?) (\[[-+−\d., %]+\])(.*)")
 SCROLLS = 'tabindex="0" role="group" aria-label'
 STAMP = "bpo_stamp"  # in the metadata of an executed notebook
 SIGNS = {"complete": "✓", "failed": "✗"}
-PHONE = 46  # characters: a table wider than that is a card a row on a phone
+# Characters: a wider table has its intervals below its numbers; is a card a row on a phone.
+DESK, PHONE = 100, 44
 LINKS = {"html": "report", "ipynb": "notebook", "manifest": "manifest"}
 
 
@@ -71,8 +72,6 @@ def table(frame: "pandas.DataFrame", caption: str, note: str = "") -> Shown:
     if list(frame.index) != list(range(len(frame))):
         frame = frame.reset_index()
     cells = {name: [_cell(value) for value in frame[name]] for name in frame.columns}
-    widths = [3 + max(*map(len, str(n).split()), *(min(len(x), 26) for x in ["", *column]))
-              for n, column in cells.items()]
     kinds = {name: ' class="number"' if all(map(NUMBER.fullmatch, column)) else ""
              for name, column in cells.items()}
     head = "".join(f'<th scope="col"{kinds[name]}>{as_text(name)}</th>' for name in cells)
@@ -82,11 +81,14 @@ def table(frame: "pandas.DataFrame", caption: str, note: str = "") -> Shown:
         + "</tr>" for row in range(len(frame))
     )
     title = _line(caption)
-    wide = sum(any("[" in text for text in cells[n]) for n in cells if kinds[n]) > 3
+    # numbers do not wrap, words do
+    wide = sum(3 + max(*map(len, str(n).split()), *(
+        len(x) if kinds[n] else min(len(x), 26) for x in ["", *column]))
+        for n, column in cells.items())
     below = f'<p class="note">{_line(note)}</p>' if note else ""
     return Shown(
         f'<div class="scroll" {SCROLLS}="{title}">'
-        f'<table class="{"tall" if wide else "flat"}{" cells" * (sum(widths) > PHONE)}">'
+        f'<table class="{"tall" if wide > DESK else "flat"}{" cells" * (wide > PHONE)}">'
         f"<caption><span>{title}</span></caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>{below}",
         plain=f"Table: {caption}\n{frame.to_string(index=False)}",
@@ -94,7 +96,7 @@ def table(frame: "pandas.DataFrame", caption: str, note: str = "") -> Shown:
 
 
 def _line(text: str) -> str:
-    return html.escape(visible(shortened(text)))
+    return html.escape(visible(shortened(joined(text))))
 
 
 def _shown_cell(text: str) -> str:
@@ -241,11 +243,11 @@ def html_page(notebook: Path) -> Path:
 
 def _link_pages(folder: Path) -> None:
     """Each page of a study links to the one before and the one after it that are there."""
-    pages = {file: file.read_text(encoding="utf-8") for file in sorted(folder.glob("[0-9]_*.html"))}
-    titles = [html.unescape(re.search("<title>(.*?)</title>", text, re.S)[1])
-              for text in pages.values()]
-    for place, (file, text) in enumerate(pages.items()):
-        links = [f'<a href="{quote(list(pages)[at].name)}">{before}{as_text(titles[at])}{after}</a>'
+    pages = sorted(folder.glob("[0-9]_*.html"))
+    texts = [file.read_text(encoding="utf-8") for file in pages]
+    titles = [re.search("<title>(.*?)</title>", text, re.S)[1] for text in texts]
+    for place, (file, text) in enumerate(zip(pages, texts, strict=True)):
+        links = [f'<a href="{quote(pages[at].name)}">{before}{titles[at]}{after}</a>'
                  for at, before, after in ((place - 1, "← ", ""), (place + 1, "", " →"))
                  if 0 <= at < len(pages)]
         linked = re.sub("(?<=<!-- neighbours -->).*?(?=<!-- /neighbours -->)",

@@ -120,10 +120,10 @@ def dropped(found: dict[str, Any]) -> Shown:
 
 def scores(p: PairGeneration) -> Shown:
     """The scores that `select` may weigh, and what each means."""
-    return page.table(DataFrame(selection.SCORES.items(), columns=["score", "meaning"]),
-                      "Scores that select can weigh",
-                      f"in this run: {p.select or 'none, the first made is kept'}; {p.keep} kept "
-                      "of each source, mode and step")
+    used = (f"{p.select or 'none, the first made is kept'}; {p.keep} kept of each source, mode and "
+            "step")
+    return page.folded(f"Scores that select can weigh; in this run: {used}", page.table(
+        DataFrame(selection.SCORES.items(), columns=["score", "meaning"]), "Scores"))
 
 
 def checks(found: dict[str, Any]) -> Shown:
@@ -221,10 +221,11 @@ def displacement(found: dict[str, Any]) -> Shown:
 def headline(found: dict[str, Any]) -> Shown:
     parts = [f"{found[s]['kept']} {s} ({found[s]['share_kept']:.0%} of rows)"
              for s in sources(found)]
-    known = prior_shares(found)
-    prior = (" Where the truth file names the prior's answer, **it is the rejected one** in "
-             "{shares}." if known else "")
-    return page.say("**{n} pairs** from {rows} annotated rows: {parts}." + prior, n=found["pairs"],
+    known, long = prior_shares(found), longer(found).plain.rstrip(".")
+    prior = ("Where the truth file names the prior's answer, **it is the rejected one** in "
+             "{shares}. " if known else "")
+    return page.say(prior + "{long}: where that is common, training also teaches length. **{n} "
+                    "pairs** from {rows} annotated rows: {parts}.", n=found["pairs"], long=long,
                     rows=found["rows"], parts=", ".join(parts), shares=" and ".join(known))
 
 
@@ -259,7 +260,7 @@ def methods(p: DPOTraining) -> Shown:
         rows.append({"method": name, "objective": objective(p, name),
                      "learning rate": f"{p.varied(name).learning_rate:g}",
                      "what it is": f"{method} with {changed or 'this objective and rate'}"
-                     if changes else meanings[method].replace("DPO on ", "")})
+                     if changes else meanings[method].replace("DPO on", "pairs:")})
     return page.table(DataFrame(rows), "Methods of this run",
                       "what DPO adds is measured against the SFT on the method's own positives")
 

@@ -29,9 +29,9 @@ INTERVALS = "95 % bootstrap intervals over images"
 PAIRED = "paired 95 % bootstrap intervals over images"
 ARROWS = {True: "↑", False: "↓"}
 # what the measures of notebook 4 are out of, where it is not all questions of a kind
-OUT_OF = {"chair_s": "captions", "chair_i": "objects named", "cover": "objects",
+OUT_OF = {"chair_s": "captions", "chair_i": "named objects", "cover": "objects",
           "objects": "captions", "words": "captions", **dict.fromkeys(
-              ("p_true", "p_prior", "logp_true", "prior_rate"), "untypical questions")}
+              ("p_true", "p_prior", "logp_true", "prior_rate"), "untypical")}
 
 
 def methods(frame: DataFrame) -> list[str]:
@@ -101,9 +101,10 @@ def level_tables(frame: DataFrame) -> list[Shown]:
 
 
 def counted(rows: DataFrame) -> list[str]:
-    """Labels that say what each number is out of: "CHAIRi, 889 objects named"."""
-    return [f"{r.label}, {r.n:,.0f} {OUT_OF.get(r.metric, 'questions')}"
-            for r in rows.itertuples()]
+    """Labels that say what the numbers of a measure are out of: "CHAIRi, 878 to 889 objects"."""
+    ends = rows.groupby("metric")["n"].agg(["min", "max"]).map("{:,.0f}".format)
+    return [f"{r.label}, {' to '.join(dict.fromkeys(ends.loc[r.metric]))} "
+            f"{OUT_OF.get(r.metric, 'questions')}" for r in rows.itertuples()]
 
 
 def rivals(frame: DataFrame, matched: Mapping[str, str] = MappingProxyType({})) -> list[str]:
@@ -134,7 +135,7 @@ def main_table(frame: DataFrame, split: str, against: Sequence[str]) -> Shown:
     return report.table(
         table.fillna("–").rename_axis(columns=None).reset_index(), f"{split} images",
         f"↑ more is better, ↓ less is better. In brackets {PAIRED}; better or worse is said where "
-        "one excludes zero. Untypical: the usual answer is wrong there")
+        "one excludes zero. Untypical: questions whose usual answer is wrong")
 
 
 def difference_figure(frame: DataFrame, split: str, against: Sequence[str]) -> Shown:

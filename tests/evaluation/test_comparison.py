@@ -15,7 +15,7 @@ from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, tuned
 from bpo.models.generate import Request
 from bpo.params import QualitativeComparison, Refusal
-from bpo.reports import benchmark_tables, explorer, tables
+from bpo.reports import benchmark_tables, summary, tables
 from bpo.study import results
 from bpo.study.files import read_lines
 
@@ -222,7 +222,7 @@ def test_levels_and_differences_stand_in_one_table_that_says_what_each_is_out_of
     frame = with_differences(tmp_path, cover=(0.1, 0.2), chair_i=(-0.1, 0.1), words=(0.1, 0.2))
     table = tables.main_table(frame, "natural", tables.rivals(frame))
     assert table.plain.splitlines()[0] == "Table: natural images"
-    for told in ("cover, 9 objects ↑", "CHAIRi, 9 objects named ↓", "bpo − base",
+    for told in ("cover, 9 objects ↑", "CHAIRi, 9 named objects ↓", "bpo − base",
                  "+0.150 [+0.100, +0.200] better", "0.000 [−0.100, +0.100]"):
         assert told in table.plain
     assert "words" not in table.plain
@@ -489,7 +489,8 @@ def test_data_without_a_truth_file_is_measured_by_length_and_change(parameters, 
     assert set(tables.levels(frame)["category"]) == {"any"}
     assert tables.difference_figure(frame, "held_out", tables.rivals(frame))
     assert tables.main_table(frame, "held_out", tables.rivals(frame))
-    assert explorer.after_training(frame, tables.rivals(frame)).plain.startswith("This run did not")
+    assert summary.noise_curves(frame, tables.rivals(frame)).plain.startswith(
+        "Figure: held_out images, ")
     counted, gallery = tables.side_by_side(p, found, frame)
     assert counted.plain.startswith("No truth file tells of a usual answer to the 5 held_out")
     assert gallery.html.count(tables.DRAWN) == 4 and "what is usual" not in gallery.html
