@@ -280,31 +280,31 @@ def load(result: stages.Result) -> tuple[list[dict], dict[str, dict[str, list[st
             json.loads((result.folder / CANDIDATES).read_text(encoding="utf-8")))
 
 
-def example(p: NoiseProbability, result: stages.Result) -> dict[str, Any]:
-    """One analysed image, the first row by its id for which answers were sampled: {row, question,
-    true, prior}, and at each step {images, answers: the sampled ones, p_true: the stored
-    probability of the first true answer}, at the first draw; other_ways: way -> {images, answers}.
-    """
+def example(p: NoiseProbability, result: stages.Result, chosen: str) -> dict[str, Any]:
+    """A row: {row, question, true, prior}, and at each step {images, chances: of the true and the
+    prior's answer, p_true: of the first true one}, first draw; other_ways: way -> the same."""
     lines, candidates = load(result)
-    first = min(x["row"] for x in lines if x["sampled"] is not None)
-    rows, _ = listed(p)
-    row = asked(p, next(r for r in rows if r.id == first))
-    looks = {x["step"]: x for x in lines if x["row"] == first and x["draw"] == 0}
+    row = asked(p, next(r for r in listed(p)[0] if r.id == chosen))
+    looks = {x["step"]: x for x in lines if x["row"] == chosen and x["draw"] == 0}
     processor = checkpoints.load_processor(p.path(p.model))
     image = encoding.transformed(images.load(row.image), p.image_transform, processor)
     pictures = [encoding.noised_picture(processor, image, step, seeds.torch_generator(
         p.seed, "probe noise", row.id, 0)) for step in p.noise_steps]
     return {"row": row, "images": pictures, "question": row.question, **candidates[row.id],
-            "answers": [looks[step]["sampled"] for step in p.noise_steps],
+            "chances": [_chances(looks[step]) for step in p.noise_steps],
             "other_ways": {way: _other(p, result, processor, row, way) for way in p.other_ways},
             "p_true": [float(np.exp(looks[step]["answers"][0]["logp"])) for step in p.noise_steps]}
 
 
 def _other(p: NoiseProbability, result: stages.Result, processor: Any, row: Row, way: str
            ) -> dict[str, Any]:
-    answers = {x["step"]: x["sampled"] for x in read_lines(result.folder / f"looks-{way}.jsonl")
-               if x["row"] == row.id and x["draw"] == 0}
+    lines = read_lines(result.folder / f"looks-{way}.jsonl")
+    chances = {x["step"]: _chances(x) for x in lines if (x["row"], x["draw"]) == (row.id, 0)}
     request = Request(row.id, row.prompt, row.image)
     return {"images": [generate.view_picture(processor, request, View(way, step), seed=p.seed,
-                                             transform=p.image_transform) for step in answers],
-            "answers": list(answers.values()), "steps": list(answers)}
+                                             transform=p.image_transform) for step in chances],
+            "chances": list(chances.values()), "steps": list(chances)}
+
+
+def _chances(line: dict) -> list[float]:
+    return [_value(line, MEASURES[0], kind) for kind in KINDS]

@@ -7,6 +7,7 @@ which show the first `LONGEST` characters and how many more there are.
 
 import base64
 import difflib
+import hashlib
 import html
 import io
 import itertools
@@ -18,7 +19,7 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
-from bpo.study.text import LONGEST_ALT, as_text, cut, shortened, visible
+from bpo.study.text import LONGEST_ALT, as_text, cut, joined, shortened, visible
 
 OUTPUT_STYLE = (Path(__file__).parent / "template" / "outputs.css").read_text(encoding="utf-8")
 OUTPUT_STYLE = f"<style>\n{OUTPUT_STYLE}</style>\n"
@@ -47,7 +48,7 @@ class Shown:
 def mark_differences(text: str, reference: str) -> Markup:
     """Escaped `text` with each run of words that `reference` has not at that place in <mark>."""
     # Both are cut at one length, so that what differs beyond it marks nothing; matching is slow.
-    (text, rest), (reference, _) = cut(text), cut(reference)
+    (text, rest), (reference, _) = cut(joined(text)), cut(joined(reference))
     # words and signs, each with the space behind it
     text, reference = visible(text), visible(reference)
     expected, pieces = (re.findall(r"(?:\w+|[^\w\s])\s*", t) for t in (reference, text))
@@ -67,7 +68,7 @@ def mark_differences(text: str, reference: str) -> Markup:
 def mark_words(text: str, wrong: Wrong) -> Markup:
     """Escaped `text` with every word or phrase of `wrong`, in any case, in <mark class="wrong">;
     of a pair the first word, where the second follows it."""
-    text, rest = cut(text)
+    text, rest = cut(joined(text))
     pairs = ((w, "") if isinstance(w, str) else w for w in wrong)
     phrases = sorted((re.escape(visible(word)) + r"(?!\w)"
                       + (rf"(?=\W+{re.escape(visible(behind))}(?!\w))" if behind else "")
@@ -179,6 +180,39 @@ def comparison_gallery(examples: list[dict[str, Any]]) -> Shown:
             f'<div class="asked">{_picture(example["image"], example["question"])}'
             f"<div>{keys}</div></div>{answers}")
     return _cards(cards, "compared answers")
+
+
+def slider(stills: Sequence[Mapping[str, Any]], words: Sequence[str], label: str, *, known: bool
+           ) -> Shown:
+    """One picture at several steps, one at a time, as radio buttons choose: no script.
+
+    stills: {"step", "image", "chances": who answers -> probabilities of the true and of the prior's
+    answer}; words: these two; label: what the steps are of; known: as of `leading`.
+    """
+    group = hashlib.sha1(repr([label, [s["chances"] for s in stills]]).encode()).hexdigest()[:8]
+    inner = ""
+    for place, still in enumerate(stills):
+        answers = ""
+        for who, chances in still["chances"].items():
+            kind = leading(chances, known=known)
+            answers += (f'<p><span class="label">{as_text(who)}</span> <span class="says {kind}">'
+                        f"{SAYS[kind]}</span></p>{_chances(words, chances)}")
+        step, at = still["step"], f"{group}-{place}"
+        inner += (f'<input type="radio" name="{group}" id="{at}"{" checked" * (place == 0)}>'
+                  f'<label for="{at}">{as_text(step)}</label><div class="still">'
+                  f"<div>{_picture(still['image'], f'{label} {step}')}</div>"
+                  f"<div>{answers}</div></div>")
+    return Shown(f'<p class="label">{as_text(label)}</p><div class="slider" role="radiogroup" '
+                 f'aria-label="{html.escape(label)}">{inner}</div>',
+                 plain=f"{label}: {', '.join(str(s['step']) for s in stills)}")
+
+
+def leading(chances: Sequence[float], *, known: bool = True) -> str:
+    """Which is likeliest: "true", "prior" or, where the prior's answer is known and so what is left
+    to all others, "other"."""
+    kinds = dict(zip(("true", "prior"), chances, strict=True))
+    return max(kinds | ({"other": 1 - sum(chances)} if known else {}),
+               key=lambda kind: kinds.get(kind, 1 - sum(chances)))
 
 
 def bar(shares: Mapping[str, float]) -> str:

@@ -5,7 +5,6 @@ Each function returns a Figure.
 Method names and model answers are drawn as plain text: `$` starts no formula.
 """
 
-import hashlib
 import itertools
 import math
 import textwrap
@@ -16,41 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bpo.study.text import signed, visible
+from bpo.reports.template.look import COLOURS, QUIET, styles, theme
+from bpo.reports.template.look import colour as colour
+from bpo.study.text import joined, signed, visible
 
 if TYPE_CHECKING:
     import pandas
     from PIL import Image
 
-# seaborn's "colorblind" palette, without the two that are too faint on white
-COLOURS = ["#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494", "#56b4e9", "#ca9161"]
-MARKERS = ["o", "s", "D", "^", "v", "P", "X", "<", "h", ">", "p", "*"]
-LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2))]
-# name -> its places in the three lists; names that are not here get theirs by their hash
-LOOKS = {"base": (5, 0, 0), "sft": (2, 6, 3), "sft_matched": (1, 1, 1),
-         "sft_matched_weaken": (7, 3, 4), "sft_compute": (6, 5, 6), "bpo": (0, 2, 0),
-         "bpo_weaken": (3, 4, 2), "bpo_dpo_alone": (4, 8, 5),
-         "true answer": (0, 0, 0), "prior's answer": (1, 1, 1)}
-QUIET = "#6b7178"
-WIDTH = 9.0  # inches; a wide page shows it as 864 pixels
-
-
-def theme() -> None:
-    """Set the look of every figure drawn from here on."""
-    import seaborn  # takes seconds to import, so it is not done where this module is
-
-    seaborn.set_theme(style="ticks", palette=COLOURS, rc={
-        "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10,
-        "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
-        "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9,
-        "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.edgecolor": QUIET, "axes.linewidth": 0.8, "xtick.color": "#3c4147",
-        "ytick.color": "#3c4147", "xtick.major.width": 0.8, "ytick.major.width": 0.8,
-        "xtick.major.size": 3.5, "ytick.major.size": 3.5, "axes.grid": True,
-        "grid.color": "#e6e7e8", "grid.linewidth": 0.8, "axes.axisbelow": True,
-        "lines.linewidth": 1.8, "lines.markersize": 5, "hatch.linewidth": 0.8,
-        "text.parse_math": False, "figure.facecolor": "white",
-    })
+WIDTH = 6.4  # inches: letters stay readable where a phone shows it at half its size
 
 
 def noise_strip(images: list["Image.Image"], steps: list[int | str],
@@ -78,8 +51,8 @@ def noise_strip(images: list["Image.Image"], steps: list[int | str],
 
 
 def wrapped(text: str, *, columns: int) -> str:
-    lines = textwrap.wrap(visible(" ".join(text.split())), columns, max_lines=4, placeholder=" …")
-    return "\n".join(lines)
+    text = visible(joined(" ".join(text.split())))
+    return "\n".join(textwrap.wrap(text, columns, max_lines=4, placeholder=" …"))
 
 
 def noise_curves(ways: Mapping[str, Mapping[str, Mapping[str, list[float]]]], steps: list[int],
@@ -95,16 +68,19 @@ def bands(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], *, xlab
           ylabel: str) -> Figure:
     """A panel a title, in it a line with its interval as a band for each name.
     panels: title -> name -> x, mean, low, high."""
-    fig, axes = grid(1, len(panels), width=WIDTH * (0.85 if len(panels) == 1 else 1), height=4.0,
-                     sharey=True)
-    for panel, (title, lines) in zip(axes, panels.items(), strict=True):
+    columns = min(len(panels), 2)
+    rows = math.ceil(len(panels) / columns)
+    fig, axes = grid(rows, columns, width=WIDTH, height=3.4 * rows, sharey=True)
+    for place, (panel, (title, lines)) in enumerate(zip(axes, panels.items(), strict=False)):
         looks = styles(lines)
         for name, (where, mean, low, high) in lines.items():
             panel.plot(where, mean, label=visible(name), **looks[name])
             panel.fill_between(where, low, high, color=looks[name]["color"], alpha=0.16,
                                linewidth=0)
-        panel.set(title=visible(title), xlabel=xlabel, xmargin=0.02)
-    axes[0].set_ylabel(ylabel)
+        panel.set(title=visible(title), xlabel=xlabel)
+        if place % columns == 0:
+            panel.set_ylabel(ylabel)
+    hide(axes[len(panels):])
     legend_above(fig, axes[0])
     return fig
 
@@ -132,6 +108,8 @@ def training_curves(histories: dict[str, list[dict[str, float]]]) -> Figure:
             panel.annotate("not logged by these methods", (0.5, 0.5), ha="center", color=QUIET,
                            xycoords="axes fraction")
     accuracy.axhline(0.5, color=QUIET, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+    accuracy.annotate("chance", (1, 0.5), xycoords=accuracy.get_yaxis_transform(), fontsize=8,
+                      color=QUIET, ha="right", va="bottom")
     if change.lines:
         change.legend(handles=[
             Line2D([], [], color="#303030", marker="o", linestyle="-", label="chosen"),
@@ -152,22 +130,6 @@ def _curve(axes: Axes, history: list[dict[str, float]], key: str, **style: Any) 
                   **style | {"markevery": max(1, len(points) // 8)})
         if half:
             axes.plot(steps, values, color=style["color"], linewidth=0.7, alpha=0.35, zorder=1)
-
-
-def metric_bars(frame: "pandas.DataFrame") -> Figure:
-    """A panel a metric: a dot with its interval for each method.
-
-    frame: {method, label, value, low, high}; label: the metric's.
-    """
-    looks = styles(frame["method"].unique())
-    panels = {metric: rows.assign(label=rows["method"])
-              for metric, rows in frame.groupby("label", sort=False)}
-    fig, axes = _panels(panels)
-    for panel, rows in zip(axes, panels.values(), strict=False):
-        for place, row in enumerate(rows.to_dict("records")):
-            style = looks[row["method"]]
-            _interval(panel, row, place, style, number=f"{row['value']:.3f}", fill=style["color"])
-    return fig
 
 
 def differences(panels: Mapping[str, "pandas.DataFrame"]) -> Figure:
@@ -219,12 +181,11 @@ def _panels(frames: Mapping[str, "pandas.DataFrame"]) -> tuple[Figure, list[Axes
     """A panel a frame under its title, a row for each of its labels; labels that repeat those of
     the panel at the left are not drawn."""
     alone = len(frames) == 1
-    labels = [[wrapped(label, columns=34 if alone else 26) for label in frame["label"]]
+    labels = [[wrapped(label, columns=34 if alone else 23) for label in frame["label"]]
               for frame in frames.values()]
-    rows = math.ceil(len(frames) / 3)
-    columns = math.ceil(len(frames) / rows)
-    width = WIDTH * 0.85 if alone else min(WIDTH, 2.6 + 2.4 * columns)
-    fig, axes = grid(rows, columns, width=width,
+    columns = min(len(frames), 2)
+    rows = math.ceil(len(frames) / columns)
+    fig, axes = grid(rows, columns, width=WIDTH,
                      height=rows * (0.95 + 0.36 * max(map(len, labels))))
     for place, (panel, title) in enumerate(zip(axes, frames, strict=False)):
         rows_of(panel, labels[place])
@@ -234,9 +195,13 @@ def _panels(frames: Mapping[str, "pandas.DataFrame"]) -> tuple[Figure, list[Axes
         panel.set_title(wrapped(title, columns=60 if alone else 32))
         if not alone:
             panel.locator_params(axis="x", nbins=4)
-    for panel in axes[len(frames):]:
-        panel.set_axis_off()
+    hide(axes[len(frames):])
     return fig, axes
+
+
+def hide(panels: Iterable[Axes]) -> None:
+    for panel in panels:
+        panel.set_axis_off()
 
 
 def rows_of(panel: Axes, labels: list[str]) -> None:
@@ -262,8 +227,8 @@ def histograms(values: dict[str, list[int]], *, xlabel: str, ylabel: str) -> Fig
     low, high = (find((x for xs in values.values() for x in xs), default=0) for find in (min, max))
     wide = math.ceil((high - low + 1) / 40)  # of a bar: 40 bars at most
     edges = [low - 0.5 + wide * n for n in range((high - low) // wide + 2)]
-    for panel, (name, numbers), colour in zip(panels, values.items(), COLOURS, strict=False):
-        panel.hist(numbers, edges, color=colour, edgecolor="white", linewidth=0.6)
+    for panel, (name, numbers), tone in zip(panels, values.items(), COLOURS, strict=False):
+        panel.hist(numbers, edges, color=tone, edgecolor="white", linewidth=0.6)
         panel.axvline(0, color="#303030", linewidth=1, linestyle=(0, (2, 2)))
         panel.set(title=visible(name), xlabel=xlabel, xlim=(edges[0] - wide, edges[-1] + wide))
         panel.locator_params(axis="x", integer=True)
@@ -279,29 +244,7 @@ def grid(rows: int, columns: int, *, width: float, height: float, **rest: Any
     return fig, list(fig.subplots(rows, columns, squeeze=False, **rest).flat)
 
 
-def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """name -> {"color", "marker", "linestyle"}: of its name alone, unless two unnamed in `LOOKS`
-    would look alike, of which the later takes the next free look."""
-    sizes, taken = (len(COLOURS), len(MARKERS), len(LINES)), set(LOOKS.values())
-    looks = {}
-    for name in names:
-        if not (look := LOOKS.get(name)):
-            start = int(hashlib.sha1(name.encode("utf-8", "surrogatepass")).hexdigest(), 16)
-            free = (tuple((start + n) // math.prod(sizes[:k]) % sizes[k] for k in range(3))
-                    for n in range(math.prod(sizes)))
-            look = next((x for x in free if x not in taken), (0, 0, 0))
-            taken.add(look)
-        looks[name] = {kind: values[place] for kind, values, place in zip(
-            ("color", "marker", "linestyle"), (COLOURS, MARKERS, LINES), look, strict=True)}
-    return looks
-
-
-def colour(method: str) -> str:
-    """The colour of a method on every page."""
-    return styles([method])[method]["color"]
-
-
 def legend_above(fig: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        fig.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)))
+        fig.legend(handles, labels, loc="outside upper left", ncols=min(3, len(labels)))

@@ -19,8 +19,9 @@ from urllib.parse import quote
 from bpo.params import Parameters
 from bpo.reports.cards import OUTPUT_STYLE, Shown, data_uri
 from bpo.reports.template import executed, filters
+from bpo.reports.template.look import IN_THE_DARK
 from bpo.study.files import write_whole
-from bpo.study.text import as_text, number, shortened, visible
+from bpo.study.text import as_text, joined, number, shortened, visible
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -34,11 +35,14 @@ ESTIMATE = re.compile(r"([-+−]?[\d.,]+%?) (\[[-+−\d., %]+\])(.*)")
 SCROLLS = 'tabindex="0" role="group" aria-label'
 STAMP = "bpo_stamp"  # in the metadata of an executed notebook
 SIGNS = {"complete": "✓", "failed": "✗"}
+# Characters: a wider table has its intervals below its numbers; is a card a row on a phone.
+DESK, PHONE = 100, 44
 LINKS = {"html": "report", "ipynb": "notebook", "manifest": "manifest"}
 
 
 def figure(fig: "matplotlib.figure.Figure", alt: str, caption: str) -> Shown:
-    """The figure as SVG on a white card; `alt` says what it shows, `caption` names n and interval.
+    """The figure as SVG, light or dark with the page; `alt` says what it shows, `caption` names n
+    and interval.
 
     The same figure gives the same bytes. `fig` is closed, so that it is not drawn a second time.
     """
@@ -48,11 +52,12 @@ def figure(fig: "matplotlib.figure.Figure", alt: str, caption: str) -> Shown:
     svg = io.BytesIO()
     with plt.rc_context({"svg.hashsalt": "bpo"}):
         fig.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    width, height = (round(96 * inches) for inches in fig.get_size_inches())
+    width, height = (round(110 * inches) for inches in fig.get_size_inches())
     plt.close(fig)
+    drawn = svg.getvalue().replace(b"</svg>", f"{IN_THE_DARK}</svg>".encode())
     return Shown(
-        f'<figure><div class="plot" {SCROLLS}="figure"><img alt="{_line(alt)}" width="{width}" '
-        f'height="{height}" src="{data_uri(svg.getvalue(), "image/svg+xml")}"></div>'
+        f'<figure><div class="plot"><img alt="{_line(alt)}" width="{width}" '
+        f'height="{height}" src="{data_uri(drawn, "image/svg+xml")}"></div>'
         f"<figcaption>{_line(caption)}</figcaption></figure>",
         plain=f"Figure: {caption}",
     )
@@ -70,15 +75,19 @@ def table(frame: "pandas.DataFrame", caption: str, note: str = "") -> Shown:
              for name, column in cells.items()}
     head = "".join(f'<th scope="col"{kinds[name]}>{as_text(name)}</th>' for name in cells)
     rows = "".join(
-        "<tr>" + "".join(f"<td{kinds[name]}>{_shown_cell(cells[name][row])}</td>" for name in cells)
+        "<tr>" + "".join(f'<td{kinds[name]} data-label="{_line(str(name))}">'
+                         f"{_shown_cell(cells[name][row])}</td>" for name in cells)
         + "</tr>" for row in range(len(frame))
     )
     title = _line(caption)
-    wide = sum(any("[" in text for text in cells[n]) for n in cells if kinds[n]) > 3
+    # numbers do not wrap, words do
+    wide = sum(3 + max(*map(len, str(n).split()), *(
+        len(x) if kinds[n] else min(len(x), 26) for x in ["", *column]))
+        for n, column in cells.items())
     below = f'<p class="note">{_line(note)}</p>' if note else ""
     return Shown(
         f'<div class="scroll" {SCROLLS}="{title}">'
-        f'<table class="{"tall" if wide else "flat"}">'
+        f'<table class="{"tall" if wide > DESK else "flat"}{" cells" * (wide > PHONE)}">'
         f"<caption><span>{title}</span></caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>{below}",
         plain=f"Table: {caption}\n{frame.to_string(index=False)}",
@@ -86,7 +95,7 @@ def table(frame: "pandas.DataFrame", caption: str, note: str = "") -> Shown:
 
 
 def _line(text: str) -> str:
-    return html.escape(visible(shortened(text)))
+    return html.escape(visible(shortened(joined(text))))
 
 
 def _shown_cell(text: str) -> str:
@@ -221,11 +230,29 @@ def html_page(notebook: Path) -> Path:
         "opening": content.cells[0].get("id") if content.cells else None,
         "short": "" if failure else shortened(executed.last_sentence(content)),
         "facts": _take_facts(content),
+        "contents": executed.contents(content),
+        "terms": executed.terms_of(content),
         "notebook": notebook.name,
         "executed": executed.when(content),
     })
     write_whole(notebook.with_suffix(".html"), page.replace(OUTPUT_STYLE, ""))
+    _link_pages(notebook.parent)
     return notebook.with_suffix(".html")
+
+
+def _link_pages(folder: Path) -> None:
+    """Each page of a study links to the one before and the one after it that are there."""
+    pages = sorted(folder.glob("[0-9]_*.html"))
+    texts = [file.read_text(encoding="utf-8") for file in pages]
+    titles = [re.search("<title>(.*?)</title>", text, re.S)[1] for text in texts]
+    for place, (file, text) in enumerate(zip(pages, texts, strict=True)):
+        links = [f'<a href="{quote(pages[at].name)}">{before}{titles[at]}{after}</a>'
+                 for at, before, after in ((place - 1, "← ", ""), (place + 1, "", " →"))
+                 if 0 <= at < len(pages)]
+        linked = re.sub("(?<=<!-- neighbours -->).*?(?=<!-- /neighbours -->)",
+                        lambda _: " ".join(links), text, flags=re.S)  # noqa: B023
+        if linked != text:
+            write_whole(file, linked)
 
 
 def _take_facts(notebook: "nbformat.NotebookNode") -> str:

@@ -30,6 +30,8 @@ CHECKS = {"equal": "share equal to the annotation",
           "sentences_gap": "sentences more",
           "near_duplicates": "share nearly equal to the chosen answer"}
 DRAWN = list(CHECKS)[:9]  # by way of weakening
+TELLING = ("equal", "truth_right", "is_prior", "longer")
+SHORT = {"sigmoid": "DPO", "sft": "SFT"}
 SIDES = {"candidates": "as made", "kept": "as kept"}
 
 
@@ -118,10 +120,10 @@ def dropped(found: dict[str, Any]) -> Shown:
 
 def scores(p: PairGeneration) -> Shown:
     """The scores that `select` may weigh, and what each means."""
-    return page.table(DataFrame(selection.SCORES.items(), columns=["score", "meaning"]),
-                      "Scores that select can weigh",
-                      f"in this run: {p.select or 'none, the first made is kept'}; {p.keep} kept "
-                      "of each source, mode and step")
+    used = (f"{p.select or 'none, the first made is kept'}; {p.keep} kept of each source, mode and "
+            "step")
+    return page.folded(f"Scores that select can weigh; in this run: {used}", page.table(
+        DataFrame(selection.SCORES.items(), columns=["score", "meaning"]), "Scores"))
 
 
 def checks(found: dict[str, Any]) -> Shown:
@@ -134,7 +136,11 @@ def checks(found: dict[str, Any]) -> Shown:
     if len(sources(found)) > 1:
         note += (f" Two sources gave the same answer in {found['sources_agree']:.0%} of the "
                  "positives that have answers of several.")
-    return page.table(frame, "Audit of the rejected answers, before and after selection", note)
+    short = frame[frame["measure"].isin([CHECKS[name] for name in TELLING])]
+    return Shown(page.table(short.reset_index(drop=True), "Audit of the rejected answers: as made "
+                            "by the model, and as kept for training", note).html
+                 + page.folded(f"All {len(frame)} measures", page.table(
+                     frame, "The whole audit", note)).html, plain="Audit of the rejected answers")
 
 
 def ways(result: stages.Result) -> Shown:
@@ -215,10 +221,11 @@ def displacement(found: dict[str, Any]) -> Shown:
 def headline(found: dict[str, Any]) -> Shown:
     parts = [f"{found[s]['kept']} {s} ({found[s]['share_kept']:.0%} of rows)"
              for s in sources(found)]
-    known = prior_shares(found)
-    prior = (" Where the truth file names the prior's answer, **it is the rejected one** in "
-             "{shares}." if known else "")
-    return page.say("**{n} pairs** from {rows} annotated rows: {parts}." + prior, n=found["pairs"],
+    known, long = prior_shares(found), longer(found).plain.rstrip(".")
+    prior = ("Where the truth file names the prior's answer, **it is the rejected one** in "
+             "{shares}. " if known else "")
+    return page.say(prior + "{long}: where that is common, training also teaches length. **{n} "
+                    "pairs** from {rows} annotated rows: {parts}.", n=found["pairs"], long=long,
                     rows=found["rows"], parts=", ".join(parts), shares=" and ".join(known))
 
 
@@ -234,30 +241,43 @@ def _text(estimate: dict[str, Any] | None) -> str:
 
 # --- what is trained on them (notebook 3) -------------------------------------------------------
 
+def objective(p: DPOTraining, name: str) -> str:
+    """What a method of this run minimises, as "DPO + SFT"."""
+    if not registry.learns_pairs(name):
+        return "SFT"
+    settings = p.varied(name)
+    return " + ".join(f"{w:g} {SHORT.get(n, n)}".removeprefix("1 ") for n, w in zip(
+        settings.loss, settings.loss_weights, strict=True))
+
+
 def methods(p: DPOTraining) -> Shown:
     """A row a method of this run: what it learns from, its objective and its learning rate."""
     meanings, rows = registry.meanings(), []
     for name, method in p.runs().items():
-        settings, changes = p.varied(name), p.variants.get(name, {})
+        changes = p.variants.get(name, {})
         changed = ", ".join(f"{n} = {v}" for n, v in changes.items() if n not in (
             "method", "loss", "loss_weights", "learning_rate"))
-        objective = ["SFT"] if not registry.learns_pairs(name) else [
-            f"{w:g} {n}".removeprefix("1 ") for n, w in zip(settings.loss, settings.loss_weights,
-                                                             strict=True)]
-        rows.append({"method": name, "objective": " + ".join(
-                         {"sigmoid": "DPO", "sft": "SFT"}.get(o, o) for o in objective),
-                     "learning rate": f"{settings.learning_rate:g}",
+        rows.append({"method": name, "objective": objective(p, name),
+                     "learning rate": f"{p.varied(name).learning_rate:g}",
                      "what it is": f"{method} with {changed or 'this objective and rate'}"
-                     if changes else meanings[method]})
+                     if changes else meanings[method].replace("DPO on", "pairs:")})
     return page.table(DataFrame(rows), "Methods of this run",
-                        "what DPO adds is measured against the SFT on the method's own positives")
+                      "what DPO adds is measured against the SFT on the method's own positives")
 
 
 def objectives(p: DPOTraining) -> Shown:
-    """The objectives of pairs, from their registry, and those of this run."""
-    rows = DataFrame([{"name": name, "term of a pair": o.meaning,
+    """The objectives of pairs from their registry, those of this run marked; the others folded."""
+    runs = {name: p.varied(name) for name in p.runs() if registry.learns_pairs(name)}
+    users = {o: [f"{name} (× {w:g})" for name, s in runs.items() for n, w in zip(
+        s.loss, s.loss_weights, strict=True) if n == o] for o in OBJECTIVES}
+    rows = DataFrame([{"name": f"{name} ({SHORT[name]})" if name in SHORT else name,
+                       "term of a pair": o.meaning, "in this run": ", ".join(users[name]) or "–",
                        "damaged image": "yes" if o.damaged else "no",
                        "computed by": "TRL" if o.function is None else "bpo"}
                       for name, o in OBJECTIVES.items()])
-    sums = ", ".join(f"{w:g} {name}" for name, w in zip(p.loss, p.loss_weights, strict=True))
-    return page.table(rows, "Objectives", f"in this run: {sums}")
+    here = rows["in this run"] != "–"
+    used, others = (rows[x].reset_index(drop=True) for x in (here, ~here))
+    return Shown(page.table(used, "Objectives of this run, and who minimises them").html
+                 + page.folded(f"{len(others)} more that loss can name", page.table(
+                     others.drop(columns="in this run"), "Further objectives")).html,
+                 plain=f"Objectives of this run: {', '.join(used['name'])}")

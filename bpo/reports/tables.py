@@ -1,17 +1,19 @@
-"""What finished stages allow to say, as tables and figures: methods compared (notebooks 4 and 5),
-training (3). Results are queries on results.csv, formatted last.
+"""What notebooks 4 and 5 allow to say of methods, as tables and figures: queries on results.csv,
+formatted last.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
+from types import MappingProxyType
 from typing import Any
 
+import pandas
 from pandas import DataFrame
 
 from bpo.data import images
 from bpo.evaluation import benchmarks, comparison, diagnostics, metrics
 from bpo.models import tuned
-from bpo.params import DPOTraining, QualitativeComparison
+from bpo.params import QualitativeComparison
 from bpo.reports import cards, figures
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
@@ -19,15 +21,18 @@ from bpo.study import results, seeds
 from bpo.study import stage as stages
 from bpo.study.files import read_lines
 from bpo.study.results import DECIDED, OPEN
-from bpo.study.text import words
+from bpo.study.text import number, words
 
 AGAINST, DRAWN = "picture against habit", "drawn by seed"
 CONTROLS = ("sft_matched", "sft", "sft_compute")  # the sharpest control first
 INTERVALS = "95 % bootstrap intervals over images"
 PAIRED = "paired 95 % bootstrap intervals over images"
+ARROWS = {True: "↑", False: "↓"}
+# what the measures of notebook 4 are out of, where it is not all questions of a kind
+OUT_OF = {"chair_s": "captions", "chair_i": "named objects", "cover": "objects",
+          "objects": "captions", "words": "captions", **dict.fromkeys(
+              ("p_true", "p_prior", "logp_true", "prior_rate"), "untypical")}
 
-
-# --- methods compared: notebooks 4 and 5 --------------------------------------------------------
 
 def methods(frame: DataFrame) -> list[str]:
     return frame.loc[frame["against"] == "", "method"].unique().tolist()
@@ -95,46 +100,75 @@ def level_tables(frame: DataFrame) -> list[Shown]:
     return tables
 
 
-def level_figure(frame: DataFrame, split: str) -> Shown:
-    rows = levels(frame.query("split_or_benchmark == @split")).dropna(subset="value")
-    return report.figure(figures.metric_bars(judged(rows)), alt="Metrics by method with intervals",
-                         caption=f"{split} images; points with {INTERVALS}.")
+def counted(rows: DataFrame) -> list[str]:
+    """Labels that say what the numbers of a measure are out of: "CHAIRi, 878 to 889 objects"."""
+    ends = rows.groupby("metric")["n"].agg(["min", "max"]).map("{:,.0f}".format)
+    return [f"{r.label}, {' to '.join(dict.fromkeys(ends.loc[r.metric]))} "
+            f"{OUT_OF.get(r.metric, 'questions')}" for r in rows.itertuples()]
 
 
-def difference_figures(frame: DataFrame, split: str) -> list[Shown]:
-    """The page's method against the base and against the control."""
+def rivals(frame: DataFrame, matched: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """What a page compares its method with: the base, and the SFT on the method's own chosen
+    answers, or the control that tells most. matched: DPO method -> that SFT."""
+    return list(dict.fromkeys(("base", matched.get(main_method(frame), control(frame)))))
+
+
+def main_table(frame: DataFrame, split: str, against: Sequence[str]) -> Shown:
+    """The page's method and what it is compared with: a row a measure, their levels, then the
+    differences. Neither where a measure has no better and worse."""
     rows, method = frame.query("split_or_benchmark == @split"), main_method(frame)
-    return [report.figure(
-        figures.differences({
-            f"{method} − {against}": differences(rows).query("against == @against")}),
-        alt=f"Differences of {method} to {against}",
-        caption=f"{method} minus {against}, {split} images, paired bootstrap over images, 95 %.")
-        for against in ("base", control(frame))]
+    measured = judged(levels(rows)).query("method in @against or method == @method")
+    digits = [2 if n < 100 else 3 for n in measured["n"]]
+    shown = measured.assign(
+        measure=[f"{label} {ARROWS.get(more, '')}".strip() for label, more in zip(
+            counted(measured), measured["more_is_better"], strict=True)],
+        column=measured["method"], text=list(map(number, measured["value"], digits)))
+    changes = differences(rows).query("against in @against")
+    changes = changes.merge(shown.query("method == @method")[["metric", "measure"]], on="metric")
+    changes = changes.assign(column=f"{method} − " + changes["against"],
+                             text=results.texts(changes))
+    both = pandas.concat([shown, changes])[["measure", "column", "text"]]
+    order = [*against, method, *(f"{method} − {a}" for a in against)]
+    table = both.drop_duplicates(["measure", "column"]).pivot(
+        index="measure", columns="column", values="text").reindex(
+        index=shown["measure"].unique(), columns=[c for c in order if c in set(both["column"])])
+    return report.table(
+        table.fillna("–").rename_axis(columns=None).reset_index(), f"{split} images",
+        f"↑ more is better, ↓ less is better. In brackets {PAIRED}; better or worse is said where "
+        "one excludes zero. Untypical: questions whose usual answer is wrong")
 
 
-def change_tables(frame: DataFrame) -> list[Shown]:
-    """A table a split: a row a metric, a column a baseline."""
-    method, tables = main_method(frame), []
-    for split, rows in frame.groupby("split_or_benchmark", sort=False):
-        rows = differences(rows).assign(minus=lambda x: "minus " + x["against"])
-        changes = pivoted(rows, "label", "minus").rename(columns={"label": "metric"})
-        tables.append(report.table(
-            changes, f"{method} minus each baseline, {split} images",
-            f"{PAIRED}; better or worse is said where the interval excludes zero"))
-    return tables
+def difference_figure(frame: DataFrame, split: str, against: Sequence[str]) -> Shown:
+    """The page's method against each of what it is compared with, a panel each."""
+    method = main_method(frame)
+    rows = differences(frame.query("split_or_benchmark == @split"))
+    rows = rows[~rows["metric"].str.startswith("logp")] if len(rows) > 1 else rows
+    panels = {f"{method} − {a}": mine.assign(label=counted(mine)) for a in against
+              if len(mine := rows.query("against == @a"))}
+    if not panels:
+        return report.say("No other method answered these questions.")
+    return report.figure(
+        figures.differences(panels), alt=f"Differences of {method} to {' and '.join(against)}",
+        caption=f"{method} minus what the title names, {split} images; lines are {PAIRED}, filled "
+                "where one excludes zero. Log-probabilities have another unit and are in the table "
+                "alone.")
 
 
 def reading(frame: DataFrame, split: str, against: str) -> str:
-    """In which metrics the page's method is better or worse than another, and in how many no
-    difference is seen."""
+    """In which measures the page's method is better or worse than another, from which level to
+    which, and in how many no difference is seen."""
     rows = differences(frame.query("split_or_benchmark == @split")).query(
         "against == @against and reading != ''")
     if rows.empty:
         return "not to be judged without a truth file"
-    better, worse = (", ".join(rows.loc[rows["reading"] == kind, "label"]) or "nothing"
-                     for kind in DECIDED)
+    level = frame.query("split_or_benchmark == @split and against == ''").set_index(
+        ["method", "metric"])["value"]
+    said = {kind: [f"{r.label} ({number(level[against, r.metric], 2)} → "
+                   f"{number(level[r.method, r.metric], 2)})" for r in of.itertuples()]
+            for kind, of in rows.groupby("reading")}
+    better, worse = (", ".join(said.get(kind, ())) or "nothing" for kind in DECIDED)
     return (f"better in {better}, worse in {worse}; {OPEN} in {(rows['reading'] == OPEN).sum()} of "
-            f"{len(rows)} metrics")
+            f"{len(rows)} measures")
 
 
 def readings(frame: DataFrame) -> list[Shown]:
@@ -150,8 +184,7 @@ def side_by_side(p: QualitativeComparison, result: stages.Result, frame: DataFra
     prior's answer, which is wrong there; the others from each category of question in turn.
     """
     split, method = comparison.main_split(frame), main_method(frame)
-    matched = tuned.matched(p).get(method, control(frame))
-    methods = list(dict.fromkeys(("base", matched, method)))
+    methods = [*rivals(frame, tuned.matched(p)), method]
     rows, truth, _ = comparison.read_split(p, split)
     files = {r.id: r.image for r in rows}
     lines = sorted(read_lines(result.folder / f"answers-{split}.jsonl"),
@@ -241,57 +274,3 @@ def chair_by_hand(p: QualitativeComparison, result: stages.Result, *, split: str
             rows.append({"caption": line["answers"][method], "in the image": ", ".join(present),
                          "object words": named, "wrong": wrong})
     return DataFrame(rows, columns=["caption", "in the image", "object words", "wrong"])
-
-
-# --- training ---------------------------------------------------------------------------------
-
-def budgets(p: DPOTraining, result: stages.Result) -> Shown:
-    """A row a method: its rows, steps and floating point operations."""
-    rows = DataFrame([
-        {"method": method, "rows": m["rows"], "steps": m["steps"],
-         "packed": {True: "yes", False: "no"}.get(m.get("packed"), "–"),
-         "GFLOP a step": round(m["flops_per_step"] / 1e9, 1),
-         "TFLOP in all": round(m["flops"] / 1e12, 2),
-         "seconds": result.timings.get(method, "")}
-        for method, m in result.metrics["methods"].items()])
-    return report.table(
-        rows, "What each method was given",
-        f"{p.batch_pairs} rows a step; floating point operations counted over the first steps, "
-        "forward and backward, the reference apart and once for each row; seconds on the machine "
-        "named above")
-
-
-ENDS = {"loss_first": ("loss, first step", "{:.3f}"), "loss_last": ("loss, end", "{:.3f}"),
-        "margin_last": ("margin, end", "{:.3f}"), "accuracy_last": ("accuracy, end", "{:.2f}"),
-        "chosen_change": ("chosen log-prob", "{:+.2f}"),
-        "rejected_change": ("rejected log-prob", "{:+.2f}")}
-
-
-def training_ends(result: stages.Result) -> Shown:
-    """A row a method: where its curves ended; SFT has a loss alone."""
-    rows = DataFrame([
-        {"method": method} | {label: form.format(m[name]) if name in m else "–"
-                              for name, (label, form) in ENDS.items()}
-        for method, m in result.metrics["methods"].items()])
-    return report.table(rows, "Where each method ended", "end and change: mean of the last tenth "
-                        "of the steps, change against the reference, in nats an answer, on "
-                        "training rows")
-
-
-def training_headline(p: DPOTraining, methods: dict[str, dict[str, Any]]) -> Shown:
-    """How many adapters, and which made the chosen answer less likely too.
-
-    methods: the stage's metrics of each.
-    """
-    dpo = {m: f for m, f in methods.items() if "chosen_change" in f}
-    fell = [m for m, f in dpo.items() if f["chosen_change"] < 0]
-    far = [m for m in fell if dpo[m]["chosen_change"] < -p.fall_warning]
-    warning = (
-        " **Warning:** in {far} by more than {bound} nats an answer on average: there the margin "
-        "was won by making the right answer unlikely too. Add sft, anchor or dpop to loss, or "
-        "raise beta.") if far else ""
-    return report.say(
-        "**{n} adapters** trained. Reward accuracy on training pairs at the end: {ends}. The "
-        "chosen answer's log-probability fell in: {fell}." + warning, n=len(methods),
-        ends=", ".join(f"{m} {f['accuracy_last']:.2f}" for m, f in dpo.items()) or "no DPO method",
-        fell=", ".join(fell) or "none", far=", ".join(far), bound=p.fall_warning)

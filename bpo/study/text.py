@@ -86,13 +86,19 @@ def cut(text: str, longest: int = LONGEST) -> tuple[str, str]:
     return (text[:longest], f" … {more:,} more characters") if more > 0 else (text, "")
 
 
+def joined(text: str) -> str:
+    """A text without the spaces that some tokenizers leave before punctuation."""
+    return re.sub(r"(?<=\w) +(?=[.,;:?!](\s|$))", "", text)
+
+
 def as_text(value: object) -> Markup:
     """HTML in which `value` is text only and keeps its writing direction to itself.
 
     What `mark_words` and `mark_differences` return is escaped already and kept.
     """
-    inner = value if isinstance(value, Markup) else html.escape(visible(shortened(value)))
-    return Markup(f"<bdi>{inner}</bdi>")
+    if not isinstance(value, Markup):
+        value = html.escape(visible(shortened(joined(str(value)))))
+    return Markup(f"<bdi>{value}</bdi>")
 
 
 def number(value: float, digits: int = 3, sign: str = "") -> str:

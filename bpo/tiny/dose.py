@@ -52,8 +52,8 @@ def dose_curves(frame: DataFrame, *, own_share: float) -> Figure:
     styles = figures.styles(frame["method"].unique())
     measured = {where: rows for where, rows in frame.groupby(["split", "metric"], sort=False)}
     titles = {where: title for where, title in DOSE_PANELS.items() if where in measured}
-    lines = math.ceil(len(titles) / 3)
-    fig, panels = figures.grid(lines, 3, width=figures.WIDTH, height=0.6 + 2.7 * lines)
+    lines = math.ceil(len(titles) / 2)
+    fig, panels = figures.grid(lines, 2, width=figures.WIDTH, height=0.6 + 2.7 * lines)
     for panel, (where, title) in zip(panels, titles.items(), strict=False):
         for method, rows in measured[where].groupby("method", sort=False):
             style, label = styles[method], visible(method)
@@ -73,8 +73,7 @@ def dose_curves(frame: DataFrame, *, own_share: float) -> Figure:
             panel.legend(handles=[x for x in panel.lines if x.get_label() in sources],
                          frameon=False, fontsize=8)
         panel.set_xticks(sorted(frame["dose"].unique()))
-    for panel in panels[len(titles):]:
-        panel.set_axis_off()
+    figures.hide(panels[len(titles):])
     figures.legend_above(fig, panels[0])
     return fig
 

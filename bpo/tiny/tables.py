@@ -23,10 +23,10 @@ from bpo.tiny.world import TYPICAL, Scene, Thing
 
 Metrics = Mapping[str, Any]
 
-BASE = {"colour_accuracy": "colour accuracy", "p_true": "P(true colour)",
-        "p_prior": "P(typical colour)", "pope_random": "presence, random",
-        "pope_popular": "presence, popular", "pope_adversarial": "presence, adversarial",
-        "chair_i": "CHAIRi of captions", "cover": "cover: objects that captions name"}
+BASE = {"colour_accuracy": "colour accuracy ↑", "p_true": "P(true colour) ↑",
+        "p_prior": "P(typical colour)", "pope_random": "presence, random ↑",
+        "pope_popular": "presence, popular ↑", "pope_adversarial": "presence, adversarial ↑",
+        "chair_i": "CHAIRi of captions ↓", "cover": "cover ↑"}
 FACTORS = {"text": "text", "images": "alignment images"}
 MEASURES = {"clean": "P(prior), clean", "rise": "its rise"}
 
@@ -107,9 +107,11 @@ def gate(metrics: Metrics) -> cards.Shown:
         verdict="passed" if gates["tower"] else "NOT passed: mistakes below are partly bad sight")
 
 
-def base(metrics: Metrics) -> DataFrame:
+def base(p: TinyWorld, metrics: Metrics) -> DataFrame:
     """The untuned model's metrics: a row a metric, a column a split."""
     frame = DataFrame(metrics["base"]).loc[list(BASE), ["natural", "development"]]
+    frame.columns = [f"natural, {p.natural_images} images",
+                     f"counterfactual, {p.development_images} development images"]
     return frame.rename(index=BASE).rename_axis("measure").reset_index()
 
 

@@ -15,7 +15,7 @@ from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, tuned
 from bpo.models.generate import Request
 from bpo.params import QualitativeComparison, Refusal
-from bpo.reports import benchmark_tables, tables
+from bpo.reports import benchmark_tables, summary, tables
 from bpo.study import results
 from bpo.study.files import read_lines
 
@@ -189,7 +189,8 @@ def with_differences(folder, **intervals):
     levels = {n: {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9} for n in intervals}
     contrasts = {n: {"value": (low + high) / 2, "low": low, "high": high, "n": 9}
                  for n, (low, high) in intervals.items()}
-    return written(folder, {"base": levels, "bpo": levels}, {"base": {"bpo": contrasts}})
+    tuned_levels = {n: e | {"value": 0.5 + contrasts[n]["value"]} for n, e in levels.items()}
+    return written(folder, {"base": levels, "bpo": tuned_levels}, {"base": {"bpo": contrasts}})
 
 
 @pytest.mark.parametrize("name, interval, reading", [
@@ -205,9 +206,10 @@ def test_an_interval_is_read_by_whether_more_is_better(name, interval, reading, 
 @pytest.mark.parametrize("intervals, reading", [
     ({"cover": (0.1, 0.2), "chair_i": (0.1, 0.2), "colour_accuracy": (-0.1, 0.1),
       "chair_s": (-0.2, -0.1)},
-     "better in cover, CHAIRs, worse in CHAIRi; no difference seen in 1 of 4 metrics"),
+     "better in cover (0.50 → 0.65), CHAIRs (0.50 → 0.35), worse in CHAIRi (0.50 → 0.65); no "
+     "difference seen in 1 of 4 measures"),
     ({"cover": (-0.2, -0.1)},
-     "better in nothing, worse in cover; no difference seen in 0 of 1 metrics"),
+     "better in nothing, worse in cover (0.50 → 0.35); no difference seen in 0 of 1 measures"),
     ({"words": (0.1, 0.2)}, "not to be judged without a truth file")])
 def test_the_reading_is_one_phrase(intervals, reading, tmp_path):
     frame = with_differences(tmp_path, **intervals)
@@ -216,11 +218,14 @@ def test_the_reading_is_one_phrase(intervals, reading, tmp_path):
     assert said.plain == f"bpo against base, natural images: {reading}."
 
 
-def test_the_changes_stand_in_a_table_with_a_column_a_baseline(tmp_path):
-    table, = tables.change_tables(with_differences(tmp_path, cover=(0.1, 0.2), words=(0.1, 0.2)))
-    assert "bpo minus each baseline, natural images" in table.plain
-    assert table.plain.split()[-8:] == [
-        "metric", "minus", "base", "cover", "+0.150", "[+0.100,", "+0.200]", "better"]
+def test_levels_and_differences_stand_in_one_table_that_says_what_each_is_out_of(tmp_path):
+    frame = with_differences(tmp_path, cover=(0.1, 0.2), chair_i=(-0.1, 0.1), words=(0.1, 0.2))
+    table = tables.main_table(frame, "natural", tables.rivals(frame))
+    assert table.plain.splitlines()[0] == "Table: natural images"
+    for told in ("cover, 9 objects ↑", "CHAIRi, 9 named objects ↓", "bpo − base",
+                 "+0.150 [+0.100, +0.200] better", "0.000 [−0.100, +0.100]"):
+        assert told in table.plain
+    assert "words" not in table.plain
 
 
 LEVEL = {"cover": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}}
@@ -482,7 +487,10 @@ def test_data_without_a_truth_file_is_measured_by_length_and_change(parameters, 
     frame = results.read(found.folder)
     assert comparison.main_split(frame) == "held_out"
     assert set(tables.levels(frame)["category"]) == {"any"}
-    assert tables.difference_figures(frame, "held_out") and tables.level_figure(frame, "held_out")
+    assert tables.difference_figure(frame, "held_out", tables.rivals(frame))
+    assert tables.main_table(frame, "held_out", tables.rivals(frame))
+    assert summary.noise_curves(frame, tables.rivals(frame)).plain.startswith(
+        "Figure: held_out images, ")
     counted, gallery = tables.side_by_side(p, found, frame)
     assert counted.plain.startswith("No truth file tells of a usual answer to the 5 held_out")
     assert gallery.html.count(tables.DRAWN) == 4 and "what is usual" not in gallery.html

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -135,11 +136,17 @@ def test_an_interrupted_analysis_goes_on_to_the_same_bytes(result, parameters, o
     assert again.metrics == result.metrics
 
 
-def test_the_example_shows_a_picture_and_an_answer_a_step(result, parameters):
-    example = probe.example(parameters, result)
-    assert len(example["images"]) == len(example["answers"]) == len(STEPS)
-    assert example["question"].startswith("what colour is the")
-    assert example["true"] and example["prior"]
+def test_the_example_is_chosen_by_a_rule_and_all_courses_are_counted(result, parameters):
+    example = explorer.example(parameters, result)
+    assert len(example["images"]) == len(example["chances"]) == len(STEPS)
+    assert example["chances"][0][0] == pytest.approx(example["p_true"][0])
+    said = explorer.fate(example).plain
+    assert example["question"].startswith("what colour is the") and example["true"][0] in said
+    counts = [int(n) for n in re.findall(r"(\d+) (?:go from|have the|stay with|do other)", said)]
+    assert len(counts) == 4 and f"Of {sum(counts)} images" in said
+    slider = explorer.noise_slider(parameters, example).html
+    assert slider.count('type="radio"') == slider.count("<img") == len(STEPS)
+    assert slider.count(" checked") == 1 and "<script" not in slider
 
 
 def test_the_image_fades_at_the_same_steps_and_its_clean_look_is_shared(result, parameters):
@@ -157,8 +164,8 @@ def test_the_image_fades_at_the_same_steps_and_its_clean_look_is_shared(result, 
     rows = results.read(result.folder)
     assert rows["category"].unique().tolist() == ["noise", "fade"]
     assert len(rows.query("category == 'fade'")) == len(rows) / 2
-    shown = probe.example(parameters, result)["other_ways"]["fade"]
-    assert shown["steps"] == STEPS[1:] and len(shown["images"]) == len(shown["answers"]) == 2
+    shown = probe.example(parameters, result, faded[0]["row"])["other_ways"]["fade"]
+    assert shown["steps"] == STEPS[1:] and len(shown["images"]) == len(shown["chances"]) == 2
 
 
 def test_a_faded_look_is_what_the_model_says_of_the_faded_picture(result, checkpoint, data_file):
@@ -184,7 +191,7 @@ def test_one_question_is_asked_of_every_image_with_the_user_s_answers(parameters
     for line in lines:
         assert [(a["kind"], a["text"]) for a in line["answers"]] == [
             ("true", "yes"), ("true", "a dog"), ("prior", "no")]
-    assert probe.example(p, found)["question"] == "is there a dog ?"
+    assert explorer.example(p, found)["question"] == "is there a dog ?"
 
 
 def test_without_a_truth_file_the_prior_s_answer_is_what_the_model_says_blindly(

@@ -41,7 +41,6 @@ def all_figures() -> dict[str, object]:
         "strip": figures.noise_strip([picture()] * 7, list(range(7)), [HOSTILE] * 7),
         "curves": figures.noise_curves({"": {"a": CURVE, "$b$": CURVE}}, [0, 900], "probability"),
         "training": figures.training_curves({"BPO": HISTORY, "SFT": [{"step": 1, "loss": 2.0}]}),
-        "metrics": figures.metric_bars(ROWS),
         "differences": figures.differences({HOSTILE: ROWS}),
         "forest": figures.differences({n: ROWS.assign(label=["seed 0", "seed 1", HOSTILE, "mean"])
                                        for n in (HOSTILE, "cover")}),

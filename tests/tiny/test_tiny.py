@@ -257,7 +257,7 @@ def test_what_the_notebook_shows(built):
     gallery = tables.samples(result, "counterfactual").html
     assert gallery.count("<img") == 4 and "describe the image → " in gallery
     assert "NOT passed" in str(tables.gate(metrics))  # three steps teach nothing
-    assert len(tables.base(metrics)) == 8
+    assert len(tables.base(p, metrics)) == 8
 
 
 def test_the_untuned_model_s_metrics(monkeypatch):

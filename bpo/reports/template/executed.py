@@ -6,7 +6,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from bpo.params import ROOT, Parameters
-from bpo.reports.template.filters import strip_ansi
+from bpo.reports.template import terms
+from bpo.reports.template.filters import anchor, strip_ansi
 from bpo.study import stage as stages
 from bpo.study.files import file_hash
 
@@ -62,6 +63,22 @@ def title(notebook: "nbformat.NotebookNode") -> str:
         if heading:
             return re.sub(r"[*`$]", "", heading[1]).strip()
     return ""
+
+
+def contents(notebook: "nbformat.NotebookNode") -> dict[str, str]:
+    """id -> text of the second-level headings, for the page's contents."""
+    headings = [re.sub(r"[*`]", "", found) for cell in notebook.cells
+                if cell.cell_type == "markdown"
+                for found in re.findall(r"^## +(.+)$", cell.source, re.M)]
+    return {anchor(heading): heading for heading in headings}
+
+
+def terms_of(notebook: "nbformat.NotebookNode") -> dict[str, str]:
+    """The terms that its prose and its results use, with their meanings."""
+    shown = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    shown += [output.get("data", {}).get("text/plain", "")
+              for cell in notebook.cells for output in cell.get("outputs", [])]
+    return terms.used("\n".join(shown))
 
 
 def when(notebook: "nbformat.NotebookNode") -> str:

@@ -28,6 +28,11 @@ def highlight_python(code: str) -> str:
     return coloured.replace("<pre>", '<pre tabindex="0">', 1)  # what scrolls, keys must reach
 
 
+def anchor(heading: str) -> str:
+    """The id of a heading, for links to it."""
+    return "-".join(re.findall(r"\w+", html.unescape(heading).lower()))
+
+
 def markdown_page(folder: Path) -> Callable[[str], str]:
     """A function from Markdown to HTML: formulas as MathML, pictures from `folder` inlined.
 
@@ -44,6 +49,9 @@ def markdown_page(folder: Path) -> Callable[[str], str]:
 
         def latex_environment(self, name: str, body: str) -> str:
             return formula(rf"\begin{{{name}}}{body}\end{{{name}}}", display="block")
+
+        def heading(self, text: str, level: int, **_: object) -> str:
+            return f'<h{level} id="{anchor(re.sub("<[^>]+>", "", text))}">{text}</h{level}>\n'
 
         def image(self, text: str, url: str, title: str | None = None) -> str:
             picture = super().image(text, url, title)
