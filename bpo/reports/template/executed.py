@@ -9,6 +9,7 @@ from bpo.params import ROOT, Parameters
 from bpo.reports.template.filters import strip_ansi
 from bpo.study import stage as stages
 from bpo.study.files import file_hash
+from bpo.study.text import duration
 
 if TYPE_CHECKING:
     import nbformat
@@ -70,14 +71,6 @@ def when(notebook: "nbformat.NotebookNode") -> str:
     if not (run.get("start_time") and run.get("duration")):
         return ""
     return f"executed {run['start_time'][:16].replace('T', ' ')} UTC in {duration(run['duration'])}"
-
-
-def duration(seconds: float) -> str:
-    """"34 s", "2 min 5 s", "1 h 4 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def stamp(notebook: "nbformat.NotebookNode", p: Parameters) -> str:
