@@ -34,9 +34,14 @@ class Part:
     spared: float = 0.0
     weight: float = 0.0
     unit: str = ""
-    weights: dict[str, float] = field(default_factory=dict)
+    announced: list[tuple[str, float]] = field(default_factory=list)
     moved: bool = False
     began: float = field(default_factory=lambda: time.monotonic())
+
+    def take(self, label: str) -> float:
+        """The weight of a part that begins, 0 where it was not announced."""
+        at = next((n for n, (name, _) in enumerate(self.announced) if name == label), None)
+        return 0.0 if at is None else self.announced.pop(at)[1]
 
     def left(self, done: float, spared: float) -> str:
         """", 3 min left": the time for the rest, at the speed so far; shares of 1."""
@@ -53,9 +58,8 @@ _shown: dict[str, Any] = {"at": 0.0, "width": 0, "sentence": "", "display": None
 def announce(parts: Iterable[tuple[str, float]]) -> None:
     """The parts that the work under way will have, and how long each takes, in any unit."""
     if _parts:
-        parts = list(parts)
-        _parts[-1].weights = dict(parts)
-        _parts[-1].total = sum(weight for _, weight in parts)
+        _parts[-1].announced = list(parts)
+        _parts[-1].total = sum(weight for _, weight in _parts[-1].announced)
 
 
 @contextmanager
@@ -64,7 +68,7 @@ def part(label: str, total: float = 0.0, *, done: float = 0.0, unit: str = ""
     """A part of what is under way; gives a function that takes how many of its units were done just
     now. total: its units, 0 where they are not known; done: those from before."""
     around = _parts[-1] if _parts else Part("")
-    mine = Part(label, total, done, done, around.weights.get(label, 0.0), unit)
+    mine = Part(label, total, done, done, around.take(label), unit)
     if not _parts:
         _shown["at"] = time.monotonic()
     _parts.append(mine)

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from bpo.params import SCHEMAS, Parameters, Refusal, short
 from bpo.study import environment, processes, progress, sources
 from bpo.study.files import Hashes, file_hash, to_json, write_whole
-from bpo.study.stored import (
+from bpo.study.sources import (
     MANIFEST,
     STARTED,
     TIMINGS,
