@@ -151,13 +151,13 @@ def _begin(p: Parameters, folder: Path, inputs: Mapping[str, Path],
 
 
 def _told(result: Result) -> Result:
-    """Says that a report shows another result, where it does and no run is about to render it."""
+    """Says that a report is of another computation, where no run is about to render this one."""
     executed = result.folder.with_suffix(".ipynb")
     if (processes.rank() == 0 and progress.RUN not in os.environ and executed.is_file()
             and result.computed not in executed.read_text(encoding="utf-8")):
-        print(f"The report {short(executed.with_suffix('.html'))} shows another result. Go back to "
-              "its parameters, and this notebook finds that result again; or render this one with "
-              "python -m bpo run.")
+        print(f"The report {short(executed.with_suffix('.html'))} is of another computation of "
+              "this stage. With its parameters this notebook finds that result again; "
+              "python -m bpo run renders the new one.")
     return result
 
 

@@ -28,6 +28,15 @@ def drop_progress(notebook: "nbformat.NotebookNode") -> None:
                 output.get("data", {}).pop(WIDGET, None)
 
 
+def drop_results(notebook: "nbformat.NotebookNode") -> None:
+    """Leave what people write, as it was before the notebook ran: cells, tags and language."""
+    notebook.metadata.language_info = {"name": "python"}
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+
+
 def _is_progress(output: "nbformat.NotebookNode") -> bool:
     if output.output_type == "stream":
         return re.search(r"\r(?!\n)", output.text) is not None
