@@ -16,9 +16,8 @@ import yaml
 from bpo import params
 from bpo.data import rows as data_rows
 from bpo.params import DPOTraining, PairGeneration, Parameters, Refusal
-from bpo.study import hub
+from bpo.study import hub, sources
 from bpo.study import stage as stages
-from bpo.study import stored
 
 PATHS = ("model", "text_model", "data", "image_folder", "describe_prompt", "question_prompt",
          "noise_words", "pairs", "adapters", "rival", "splits", "calibration_data", "folders",
@@ -123,7 +122,7 @@ def findings(p: Parameters, read: dict[str, Parameters]) -> list[tuple[str, Path
         if not path.exists() and writer:
             note = f"written by {writer}"
         elif not path.exists():
-            note, missing = ": ".join(filter(None, ("MISSING", stored.written_by(path)))), True
+            note, missing = ": ".join(filter(None, ("MISSING", sources.written_by(path)))), True
         elif field.startswith("folders.") and not writer:
             from bpo.evaluation import benchmarks, official  # here, since they bring torch
 

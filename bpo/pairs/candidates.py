@@ -24,7 +24,7 @@ from bpo.models.generate import Request
 from bpo.models.weakening import WEAKENINGS, View
 from bpo.pairs import injection, selection
 from bpo.params import PairGeneration, Refusal
-from bpo.study import processes, seeds, shards
+from bpo.study import processes, progress, seeds, shards
 from bpo.study.files import LineFile
 
 MEASURED_IMAGES = 8  # an image's tokens are looked up on so many rows, and the largest one counts
@@ -91,9 +91,14 @@ class Candidates(Sequence):
                 (self.folder / "injected.jsonl").is_file):
             # now, and not after hours of weakening
             processes.first(lambda: injection.endpoint(p).check(**injection.sampling(p)))
-        if "weakened" in p.sources:
-            for view in views(p):
-                self._weaken(view)
+        weakened = views(p) if "weakened" in p.sources else []
+        progress.announce((label, len(self.rows) * weight) for label, weight in (
+            *((f"answers, weakened-{v.name}", p.weaken_samples * (1 + v.two_branches))
+              for v in weakened),
+            ("injected", p.inject_samples * ("injected" in p.sources)),
+            ("answers, clean", p.clean_answers), ("weighed", p.score_candidates)))
+        for view in weakened:
+            self._weaken(view)
         if "injected" in p.sources:
             injection.write(p, self.folder / "injected.jsonl", self.rows, self.row,
                             lambda: self.text_model)
