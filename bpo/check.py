@@ -57,6 +57,10 @@ def _checked(options: argparse.Namespace) -> int:
                 note, lost = rows_there(p, field, path)
             print(f"  {field:24} {path}  {note or _size(path)}")
             missing += lost
+        if getattr(p, "decoder", ""):
+            text, lost = decoder(p)
+            print(f"  {'decoder':24} {p.decoder}  {text}")
+            missing += lost
     for name, text in memory(options.study, read).items():
         print(f"{name:10}{text}")
     if missing:
@@ -131,6 +135,23 @@ def findings(p: Parameters, read: dict[str, Parameters]) -> list[tuple[str, Path
                 note, missing = f"lacks {', '.join(lost)}: {benchmark.fetch}", True
         found.append((field, path, note, missing))
     return found
+
+
+def decoder(p: PairGeneration) -> tuple[str, bool]:
+    """What the server of notebook 2 says that it serves, for people, and whether it is of no use.
+    Its checkpoint may lie elsewhere there: then only the prompts' lengths tell, with each reply."""
+    from bpo.models import checkpoint, served  # here, since they bring torch
+    from bpo.pairs import injection
+
+    try:
+        served.require_family(checkpoint.family(p.path(p.model)))
+        said = injection.decoder(p).server()
+    except Refusal as refusal:
+        return f"CANNOT BE USED: {refusal}", True
+    root = said.get("root", said["model"])
+    whose = ("the study's model" if root in (p.model, str(p.path(p.model))) else
+             f"which is to be {p.model}; lengths of prompts are compared with every reply")
+    return f"{said['engine']} serves {root}, {whose}", False
 
 
 def _special(p: Parameters) -> re.Pattern | None:

@@ -24,6 +24,7 @@ from bpo.models.replies import Reply, fault, without_thoughts
 from bpo.params import Refusal
 from bpo.study import progress
 from bpo.study import stage as stages
+from bpo.study.seeds import seed_for
 
 Score = tuple[float, ...]  # of a reply: one number, or the reference's and the answer's
 Messages = Sequence[Mapping[str, str]]
@@ -116,6 +117,7 @@ def ask(endpoint: Endpoint, folder: Path, benchmark: Judged, prompts: Sequence[M
                 with progress.part("judge's replies", len(askers)) as advance:
                     endpoints.keep_answers(
                         endpoint, file, replies, {k: prompts[n] for k, (n, *_) in askers.items()},
+                        seeds=[seed_for(0, "judge", key) % 2**31 for key in askers],
                         notes={k: {"benchmark": benchmark.name, "question": names[numbers[0]][0],
                                    "methods": [names[n][1] for n in numbers]}
                                for k, numbers in askers.items()}, done=advance, **settings)
