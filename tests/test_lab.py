@@ -155,12 +155,12 @@ def test_a_question_can_be_asked(lab):
     check(saved)
     still = html_of(saved, "4-06b")
     assert "data:image/" in still and "bpo_weaken" in still
-    view = lab.page.locator(".jp-OutputArea-output:has(.widget-combobox)").first
+    view = lab.page.locator(".jp-OutputArea-output:has(datalist)").first
     view.scroll_into_view_if_needed()
     before = view.locator("img").get_attribute("src")
     view.locator("select").select_option(index=3)
     lab.page.wait_for_function(
-        "old => document.querySelector('.jp-OutputArea-output:has(.widget-combobox) img').src"
+        "old => document.querySelector('.jp-OutputArea-output:has(datalist) img').src"
         " != old", arg=before, timeout=PATIENCE * 1000)
     offered = view.locator("datalist option").evaluate_all("all => all.map(o => o.value)")
     assert any(q.startswith("what color is the") for q in offered)
