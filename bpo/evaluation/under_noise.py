@@ -7,16 +7,21 @@ data, so that the base's curve is the one that it drew.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 
+from bpo.data import images
 from bpo.data import rows as data_rows
-from bpo.evaluation import probe
+from bpo.data.rows import Row
+from bpo.evaluation import diagnostics, probe
 from bpo.models import checkpoint as checkpoints
-from bpo.models import logprobs
+from bpo.models import encoding, generate, logprobs
 from bpo.models.checkpoint import Checkpoint
+from bpo.models.generate import Request
 from bpo.params import NoiseProbability, QualitativeComparison
-from bpo.study import results, shards
+from bpo.study import results, seeds, shards
 from bpo.study.files import to_json, write_whole
 
 LABELS = {"p_true": "P(true answer)", "p_prior": "P(prior's answer)",
@@ -38,6 +43,27 @@ def probing(p: QualitativeComparison) -> NoiseProbability:
         image_transform=p.image_transform, image_folder=p.image_folder, rows=p.noise_rows,
         category="attribute" if known else "", noise_steps=p.noise_steps, draws=1, other_ways=[],
         max_new_tokens=p.max_new_tokens)
+
+
+@torch.no_grad()
+def ask(p: QualitativeComparison, checkpoint: Checkpoint, methods: Sequence[str], row: Row,
+        truth: Mapping[str, Any], step: int) -> tuple[Image.Image, dict[str, Any]]:
+    """The picture of a row at a step of the noise, and the line that notebook 4 stores of such a
+    row, decoded and weighed now. The noise is notebook 1's."""
+    inputs = probe.encode(probing(p), checkpoint, [probe.Look(row.id, row, step, 0)])
+    answers = diagnostics.candidates(truth, row.id)
+    weighed = diagnostics.weigh_candidates(
+        checkpoint, methods, {row.id: answers} if answers else {}, logprobs.weigh_unpacked,
+        [Request(row.id, row.prompt, row.image)], inputs)[0]
+    line = {"id": row.id, "image": row.image_name, "question": row.question,
+            "annotated": row.answer, "answers": {}, **weighed}
+    for method in methods:
+        with checkpoints.using(checkpoint, method):
+            line["answers"][method] = generate.decode(checkpoint, inputs,
+                                                      max_new_tokens=p.max_new_tokens)[0]
+    clean = encoding.transformed(images.load(row.image), p.image_transform, checkpoint.processor)
+    draw = seeds.torch_generator(p.seed, "probe noise", row.id, 0)
+    return encoding.noised_picture(checkpoint.processor, clean, step, draw), line
 
 
 def weigh(p: QualitativeComparison, folder: Path, checkpoint: Checkpoint, methods: Sequence[str],

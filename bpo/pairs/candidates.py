@@ -99,11 +99,8 @@ class Candidates(Sequence):
             # now, and not after hours of weakening
             processes.first(lambda: injection.endpoint(p).check(**injection.sampling(p)))
         weakened = views(p) if "weakened" in p.sources else []
-        progress.announce((label, len(self.rows) * weight) for label, weight in (
-            *((f"answers, weakened-{v.name}", p.weaken_samples * (1 + v.two_branches))
-              for v in weakened),
-            ("injected", p.inject_samples * ("injected" in p.sources)),
-            ("answers, clean", p.clean_answers), ("weighed", p.score_candidates)))
+        progress.announce([*((f"answers, weakened-{v.name}", 1) for v in weakened),
+                           ("injected", "injected" in p.sources), ("weighed", p.score_candidates)])
         for view in weakened:
             self._weaken(view)
         if "injected" in p.sources:

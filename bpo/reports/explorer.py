@@ -1,28 +1,24 @@
 """What notebook 1 shows of noise and of other ways of weakening, and two things to try in
 JupyterLab: an image at any noise step, and questions to base and methods, with noise and without.
 
-Each of the two is one output with widgets and a still figure. The still figure is what the widgets
-show at first; pages, and whatever else has no widgets, show it in their place.
+Each is one output with widgets and a still figure, what they show at first. Pages, and whatever
+else has no widgets, show that.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
-import torch
 from pandas import DataFrame
 
 from bpo.data import images
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
-from bpo.evaluation import comparison, diagnostics, probe, under_noise
-from bpo.models import checkpoint as checkpoints
-from bpo.models import encoding, generate, logprobs, tuned
+from bpo.evaluation import comparison, probe, under_noise
+from bpo.models import encoding, logprobs, tuned
 from bpo.models.checkpoint import Checkpoint
-from bpo.models.generate import Request
 from bpo.models.noise import STEPS
 from bpo.params import NoiseProbability, QualitativeComparison
 from bpo.reports import cards, figures, page, seen, tables
@@ -86,16 +82,15 @@ def noise(p: NoiseProbability, result: stages.Result, checkpoint: Checkpoint) ->
     """
     lines, candidates = probe.load(result)
     sampled = {x["row"] for x in lines if x["sampled"] is not None}
-    rows, _ = probe.listed(p)
-    rows = [probe.asked(p, r) for r in rows if r.id in sampled]
+    rows = [probe.asked(p, r) for r in probe.listed(p)[0] if r.id in sampled]
 
     def show(row: Row, step: int) -> Shown:
         answers = {x["step"]: x["answers"] for x in lines if (x["row"], x["draw"]) == (row.id, 0)}
         source = "from the stored result" if step in answers else "computed just now by the model"
         if step not in answers:
             answers[step] = probe.look(
-                p, checkpoint, [probe.Look(row.id, row, step, draw=0)], candidates, sampled=set(),
-                score=logprobs.weigh_unpacked)[0]["answers"]
+                p, checkpoint, [probe.Look(row.id, row, step, draw=0)], candidates,
+                sampled=set(), score=logprobs.weigh_unpacked)[0]["answers"]
         clean = encoding.transformed(images.load(row.image), p.image_transform,
                                      checkpoint.processor)
         examples = []
@@ -125,15 +120,12 @@ def noise(p: NoiseProbability, result: stages.Result, checkpoint: Checkpoint) ->
 
 
 def ask(p: QualitativeComparison, result: stages.Result) -> Explorer:
-    """A held-out image of notebook 4 with the answers of base and methods, and the probabilities of
-    the true and the prior's answer to a colour question: the stored ones to the image's own
-    question, or new ones to another question or to the image under noise. The model is loaded at
-    the first of these."""
+    """A held-out image of notebook 4 with the answers of base and methods, and what they give the
+    true and the prior's answer: stored ones to its own question, or new ones to another question or
+    under noise. The model is loaded at the first of these."""
     splits = {s: comparison.read_split(p, s) for s in p.splits}
     lines = {s: {x["id"]: x for x in read_lines(result.folder / f"answers-{s}.jsonl")}
              for s in p.splits}
-    choices = [(f"{s}: {r.question}", (s, r)) for s, (rows, *_) in splits.items()
-               for r in data_rows.draw_rows(rows, CHOICES, p.seed, purpose="explorer")]
 
     def show(row: tuple[str, Row], question: str, step: int) -> Shown:
         (split, chosen), question = row, question.strip() or row[1].question
@@ -144,23 +136,20 @@ def ask(p: QualitativeComparison, result: stages.Result) -> Explorer:
             example = {"origin": "from the stored result", "image": images.load(chosen.image),
                        **tables.stored(line, line["answers"], truth)}
         else:
-            # Of a question that no row has, the truth is not known: its row has another id.
-            asked = asked or replace(chosen, id=f"{chosen.id} {question}", prompt=(
+            asked = asked or replace(chosen, id=f"{chosen.id} {question}", prompt=(  # no truth
                 *chosen.prompt[:-1], {"role": "user", "content": question}))
             example = _answered(p, result, asked, truth, step)
         return cards.comparison_gallery([{"question": question, **example}])
 
-    picker = _picker(choices)
+    picker = _picker([(f"{s}: {r.question}", (s, r)) for s, (rows, *_) in splits.items()
+                      for r in data_rows.draw_rows(rows, CHOICES, p.seed, purpose="explorer")])
     asking = widgets.Combobox(description="Question", continuous_update=False, layout=WIDE,
                               placeholder="its own; or choose or type another one, then Enter")
 
-    def offer(_: Any = None) -> None:
-        """The questions to choose from: first the image's own, whose truth is known."""
-        split, chosen = picker.value
-        rows = splits[split][0]
-        own = [r.question for r in rows if r.image == chosen.image]
-        common = [q for q, _ in Counter(r.question for r in rows).most_common(CHOICES)]
-        asking.options = list(dict.fromkeys([*own, *common]))
+    def offer(_: Any = None) -> None:  # first the image's own questions, whose truth is known
+        rows, image = splits[picker.value[0]][0], picker.value[1].image
+        questions = (r.question for r in sorted(rows, key=lambda r: r.image != image))
+        asking.options = list(dict.fromkeys(questions))[:CHOICES]
 
     offer()
     picker.observe(offer, "value")
@@ -168,37 +157,21 @@ def ask(p: QualitativeComparison, result: stages.Result) -> Explorer:
         0, 0, STEPS - 1, layout=WIDE, description="Noise step", continuous_update=False))
 
 
-@torch.no_grad()
 def _answered(p: QualitativeComparison, result: stages.Result, row: Row, truth: dict[str, Any],
               step: int) -> dict[str, Any]:
-    """{image, origin, truth, usual, answers} to a question about an image at a step of the noise,
-    decoded and weighed as notebook 4 does. Of a question whose truth is not known, objects that are
-    not in the image and wrong colours are marked, where the truth file says what is in it."""
+    """{image, origin, truth, usual, answers} to a question under noise. Of a question whose truth
+    is not known, objects that are not in the image and wrong colours are marked, where known."""
     key = to_json([result.manifest["parameters"], result.manifest["inputs"]])
     if key not in _loaded:
         _loaded.clear()
         _loaded[key] = tuned.load_methods(p)
-    checkpoint, methods = _loaded[key]
-    inputs = probe.encode(under_noise.probing(p), checkpoint, [probe.Look(row.id, row, step, 0)])
-    answers = diagnostics.candidates(truth, row.id)
-    weighed = diagnostics.weigh_candidates(
-        checkpoint, methods, {row.id: answers} if answers else {}, logprobs.weigh_unpacked,
-        [Request(row.id, row.prompt, row.image)], inputs)[0]
-    line = {"id": row.id, "image": row.image_name, "annotated": row.answer, "answers": {},
-            "question": row.question, **weighed}
-    for method in methods:
-        with checkpoints.using(checkpoint, method):
-            line["answers"][method] = generate.decode(checkpoint, inputs,
-                                                      max_new_tokens=p.max_new_tokens)[0]
-    clean = encoding.transformed(images.load(row.image), p.image_transform, checkpoint.processor)
-    draw = seeds.torch_generator(p.seed, "probe noise", row.id, 0)
-    example = {"image": encoding.noised_picture(checkpoint.processor, clean, step, draw),
-               "origin": "answered just now" + (f", noise step {step}" if step else ""),
-               **tables.stored(line, methods, truth)}
+    image, line = under_noise.ask(p, *_loaded[key], row, truth, step)
+    example = {"image": image, **tables.stored(line, line["answers"], truth),
+               "origin": "answered just now" + (f", noise step {step}" if step else "")}
     if row.id not in truth["rows"]:
-        known = truth["images"].get(row.image_name)
-        example["truth"] = "in the image: " + ", ".join(sorted(
-            o["name"] for o in known["objects"])) if known else "not known"
+        scene = truth["images"].get(row.image_name, {"objects": ()})
+        names = ", ".join(sorted(o["name"] for o in scene["objects"]))
+        example["truth"] = f"in the image: {names}" if names else "not known"
         for answer in example["answers"].values():
             answer["wrong"] = tables.misdescribed(answer["text"], row.image_name, truth)
     return example

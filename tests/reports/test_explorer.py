@@ -62,9 +62,9 @@ def test_stored_steps_show_the_stored_probabilities(analysis, checkpoint):
     for at in STEPS:
         (true, prior), card = stored[at], said[said.index(f"noise step {at}"):]
         chances = [torch.tensor(a["logp"]).exp().item() for a in (true, prior)]
-        assert card[1:4] == [f"true answer “{true['text']}”: {chances[0]:.3g}",
-                             f"prior's answer “{prior['text']}”: {chances[1]:.3g}",
-                             f"any other answer: {1 - sum(chances):.3g}"]
+        assert card[1:4] == [f"true answer “{true['text']}”: {chances[0]:.2f}",
+                             f"prior's answer “{prior['text']}”: {chances[1]:.2f}",
+                             f"any other answer: {1 - sum(chances):.2f}"]
     assert found.still.plain == (
         f"Figure: {row.value.question} At step 500, from the stored result.")
 
@@ -87,7 +87,7 @@ def test_other_steps_show_what_a_plain_pass_over_the_noised_image_says(analysis,
     chain = torch.log_softmax(logits[-len(ids) - 1:-1], dim=-1)[range(len(ids)), ids]
     said = lines(found.show(row=row, step=321))
     shown = said[said.index("noise step 321") + 1].removeprefix(f"true answer “{answer}”: ")
-    assert float(shown) == pytest.approx(chain.sum().exp().item(), rel=6e-3)
+    assert float(shown) == pytest.approx(chain.sum().exp().item(), abs=6e-3)
     assert said[-1].endswith("At step 321, computed just now by the model.")
 
 
@@ -130,8 +130,8 @@ def test_stored_answers_are_shown_until_one_asks(comparison, monkeypatch):
         said = lines(found.show(row=(split, row), question=" ", step=0))
         answers = said[-4:]
         assert stored[row.id]["annotated"] in said[0]
-        assert all(shown.startswith(f"{m}{text}") for shown, (m, text) in
-                   zip(answers, stored[row.id]["answers"].items(), strict=True))
+        for shown, answer in zip(answers, stored[row.id]["answers"].items(), strict=True):
+            assert shown.replace(" ", "").startswith("".join(answer).replace(" ", ""))
 
 
 def test_a_question_is_answered_by_the_base_and_by_every_adapter(comparison, model_folder, adapters,
@@ -162,7 +162,8 @@ def test_the_true_and_the_prior_s_answer_have_their_probabilities_clean_and_nois
     options = {v[1].id: v for _, v in found.children[0].options}
     caption, colour = options["caption-1"], options["attribute-1"]
     stored = {x["id"]: x for x in read_lines(result.folder / "answers-natural.jsonl")}
-    noised = {(x["row"], x["step"]): x for x in read_lines(result.folder / "answers-under_noise.jsonl")}
+    noised = {(x["row"], x["step"]): x
+              for x in read_lines(result.folder / "answers-under_noise.jsonl")}
 
     def chances(question, row, step):
         html = found.show(row=row, question=question, step=step).html
