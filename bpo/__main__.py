@@ -23,8 +23,7 @@ from bpo.study import stage as stages
 STAGES = {1: "evaluation.probe", 2: "pairs.stage", 3: "training.stage",
           4: "evaluation.comparison", 5: "evaluation.benchmarks"}
 TINY_STAGES = {0: "tiny.stage", 6: "tiny.prior", 8: "tiny.dose"}
-# command -> the module with its `add_arguments` and `run`, imported for that command alone: some
-# bring torch; and what it does
+# command -> its module (`add_arguments`, `run`), imported for it alone, and what it does
 MODULES = {
     "new": ("new", "write the parameters of a study of your own model and data"),
     "check": ("check", "read a study's parameters, say what is missing, and the memory"),
@@ -55,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     tables = add("results", _results, "write the README's tables from a stored replication")
     power = add("power", _power, "say how many seeds a difference needs")
     compare = add("compare", _compare, "write a page of what differs between two studies")
+    pages.add_argument("--address", default="", help="the folder's URL, for previews of links")
     for command in (run, stage, replicate):
         check.add_arguments(command)
     for command in (pages, tables, power, compare):
@@ -302,7 +302,7 @@ def _report(options: argparse.Namespace) -> int:
                       f"python -m bpo run {options.study}")
     for notebook in notebooks:
         report.html_page(notebook)
-    print(f"the report is {short(studies.index(folder))}")
+    print(f"the report is {short(studies.index(folder, address=options.address.rstrip('/')))}")
     return 0
 
 

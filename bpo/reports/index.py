@@ -238,8 +238,7 @@ def numbers(frame: "DataFrame") -> "DataFrame":
     wanted = [(main, metric, f"{main} images") for metric in COMPARED]
     for name in frame["split_or_benchmark"].unique():
         if name in benchmarks.KNOWN:
-            metric = claims.BENCHMARKS.get(name, [next(iter(benchmarks.described(name)))])[0]
-            wanted.append((name, metric, benchmarks.title(name)))
+            wanted.append((name, claims.deciding(name)[0], benchmarks.title(name)))
     against = list(dict.fromkeys(("base", control)))
     rows = pandas.concat([tables.differences(frame).query("against in @against"),
                           tables.levels(frame).query("method in ('base', @method)")])

@@ -1,5 +1,5 @@
-"""One zip file of a study to hand on: reports, notebooks, manifests, parameters, results, adapters
-and training histories, with their SHA256SUMS.
+"""A study to hand on: one HTML file with all of its pages, which opens anywhere, and one zip file
+of reports, notebooks, manifests, parameters, results, adapters and histories, with SHA256SUMS.
 
 Left out are images, base weights, merged checkpoints, and tables of rows, pairs and answers, which
 quote data that may not be yours to share. Pictures that pages show stay in the pages.
@@ -18,9 +18,17 @@ from pathlib import Path
 
 from bpo.params import Refusal, outputs_root, params_root, short
 from bpo.study import verify
+from bpo.study.files import write_whole
 
-PACKED = re.compile(r"[^/]+\.(html|ipynb|json|md|csv)|[^/]+/(manifest\.json|timings\.json"
-                    r"|results\.csv)|3_dpo_training/[^/]+/(adapter/[^/]+|(history|compute)\.json)")
+PACKED = re.compile(r"[^/]+\.(html|ipynb|json|md|csv)|preview\.png"
+                    r"|[^/]+/(manifest\.json|timings\.json|results\.csv)"
+                    r"|3_dpo_training/[^/]+/(adapter/[^/]+|(history|compute)\.json)")
+# The page that was followed to, or that holds what was; else the index.
+ONE_AT_A_TIME = """
+article:not(#index, :target, :has(:target)) { display: none; }
+body:has(> article:not(#index):is(:target, :has(:target))) > #index { display: none; }
+@media print { body > article { display: block !important; } }
+"""
 SHORTEST_KEY = 8  # characters: "EMPTY" and the like are what local servers take for a key
 
 
@@ -32,13 +40,16 @@ def run(options: argparse.Namespace) -> int:
     file = write(options.study)
     with file.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    page = file.with_suffix(".html")
+    print(f"{short(page)}: {page.stat().st_size / 1e6:,.1f} MB, all pages in one file")
     print(f"{short(file)}: {file.stat().st_size / 1e6:,.1f} MB, sha256 {sha256}; its pages show "
           "pictures: look whether you may share them")
     return 0
 
 
 def write(study: str) -> Path:
-    """Writes outputs/STUDY.zip, whole or not at all; the same files give the same bytes.
+    """Writes outputs/STUDY.zip, whole or not at all, and the pages as outputs/STUDY.html; the same
+    files give the same bytes.
 
     Raises Refusal when there is no list of hashes, or a file differs from it or holds a key.
     """
@@ -65,9 +76,34 @@ def write(study: str) -> Path:
                 archive.writestr(_entry(study, name), content)
             archive.writestr(_entry(study, verify.SUMS), verify.text(packed))
         temporary.replace(file)
+        write_whole(file.with_suffix(".html"), one_page(folder))
     finally:
         temporary.unlink(missing_ok=True)
     return file
+
+
+def one_page(folder: Path) -> str:
+    """The index and the pages that it lists as one document, without script: a link to a page is
+    one to an article, of which the one that was followed to is shown. Links to other files are
+    text."""
+    names = ["index", *sorted(f.stem for f in folder.glob("*.html") if f.stem != "index")]
+    head, articles = "", ""
+    for name in names:
+        text = (folder / f"{name}.html").read_text(encoding="utf-8")
+        before, _, main = text.partition("<body>")
+        head = head or before
+        main = re.sub(r"</body>\s*</html>\s*$", "", main)
+        # names are of one page alone, and stand in quotes nowhere but in tags
+        main = re.sub(r'(\s(?:id|for|name|aria-labelledby)="|\shref="#)(?=[^"])', rf"\g<1>{name}-",
+                      main)
+        main = re.sub(r'href="(?:\./)?([^"/#:]+)\.html"',
+                      lambda m: f'href="#{m[1]}"' if m[1] in names else m[0], main)
+        main = re.sub(r'<a\s+href="(?!#|https?:)[^"]*">(.*?)</a>', r"<span>\1</span>", main,
+                      flags=re.DOTALL)
+        articles += f'<article id="{name}">{main}</article>\n'
+    head = re.sub(r'<meta (property="og:image"|name="twitter:card")[^>]*>\n?', "", head)
+    return head.replace("</style>", ONE_AT_A_TIME + "</style>", 1) + (
+        f"<body>\n{articles}</body>\n</html>\n")
 
 
 def _entry(study: str, name: str) -> zipfile.ZipInfo:

@@ -13,7 +13,10 @@ from bpo.params import Refusal
 from bpo.reports import pack
 from bpo.study import verify
 
-FILES = {"index.html": "<p>page", "2_pair_generation.ipynb": '"endpoint_key_variable = \\"MY\\""',
+FILES = {"index.html": '<style></style><body><a href="1_a.html">one</a><a href="../x.html">x</a>'
+                       "</body></html>", "1_a.html": '<body><h2 id="b">1</h2><a href="#b">b</a>',
+         "preview.png": "png",
+         "2_pair_generation.ipynb": '"endpoint_key_variable = \\"MY\\""',
          "0_tiny_world/model/model.safetensors": "weights", "0_tiny_world/images/1.png": "pixels",
          "2_pair_generation/pairs.jsonl": "{}\n", "2_pair_generation/results.csv": "value\n1\n",
          "3_dpo_training/manifest.json": "{}", "3_dpo_training/bpo/history.json": "[1]",
@@ -101,6 +104,10 @@ def test_a_zip_holds_reports_and_adapters_and_checks_itself(study, tmp_path, ver
     for name in FILES:
         os.utime(study / name, (0, 0))
     assert pack.write("s").read_bytes() == first
+    # all pages in one file: links lead to its articles, and nowhere out of it
+    one = study.with_name("s.html").read_text()
+    assert '<article id="index"><a href="#1_a">one</a><span>x</span></article>' in one
+    assert '<article id="1_a"><h2 id="1_a-b">1</h2><a href="#1_a-b">b</a></article>' in one
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -154,7 +161,7 @@ def test_a_file_with_a_key_is_not_packed(study, monkeypatch, variable, form):
     with pytest.raises(Refusal, match=f"index.html holds the value of .* {variable}") as refused:
         pack.write("s")
     assert "quote" not in str(refused.value)
-    assert list(study.parent.glob("*.zip*")) + list(study.parent.glob(".*")) == []
+    assert list(study.parent.glob("s.*")) + list(study.parent.glob(".*")) == []
     monkeypatch.setenv(variable, "page")  # too short for a key; local servers take any
     pack.write("s")
 
