@@ -16,7 +16,9 @@ import yaml
 from bpo import params
 from bpo.data import rows as data_rows
 from bpo.params import DPOTraining, PairGeneration, Parameters, Refusal
+from bpo.study import hub
 from bpo.study import stage as stages
+from bpo.study import stored
 
 PATHS = ("model", "text_model", "data", "image_folder", "describe_prompt", "question_prompt",
          "noise_words", "pairs", "adapters", "rival", "splits", "calibration_data", "folders",
@@ -40,7 +42,13 @@ def overrides(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints every file of a study with its paths; returns 1 if one of them is missing."""
+    """Prints every file of a study with its paths; returns 1 if one of them is missing. Nothing is
+    fetched from the hub."""
+    with hub.cache_only():
+        return _checked(options)
+
+
+def _checked(options: argparse.Namespace) -> int:
     read, missing = params.read_study(options.study, overrides(options)), 0
     for name, p in read.items():
         print(f"params/{options.study}/{name}.yaml: {len(type(p).model_fields)} parameters are "
@@ -58,8 +66,8 @@ def run(options: argparse.Namespace) -> int:
     return int(missing > 0)
 
 
-def paths(p: Parameters) -> Iterator[tuple[str, Path]]:
-    """(parameter, path) of every path that a notebook reads, resolved; empty ones are left out."""
+def paths(p: Parameters) -> Iterator[tuple[str, str]]:
+    """(parameter, value) of every path that a notebook reads; empty ones are left out."""
     for name in PATHS:
         value = getattr(p, name, "")
         if name == "text_model" and value and p.endpoint:
@@ -71,7 +79,7 @@ def paths(p: Parameters) -> Iterator[tuple[str, Path]]:
             values = [(f"{name}.{n}", v) for n, v in value.items()]
         else:
             values = [(name, value)]
-        yield from ((n, p.path(v)) for n, v in values if v)
+        yield from ((n, v) for n, v in values if v)
 
 
 def rows_there(p: Parameters, field: str, path: Path) -> tuple[str, bool]:
@@ -84,7 +92,7 @@ def rows_there(p: Parameters, field: str, path: Path) -> tuple[str, bool]:
     root = p.optional_path(folder)
     try:
         first = list(itertools.islice(data_rows.stream(
-            path, root / below if root else None, special=_special(p.path(p.model))), ROWS))
+            path, root / below if root else None, special=_special(p)), ROWS))
     except Refusal as refusal:
         return f"CANNOT BE READ: {refusal}", True
     rows = [r for r in first if isinstance(r, data_rows.Row)]
@@ -103,14 +111,19 @@ def findings(p: Parameters, read: dict[str, Parameters]) -> list[tuple[str, Path
     there. What a notebook writes is not missing before it has run.
     """
     found = []
-    for field, path in paths(p):
+    for field, value in paths(p):
+        try:
+            path = p.path(value)
+        except Refusal as refusal:  # a name of the hub that is not to be had
+            found.append((field, Path(value), f"MISSING: {refusal}", True))
+            continue
         writer = next((n for n, q in read.items()
                        if path.is_relative_to(stages.stage_folder(q.study, n))), None)
         note, missing = "", False
         if not path.exists() and writer:
             note = f"written by {writer}"
         elif not path.exists():
-            note, missing = ": ".join(filter(None, ("MISSING", stages.written_by(path)))), True
+            note, missing = ": ".join(filter(None, ("MISSING", stored.written_by(path)))), True
         elif field.startswith("folders.") and not writer:
             from bpo.evaluation import benchmarks, official  # here, since they bring torch
 
@@ -121,12 +134,12 @@ def findings(p: Parameters, read: dict[str, Parameters]) -> list[tuple[str, Path
     return found
 
 
-def _special(model: Path) -> re.Pattern | None:
+def _special(p: Parameters) -> re.Pattern | None:
     """The checkpoint's own tokens; None where it cannot be read, as the line about it says."""
     from bpo.models import encoding  # here, since it brings torch
 
     try:
-        return encoding.special_in(model)
+        return encoding.special_in(p.path(p.model))
     except (Refusal, OSError, ValueError):
         return None
 
@@ -142,10 +155,13 @@ def memory(study: str, read: dict[str, Parameters]) -> dict[str, str]:
     """What pairs and training take, for people, and how to measure their time; nothing while the
     checkpoint is not there."""
     making, training = read.get(PairGeneration.notebook), read.get(DPOTraining.notebook)
-    if not making or not training or not (making.path(making.model) / "config.json").is_file():
+    if not making or not training:
         return {}
     try:
-        model = skeleton(making.path(making.model))
+        folder = making.path(making.model)
+        if not (folder / "config.json").is_file():
+            return {}
+        model = skeleton(folder)
     except Refusal as refusal:
         return {"memory": f"not known: {refusal}"}
     weights = model.num_parameters()

@@ -27,6 +27,7 @@ from bpo.data.rows import Rejected, Row
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding
 from bpo.params import Refusal, short
+from bpo.study import hub
 from bpo.study.files import write_lines, write_whole
 from bpo.study.seeds import seed_for
 from bpo.study.text import pieces
@@ -56,8 +57,9 @@ class Data:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="the study's name, which becomes a folder of params/")
-    parser.add_argument("--model", type=Path, required=True, metavar="PATH",
-                        help="folder of a vision-language checkpoint in Hugging Face layout")
+    parser.add_argument("--model", required=True, metavar="PATH",
+                        help="folder of a vision-language checkpoint in Hugging Face layout, or "
+                             "its name on the hub")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE",
                         help="annotated answers, in any layout that params/README.md names")
     parser.add_argument("--image-folder", type=Path, metavar="PATH",
@@ -68,15 +70,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Writes the study, says what was found and decided, and checks its paths."""
-    print(*make(options.name, options.model, options.data, image_folder=options.image_folder,
-                held_out=options.held_out), sep="\n")
+    data, pictures, held_out = map(_here, (options.data, options.image_folder, options.held_out))
+    print(*make(options.name, options.model, data, image_folder=pictures, held_out=held_out),
+          sep="\n")
     code = check.run(argparse.Namespace(study=options.name, overrides=[]))
     if not code:
         print(f"next: python -m bpo run {options.name}")
     return code
 
 
-def make(name: str, checkpoint: Path, file: Path, *, image_folder: Path | None = None,
+def _here(path: Path | None) -> Path | None:
+    """The path, or what the hub's cache has under this name where no such path is here."""
+    if path is None or path.exists():
+        return path
+    return hub.path(path.as_posix(), checkpoint=False) or path
+
+
+def make(name: str, checkpoint: Path | str, file: Path, *, image_folder: Path | None = None,
          held_out: Path | None = None) -> list[str]:
     """Writes a study's folder, whole or not at all; returns what was found and decided, in lines.
 
@@ -89,8 +99,9 @@ def make(name: str, checkpoint: Path, file: Path, *, image_folder: Path | None =
     for there in (folder, params.outputs_root() / name):
         if there.exists():
             raise Refusal(f"{short(there)} is there already; choose another name, or delete it")
-    checkpoint = checkpoint.resolve()
-    model, reader = read_checkpoint(checkpoint)
+    local = Path(checkpoint).resolve()
+    of_hub = None if local.exists() else hub.path(str(checkpoint), checkpoint=True)
+    model, reader = read_checkpoint(of_hub or local)
     special = encoding.special(reader.processor)
     data = read_data(file, image_folder, special)
     compared = read_data(held_out, image_folder, special) if held_out else data
@@ -105,7 +116,8 @@ def make(name: str, checkpoint: Path, file: Path, *, image_folder: Path | None =
     chosen["4_qualitative_comparison"]["splits"] = {
         "held_out": str(compared.file if held_out else folder / HELD_OUT)}
     read = {n: params.validate(params.SCHEMAS[n], params.read_yaml(PATTERN / f"{n}.yaml") | values
-                               | {"study": name, "model": str(checkpoint)}, where=f"params/{name}")
+                               | {"study": name, "model": str(checkpoint if of_hub else local)},
+                                where=f"params/{name}")
             for n, values in chosen.items()}
     memory = fit(model, read)
     files = {TRAINING: map(_line, training), HELD_OUT: None if held_out else map(_line, test),
@@ -156,7 +168,7 @@ def read_data(file: Path, image_folder: Path | None, special: re.Pattern | None 
 
     Raises Refusal when the data cannot be read, or none of its rows can be used.
     """
-    file = file.resolve()
+    file = file.parent.resolve() / file.name  # a link's own name and place, not its target's
     root = data_rows.image_root(file, image_folder)
     bar = functools.partial(tqdm, leave=False, disable=None)
     entries = list(bar(data_rows.stream(file, image_folder, special=special), desc="reading rows"))

@@ -138,6 +138,7 @@ Resamples = Annotated[int, Field(ge=100, le=100_000)]
 NoiseStep = Annotated[int, Field(ge=0, le=999)]
 NoiseSteps = Annotated[list[NoiseStep], Field(min_length=2), AfterValidator(_from_clean_upwards)]
 DISTINCT = Field(min_length=1), AfterValidator(_distinct)
+CHECKPOINTS = ("model", "text_model", "rival")  # parameters that may name one of the hub
 Weakening = Annotated[str, _one_of(_weakenings)]
 Objective = Annotated[str, _one_of(_objectives)]
 Method = Annotated[str, _one_of(_methods)]
@@ -182,7 +183,15 @@ class Parameters(BaseModel):
                 if extra[n].get("shapes", True) and n != "study"}
 
     def path(self, value: str) -> Path:
-        return resolve(value, study=self.study)
+        """A path parameter as an absolute path (`resolve`), or what the hub's cache has under this
+        name where no such path is here. Raises Refusal where that is not to be had."""
+        from bpo.study import hub  # here, since it reads this module
+
+        local = resolve(value, study=self.study)
+        if local.exists():
+            return local
+        checkpoint = value in [getattr(self, name, None) for name in CHECKPOINTS]
+        return hub.path(value, checkpoint=checkpoint) or local
 
     def optional_path(self, value: str) -> Path | None:
         """The path, or None for a parameter that was left empty."""

@@ -2,14 +2,18 @@
 discs, built once a session in plain Hugging Face and LLaVA layouts, without `bpo.tiny`.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="hub-")  # never the user's own
+atexit.register(shutil.rmtree, os.environ["HF_HUB_CACHE"], ignore_errors=True)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path

@@ -11,7 +11,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from helpers import warm
+from helpers import hub, warm
 from helpers.qwen import LLAVAR, SHAREGPT4V, trained_tokenizer, write_qwen
 from PIL import Image
 from transformers import (
@@ -179,7 +179,10 @@ def project(tmp_path_factory):
         ends = np.ravel(settings["eos_token_id"]).tolist()
         (data / name / "generation_config.json").write_text(json.dumps(
             settings | {"eos_token_id": [*ends, *range(7, 200, 2)]}))
-    shutil.copytree(data / "llava-1.5-7b-hf", data / "llava-1.5-13b-hf")  # one layout
+    for repo, name in (("llava-hf/llava-1.5-7b-hf", "llava-1.5-7b-hf"),
+                       ("llava-hf/llava-1.5-13b-hf", "llava-1.5-7b-hf"),  # one layout
+                       ("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-7B-Instruct")):
+        hub.publish(repo, data / name)
     return root
 
 

@@ -26,6 +26,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from bpo.data.layouts import IMAGE_FIELDS
 from bpo.params import Refusal
+from bpo.study import hub
 from bpo.study.files import LineFile
 
 MAX_PIXELS = 89_478_485  # 256 MB as RGB: where Pillow begins to warn of decompression bombs
@@ -116,7 +117,8 @@ def place(root: Path, name: str) -> Path | None:
         real = os.path.normpath(file) if _IN_PARQUET.fullmatch(name) else file.resolve()
     except (OSError, RuntimeError, ValueError):  # a loop of links, a name with a null byte
         return file
-    inside = Path(real).is_relative_to(root) and not Path(name).is_absolute()
+    inside = not Path(name).is_absolute() and any(
+        Path(real).is_relative_to(r) for r in (root, hub.contents(root)))
     return file if inside else None
 
 

@@ -26,7 +26,7 @@ from bpo.models.checkpoint import Checkpoint
 from bpo.models.endpoint import Endpoint
 from bpo.models.generate import Request
 from bpo.params import Benchmarks, Refusal
-from bpo.study import results, seeds, shards
+from bpo.study import results, seeds, shards, stored
 from bpo.study import stage as stages
 from bpo.study.files import read_lines
 from bpo.study.results import Result
@@ -49,7 +49,7 @@ def run(p: Benchmarks) -> stages.Result:
     inputs = tuned.checkpoint_folders(p)
     for name, benchmark in chosen(p).items():
         folder = p.path(p.folders[name])
-        if stages.owning_stage(folder) is None:  # else the stage tells better what is missing
+        if stored.owning_stage(folder) is None:  # else the stage tells better what is missing
             official.require(benchmark, folder)
         needed = {**benchmark.files, **{o: o for o in official.OPTIONAL if (folder / o).is_file()}}
         inputs |= {f"{name} {role}": folder / file for role, file in needed.items()}

@@ -29,15 +29,15 @@ RULE = (
     f"{OPEN}, which is all that one can wish of a row of harm, and of \"says as much\". The larger "
     "model is passed when bpo is better, beyond its interval, on more than half of the tasks, and "
     "not when it is worse on half of them or more.")
-# What decides a benchmark, what may not be lost with it, and whether it counts hallucination.
-# Judged ones are decided by their first metric.
+# What decides a benchmark, what may not be lost with it, and whether it counts hallucination;
+# others: `deciding`.
 BENCHMARKS = {"chair": ("chair_i", "cover", True), "object-halbench": ("response", "cover", True),
               "pope": ("accuracy", None, False), "amber": ("hal", "cover", True)}
 TASKS = ("chair_i", "colour_accuracy", "pope_adversarial")  # of the main split, against the rival
 CONTROLS = ("sft_matched", "sft", "sft_compute")  # the first leaves the contrast alone
 PROBE, COMPARISON, BENCHMARK = "1_noise_probability", "4_qualitative_comparison", "5_benchmarks"
 KEYS = ["claim", "says", "method", "against", "decides"]
-COLUMNS = [*KEYS, "difference", "verdict", "p"]
+COLUMNS = [*KEYS, "n", "difference", "verdict", "p"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class Claim:
     more: bool | None
     against: str = "base"
     method: str = METHOD
+
+
+def deciding(name: str) -> tuple[str, str | None, bool]:
+    """The entry of `BENCHMARKS`; those that a judge scores are decided by their first metric."""
+    return BENCHMARKS.get(name) or (next(iter(benchmarks.described(name))), None, False)
 
 
 def measured(study: str) -> "DataFrame":
@@ -81,8 +86,7 @@ def stated(frame: "DataFrame") -> Iterator[Claim]:
     yield Claim("1", "Noise raises P(prior's answer)", last, "p_prior", True, first, "base")
 
     main, scored, others = _places(frame)
-    spoken = [(main, "chair_i")] + [(name, BENCHMARKS[name][0]) for name in scored
-                                    if BENCHMARKS.get(name, ("", "", False))[2]]
+    spoken = [(main, "chair_i")] + [(n, deciding(n)[0]) for n in scored if deciding(n)[2]]
     colours = [("Raises P(true answer)", main, "p_true", True),
                ("Lowers P(prior's answer)", main, "p_prior", False)]
     for where, metric in spoken:
@@ -110,8 +114,7 @@ def stated(frame: "DataFrame") -> Iterator[Claim]:
                                    ("Colours are no worse", "colour_accuracy", True)):
             yield Claim(HARM, says, split, metric, more)
     for name in scored:
-        decides, _, spoken_of = BENCHMARKS.get(name, (next(iter(benchmarks.described(name))),
-                                                      None, False))
+        decides, _, spoken_of = deciding(name)
         if not spoken_of:
             yield Claim(HARM, "Scores no worse", name, decides, True)
     yield Claim(HARM, "P(yes) is as honest", "pope", "brier", False)
@@ -119,8 +122,9 @@ def stated(frame: "DataFrame") -> Iterator[Claim]:
 
 
 def decided(frame: "DataFrame") -> "DataFrame":
-    """A row a claim: {claim, says, method, against, decides, difference, verdict, p}, of one
-    study's results or of means over seeds. difference: as text; p: its own, NaN without one."""
+    """A row a claim: {claim, says, method, against, decides, n, difference, verdict, p}, of one
+    study's results or of means over seeds. n: what the difference is out of; difference: as text;
+    p: its own; NaN without one."""
     from pandas import DataFrame
 
     rows = frame.dropna(subset="value")
@@ -130,8 +134,8 @@ def decided(frame: "DataFrame") -> "DataFrame":
     for c in stated(frame):
         estimate = found.get((c.where, c.method, c.against, c.metric)) if c.against else None
         table.append([c.claim, c.says, c.method, c.against or "–", label(c.where, c.metric),
-                      estimate.text(sign="+") if estimate else "–", verdict(estimate, c.more),
-                      estimate and estimate.p])
+                      estimate and estimate.n, estimate.text(sign="+") if estimate else "–",
+                      verdict(estimate, c.more), estimate and estimate.p])
     table.append(_passes(frame, found))
     return DataFrame(table, columns=COLUMNS).sort_values(
         "claim", kind="stable", ignore_index=True)
@@ -170,13 +174,13 @@ def _passes(frame: "DataFrame", found: dict[tuple[str, ...], Estimate]) -> list[
     """The row of claim 4: on how many tasks the method is better than an untuned larger model."""
     main, scored, _ = _places(frame)
     tasks = [*((main, metric) for metric in TASKS),
-             *((n, BENCHMARKS.get(n, [next(iter(benchmarks.described(n)))])[0]) for n in scored)]
+             *((n, deciding(n)[0]) for n in scored)]
     readings = [found[key].reading() for where, metric in tasks
                 if (key := (where, METHOD, RIVAL, metric)) in found]
     better, worse, of = readings.count(BETTER), readings.count(WORSE), len(readings)
     word = (UNMEASURED if not of else HOLDS if 2 * better > of else FAILS if 2 * worse >= of
             else OPEN)
-    return ["4", "Passes an untuned model of twice the size", METHOD, RIVAL, "tasks won",
+    return ["4", "Passes an untuned model of twice the size", METHOD, RIVAL, "tasks won", None,
             f"better on {better}, worse on {worse} of {of} tasks" if of else "–", word, None]
 
 

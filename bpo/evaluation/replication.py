@@ -23,8 +23,7 @@ TABLE = "replication.csv"
 # The metrics that tables over seeds use, with the first of each benchmark that a judge scores.
 STORED = {"chair_i", "cover", "colour_accuracy", "p_true", "p_prior", "prior_rate",
           "pope_adversarial", "pope_random", "words", "wins", "brier",
-          *(claims.BENCHMARKS.get(n, [next(iter(benchmarks.described(n)))])[0]
-            for n in benchmarks.KNOWN)}
+          *(claims.deciding(n)[0] for n in benchmarks.KNOWN)}
 # Categories that pages over several seeds leave to the table.
 ASIDE = ("kind", "reading", "calibration", "sharpening", "noise")
 

@@ -2,11 +2,13 @@
 numbers with intervals, and the facts that let a reader trust them. Nothing here computes a result.
 """
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bpo.params import SCHEMAS, Refusal
+from bpo.params import SCHEMAS, Refusal, outputs_root
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
 from bpo.study import environment, results, verify
@@ -20,11 +22,16 @@ TITLES = {"0_tiny_world": "Tiny world", "1_noise_probability": "Noise and probab
           "4_qualitative_comparison": "Qualitative comparison", "5_benchmarks": "Benchmarks",
           "6_where_the_prior_comes_from": "Where the prior comes from",
           "7_replication": "Replication", "8_dose_and_response": "Dose and response"}
-COMPARED = ("chair_i", "cover", "p_true", "p_prior", "pope_adversarial")  # of notebook 4
-# The number of each benchmark that an index shows; of another benchmark its first.
-SHOWN = {"chair": "chair_i", "object-halbench": "response", "pope": "f1", "amber": "amber_score"}
+COMPARED = ("p_true", "p_prior", "chair_i", "cover", "pope_adversarial")  # of notebook 4
+ARROWS = {True: "↑", False: "↓"}  # where a measure is better
 INPUTS = 8  # inputs that a study's box names
 AGAINST = "against-"  # begins the name of a page that compares with another study
+
+PREVIEW = "preview.png"  # what a forwarded link shows
+ABOUT = (
+    "Bootstrapped Preference Optimization (BPO, arXiv 2403.08730) trains a model to prefer "
+    "annotated answers to what it says itself when noise drowns its picture, and to the answers "
+    "with mistakes put in.")
 
 Manifests = Mapping[str, Mapping[str, Any]]
 
@@ -35,38 +42,139 @@ def manifests(folder: Path) -> dict[str, dict[str, Any]]:
             for n in SCHEMAS if (folder / n / stages.MANIFEST).is_file()}
 
 
-def index(folder: Path) -> Path:
-    """Writes the study's index.html, the hashes of its files and the list of all studies beside it;
-    the path of the first."""
+def index(folder: Path, *, address: str = "") -> Path:
+    """Writes the study's index.html with its preview, the hashes of its files and the list of all
+    studies beside it; the path of the first. address: that of the folder on the web, if known."""
     known = manifests(folder)
-    parts = [*came_out(folder.name), facts(known)] if known else []
-    written = report.index_page(folder, entries(folder, known), parts)
+    try:
+        shown, preview = screen(folder.name, known)
+    except Refusal as refusal:  # an older version of the kit computed it
+        shown, preview = {"parts": [report.say("{r}", r=refusal)]}, None
+    (folder / PREVIEW).unlink(missing_ok=True)
+    if preview:
+        (folder / PREVIEW).write_bytes(preview)
+        shown["image"] = f"{address}/{PREVIEW}" if address else PREVIEW
+    written = report.index_page(folder, entries(folder, known), **shown,
+                                facts=facts(known) if known else None)
     verify.write(folder, known)
     all_studies(folder.parent)
     return written
 
 
-def came_out(study: str) -> list[Shown]:
-    """What noise does to the probabilities and what training changed, as far as that was computed.
-    """
-    try:
-        frame = results.of_study(study)
-    except Refusal as refusal:  # an older version of the kit computed it
-        return [report.say("{r}", r=refusal)]
-    parts = []
-    if change := noise(frame):
-        parts.append(report.say(
-            "From the clean image to noise {last}, the probability of the true answer changes by "
-            "**{p_true}**, that of the prior's answer by **{p_prior}** ({n:.0f} images, 95 % "
-            "intervals).", **change))
+def screen(study: str, known: Manifests) -> tuple[dict[str, Any], bytes | None]:
+    """What an index says before its notebooks, as far as that was computed: {question, about, word,
+    sentence, sure, change: texts; left, right, parts: what is shown}, and the preview, a PNG."""
+    # here, since torch comes with them
+    from bpo.evaluation import claims, comparison, replication
+    from bpo.reports import seen, summary
+
+    frame, seeds = claims.measured(study), seeds_of(study)
+    if len(seeds) >= replication.FEWEST:
+        over = replication.read(seeds)
+    elif frame.empty and replication.stored_file(study).is_file():
+        over = replication.stored(study)  # its seeds are elsewhere
+    elif frame.empty:
+        return {}, None
+    else:
+        over = None
+    mean = None if over is None else replication.over_seeds(over)
+    table, first = (mean, over["study"].iloc[0]) if frame.empty else (frame, study)
+    known, main = known or manifests(outputs_root() / first), comparison.main_split(table)
+    decided = summary.on_main(claims.decided(frame) if over is None else replication.claims_over(
+        over).rename(columns={"over seeds": "verdict", "mean": "difference"}), main)
+    whose = (f"seed {seed_of(known)}" if len(frame)
+             else f"mean of {over['seed'].nunique()} seeds")
+    example = seen.example(first)
+    shares = seen.shares(table, seen.eye(known) if len(frame) else None)
+    left = [seen.strip(example)] if example else []
+    if shares:
+        left.append(seen.bars(shares, f"{seen.population(table)}, {whose}."))
+    shown = {"left": left, "right": [summary.matrix(decided)] if len(decided) else [],
+             "parts": came_out(table, whose)}
+    word, sentence = summary.answer(decided)
+    if not word:
+        return shown, None
+    shown |= {"question": summary.QUESTION, "about": ABOUT + objective(known), "word": word,
+              "sentence": sentence, "sure": how_sure(study, known, over),
+              "replication": replicated(study),
+              "change": would_change(table if mean is None else mean, main, known)}
+    return shown, seen.saved(seen.drawing(
+        shares, title=summary.QUESTION, words=f"{word}. {sentence}", found=example), "png")
+
+
+def seeds_of(study: str) -> dict[int, str]:
+    """seed -> study, of the replication that a study belongs to, as far as it has come."""
+    from bpo.evaluation import replication
+    from bpo.params import QualitativeComparison, Replication
+
+    base = re.sub(r"-seed\d+$", "", study)
+    for names in ([], [f.name for f in sorted(outputs_root().glob(f"{base}*"))
+                       if re.fullmatch(rf"{re.escape(base)}(-seed\d+)?", f.name)
+                       and (f / QualitativeComparison.notebook / stages.MANIFEST).is_file()]):
+        try:
+            return replication.by_seed(Replication(study=base, studies=names))
+        except Refusal:  # one is not done, or two have one seed
+            continue
+    return {}
+
+
+def seed_of(known: Manifests) -> int:
+    return next(iter(known.values()))["parameters"]["seed"]
+
+
+def objective(known: Manifests) -> str:
+    """What the methods of a study minimise, where that is not the paper's."""
+    loss = known.get("3_dpo_training", {}).get("parameters", {}).get("loss", ["sigmoid"])
+    trained = " + ".join({"sigmoid": "DPO", "sft": "SFT"}.get(name, name) for name in loss)
+    return f" Here bpo trains {trained}; the paper trains DPO alone." if trained != "DPO" else ""
+
+
+def how_sure(study: str, known: Manifests, over: "DataFrame | None") -> str:
+    """What a verdict is out of."""
+    if over is not None:
+        count = over["seed"].nunique()
+        return (f"{count} training runs, seeds {over['seed'].min()} to {over['seed'].max()}; "
+                "verdicts are by 95 % intervals over seeds.")
+    return (f"One training run, seed {seed_of(known)}: verdicts are by 95 % intervals over images, "
+            "and another seed can turn a verdict round. python -m bpo replicate "
+            f"{re.sub(r'-seed[0-9]+$', '', study)} --seeds 100-111 tells.")
+
+
+def replicated(study: str) -> str:
+    """Where the page of a study's replication is, from its index; "" where there is none."""
+    base = re.sub(r"-seed\d+$", "", study)
+    page = outputs_root() / base / "7_replication.html"
+    return os.path.relpath(page, outputs_root() / study) if page.is_file() else ""
+
+
+def would_change(frame: "DataFrame", main: str, known: Manifests) -> list[str]:
+    """What hides in the intervals, which verdict is the nearest to turning, and whose it is."""
+    from bpo.evaluation import benchmarks, claims
+
+    rows = frame[(frame["split_or_benchmark"] == main) & (frame["method"] == claims.METHOD)
+                 & (frame["against"] == "base") & frame["metric"].isin(COMPARED)]
+    rows = rows.dropna(subset=["value", "low"])
+    found = list(zip(benchmarks.labels(rows), results.estimates(rows), strict=True))
+    hidden = [f"{label} below ±{(e.high - e.low) / 2:.3f}" for label, e in found
+              if not e.excludes_zero()]
+    sure = sorted((min(abs(e.low), abs(e.high)) / (e.high - e.low), label, e.text(sign="+"))
+                  for label, e in found if e.excludes_zero() and e.high > e.low)
+    return [*([f"A true difference in {', '.join(hidden)} would not be seen with so many images "
+               "and seeds."] if hidden else []),
+            *(f"Nearest to turning round: {label}, {text}." for _, label, text in sure[:1]),
+            *(["This is a drawn world of ten objects: it shows how the method works, not what it "
+               "does to a 7B model."] if "0_tiny_world" in known else [])]
+
+
+def came_out(frame: "DataFrame", whose: str) -> list[Shown]:
+    """What training changed, as far as that was computed."""
     rows = numbers(frame)
-    if len(rows):
-        parts.append(report.table(
-            rows, "What training changed",
-            "95 % bootstrap intervals over images; differences are paired, on the same questions. "
-            "Better and worse are said where the interval excludes zero; it is not corrected for "
-            "the number of rows."))
-    return parts
+    over = "t intervals over seeds" if "seeds" in frame else "bootstrap intervals over images"
+    return [report.table(
+        rows, f"What training changed, {whose}",
+        f"↑ more is better, ↓ less is better; n: what the base's number is out of. 95 % {over}; "
+        "differences are paired, on the same questions. Better and worse are said where the "
+        "interval excludes zero; it is not corrected for the number of rows.")] if len(rows) else []
 
 
 def entries(folder: Path, known: Manifests) -> list[dict[str, Any]]:
@@ -114,46 +222,39 @@ def facts(known: Manifests) -> Shown:
         "anyone can check": f"sha256sum -c {verify.SUMS}"})
 
 
-def noise(frame: "DataFrame") -> dict[str, Any]:
-    """{last: "step N", n: images, p_true, p_prior}: how the last noise step changes both
-    probabilities; {} where notebook 1 has not run."""
-    rows = frame.query("notebook == '1_noise_probability' and category == 'noise'")
-    rows = rows.drop(columns="more_is_better")
-    changes = rows[rows["against"] != ""]
-    if changes.empty:
-        return {}
-    return {"last": changes["split_or_benchmark"].iloc[0], "n": rows["n"].iloc[0],
-            **dict(zip(changes["metric"], results.texts(changes), strict=True))}
-
-
 def numbers(frame: "DataFrame") -> "DataFrame":
-    """A row a headline number of notebooks 4 and 5: base, the study's method, and its paired
-    differences to base and to the sharpest control."""
+    """A row a headline number of notebooks 4 and 5: the paired differences of the study's method to
+    the base and to the sharpest control, then both levels. Benchmarks have the number that decides
+    their claim."""
     # here, since torch comes with them
     import pandas
 
-    from bpo.evaluation import benchmarks, comparison
+    from bpo.evaluation import benchmarks, claims, comparison
     from bpo.reports import tables
 
     main = comparison.main_split(frame)
     frame = frame.query("notebook in ('4_qualitative_comparison', '5_benchmarks')")
     method, control = tables.main_method(frame), tables.control(frame)
-    wanted = [(main, metric, f"{benchmarks.label(main, metric)}, {main} images")
-              for metric in COMPARED]
+    wanted = [(main, metric, f"{main} images") for metric in COMPARED]
     for name in frame["split_or_benchmark"].unique():
         if name in benchmarks.KNOWN:
-            metric = SHOWN.get(name, next(iter(benchmarks.described(name))))
-            label = f"{benchmarks.title(name)}: {benchmarks.label(name, metric)}"
-            wanted.append((name, metric, label))
+            metric = claims.BENCHMARKS.get(name, [next(iter(benchmarks.described(name)))])[0]
+            wanted.append((name, metric, benchmarks.title(name)))
     against = list(dict.fromkeys(("base", control)))
-    rows = pandas.concat([tables.levels(frame).query("method in ('base', @method)"),
-                          tables.differences(frame).query("against in @against")])
+    rows = pandas.concat([tables.differences(frame).query("against in @against"),
+                          tables.levels(frame).query("method in ('base', @method)")])
     keys = ["split_or_benchmark", "metric"]
-    rows = pandas.DataFrame(wanted, columns=[*keys, "measure"]).merge(
+    rows = pandas.DataFrame(wanted, columns=[*keys, "of"]).merge(
         rows.dropna(subset="value"), on=keys)
+    out_of = rows[rows["method"] == "base"].set_index(keys).get("n", {})
+    rows["measure"] = [
+        f"{benchmarks.label(r.split_or_benchmark, r.metric)} {ARROWS.get(r.more_is_better, '')}, "
+        + r.of + (f", n {out_of[place]:.0f}" if (
+            place := (r.split_or_benchmark, r.metric)) in out_of else "")
+        for r in rows.itertuples()]
     rows = rows.assign(column=results.names(rows), text=results.texts(rows))
     return rows.set_index(["measure", "column"])["text"].unstack(sort=False).reindex(
-        columns=["base", method, *(f"{method} − {b}" for b in against)]).fillna("–").reset_index()
+        columns=[*(f"{method} − {b}" for b in against), "base", method]).fillna("–").reset_index()
 
 
 def all_studies(root: Path) -> Path:
@@ -178,10 +279,8 @@ def _first_numbers(folder: Path, known: Manifests) -> str:
         frame = results.of_study(folder.name)
     except Refusal as refusal:
         return f"{parts[0]}; {refusal}"
-    if change := noise(frame):
-        parts.append(f"under noise P(prior's answer) {change['p_prior']}")
     for row in numbers(frame).head(1).to_dict("records"):
-        measure, _, method, minus, *_ = row
+        measure, minus, *_, method = row
         parts.append(f"{row[measure]}: {method} {row[method]}, {minus} {row[minus]}")
     executed = folder / f"{list(known)[-1]}.ipynb"  # a stage may have been computed without it
     if len(parts) == 1 and executed.is_file():

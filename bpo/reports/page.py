@@ -11,7 +11,6 @@ import os
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -267,16 +266,15 @@ def _take_facts(notebook: "nbformat.NotebookNode") -> str:
     return ""
 
 
-def index_page(folder: Path, entries: list[dict[str, Any]], parts: Sequence[Shown] = ()) -> Path:
-    """Write a study's `index.html`: its facts and numbers, then status, headline, time and links of
-    each of its notebooks.
+def index_page(folder: Path, entries: list[dict[str, Any]], **shown: Any) -> Path:
+    """Write a study's `index.html`: what `index.screen` says, then status, headline, time and links
+    of each of its notebooks, then its facts.
 
     entries: {"name", "title", "status": "complete" or "failed", "headline", "seconds", "html",
     "ipynb", "manifest", "message"}; what is None or missing is left out. Files are given as
     absolute paths or relative to the study's folder.
     """
-    return _page("study.html.j2", folder, entries, parts=[part.html for part in parts],
-                 study=visible(folder.resolve().name))
+    return _page("study.html.j2", folder, entries, study=visible(folder.resolve().name), **shown)
 
 
 def studies_page(root: Path, entries: list[dict[str, Any]]) -> Path:
@@ -290,7 +288,8 @@ def _page(template: str, folder: Path, entries: list[dict[str, Any]], **values: 
     counts = Counter(entry["status"] for entry in entries)
     environment = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True)
     write_whole(folder / "index.html", environment.get_template(template).render(
-        **values, rows=[_index_row(folder, entry) for entry in entries], styles=_styles(),
+        **values, rows=[_index_row(folder, entry) for entry in entries],
+        styles=_styles("index.css"),
         summary=", ".join(f"{counts[status]} {status}" for status in SIGNS if counts[status])))
     return folder / "index.html"
 
@@ -306,6 +305,6 @@ def _index_row(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
         "seconds": executed.duration(seconds) if seconds is not None else ""}
 
 
-def _styles() -> str:
+def _styles(*more: str) -> str:
     return "".join((TEMPLATE / name).read_text(encoding="utf-8")
-                   for name in ("page.css", "outputs.css"))
+                   for name in ("page.css", "outputs.css", *more))

@@ -10,7 +10,7 @@ from pandas import DataFrame
 
 from bpo.evaluation import claims, comparison, replication
 from bpo.params import Refusal, Replication, outputs_root
-from bpo.reports import summary
+from bpo.reports import seen, summary
 from bpo.study.files import write_whole
 
 
@@ -49,7 +49,11 @@ def write_results(study: str) -> Path:
     mean = replication.over_seeds(frame)
     seeds = _seeds(frame)
     _replaced(outputs_root().parent / "README.md", f"results {study}", found(mean, seeds))
+    word, sentence = summary.answer(summary.on_main(claims.decided(mean),
+                                                    comparison.main_split(mean)))
     parts = [f"### `bpo replicate {study}`: {seeds}",
+             *([f"**{summary.QUESTION} {word}.** {sentence}"] if word else []),
+             *_picture(study, mean),
              "A row a claim; seeds in their order: + holds, o no verdict, − does not hold, · not "
              "measured; then the mean difference over seeds with its 95 % t interval, and what it "
              f"says. {claims.RULE}",
@@ -67,6 +71,18 @@ def write_results(study: str) -> Path:
     except Refusal as refusal:
         parts[-1] = f"{refusal}."
     return write_section(f"results {study}", "\n\n".join(parts))
+
+
+def _picture(study: str, mean: DataFrame) -> list[str]:
+    """What the methods' answers come from, drawn into a file beside the stored replication; its
+    numbers stand in the text too. Nothing where no truth file tells."""
+    if not (shares := seen.shares(mean)):
+        return []
+    file = replication.stored_file(study).with_name(f"{study}.svg")
+    file.write_bytes(seen.saved(seen.drawing(shares), "svg"))
+    said = seen.bars(shares, "").plain.replace("\n", "; ")
+    return [f"![{said}]({file.relative_to(outputs_root())})",
+            f"*Answers in per cent of {seen.population(mean)}, means over seeds.*"]
 
 
 def write_joined(studies: Sequence[str]) -> Path:

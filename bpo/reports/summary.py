@@ -1,27 +1,19 @@
-"""What came out of training (notebook 3), under noise after it (4), of several seeds and of two
-studies (7)."""
+"""Several seeds of a study, and two studies: figures and tables of notebook 7."""
 
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from pandas import DataFrame
 
-from bpo.data import images
-from bpo.evaluation import benchmarks, claims, comparison, probe, replication, under_noise
-from bpo.models import checkpoint as checkpoints
-from bpo.models import encoding
-from bpo.params import DPOTraining, QualitativeComparison, Refusal, Replication
-from bpo.reports import cards, figures, pair_tables, seen, tables
+from bpo.evaluation import benchmarks, claims, comparison, replication
+from bpo.params import Refusal, Replication
+from bpo.reports import figures
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
 from bpo.study import results
-from bpo.study import seeds as seeding
-from bpo.study import stage as stages
-from bpo.study.files import read_lines
-from bpo.study.text import joined, number, signed
+from bpo.study.results import OPEN
+from bpo.study.text import as_text, signed
 
 STEPS = ("p_true", "p_prior", "chair_i")  # metrics of the steps from base to method
 
@@ -54,6 +46,118 @@ def claims_table(verdicts: DataFrame) -> DataFrame:
         table["seeds"] = verdicts[signs].agg("".join, axis=1)
     first = [c for c in ("claim", "says", "compared", "decides", "seeds") if c in table]
     return table[[*first, *verdicts.columns.drop([*claims.KEYS, *signs])]]
+
+
+QUESTION = "Does BPO make the model look at the picture?"
+# What a claim says -> in a sentence where it holds, where the contrary does, where neither is seen
+WORDS = {"Raises P(true answer)": ("raises the true answer's probability",
+                                   "lowers the true answer's probability", "the true answer"),
+         "Lowers P(prior's answer)": ("lowers that of the usual, wrong answer",
+                                      "raises that of the usual, wrong answer", "the usual answer"),
+         "Hallucinates less": ("names fewer objects that are not there",
+                               "names more objects that are not there", "objects not there"),
+         "Says as much": ("names more of the objects", "names fewer of the objects",
+                          "objects named")}
+LOOKS = [says for says in WORDS if says != "Says as much"]  # what looking at the picture would do
+
+
+def on_main(decided: DataFrame, main: str) -> DataFrame:
+    """The rows of `claims.decided` or `replication.claims_over` that an index shows: measured, of
+    the untuned model, of the method's own matched SFT, and of harm; of claim 2 and 3 those of the
+    main split, where it decides any."""
+    signs = [c for c in decided if c.isdigit()]
+    seen = (decided[signs] != claims.SIGNS[claims.UNMEASURED]).any(axis=1) if signs else (
+        decided["verdict"] != claims.UNMEASURED)
+    rows = decided[seen & ~((decided["claim"] == "3") & (
+        decided["against"] != decided["method"].map(claims.matched)))]
+    compared, there = rows["claim"].isin(("2", "3")), rows["decides"].str.startswith(f"{main}: ")
+    rows = rows[~compared | there] if (compared & there).any() else rows
+    return rows.assign(decides=rows["decides"].str.removeprefix(f"{main}: "))
+
+
+def answer(decided: DataFrame) -> tuple[str, str]:
+    """Whether BPO makes the model look, in a word or two, and the sentence that says why; ("", "")
+    where nothing was compared. decided: `on_main` of one study's verdicts or of those over seeds.
+    """
+    base = decided[(decided["method"] == claims.METHOD) & (decided["claim"] == "2")
+                   & decided["says"].isin(list(WORDS))]
+    look = base.loc[base["says"].isin(LOOKS), "verdict"]
+    if look.empty:
+        return "", ""
+    holds, fails = (look == claims.HOLDS).any(), (look == claims.FAILS).any()
+    harm = decided[(decided["claim"] == claims.HARM) & (decided["verdict"] == claims.FAILS)
+                   & (decided["decides"] != claims.label("", "words"))]  # shorter is not worse
+    word = ("Mixed" if holds and fails else "Yes" if (look == claims.HOLDS).all()
+            else "Partly" if holds else "No" if fails else "No difference seen")
+    own = decided[(decided["method"] == claims.METHOD) & (decided["claim"] == "3")]
+    parts = [f"Against the untuned model BPO {_told(base)}."]
+    both = base[["says", "verdict"]].merge(own[["says", "verdict"]], on="says")
+    if len(both) and (both["verdict_x"] == both["verdict_y"]).all():
+        same = _listed([WORDS[says][2] for says in WORDS if says in set(both["says"])])
+        parts.append(f"{CONTRAST}, the same is seen in {same}.")
+    elif len(own):
+        parts.append(f"{CONTRAST}, it {_told(own)}.")
+    if len(harm):
+        parts.append(f"Worse than before: {_listed(harm['decides'])}.")
+    return word + (", at a price" if holds and len(harm) else ""), " ".join(parts)
+
+
+def _told(rows: DataFrame) -> str:
+    """"makes the true answer likelier; no difference is seen in objects not there"."""
+    by_verdict = {v: [says for says in WORDS if says in set(
+        rows.loc[rows["verdict"] == v, "says"])] for v in (claims.HOLDS, claims.FAILS, OPEN)}
+    told = [WORDS[says][place] for place, v in enumerate((claims.HOLDS, claims.FAILS))
+            for says in by_verdict[v]]
+    if unseen := [WORDS[says][2] for says in by_verdict[OPEN]]:
+        told.append(f"shows no difference in {_listed(unseen)}")
+    return _listed(told)
+
+
+def _listed(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+CONTRAST = "Against SFT on the same positives, which leaves the contrast alone"
+GROUPS = {"1": "1 · Noise brings out the prior", "2": "2 · {method} against the untuned model",
+          "3": "3 · {method} against {against}: SFT on its own positives",
+          "4": "4 · Against an untuned model of twice the size", "5": "5 · Visibly better answers",
+          claims.HARM: "Harm · {method} against the untuned model"}
+TERMS = ("CHAIRi: share of the named objects that are not there. cover: share of the objects that "
+         "are named. P(prior's answer): probability of what is usual. POPE: yes/no questions about "
+         "objects. Positives: the chosen answers.")
+MEANING = {"+": "holds", "o": "no difference seen", "−": "does not hold", "·": "not measured"}
+KINDS = {"+": "holds", "o": "open", "−": "fails", "·": "open"}  # classes of the signs
+
+
+def matrix(decided: DataFrame) -> Shown:
+    """Claims by seeds: a row a claim, a sign a seed and one over seeds; of a single study its sign
+    and its difference. decided: `on_main`'s."""
+    seeds = [c for c in decided if c.isdigit()]
+    heads = [*seeds, "all"] if seeds else ["", "difference"]
+    body, before = "", ""
+    for row in decided.to_dict("records"):
+        group = GROUPS[row["claim"]].format(**row)
+        if group != before:
+            body += (f'<tr class="group"><th scope="colgroup" colspan="{1 + len(heads)}">'
+                     f"{as_text(group)}</th></tr>")
+            before = group
+        cells = "".join(f'<td class="sign {KINDS[sign]}">{sign}</td>' for sign in (
+            *(row[seed] for seed in seeds), claims.SIGNS[row["verdict"]]))
+        cells += "" if seeds else f'<td class="difference">{as_text(row["difference"])}</td>'
+        decides = ": ".join(x for x in row["decides"].split(": ") if x not in row["says"])
+        body += (f'<tr><th scope="row">{as_text(row["says"])} '
+                 f'<span class="note">{as_text(decides)}</span></th>{cells}</tr>')
+    head = "".join(f'<th scope="col">{name}</th>' if name else "<td></td>" for name in heads)
+    legend = ", ".join(f"{sign} {text}" for sign, text in MEANING.items())
+    if seeds:
+        legend += f"; seeds {seeds[0]} to {seeds[-1]}, then all"
+    return Shown(f'<table class="claims{" many" * bool(seeds)}"><caption>{legend}</caption><thead>'
+                 f'<tr><th scope="col">claim</th>{head}</tr></thead><tbody>{body}</tbody></table>'
+                 f'<p class="note">{as_text(TERMS)}</p>', kind="matrix",
+                 plain="\n".join(f"{r['says']}, {r['decides']}, {r['method']} − {r['against']}: "
+                                 f"{''.join(r[s] for s in seeds)} {r['verdict']}"
+                                 for r in decided.to_dict("records")))
 
 
 def headline(mean: DataFrame, seeds: int) -> Shown:
@@ -197,110 +301,3 @@ def in_words(mean: DataFrame, measures: Sequence[tuple[str, str]], method: str, 
     if unseen:
         sure.append(f"no difference seen in {', '.join(unseen)}")
     return "; ".join(sure)
-
-
-# --- training ---------------------------------------------------------------------------------
-
-def budgets(p: DPOTraining, result: stages.Result) -> Shown:
-    """A row a method: its rows, steps and floating point operations."""
-    rows = DataFrame([
-        {"method": method, "rows": m["rows"], "steps": m["steps"],
-         "packed": {True: "yes", False: "no"}.get(m.get("packed"), "–"),
-         "GFLOP a step": f"{m['flops_per_step'] / 1e9:.1f}",
-         "TFLOP in all": f"{m['flops'] / 1e12:.2f}",
-         "seconds": f"{result.timings[method]:.0f}" if method in result.timings else ""}
-        for method, m in result.metrics["methods"].items()])
-    return report.table(
-        rows, "What each method was given",
-        f"{p.batch_pairs} rows a step; floating point operations counted over the first steps, "
-        "forward and backward, the reference apart and once for each row; seconds on the machine "
-        "named in the facts at the top")
-
-
-ENDS = {"loss_first": ("loss, first step", 2, ""), "loss_last": ("loss, end", 2, ""),
-        "margin_last": ("margin, end", 2, ""), "accuracy_last": ("accuracy, end", 2, ""),
-        "chosen_change": ("chosen log-prob", 1, "+"),
-        "rejected_change": ("rejected log-prob", 1, "+")}
-
-
-def training_ends(result: stages.Result) -> Shown:
-    """A row a method: where its curves ended; SFT has a loss alone."""
-    rows = DataFrame([
-        {"method": method} | {label: number(m[name], digits, sign) if name in m else "–"
-                              for name, (label, digits, sign) in ENDS.items()}
-        for method, m in result.metrics["methods"].items()])
-    return report.table(
-        rows, "Where each method ended", "end and change: mean of the last tenth of the steps; "
-        "accuracy: share of training pairs whose chosen answer gained more than the rejected one, "
-        "chance is one half; change against the reference, in nats an answer, on training rows")
-
-
-def training_headline(p: DPOTraining, methods: dict[str, dict[str, Any]]) -> Shown:
-    """How well each DPO method learnt its pairs, by which objective, and whether it raised the
-    chosen answer or only lowered the rejected one. methods: the stage's metrics of each."""
-    dpo = {m: f for m, f in methods.items() if "chosen_change" in f}
-    far = [m for m, f in dpo.items() if f["chosen_change"] < -p.fall_warning]
-    warning = (
-        " **Warning:** in {far} the chosen answer fell by more than {bound} nats on average: there "
-        "the margin was won by making the right answer unlikely too. Add sft, anchor or dpop to "
-        "loss, or raise beta.") if far else ""
-    learnt = "; ".join(
-        f"{m} ({pair_tables.objective(p, m)}) prefers the chosen answer in "
-        f"{f['accuracy_last']:.0%} of its training pairs: chosen "
-        f"{number(f['chosen_change'], 1, '+')}, rejected {number(f['rejected_change'], 1, '+')} "
-        "nats an answer" for m, f in dpo.items())
-    return report.say(
-        "**The pairs were learnt**, mostly by making rejected answers unlikely: {l}." + warning
-        if dpo and all(abs(f["rejected_change"]) > abs(f["chosen_change"]) for f in dpo.values())
-        else "After training, {l}." + warning if dpo else
-        "{n} adapters trained, none of them on pairs.", n=len(methods), l=learnt,
-        far=", ".join(far), bound=p.fall_warning)
-
-
-def noise_curves(frame: DataFrame, against: Sequence[str]) -> Shown:
-    """Notebook 1's curves after training: P(true answer) and P(prior's answer) against the noise
-    step, a line for the page's method and for each of what it is compared with."""
-    rows = frame.query("category == 'noise' and against == ''")
-    names = [*against, tables.main_method(frame)]
-    rows = rows[rows["method"].isin(names) & rows["value"].notna()]
-    where = rows["metric"].str.extract(r"^(?P<measure>p_true|p_prior)_at_(?P<step>\d+)")
-    rows = rows.assign(measure=where["measure"], step=where["step"].astype(float)).dropna(
-        subset="measure")
-    if rows.empty:
-        return report.say("This run did not ask under noise (noise_rows is 0, or nobody knows what "
-                          "to weigh).")
-    panels = {under_noise.LABELS[measure]: {
-        name: [mine[c] for c in ("step", "value", "low", "high")]
-        for name in names if len(mine := of[of["method"] == name])}
-        for measure, of in rows.groupby("measure", sort=False)}
-    return report.figure(
-        figures.bands(panels, xlabel="noise step (0 is the clean image)", ylabel="probability"),
-        alt=f"P(true answer) and P(prior's answer) against the noise step, of {', '.join(names)}",
-        caption=f"{rows['split_or_benchmark'].iloc[0]} images, {rows['n'].iloc[0]:.0f} "
-                f"questions, the same at each step; bands are {tables.INTERVALS}.")
-
-
-def noise_slider(p: QualitativeComparison, result: stages.Result, names: Sequence[str]) -> Shown:
-    """The picture that stands for the base's answers under noise, by `seen.typical`, at each step,
-    with what each of the named methods answers."""
-    file = result.folder / "answers-under_noise.jsonl"
-    if not file.is_file():
-        return report.say("No picture was asked about under noise.")
-    q, lines = under_noise.probing(p), read_lines(file)
-    known = bool(q.category)
-    name = "p" if known else "logp"  # of the whole answer, or a token's
-    looks = [{**x, "answers": [
-        {"kind": k, "tokens": 1, "logp": math.log(max(x[f"p_{k}"][names[0]], 1e-9)) if known
-         else x[f"logp_{k}"][names[0]]} for k in probe.KINDS]} for x in lines]
-    chosen, _ = seen.typical(looks, known=known)
-    row = next(r for r in probe.listed(q)[0] if r.id == chosen)
-    processor = checkpoints.load_processor(p.path(p.model))
-    clean = encoding.transformed(images.load(row.image), p.image_transform, processor)
-    stills = [{"step": x["step"], "image": encoding.noised_picture(
-        processor, clean, x["step"], seeding.torch_generator(p.seed, "probe noise", row.id, 0)),
-        "chances": {m: [x[f"{name}_{k}"][m] if known else math.exp(x[f"{name}_{k}"][m])
-                        for k in probe.KINDS] for m in names}}
-        for x in lines if x["row"] == chosen]
-    words = json.loads((result.folder / probe.CANDIDATES).read_text(encoding="utf-8"))[chosen]
-    return cards.slider(stills, [" or ".join(words[k]) for k in probe.KINDS],
-                         f"{joined(row.question)} Noise step", known=known)

@@ -2,14 +2,14 @@
 
 A stage is up to date when its parameters, its inputs and the code that shapes its result are those
 of its manifest, and its files are as it left them. Otherwise the old folder is set aside and the
-work runs again. The manifest is written last, by rename: a folder that has one is complete.
+work runs again, unless one that was set aside before is this very result: then that comes back. The
+manifest is written last, by rename: a folder that has one is complete.
 """
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,24 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from bpo.params import SCHEMAS, Parameters, Refusal, outputs_root
+from bpo.params import SCHEMAS, Parameters, Refusal
 from bpo.study import environment, processes, sources
 from bpo.study.files import Hashes, file_hash, to_json, write_whole
+from bpo.study.stored import (
+    MANIFEST,
+    STARTED,
+    TIMINGS,
+    digest,
+    files_of,
+    fingerprint,
+    read_manifest,
+    require,
+    stage_folder,
+    touched,
+)
 
-MANIFEST = "manifest.json"
-STARTED = "started.json"
-TIMINGS = "timings.json"  # seconds differ from run to run, so they are no part of the result
-MERGED = "merged"  # the folder in a study's for merged checkpoints, one below it for each method
 LOCK_PATIENCE = 5.0  # seconds
+RESUMED = "computed on from where it was interrupted"
 HASHES = ".hashes.json"  # beside a study's stages: see `Hashes`
 READ_ONLY = ContextVar("READ_ONLY", default=False)
 
@@ -67,10 +76,6 @@ def changed(manifest: Mapping[str, Any]) -> dict[str, Any]:
             if n != "seed" and (n not in fields or v != fields[n].get_default())}
 
 
-def stage_folder(study: str, notebook: str) -> Path:
-    return outputs_root() / study / notebook
-
-
 @contextmanager
 def read_only() -> Iterator[None]:
     """In this block a stage that is not up to date raises Refusal instead of being computed."""
@@ -96,10 +101,10 @@ def stage(p: Parameters, work: Callable[[Path], dict[str, Any]], *, inputs: Mapp
     """
     folder = stage_folder(p.study, p.notebook)
     with ExitStack() as lock:
-        key, done = processes.first(
+        key, done, complete = processes.first(
             lambda: _begin(p, folder, inputs, pictures, work.__module__, lock))
-        if done is None:
-            return Result(folder, read_manifest(folder), "up to date, read again")
+        if complete:
+            return Result(folder, read_manifest(folder), done)
         began = time.monotonic()
         metrics = work(folder)
         processes.wait()
@@ -108,8 +113,11 @@ def stage(p: Parameters, work: Callable[[Path], dict[str, Any]], *, inputs: Mapp
 
 def _begin(p: Parameters, folder: Path, inputs: Mapping[str, Path],
            pictures: Callable[[Path], Mapping[str, Path]], module: str, lock: ExitStack
-           ) -> tuple[dict[str, Any], str | None]:
-    """Takes the study's lock; the stage's key, and what is to be done (None: nothing)."""
+           ) -> tuple[dict[str, Any], str, bool]:
+    """Takes the study's lock; the stage's key, what is done, and whether the result is there."""
+    if not folder.parent.exists():  # what is refused leaves no empty study behind
+        for path in inputs.values():
+            require(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock.enter_context(locked(
         folder.parent / ".stage.lock", f"study {p.study} is being computed by another run; "
@@ -118,15 +126,17 @@ def _begin(p: Parameters, folder: Path, inputs: Mapping[str, Path],
         key = {"parameters": p.shaping(),
                "inputs": {n: fingerprint(path, hashes) for n, path in inputs.items()},
                "modules": sources.code(module)}
-        reason = why_stale(folder, key, hashes) or _other_picture(folder, pictures, hashes)
-    if reason is None:
-        return key, None
-    if READ_ONLY.get():
-        raise Refusal(f"{p.notebook} is not up to date: {reason}")
-    done = _open_folder(folder, key, reason)
+        reason = _why_other(folder, key, pictures, hashes)
+        if reason is None:
+            return key, "up to date, read again", True
+        if READ_ONLY.get():
+            raise Refusal(f"{p.notebook} is not up to date: {reason}")
+        done = _brought_back(folder, key, pictures, hashes)
+    complete = bool(done) and (folder / MANIFEST).is_file()
+    done = done or _open_folder(folder, key, reason)
     environment.attention.clear()
     print(f"{p.notebook} is {done}")
-    return key, done
+    return key, done, complete
 
 
 def _finish(p: Parameters, folder: Path, key: dict[str, Any],
@@ -135,8 +145,8 @@ def _finish(p: Parameters, folder: Path, key: dict[str, Any],
     with Hashes(folder.parent / HASHES) as hashes:
         used = pictures(folder)
         result = {"pictures": {"count": len(used), "sha256": _picture_digest(used, hashes)},
-                  "metrics": metrics,
-                  "outputs": {f.relative_to(folder).as_posix(): hashes(f) for f in _files(folder)}}
+                  "metrics": metrics, "outputs": {
+                      f.relative_to(folder).as_posix(): hashes(f) for f in files_of(folder)}}
     manifest = {"stage": p.notebook, "study": p.study, **key, **result, **environment.described(),
                 "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
                 "seconds": round(time.monotonic() - began, 1)}
@@ -160,9 +170,14 @@ def why_stale(folder: Path, key: Mapping[str, Any], hashed: Callable[[Path], str
     reasons = [*differences("parameters", "{} {} -> {}"),
                *differences("inputs", "input {} changed"),
                *differences("modules", "code of {} changed")]
-    if touched := _touched(folder, manifest["outputs"], hashed):
-        reasons.append(f"{touched} was changed after the stage had finished")
+    if name := touched(folder, manifest["outputs"], hashed):
+        reasons.append(f"{name} was changed after the stage had finished")
     return "; ".join(sorted(reasons)) or None
+
+
+def _why_other(folder: Path, key: Mapping[str, Any],
+               pictures: Callable[[Path], Mapping[str, Path]], hashes: Hashes) -> str | None:
+    return why_stale(folder, key, hashes) or _other_picture(folder, pictures, hashes)
 
 
 def _other_picture(folder: Path, pictures: Callable[[Path], Mapping[str, Path]], hashes: Hashes
@@ -182,99 +197,54 @@ def _other_picture(folder: Path, pictures: Callable[[Path], Mapping[str, Path]],
 
 
 def _picture_digest(files: Mapping[str, Path], hashes: Hashes) -> str:
-    return _digest(f"{n} {hashes(file)}" for n, file in sorted(files.items()))
+    return digest(f"{n} {hashes(file)}" for n, file in sorted(files.items()))
 
 
 def _open_folder(folder: Path, key: Mapping[str, Any], reason: str) -> str:
     """Makes the folder ready for work: new, or the interrupted one, or the old one set aside."""
-    started = folder / STARTED
-    if started.is_file() and not (folder / MANIFEST).is_file():
-        if json.loads(started.read_text(encoding="utf-8")) == json.loads(to_json(key)):
-            return "computed on from where it was interrupted"
+    if _interrupted(folder, key):
+        return RESUMED
+    if (folder / STARTED).is_file() and not (folder / MANIFEST).is_file():
         reason = "an interrupted run had other parameters, inputs or code"
-    if folder.exists():
-        aside = next(a for n in range(1, 10_000)
-                     if not (a := folder.with_name(f"{folder.name}.old-{n}")).exists())
-        folder.rename(aside)
-        reason = f"{reason} (the old result is kept in {aside.name})"
+    if kept := _set_aside(folder):
+        reason = f"{reason} (the old result is kept in {kept})"
     folder.mkdir()
-    write_whole(started, to_json(key))
+    write_whole(folder / STARTED, to_json(key))
     return f"computed, since {reason}"
 
 
-def fingerprint(path: Path, hashed: Callable[[Path], str] = file_hash) -> str:
-    """sha256 of what lies at a path; raises Refusal if nothing does or a stage's file was edited.
-
-    Below an earlier stage's folder the hashes come from its manifest, after the files were
-    compared with it. Elsewhere: a file's content, or names, sizes and contents of a folder's
-    files, where of a file above 256 MB only 64 blocks spread over it are read.
-    """
-    owner = owning_stage(path)
-    if owner is None:
-        if not path.exists():
-            command = written_by(path)
-            raise Refusal(f"{path} is not there yet: {command}" if command
-                          else f"{path}: there is no such file or folder")
-        if path.is_file():
-            return hashed(path)
-        return _digest(f"{f.relative_to(path).as_posix()} {hashed(f)}" for f in _files(path))
-    if not (owner / MANIFEST).is_file():
-        raise Refusal(f"{path} is not there yet: run notebooks/{owner.name}.ipynb first "
-                      f"({written_by(path)})")
-    outputs = read_manifest(owner)["outputs"]
-    hashes = {n: h for n, h in outputs.items() if (owner / n).is_relative_to(path)}
-    if not hashes:
-        wrote = ", ".join(sorted({n.split("/")[0] for n in outputs}))
-        raise Refusal(f"{path}: the stage {owner.name} did not write this; it wrote {wrote}")
-    if touched := _touched(owner, hashes, hashed):
-        raise Refusal(f"{owner / touched} was changed after the stage that wrote it had finished: "
-                      f"put the original back, or run notebooks/{owner.name}.ipynb again")
-    return _digest(f"{n} {h}" for n, h in hashes.items())
+def _interrupted(folder: Path, key: Mapping[str, Any]) -> bool:
+    """Whether the folder holds work on this very result that did not end."""
+    started = folder / STARTED
+    return (started.is_file() and not (folder / MANIFEST).is_file()
+            and json.loads(started.read_text(encoding="utf-8")) == json.loads(to_json(key)))
 
 
-def _below_outputs(path: Path) -> tuple[str, ...]:
-    root = outputs_root()
-    return path.relative_to(root).parts if path.is_relative_to(root) else ()
+def _set_aside(folder: Path) -> str:
+    """The new name of a folder that makes room; "" where there was none."""
+    if not folder.exists():
+        return ""
+    aside = next(a for n in range(1, 10_000)
+                 if not (a := folder.with_name(f"{folder.name}.old-{n}")).exists())
+    folder.rename(aside)
+    return aside.name
 
 
-def owning_stage(path: Path) -> Path | None:
-    """The stage folder that a path lies in, if it lies below outputs/<study>/<notebook>."""
-    parts = _below_outputs(path)
-    return stage_folder(*parts[:2]) if len(parts) > 1 and parts[1] in SCHEMAS else None
-
-
-def written_by(path: Path) -> str:
-    """The command that writes what lies at a path below outputs/<study>/<notebook> or
-    outputs/<study>/merged/<method>; "" for other paths."""
-    parts = _below_outputs(path)
-    if owning_stage(path):
-        return f"python -m bpo run {parts[0]} --only {parts[1].split('_')[0]}"
-    if len(parts) > 2 and parts[1] == MERGED:
-        return f"python -m bpo merge {parts[0]} --method {parts[2]}"
+def _brought_back(folder: Path, key: Mapping[str, Any],
+                  pictures: Callable[[Path], Mapping[str, Path]], hashes: Hashes) -> str:
+    """Puts what was set aside before and is this very result, or work on it, into the folder's
+    place and the folder aside; what was done, "" where there is no such thing."""
+    if _interrupted(folder, key):
+        return ""
+    for aside in sorted(folder.parent.glob(f"{folder.name}.old-*")):
+        with suppress(Refusal):  # one of its pictures is gone
+            complete = _why_other(aside, key, pictures, hashes) is None
+            if complete or _interrupted(aside, key):
+                kept = _set_aside(folder)
+                aside.rename(folder)
+                now = f" (what was here is kept in {kept})" if kept else ""
+                return (f"found again in {aside.name}" if complete else RESUMED) + now
     return ""
-
-
-def _touched(folder: Path, hashes: Mapping[str, str], hashed: Callable[[Path], str]
-             ) -> str | None:
-    """The first of a stage's files that is gone or has another hash."""
-    return next((n for n, sha256 in hashes.items()
-                 if not (folder / n).is_file() or hashed(folder / n) != sha256), None)
-
-
-def _files(folder: Path) -> list[Path]:
-    """The files of a result; what a kill left under a temporary name is none."""
-    return sorted(f for f in folder.rglob("*") if f.is_file()
-                  and f.relative_to(folder).parts not in ((MANIFEST,), (STARTED,), (TIMINGS,))
-                  and not (f.name.startswith(".") and f.name.endswith(".tmp")))
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished stage."""
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-
-
-def _digest(lines: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @contextmanager

@@ -232,6 +232,7 @@ def test_what_is_stored_makes_the_readmes_tables(three, outputs):
     assert ("| 2 | Says as much | bpo − base | counterfactual: cover | ++− | "
             f"+0.030 [−0.173, +0.233] | {OPEN} |") in text
     assert "| counterfactual: cover | 0.530 |" in text
+    assert "**Does BPO make the model look at the picture? No difference seen.**" in text
     # the list beside it: words by the intervals over seeds
     text = (outputs.parent / "README.md").read_text(encoding="utf-8")
     assert text.startswith("# Kit") and text.endswith("\nrest\n")

@@ -109,7 +109,8 @@ def test_an_input_that_is_gone_or_new_makes_a_stage_stale(run, data, tmp_path):
     work = Work()
     run(work, inputs={"data": data})
     assert "input truth changed" in run(work, inputs={"data": data, "truth": truth}).done
-    assert "input truth" in run(work, inputs={"data": data}).done
+    assert "found again" in run(work, inputs={"data": data}).done
+    assert "input more changed" in run(work, inputs={"data": data, "more": truth}).done
     assert work.calls == 3
 
 
@@ -202,13 +203,45 @@ def test_interrupted_work_of_other_parameters_is_set_aside(run, folder):
     assert (folder.with_name("3_dpo_training.old-1") / "half.txt").exists()
 
 
-def test_a_rerun_that_is_interrupted_does_not_read_as_the_old_result(run, folder):
+def contents(folder):
+    return {f.relative_to(folder).as_posix(): f.read_bytes()
+            for f in folder.rglob("*") if f.is_file()}
+
+
+def test_earlier_results_are_found_again_and_nothing_is_lost(run, folder):
+    before = {}
+    for beta in (0.1, 0.2, 0.3):
+        run(Work(f"{beta}"), beta=beta)
+        before[beta] = contents(folder)
+    work = Work()
+    for beta in (0.1, 0.3, 0.2, 0.2, 0.1):
+        again = run(work, beta=beta)
+        assert contents(folder) == before[beta] and again.manifest["parameters"]["beta"] == beta
+        others = {json.loads(c["manifest.json"])["parameters"]["beta"]: c for c in (
+            contents(folder.with_name(a)) for a in asides(folder))}
+        assert others == {b: c for b, c in before.items() if b != beta}
+    assert work.calls == 0 and again.done.startswith("found again in 3_dpo_training.old-")
+    assert "(what was here is kept in 3_dpo_training.old-" in again.done
+
+
+def test_what_was_set_aside_comes_back_only_as_it_was_left(run, folder):
     run(Work(), beta=0.1)
+    run(Work(), beta=0.2)
+    (folder.with_name("3_dpo_training.old-1") / "pairs.jsonl").write_text("edited")
+    work = Work()
+    assert run(work, beta=0.1).done.startswith("computed, since beta 0.2 -> 0.1")
+    assert work.calls == 1 and len(asides(folder)) == 2
+
+
+def test_an_interrupted_rerun_is_neither_taken_for_the_old_result_nor_lost(run, folder):
+    run(Work("old"), beta=0.1)
     with pytest.raises(Killed):
         run(interrupted, beta=0.2)
-    work = Work()
-    run(work, beta=0.1)
-    assert work.calls == 1
+    again = Work()
+    assert "found again" in run(again, beta=0.1).done
+    assert (folder / "pairs.jsonl").read_text() == "old"
+    assert run(again, beta=0.2).done.startswith("computed on from where it was interrupted")
+    assert again.calls == 1 and again.found == ["half.txt"]
 
 
 def test_timings_are_no_part_of_the_result(run, folder):
@@ -253,6 +286,11 @@ def test_a_stage_depends_on_what_an_earlier_one_wrote(run, earlier, data):
     assert work.calls == 1
     stages.stage(PairGeneration(study="s", seed=5), Work("other"), inputs={"data": data})
     assert "input pairs changed" in run(work, inputs={"pairs": earlier / "pairs.jsonl"}).done
+    # Back to the first pairs: both stages are found again, and none before its input is.
+    assert run(work, inputs={"pairs": earlier / "pairs.jsonl"}).done.startswith("up to date")
+    stages.stage(PairGeneration(study="s"), Work(), inputs={"data": data})
+    assert "found again" in run(work, inputs={"pairs": earlier / "pairs.jsonl"}).done
+    assert work.calls == 2
 
 
 def test_an_edited_result_of_an_earlier_stage_is_refused_by_name(run, earlier):
@@ -285,7 +323,7 @@ def test_a_file_that_the_earlier_stage_did_not_write_is_refused(run, earlier):
 def test_a_missing_input_is_refused(run, tmp_path, folder):
     with pytest.raises(Refusal, match="there is no such file or folder"):
         run(Work(), inputs={"model": tmp_path / "none"})
-    assert not folder.exists()
+    assert not folder.parent.exists(), "a refusal left an empty study behind"
 
 
 def test_a_folder_s_fingerprint_changes_with_names_and_contents(tmp_path):
