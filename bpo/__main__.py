@@ -15,7 +15,7 @@ from bpo import check, params
 from bpo.params import Refusal, short
 from bpo.reports import index as studies
 from bpo.reports import page as report
-from bpo.study import processes
+from bpo.study import processes, progress
 from bpo.study import stage as stages
 
 # The module whose `run` is a notebook's stage. Those of the tiny world are for its notebooks alone:
@@ -132,11 +132,11 @@ def _execute(notebook: str, p: params.Parameters, folder: Path, *, name: str = "
     from traitlets.config import Config
 
     print(f"— {notebook}", flush=True)
-    began = time.monotonic()
+    began, message = time.monotonic(), None
     # papermill fills the name it is given while it runs: a killed run must not leave half a report.
     running = folder / f".{out.stem}.running.ipynb"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    message = None
+    os.environ[progress.RUN] = "terminal" if sys.stderr.isatty() else "page"
     try:
         papermill.execute_notebook(
             params.ROOT / "notebooks" / f"{notebook}.ipynb", running,

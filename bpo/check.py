@@ -16,9 +16,8 @@ import yaml
 from bpo import params
 from bpo.data import rows as data_rows
 from bpo.params import DPOTraining, PairGeneration, Parameters, Refusal
-from bpo.study import hub
+from bpo.study import hub, sources
 from bpo.study import stage as stages
-from bpo.study import stored
 
 PATHS = ("model", "text_model", "data", "image_folder", "describe_prompt", "question_prompt",
          "noise_words", "pairs", "adapters", "rival", "splits", "calibration_data", "folders",
@@ -57,6 +56,10 @@ def _checked(options: argparse.Namespace) -> int:
             if not note and field.partition(".")[0] in ANNOTATED:
                 note, lost = rows_there(p, field, path)
             print(f"  {field:24} {path}  {note or _size(path)}")
+            missing += lost
+        if getattr(p, "decoder", ""):
+            text, lost = decoder(p)
+            print(f"  {'decoder':24} {p.decoder}  {text}")
             missing += lost
     for name, text in memory(options.study, read).items():
         print(f"{name:10}{text}")
@@ -123,7 +126,7 @@ def findings(p: Parameters, read: dict[str, Parameters]) -> list[tuple[str, Path
         if not path.exists() and writer:
             note = f"written by {writer}"
         elif not path.exists():
-            note, missing = ": ".join(filter(None, ("MISSING", stored.written_by(path)))), True
+            note, missing = ": ".join(filter(None, ("MISSING", sources.written_by(path)))), True
         elif field.startswith("folders.") and not writer:
             from bpo.evaluation import benchmarks, official  # here, since they bring torch
 
@@ -132,6 +135,23 @@ def findings(p: Parameters, read: dict[str, Parameters]) -> list[tuple[str, Path
                 note, missing = f"lacks {', '.join(lost)}: {benchmark.fetch}", True
         found.append((field, path, note, missing))
     return found
+
+
+def decoder(p: PairGeneration) -> tuple[str, bool]:
+    """What the server of notebook 2 says that it serves, for people, and whether it is of no use.
+    Its checkpoint may lie elsewhere there: then only the prompts' lengths tell, with each reply."""
+    from bpo.models import checkpoint, served  # here, since they bring torch
+    from bpo.pairs import injection
+
+    try:
+        served.require_family(checkpoint.family(p.path(p.model)))
+        said = injection.decoder(p).server()
+    except Refusal as refusal:
+        return f"CANNOT BE USED: {refusal}", True
+    root = said.get("root", said["model"])
+    whose = ("the study's model" if root in (p.model, str(p.path(p.model))) else
+             f"which is to be {p.model}; lengths of prompts are compared with every reply")
+    return f"{said['engine']} serves {root}, {whose}", False
 
 
 def _special(p: Parameters) -> re.Pattern | None:

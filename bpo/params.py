@@ -356,6 +356,9 @@ class PairGeneration(Checkpoint):
     weaken_temperature: Temperature = field(
         1.0, "sampling temperature of image weakening; 0: the likeliest token")
     weaken_top_p: Nucleus = field(1.0, "nucleus of image weakening")
+    decoder: str = shown(
+        "", "URL of a vLLM server of the checkpoint that decodes weakened and clean answers; empty: "
+        "transformers does")
     contrast_strength: Positive = field(
         1.0, "weight of the branch that contrast and reverse_contrast take away")
     contrast_cutoff: Fraction = field(
@@ -401,6 +404,10 @@ class PairGeneration(Checkpoint):
                         "processes: --num_processes 8, or --config_file FILE; empty: none")
     gallery: int = shown(6, "pairs shown in the gallery", ge=1, le=60)
 
+    def shaping(self) -> dict[str, Any]:
+        """A server's draws are not those of transformers, wherever it is."""
+        return super().shaping() | ({"decoder": "vllm"} if self.decoder else {})
+
     def conflicts(self) -> Iterator[str]:
         if self.data == {}:
             yield "data: names no file"
@@ -408,6 +415,13 @@ class PairGeneration(Checkpoint):
             yield "image_folder: must be named when data names several files"
         if self.endpoint and not self.endpoint_model:
             yield "endpoint_model: must be named when endpoint is"
+        if self.decoder and self.score_candidates:
+            yield ("score_candidates: needs the language model here, and the decoder has it; set it "
+                   "to false")
+        for mode in self.weaken_modes if self.decoder else ():
+            if _weakenings()[mode].mix is not None:
+                yield (f"weaken_modes: {mode} mixes two branches' logits, which a server does not "
+                       "give; leave it out, or leave decoder empty")
         for kind in ("weaken", "inject"):
             if getattr(self, f"{kind}_samples") > 1 and not getattr(self, f"{kind}_temperature"):
                 yield (f"{kind}_samples: several samples at {kind}_temperature 0 would all be the "
@@ -542,8 +556,8 @@ class QualitativeComparison(Tuned):
         "questions say how confident each method is; empty: no base as confident as it is")
     image_folder: str = field("", "folder of the images; empty: the data file's own")
     rows: Natural = field(0, "rows of each split, drawn by seed; 0: all")
-    noise_rows: Natural = field(150, "rows of the first split, drawn as notebook 1 draws them, whose "
-                                "answers are weighed again under noise; 0: none")
+    noise_rows: Natural = field(150, "rows of the first split, drawn as notebook 1 draws them, "
+                                "whose answers are weighed again under noise; 0: none")
     noise_steps: NoiseSteps = field(
         [0, 200, 400, 600, 800, 999], "diffusion steps at which they are; 0 is the clean image")
     max_new_tokens: Count = field(40, "longest generated answer, in tokens")

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from helpers.server import free_port
 from peft import get_peft_model
 from transformers import AutoModelForImageTextToText
 
@@ -111,3 +112,12 @@ def test_paths_are_resolved_and_empty_ones_left_out():
     p = params.read_study("tiny")["2_pair_generation"]
     named = dict(check.paths(p))
     assert "image_folder" not in named and p.path(named["model"]).is_absolute()
+
+
+def test_a_decoder_is_asked_what_it_serves(server, model_folder, capsys):
+    p = params.PairGeneration(model=str(model_folder), decoder=server.url, score_candidates=False)
+    text, lost = check.decoder(p)
+    assert text.startswith("vllm 0.0 serves /m, which is to be ") and not lost
+    text, lost = check.decoder(p.model_copy(update={"decoder": f"http://127.0.0.1:{free_port()}/v1",
+                                                    "endpoint_retries": 0}))
+    assert text.startswith("CANNOT BE USED: http://127.0.0.1:") and lost

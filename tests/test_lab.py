@@ -3,6 +3,7 @@ kernel. What counts is the saved notebook, and a notebook that must fail shows t
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -26,20 +27,26 @@ def with_parameters(notebook: Path, out: Path, **changes: object) -> None:
     nbformat.write(copy, out)
 
 
-# Notes every text of the notebook that has the look of "40%|████      | 4/10 [00:02<00:03".
+# Notes every text of the notebook beside a bar, such as "... 4 of 10 steps, 3 s left; all in all".
 WATCH_BARS = """() => {
   window.bars = new Set();
   new MutationObserver(() => {
-    for (const output of document.querySelectorAll(".jp-OutputArea-output"))
-      for (const bar of output.textContent.match(/\\d+%\\D*\\d+\\/\\d+ \\[[\\d:]+<[\\d:]+/g) || [])
-        window.bars.add(bar);
+    for (const bar of document.querySelectorAll(".jp-OutputArea-output progress"))
+      window.bars.add(bar.parentElement.textContent);
   }).observe(document.body, {subtree: true, childList: true, characterData: true});
 }"""
+# What is red, or a bar, in the open notebook.
+LEFT = ".jp-OutputArea-output[data-mime-type*=stderr], .jp-OutputArea-output progress"
 
 
 # Of how many lines each term of the facts is, in JupyterLab's own style.
 LINES = """() => [...document.querySelectorAll(".jp-OutputArea-output .bpo dt bdi")]
   .map(term => [term.textContent, term.getClientRects().length])"""
+
+
+def everything(saved: nbformat.NotebookNode) -> str:
+    return "\n".join(o.get("text", "") or o.get("data", {}).get("text/plain", "")
+                     for c in saved.cells if c.cell_type == "code" for o in c.outputs)
 
 
 def html_of(saved: nbformat.NotebookNode, cell_id: str) -> str:
@@ -71,15 +78,18 @@ def lab(tmp_path_factory, little_study, browser):
 @pytest.mark.parametrize("name", [n for n in STUDY if not n.startswith(("1_", "4_"))])
 def test_a_notebook_runs_whole_from_a_fresh_kernel(lab, name):
     made = lab.folder.parent / "outputs" / "little" / name / "manifest.json"
-    before = made.stat().st_mtime_ns
+    file = lab.folder / f"{name}.ipynb"
+    before, source = made.stat().st_mtime_ns, file.read_bytes()
     lab.open(name)
     saved = lab.run_all(name)
     check(saved)
+    assert file.read_bytes() == source, "git would see a change"
+    assert lab.page.locator(LEFT).count() == 0
     lines = lab.page.evaluate(LINES)
     assert lines and all(n == 1 for term, n in lines if len(term) < 20), lines
     # What is up to date is read again and not computed, whoever computed it.
     shown = [o.get("data", {}).get("text/plain", "")
-             for c in code_cells(lab.folder / f"{name}.ipynb") for o in c.outputs]
+             for c in saved.cells if c.cell_type == "code" for o in c.outputs]
     assert any("this run: up to date, read again" in text for text in shown)
     assert made.stat().st_mtime_ns == before and not list(made.parent.parent.glob("*.old-*"))
     assert any("data:image/" in o.get("data", {}).get("text/html", "")
@@ -116,21 +126,26 @@ def test_the_noise_can_be_moved_and_a_parameter_changed(lab):
         ".card img').src != image", arg=view.locator(".card img").first.get_attribute("src"),
         timeout=PATIENCE * 1000)
 
-    # A changed parameter and Run All again, in the same kernel.
-    cell = lab.page.locator(".jp-CodeCell").first
-    cell.scroll_into_view_if_needed()
-    text = cell.locator(".cm-content")
-    text.click()
+    # A slip, the slip corrected, and back again, in the same kernel.
     source = code_cells(lab.folder / f"{name}.ipynb")[0].source
-    lab.page.keyboard.press("Control+a")
-    lab.page.keyboard.insert_text(edited(source, noise_steps="[0, 9, 99, 400, 700, 999]"))
+    lab.write_first(edited(source, noise_steps="[0, 9, 99, 400, 700, 999]").replace("seed", "sed"))
+    slip = lab.run_all(name)
+    assert "sed: no such parameter" in errors([c for c in slip.cells if "outputs" in c])[0]
+    lab.write_first(edited(source, noise_steps="[0, 9, 99, 400, 700, 999]"))
     again = lab.run_all(name)
     check(again)
     assert len(json.loads(made.read_text())["metrics"]["p_true"]) == 6
-    said = "".join(o.get("text", "") for c in again.cells if c.cell_type == "code"
-                   for o in c.outputs)
+    said = everything(again)
     assert "computed, since noise_steps [0, 500, 999] -> [0, 9, 99, 400, 700, 999]" in said
-    assert lab.page.evaluate("window.bars.size"), "no bar with the time left was live"
+    assert "The report " in said and f"{name}.html is of another computation" in said
+    bars = lab.page.evaluate("[...window.bars]")
+    assert any(re.search(r"\d+ of \d+ rows, .* left; all in all \d+%, .* left", b) for b in bars)
+    assert lab.page.locator(LEFT).count() == 0
+    lab.write_first(source)
+    back = lab.run_all(name)
+    check(back)
+    assert f"found again in {name}.old-1" in everything(back)
+    assert len(json.loads(made.read_text())["metrics"]["p_true"]) == 3
 
 
 def test_a_question_can_be_asked(lab):
@@ -140,17 +155,25 @@ def test_a_question_can_be_asked(lab):
     check(saved)
     still = html_of(saved, "4-06b")
     assert "data:image/" in still and "bpo_weaken" in still
-    view = lab.page.locator(".jp-OutputArea-output:has(.widget-text)").first
+    view = lab.page.locator(".jp-OutputArea-output:has(.widget-combobox)").first
     view.scroll_into_view_if_needed()
     before = view.locator("img").get_attribute("src")
     view.locator("select").select_option(index=3)
     lab.page.wait_for_function(
-        "old => document.querySelector('.jp-OutputArea-output:has(.widget-text) img').src != old",
-        arg=before, timeout=PATIENCE * 1000)
-    view.locator("input[type=text]").fill("is there a banana ?")
+        "old => document.querySelector('.jp-OutputArea-output:has(.widget-combobox) img').src"
+        " != old", arg=before, timeout=PATIENCE * 1000)
+    offered = view.locator("datalist option").evaluate_all("all => all.map(o => o.value)")
+    assert any(q.startswith("what color is the") for q in offered)
+    question = next(q for q in offered if q.startswith("what color is the"))  # of this image
+    view.locator("input[type=text]").fill(question)
     view.locator("input[type=text]").press("Enter")
     view.get_by_text("answered just now").wait_for(timeout=PATIENCE * 1000)
-    assert "is there a banana ?" in view.inner_text()
+    assert question in view.inner_text() and view.locator(".chances").count() == 8
+    clean = view.locator("img").get_attribute("src")
+    view.locator("[role=slider]").press("End")
+    view.get_by_text("answered just now, noise step 999").wait_for(timeout=PATIENCE * 1000)
+    assert view.locator("img").get_attribute("src") != clean
+    assert view.locator(".chances").count() == 8
     names = view.locator("p .label").all_inner_texts()
     assert names[-8:] == ["base", *params.DPOTraining().runs()]
     answers = view.locator("p > .label + span").all_inner_texts()

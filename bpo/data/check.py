@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from bpo.data import images
 from bpo.data import rows as data_rows
 from bpo.data.rows import REPEATED, Reasons, Rejected, Row
 from bpo.params import PairGeneration, Refusal
+from bpo.study import progress
 from bpo.study.files import to_json, whole
 from bpo.study.seeds import seed_for
 from bpo.study.text import pieces
@@ -101,12 +100,12 @@ def _rows(p: PairGeneration, special: re.Pattern | None, label: str
     for data, below in files.items():
         if Path(below).is_absolute() or ".." in Path(below).parts:
             raise Refusal(f"{data}: its image folder {below!r} must lie below the image folder")
-    with tqdm(desc=label, unit=" rows", leave=False) as bar:
+    with progress.part(label, unit="rows") as advance:
         for (data, below), name in zip(files.items(), names, strict=True):
             prefix = f"{name}/" if len(files) > 1 else ""
             inside = f"{Path(below).as_posix()}/" if below else ""
             for row in data_rows.stream(data, image_root(p) / below, special=special):
-                bar.update()
+                advance()
                 row = replace(row, id=prefix + row.id)
                 if isinstance(row, Row):
                     row = replace(row, image_name=inside + row.image_name)

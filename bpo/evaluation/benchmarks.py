@@ -26,7 +26,7 @@ from bpo.models.checkpoint import Checkpoint
 from bpo.models.endpoint import Endpoint
 from bpo.models.generate import Request
 from bpo.params import Benchmarks, Refusal
-from bpo.study import results, seeds, shards, stored
+from bpo.study import progress, results, seeds, shards, sources
 from bpo.study import stage as stages
 from bpo.study.files import read_lines
 from bpo.study.results import Result
@@ -49,22 +49,20 @@ def run(p: Benchmarks) -> stages.Result:
     inputs = tuned.checkpoint_folders(p)
     for name, benchmark in chosen(p).items():
         folder = p.path(p.folders[name])
-        if stored.owning_stage(folder) is None:  # else the stage tells better what is missing
+        if sources.owning_stage(folder) is None:  # else the stage tells better what is missing
             official.require(benchmark, folder)
         needed = {**benchmark.files, **{o: o for o in official.OPTIONAL if (folder / o).is_file()}}
         inputs |= {f"{name} {role}": folder / file for role, file in needed.items()}
         if p.judge and isinstance(benchmark, Judged):
             inputs[f"{name} judge's prompt"] = benchmark.template
+    roots = {f"answers-{n}.jsonl": p.path(p.folders[n]) / b.images for n, b in chosen(p).items()}
     if p.probe_data:
         inputs["probe data"] = p.path(p.probe_data)
         if truth := data_rows.truth_file(inputs["probe data"]):
             inputs["probe truth"] = truth
-    roots = {f"answers-{n}.jsonl": p.path(p.folders[n]) / b.images for n, b in chosen(p).items()}
-    if p.probe_data:
         roots[PROBED] = p.optional_path(p.probe_image_folder) or files.home(inputs["probe data"])
-    return stages.stage(p, lambda folder: _work(p, folder), inputs=inputs,
-                        pictures=lambda folder: images.named(
-                            {folder / file: root for file, root in roots.items()}))
+    return stages.stage(p, lambda f: _work(p, f), inputs=inputs, pictures=lambda f: images.named(
+        {f / file: root for file, root in roots.items()}))
 
 
 def chosen(p: Benchmarks) -> dict[str, Benchmark | Judged]:
@@ -75,6 +73,8 @@ def chosen(p: Benchmarks) -> dict[str, Benchmark | Judged]:
 def _work(p: Benchmarks, folder: Path) -> dict[str, Any]:
     loaded = {name: b.load(p.path(p.folders[name])) for name, b in chosen(p).items()}
     questions = {n: _questions(p, n, getattr(x, "questions", x)) for n, x in loaded.items()}
+    progress.announce([(f"{KNOWN[n].title} questions", len(x)) for n, x in questions.items()]
+                      + [("answers weighed", p.probe_rows * bool(p.probe_data))])
     found: dict[str, Any] = {"benchmarks": {}, "differences": {}, "settings": {}}
 
     def ask(checkpoint: Checkpoint, methods: list[str], stem: str) -> dict[str, list[dict]]:

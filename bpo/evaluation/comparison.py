@@ -23,7 +23,7 @@ from bpo.models import encoding, generate, logprobs, tuned
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
 from bpo.params import QualitativeComparison, Refusal
-from bpo.study import results, seeds, shards
+from bpo.study import progress, results, seeds, shards
 from bpo.study import stage as stages
 from bpo.study.files import to_json, write_whole
 from bpo.study.results import Estimate, Result
@@ -78,6 +78,8 @@ def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
     for split, (_, _, skipped) in splits.items():
         if skipped:
             write_whole(folder / f"rows_skipped-{split}.json", to_json(skipped, indent=1))
+    progress.announce([*((f"answers-{s} questions", len(rows)) for s, (rows, *_) in splits.items()),
+                       ("steps of noise", p.noise_rows * len(p.noise_steps))])
     methods, lines = tuned.answered(p, lambda checkpoint, names, stem: {
         NOISED: under_noise.weigh(p, folder, checkpoint, names, stem),
         **{split: _answers(p, folder / f"{stem}-{split}.jsonl", checkpoint, names, rows, truth)

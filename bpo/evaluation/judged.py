@@ -16,15 +16,15 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from tqdm import tqdm
-
 from bpo.evaluation.official import BENCHMARKS, Benchmark, Counts, Metric, Question, rows
 from bpo.evaluation.words import checked
 from bpo.models import endpoint as endpoints
 from bpo.models.endpoint import Endpoint
 from bpo.models.replies import Reply, fault, without_thoughts
 from bpo.params import Refusal
+from bpo.study import progress
 from bpo.study import stage as stages
+from bpo.study.seeds import seed_for
 
 Score = tuple[float, ...]  # of a reply: one number, or the reference's and the answer's
 Messages = Sequence[Mapping[str, str]]
@@ -114,13 +114,13 @@ def ask(endpoint: Endpoint, folder: Path, benchmark: Judged, prompts: Sequence[M
                 if key not in replies:
                     askers[key].append(n)
             if askers:
-                with tqdm(total=len(askers), desc="judge's replies", unit="reply",
-                          leave=False) as bar:
+                with progress.part("judge's replies", len(askers)) as advance:
                     endpoints.keep_answers(
                         endpoint, file, replies, {k: prompts[n] for k, (n, *_) in askers.items()},
+                        seeds=[seed_for(0, "judge", key) % 2**31 for key in askers],
                         notes={k: {"benchmark": benchmark.name, "question": names[numbers[0]][0],
                                    "methods": [names[n][1] for n in numbers]}
-                               for k, numbers in askers.items()}, done=bar.update, **settings)
+                               for k, numbers in askers.items()}, done=advance, **settings)
             last |= {place: replies[key] for place, key in keys.items()}
             scores |= {place: benchmark.parse(last[place].text) for place in keys
                        if last[place].status == 200}

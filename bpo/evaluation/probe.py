@@ -25,7 +25,7 @@ from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
 from bpo.models.weakening import WEAKENINGS, View
 from bpo.params import NoiseProbability, Refusal
-from bpo.study import results, seeds, shards
+from bpo.study import progress, results, seeds, shards
 from bpo.study import stage as stages
 from bpo.study.files import read_lines, to_json, write_whole
 from bpo.study.results import Estimate, Result
@@ -77,17 +77,16 @@ def work(p: NoiseProbability, folder: Path) -> dict[str, Any]:
     if not rows:
         raise Refusal(f"{data}: no row is left to analyse: {data_rows.Reasons() + unused}")
     write_whole(folder / CANDIDATES, to_json(candidates, indent=1))
+    looks = {way: looks_at(p, rows, way) for way in (NOISE, *p.other_ways)}
+    progress.announce((f"steps, {way}", len(looks[way])) for way in looks)
     with torch.no_grad():
-        some = looks_at(p, rows, NOISE)[:4]
-        score = logprobs.choose(checkpoint, encode(p, checkpoint, some),
-                                answer_ids(checkpoint, some, candidates))
+        score = logprobs.choose(checkpoint, encode(p, checkpoint, looks[NOISE][:4]),
+                                answer_ids(checkpoint, looks[NOISE][:4], candidates))
     sampled = {r.id for r in rows[:p.sampled_answers]}
 
     def seen(file: str, way: str) -> list[dict]:
-        return shards.run_on(
-            folder / file, looks_at(p, rows, way), p.batch_size,
-            lambda batch: look(p, checkpoint, batch, candidates, score=score, sampled=sampled),
-            label=f"steps, {way}")
+        return shards.run_on(folder / file, looks[way], p.batch_size, lambda batch: look(
+            p, checkpoint, batch, candidates, score=score, sampled=sampled), label=f"steps, {way}")
 
     lines = seen(LOOKS, NOISE)
     curves = summary(lines, p.noise_steps, seed=p.seed)

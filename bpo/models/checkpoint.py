@@ -97,6 +97,26 @@ def load(folder: Path, *, precision: str = "float32", transform: str = "processo
     return replace(load_without_weights(folder, transform=transform), model=model.eval())
 
 
+def family(folder: Path) -> str:
+    """transformers' name of the architecture, such as "llava"."""
+    _require_config(folder)
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
+
+
+@quietly()
+def load_tower(folder: Path, *, precision: str = "float32", transform: str = "processor"
+               ) -> Checkpoint:
+    """The checkpoint as `load` gives it, but without the layers of its language model: enough for
+    the features of images, at a fraction of the memory."""
+    model = _load(AutoModelForImageTextToText, folder, precision, device="cpu")
+    decoder = model.get_decoder()
+    for name, _ in list(decoder.named_children()):
+        setattr(decoder, name, torch.nn.Identity())
+    model.set_output_embeddings(torch.nn.Identity())
+    return replace(load_without_weights(folder, transform=transform),
+                   model=model.eval().to(processes.device()))
+
+
 def load_without_weights(folder: Path, *, transform: str = "processor") -> Checkpoint:
     """The checkpoint with None for its model: enough to render prompts and to count tokens. Raises
     Refusal as `load` does."""

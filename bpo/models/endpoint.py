@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bpo.models.replies import REFUSED, Reply
 from bpo.params import Refusal
 from bpo.study.files import to_json
-from bpo.study.seeds import seed_for
 
+Prompt = Sequence[Mapping[str, str]] | Callable[[], Sequence[Mapping[str, Any]]]
 URL = r"https?://(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d+)?(/[^\s@?#]*)?"
 LOCAL = r"https?://(localhost|127(\.\d+){3}|\[::1\])([:/].*)?"
 MAY_PASS = (408, 409, 429)  # of HTTP's 4xx, those that are worth another try
@@ -67,16 +68,22 @@ class Endpoint:
         return Refusal(f"{self.url}, model {self.model}: refused, HTTP {reply.status}: "
                        f"{reply.text}; {remedy}")
 
-    def answers(self, prompts: Sequence[Sequence[Mapping[str, str]]], *, temperature: float,
-                top_p: float, max_new_tokens: int, seeds: Sequence[int],
-                keep: Callable[[int, Reply], None] = lambda place, reply: None) -> list[Reply]:
+    def answers(self, prompts: Sequence[Prompt], *, temperature: float, top_p: float,
+                max_new_tokens: int, seeds: Sequence[int],
+                keep: Callable[[int, Reply], None] = lambda place, reply: None,
+                extra: Mapping[str, Any] | None = None, lengths: Sequence[int | None] = ()
+                ) -> list[Reply]:
         """One reply a prompt, in the prompts' order, as it came. A prompt that the server refuses
         (HTTP 400, 413, 422) has its status and message for a reply, and the others go on.
 
-        prompts: messages {role, content} that end with the question.  seeds: one a prompt.
+        prompts: messages {role, content} that end with the question, or what makes them when their
+            turn comes.  seeds: one a prompt.
         keep: gets each prompt's number and reply as it comes, one at a time, before the next
             question. Raises Refusal, or what `keep` raised: nothing new is asked then, and the
             requests under way are waited for.
+        extra: settings that a server has beside OpenAI's.
+        lengths: tokens that each prompt has; where the server counts otherwise, it writes another
+            prompt, or has another model, and Refusal is raised.
         """
         import openai  # takes a second, and few studies ask an endpoint
 
@@ -92,14 +99,17 @@ class Endpoint:
             http_client=openai.DefaultHttpxClient(trust_env=not local))
         replies, failures, lock = [None] * len(prompts), [], threading.Lock()
 
-        def ask(place: int, messages: Sequence[Mapping[str, str]], seed: int) -> None:
+        def ask(place: int, prompt: Prompt, seed: int) -> None:
             if failures:
                 return
             try:
                 try:
-                    reply = _reply(client.chat.completions.create(
-                        model=self.model, messages=[dict(m) for m in messages], seed=seed,
-                        temperature=temperature, top_p=top_p, max_tokens=max_new_tokens), key)
+                    messages = prompt() if callable(prompt) else [dict(m) for m in prompt]
+                    completion = client.chat.completions.create(
+                        model=self.model, messages=messages, seed=seed, temperature=temperature,
+                        top_p=top_p, max_tokens=max_new_tokens, extra_body=extra)
+                    reply = _reply(completion, key)
+                    self._require_length(completion, lengths[place] if lengths else None)
                 except openai.APIStatusError as error:
                     if error.status_code not in OF_PROMPT:
                         raise
@@ -122,6 +132,35 @@ class Endpoint:
             raise self._refusal(failures[0], key, answered)
         return replies
 
+    def _require_length(self, completion: Any, length: int | None) -> None:
+        usage = getattr(completion, "usage", None)
+        if length and usage and usage.prompt_tokens != length:
+            raise Refusal(f"{self.url}, model {self.model}: reads {usage.prompt_tokens} tokens "
+                          f"where the study's prompt has {length}: serve the study's own "
+                          "checkpoint, with its chat template")
+
+    def server(self) -> dict[str, Any]:
+        """What a vLLM server says of itself: {engine, model, root, max_model_len}; raises Refusal
+        where none is there, or it has no model."""
+        import openai
+
+        local = re.fullmatch(LOCAL, self.url)
+        key = os.environ.get(self.key_variable, "").strip()
+        with openai.OpenAI(base_url=self.url, api_key=key or "none", max_retries=self.retries,
+                           timeout=self.timeout, http_client=openai.DefaultHttpxClient(
+                               trust_env=not local)) as client:
+            try:
+                models = client.models.list().data
+                version = client.get(re.sub("/v1/?$", "", self.url) + "/version",
+                                     cast_to=dict[str, str])["version"]
+            except (openai.APIError, ValueError, KeyError) as error:
+                raise self._refusal(error, key, "nothing") from None
+        if not models:
+            raise Refusal(f"{self.url}: the server has no model")
+        more = models[0].model_extra or {}
+        return {"engine": f"vllm {version}", "model": models[0].id,
+                **{n: more[n] for n in ("root", "max_model_len") if n in more}}
+
     def _refusal(self, error: Exception, key: str, answered: str) -> Exception:
         """What is raised in place of an error of openai, which holds the request and so the key."""
         import openai
@@ -143,17 +182,17 @@ class Endpoint:
 
 
 def keep_answers(endpoint: Endpoint, file: Path, replies: dict[str, Reply],
-                 prompts: Mapping[str, Sequence[Mapping[str, str]]], *, temperature: float,
-                 top_p: float, max_new_tokens: int, notes: Mapping[str, Mapping[str, Any]],
-                 done: Callable[[], object]) -> None:
-    """Adds the replies to prompts (by key, which seeds them) to a file of JSON lines and to
-    `replies`, as they come: each is on the disk before the next question. notes: by key, what else
-    its line is to hold."""
+                 prompts: Mapping[str, Prompt], *, seeds: Sequence[int],
+                 notes: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+                 done: Callable[[], object] = lambda: None, **settings: Any) -> None:
+    """Adds the replies to prompts (by key) to a file of JSON lines and to `replies`, as they come:
+    each is on the disk before the next question. notes: by key, what else its line is to hold.
+    settings: those of `Endpoint.answers`."""
     keys = list(prompts)
 
     def keep(place: int, reply: Reply) -> None:
         key = keys[place]
-        line = {"key": key, "model": endpoint.model, **notes[key], "status": reply.status,
+        line = {"key": key, "model": endpoint.model, **notes.get(key, {}), "status": reply.status,
                 "finish_reason": reply.finish, "reply": reply.text}
         with file.open("ab") as stream:  # opened for each, so that an interrupt closes none
             stream.write(f"{to_json(line)}\n".encode())
@@ -162,9 +201,7 @@ def keep_answers(endpoint: Endpoint, file: Path, replies: dict[str, Reply],
         replies[key] = reply
         done()
 
-    endpoint.answers(list(prompts.values()), keep=keep, temperature=temperature, top_p=top_p,
-                     max_new_tokens=max_new_tokens,
-                     seeds=[seed_for(0, "judge", key) % 2**31 for key in keys])
+    endpoint.answers(list(prompts.values()), keep=keep, seeds=seeds, **settings)
 
 
 def kept(file: Path) -> dict[str, Reply]:

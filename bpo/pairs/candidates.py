@@ -18,13 +18,14 @@ from bpo.data import turns
 from bpo.data.check import image_root
 from bpo.data.rows import Row
 from bpo.models import checkpoint as checkpoints
-from bpo.models import encoding, generate, logprobs
+from bpo.models import encoding, generate, logprobs, served
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
+from bpo.models.replies import Reply
 from bpo.models.weakening import WEAKENINGS, View
 from bpo.pairs import injection, selection
 from bpo.params import PairGeneration, Refusal
-from bpo.study import processes, seeds, shards
+from bpo.study import processes, progress, seeds, shards
 from bpo.study.files import LineFile
 
 MEASURED_IMAGES = 8  # an image's tokens are looked up on so many rows, and the largest one counts
@@ -68,8 +69,10 @@ class Candidates(Sequence):
 
     @cached_property
     def model(self) -> Checkpoint:
-        return checkpoints.load(self.p.path(self.p.model), precision=self.p.precision,
-                                transform=self.p.image_transform)
+        """Without its language model where a server has it."""
+        load = checkpoints.load_tower if self.p.decoder else checkpoints.load
+        return load(self.p.path(self.p.model), precision=self.p.precision,
+                    transform=self.p.image_transform)
 
     @cached_property
     def text_model(self) -> Checkpoint:
@@ -87,13 +90,22 @@ class Candidates(Sequence):
         came, and scores.jsonl, {id, scores} with one entry a candidate, into the folder. What is
         there is not made again."""
         p = self.p
-        if "injected" in p.sources and p.endpoint and not processes.first(
+        if p.decoder:
+            served.require_family(checkpoints.family(p.path(p.model)))
+            processes.first(lambda: served.same_engine(injection.decoder(p), self.folder,
+                                                       p.precision))
+        if "injected" in p.sources and injection.served(p) and not processes.first(
                 (self.folder / "injected.jsonl").is_file):
             # now, and not after hours of weakening
             processes.first(lambda: injection.endpoint(p).check(**injection.sampling(p)))
-        if "weakened" in p.sources:
-            for view in views(p):
-                self._weaken(view)
+        weakened = views(p) if "weakened" in p.sources else []
+        progress.announce((label, len(self.rows) * weight) for label, weight in (
+            *((f"answers, weakened-{v.name}", p.weaken_samples * (1 + v.two_branches))
+              for v in weakened),
+            ("injected", p.inject_samples * ("injected" in p.sources)),
+            ("answers, clean", p.clean_answers), ("weighed", p.score_candidates)))
+        for view in weakened:
+            self._weaken(view)
         if "injected" in p.sources:
             injection.write(p, self.folder / "injected.jsonl", self.rows, self.row,
                             lambda: self.text_model)
@@ -132,12 +144,37 @@ class Candidates(Sequence):
         return [{"id": r.id, "texts": t} for r, t in zip(requests, texts, strict=True)]
 
     def _weaken(self, view: View) -> None:
-        self._ask(f"weakened-{view.name}", view,
-                  lambda prepared: self.answers(self.model, *prepared, view),
-                  sequences=self.p.weaken_samples * (1 + view.two_branches))
+        name, p = f"weakened-{view.name}", self.p
+        if p.decoder:
+            self._serve(name, view, lambda of_row: {"texts": [r.text for r in of_row]},
+                        samples=p.weaken_samples, temperature=p.weaken_temperature,
+                        top_p=p.weaken_top_p)
+        else:
+            self._ask(name, view, lambda prepared: self.answers(self.model, *prepared, view),
+                      sequences=p.weaken_samples * (1 + view.two_branches))
+
+    def _serve(self, name: str, view: View | None, line: Callable[[list[Reply]], dict[str, Any]], *,
+               samples: int = 1, temperature: float = 0.0, top_p: float = 1.0) -> None:
+        """Writes NAME.jsonl as `_ask` does, decoded by the server."""
+        if processes.first((self.folder / f"{name}.jsonl").is_file):
+            return
+        asked = served.Asked(injection.decoder(self.p), self.folder, name)
+
+        def work(prepared: tuple) -> list[dict[str, Any]]:
+            replies = asked.answers(*prepared, seed=self.p.seed, purpose=name, samples=samples,
+                                    temperature=temperature, top_p=top_p,
+                                    max_new_tokens=self.p.max_new_tokens)
+            return [{"id": r.id} | line(of_row)
+                    for r, of_row in zip(prepared[0], replies, strict=True)]
+
+        self._ask(name, view, work)
+        asked.done()
 
     def _answer_clean(self) -> None:
         """Writes clean.jsonl: {id, text} a row, the likeliest answer to its clean image."""
+        if self.p.decoder:
+            return self._serve("clean", None, lambda of_row: {"text": of_row[0].text})
+
         def work(prepared: tuple) -> list[dict[str, Any]]:
             requests, inputs = prepared
             texts = generate.decode(self.model, inputs, max_new_tokens=self.p.max_new_tokens)
@@ -147,14 +184,15 @@ class Candidates(Sequence):
 
     def _ask(self, name: str, view: View | None, work: Callable[[tuple], list[dict[str, Any]]], *,
              sequences: int = 1) -> None:
-        """Writes NAME.jsonl: what `work` makes of each batch of questions, requests and inputs.
+        """Writes NAME.jsonl: what `work` makes of each batch of questions, requests and inputs, in
+        place of which the decoder is sent features.
 
         sequences: decoded at once for each row.
         """
         def prepare(batch: np.ndarray) -> tuple[list[Request], dict[str, torch.Tensor]]:
             requests = [self.request(number, view) for number in batch.tolist()]
-            return requests, generate.encode_branches(self._reader, requests, view,
-                                                      seed=self.p.seed)
+            inputs = generate.encode_branches(self._reader, requests, view, seed=self.p.seed)
+            return requests, served.features(self.model, inputs) if self.p.decoder else inputs
 
         shards.run(self.folder / f"{name}.jsonl",
                    lambda: shards.by_budget(*self._lengths, self.p.batch_tokens // sequences), work,
@@ -252,7 +290,7 @@ class Candidates(Sequence):
             made.append(({"source": "weakened", "mode": view.mode, **step, "draw": view.draw},
                          LineFile(self.folder / f"weakened-{view.name}.jsonl")))
         if "injected" in p.sources:
-            mode = "endpoint" if p.endpoint else "language_model"
+            mode = "endpoint" if injection.served(p) else "language_model"
             made.append(({"source": "injected", "mode": mode},
                          LineFile(self.folder / "injected.jsonl")))
         return made

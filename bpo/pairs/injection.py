@@ -2,6 +2,7 @@
 plausible mistakes. Replies are kept as they came; `answers` reads the rewritten answer out of them.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,8 +33,28 @@ def answers(line: dict[str, Any], annotated: str) -> list[dict[str, str]]:
     return [{"text": text, "fault": fault} if fault else {"text": text} for text, fault in found]
 
 
+def served(p: PairGeneration) -> bool:
+    """Whether a server rewrites answers: the endpoint, or the decoder as the checkpoint's own
+    language model."""
+    return bool(p.endpoint or p.decoder and not p.text_model)
+
+
 def endpoint(p: PairGeneration) -> Endpoint:
-    return Endpoint(url=p.endpoint, model=p.endpoint_model, at_once=p.endpoint_requests,
+    return _server(p, p.endpoint, p.endpoint_model) if p.endpoint else decoder(p)
+
+
+@functools.cache
+def _model_of(server: Endpoint) -> str:
+    return server.server()["model"]
+
+
+def decoder(p: PairGeneration) -> Endpoint:
+    """The server of the checkpoint, with its own name of its model; Refusal where none is there."""
+    return _server(p, p.decoder, _model_of(_server(p, p.decoder, "")))
+
+
+def _server(p: PairGeneration, url: str, model: str) -> Endpoint:
+    return Endpoint(url=url, model=model, at_once=p.endpoint_requests,
                     key_variable=p.endpoint_key_variable, retries=p.endpoint_retries,
                     timeout=p.endpoint_timeout)
 
@@ -58,7 +79,7 @@ def write(p: PairGeneration, file: Path, lines: Sequence[dict[str, Any]],
                        len(asked.answer.split()))
 
     def plan() -> list[np.ndarray]:
-        if p.endpoint:
+        if served(p):
             return np.array_split(np.arange(len(lines)),
                                   -(-len(lines) // (4 * p.endpoint_requests)))
         prompts = [len(encoding.answer_ids(model(), encoding.prompt_text(
@@ -69,7 +90,7 @@ def write(p: PairGeneration, file: Path, lines: Sequence[dict[str, Any]],
 
     def work(batch: np.ndarray) -> list[dict[str, Any]]:
         requests = [rewriting(number) for number in batch.tolist()]
-        if p.endpoint:
+        if served(p):
             made = _asked(p, requests)
         else:
             inputs = generate.encode_branches(model(), requests, None, seed=p.seed)
@@ -80,7 +101,7 @@ def write(p: PairGeneration, file: Path, lines: Sequence[dict[str, Any]],
                 for request, replies in zip(requests, made, strict=True)]
 
     shards.run(file, plan, work, label="injected")
-    if p.endpoint:
+    if served(p):
         processes.first(lambda: _require_one(p, file))
 
 

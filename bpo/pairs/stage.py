@@ -18,7 +18,7 @@ from bpo.data import check, images
 from bpo.data import rows as data_rows
 from bpo.evaluation import metrics
 from bpo.models import checkpoint as checkpoints
-from bpo.models import encoding, generate
+from bpo.models import encoding, generate, served
 from bpo.models.weakening import WEAKENINGS, View
 from bpo.pairs import audit, candidates, selection
 from bpo.pairs.candidates import Candidates
@@ -93,7 +93,7 @@ def _choose(p: PairGeneration, made: Candidates) -> dict[str, Any]:
     results.write(folder, audit.tidy(found))
     return found | {"rows": len(made), "rows_skipped": dict(sorted(skipped.items())),
                     "pairs": counts.kept.total(), "positives": counts.positives,
-                    "audited": len(audited)}
+                    "audited": len(audited)} | served.engine(folder)
 
 
 def _weigh(file: Path) -> None:

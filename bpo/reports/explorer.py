@@ -1,10 +1,11 @@
 """What notebook 1 shows of noise and of other ways of weakening, and two things to try in
-JupyterLab: an image at any noise step, and a question of one's own.
+JupyterLab: an image at any noise step, and questions to base and methods, with noise and without.
 
 Each of the two is one output with widgets and a still figure. The still figure is what the widgets
 show at first; pages, and whatever else has no widgets, show it in their place.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,20 +18,20 @@ from pandas import DataFrame
 from bpo.data import images
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
-from bpo.evaluation import comparison, probe
+from bpo.evaluation import comparison, diagnostics, probe, under_noise
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs, tuned
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
 from bpo.models.noise import STEPS
 from bpo.params import NoiseProbability, QualitativeComparison
-from bpo.reports import cards, figures, page, seen, tables
+from bpo.reports import cards, figures, page, tables
 from bpo.reports.cards import Shown
 from bpo.study import seeds
 from bpo.study import stage as stages
 from bpo.study.files import read_lines, to_json
 from bpo.study.results import Estimate
-from bpo.study.text import joined, visible
+from bpo.study.text import visible
 
 CHOICES = 24  # rows offered, of each split
 WIDE = {"width": "min(100%, 34rem)"}
@@ -124,53 +125,83 @@ def noise(p: NoiseProbability, result: stages.Result, checkpoint: Checkpoint) ->
 
 
 def ask(p: QualitativeComparison, result: stages.Result) -> Explorer:
-    """A held-out image of notebook 4 with the answers of base and methods: the stored ones to its
-    own question, or new ones to a question that is typed; the model is loaded at the first."""
+    """A held-out image of notebook 4 with the answers of base and methods, and the probabilities of
+    the true and the prior's answer to a colour question: the stored ones to the image's own
+    question, or new ones to another question or to the image under noise. The model is loaded at
+    the first of these."""
     splits = {s: comparison.read_split(p, s) for s in p.splits}
     lines = {s: {x["id"]: x for x in read_lines(result.folder / f"answers-{s}.jsonl")}
              for s in p.splits}
     choices = [(f"{s}: {r.question}", (s, r)) for s, (rows, *_) in splits.items()
                for r in data_rows.draw_rows(rows, CHOICES, p.seed, purpose="explorer")]
 
-    def show(row: tuple[str, Row], question: str) -> Shown:
-        (split, chosen), question = row, question.strip()
-        truth = splits[split][1]
-        if question:
-            asked = (*chosen.prompt[:-1], {"role": "user", "content": question})
-            example = _answered(p, result, replace(chosen, prompt=asked), truth)
-        else:
+    def show(row: tuple[str, Row], question: str, step: int) -> Shown:
+        (split, chosen), question = row, question.strip() or row[1].question
+        rows, truth, _ = splits[split]
+        asked = next((r for r in rows if (r.image, r.question) == (chosen.image, question)), None)
+        if asked == chosen and not step:
             line = lines[split][chosen.id]
-            example = {"origin": "from the stored result",
+            example = {"origin": "from the stored result", "image": images.load(chosen.image),
                        **tables.stored(line, line["answers"], truth)}
-        return cards.comparison_gallery([{"image": images.load(chosen.image),
-                                          "question": question or chosen.question, **example}])
+        else:
+            # Of a question that no row has, the truth is not known: its row has another id.
+            asked = asked or replace(chosen, id=f"{chosen.id} {question}", prompt=(
+                *chosen.prompt[:-1], {"role": "user", "content": question}))
+            example = _answered(p, result, asked, truth, step)
+        return cards.comparison_gallery([{"question": question, **example}])
 
-    return Explorer(show, row=_picker(choices), question=widgets.Text(
-        description="Question", continuous_update=False, layout=WIDE,
-        placeholder="a question of your own, then Enter"))
+    picker = _picker(choices)
+    asking = widgets.Combobox(description="Question", continuous_update=False, layout=WIDE,
+                              placeholder="its own; or choose or type another one, then Enter")
+
+    def offer(_: Any = None) -> None:
+        """The questions to choose from: first the image's own, whose truth is known."""
+        split, chosen = picker.value
+        rows = splits[split][0]
+        own = [r.question for r in rows if r.image == chosen.image]
+        common = [q for q, _ in Counter(r.question for r in rows).most_common(CHOICES)]
+        asking.options = list(dict.fromkeys([*own, *common]))
+
+    offer()
+    picker.observe(offer, "value")
+    return Explorer(show, row=picker, question=asking, step=widgets.IntSlider(
+        0, 0, STEPS - 1, layout=WIDE, description="Noise step", continuous_update=False))
 
 
 @torch.no_grad()
-def _answered(p: QualitativeComparison, result: stages.Result, row: Row, truth: dict[str, Any]
-              ) -> dict[str, Any]:
-    """{origin, truth, answers} to a new question, decoded as notebook 4 does. Objects that are not
-    in the image are marked, and wrong colours, where the truth file says what is in it."""
+def _answered(p: QualitativeComparison, result: stages.Result, row: Row, truth: dict[str, Any],
+              step: int) -> dict[str, Any]:
+    """{image, origin, truth, usual, answers} to a question about an image at a step of the noise,
+    decoded and weighed as notebook 4 does. Of a question whose truth is not known, objects that are
+    not in the image and wrong colours are marked, where the truth file says what is in it."""
     key = to_json([result.manifest["parameters"], result.manifest["inputs"]])
     if key not in _loaded:
         _loaded.clear()
         _loaded[key] = tuned.load_methods(p)
     checkpoint, methods = _loaded[key]
-    known = truth["images"].get(row.image_name)
-    present = {o["name"] for o in known["objects"]} if known else set()
-    inputs = generate.encode_batch(checkpoint, [Request(row.id, row.prompt, row.image)])
-    answers = {}
+    inputs = probe.encode(under_noise.probing(p), checkpoint, [probe.Look(row.id, row, step, 0)])
+    answers = diagnostics.candidates(truth, row.id)
+    weighed = diagnostics.weigh_candidates(
+        checkpoint, methods, {row.id: answers} if answers else {}, logprobs.weigh_unpacked,
+        [Request(row.id, row.prompt, row.image)], inputs)[0]
+    line = {"id": row.id, "image": row.image_name, "annotated": row.answer, "answers": {},
+            "question": row.question, **weighed}
     for method in methods:
         with checkpoints.using(checkpoint, method):
-            text = generate.decode(checkpoint, inputs, max_new_tokens=p.max_new_tokens)[0]
-        answers[method] = {"text": text,
-                           "wrong": tables.misdescribed(text, row.image_name, truth)}
-    return {"origin": "answered just now", "answers": answers,
-            "truth": f"in the image: {', '.join(sorted(present))}" if known else "not known"}
+            line["answers"][method] = generate.decode(checkpoint, inputs,
+                                                      max_new_tokens=p.max_new_tokens)[0]
+    clean = encoding.transformed(images.load(row.image), p.image_transform, checkpoint.processor)
+    draw = seeds.torch_generator(p.seed, "probe noise", row.id, 0)
+    example = {"image": encoding.noised_picture(checkpoint.processor, clean, step, draw),
+               "origin": "answered just now" + (f", noise step {step}" if step else ""),
+               **tables.stored(line, methods, truth)}
+    if row.id not in truth["rows"]:
+        known = truth["images"].get(row.image_name)
+        example["truth"] = "in the image: " + ", ".join(sorted(
+            o["name"] for o in known["objects"])) if known else "not known"
+        for answer in example["answers"].values():
+            answer["wrong"] = tables.misdescribed(answer["text"], row.image_name, truth)
+    return example
 
 
 def _picker(choices: Sequence[tuple[str, Any]]) -> widgets.Dropdown:
@@ -210,48 +241,6 @@ def noise_curves(p: NoiseProbability, metrics: dict[str, Any], measure: str) -> 
         alt=f"The {title} against the step of {' and of '.join(ways(metrics))}, of the true answer "
             "and the prior's",
         caption=caption.format(images=metrics["images"], draws=p.draws))
-
-
-def example(p: NoiseProbability, result: stages.Result) -> dict[str, Any]:
-    """The row of notebook 1 that stands for all by `seen.typical`: `probe.example`'s, and
-    {known: whether the prior's answers are, courses: from what to what all rows' answers go}."""
-    known = "truth" in result.manifest["inputs"] or bool(p.question)
-    row, courses = seen.typical(probe.load(result)[0], known=known)
-    return {**probe.example(p, result, row), "known": known, "courses": courses}
-
-
-def fate(found: dict[str, Any]) -> Shown:
-    """The question of the example, and how many rows' answers go which way."""
-    n = found["courses"]
-    first, total = sum(k for (clean, _), k in n.items() if clean == "prior"), n.total()
-    go, stay = n["true", "prior"], n["true", "true"]
-    return page.say(
-        "**{q}** What is there: {t}. The prior's answer: {u}. Of {n} images, **{g} go from the "
-        "true answer to the prior's** under noise, {f} have the prior's first on the clean image, "
-        "{s} stay with the true one and {o} do otherwise. Shown is the median of {w} by how much P "
-        "moves.", q=joined(found["question"]), t=" or ".join(found["true"]),
-        u=" or ".join(found["prior"]), n=total, g=go, f=first, s=stay, o=total - go - first - stay,
-        w="those that go" if go else "all")
-
-
-def noise_slider(p: NoiseProbability, found: dict[str, Any]) -> Shown:
-    """The example at each step of the noise."""
-    return cards.slider(
-        [{"step": step, "image": image, "chances": {"untuned model": chances}}
-         for step, image, chances in zip(p.noise_steps, found["images"], found["chances"],
-                                         strict=True)],
-        [" or ".join(found[kind]) for kind in KINDS], "noise step", known=found["known"])
-
-
-def other_strip(found: dict[str, Any], way: str) -> Shown:
-    """The example at each step of another way, and whether the model saw."""
-    shown = found["other_ways"][way]
-    said = [cards.SAYS[cards.leading(c, known=found["known"])] for c in shown["chances"]]
-    return page.figure(
-        figures.noise_strip(shown["images"], shown["steps"], said),
-        alt=f"One image at each step of {way} and whether the model saw",
-        caption=f"The same image from step {shown['steps'][0]} of {way} to the last; below, which "
-                "answer is likeliest.")
 
 
 def sampled_shares(p: NoiseProbability, metrics: dict[str, Any]) -> Shown:

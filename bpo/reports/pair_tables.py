@@ -70,6 +70,8 @@ def by_hand(line: dict[str, Any], pictures: dict[str, Any], sampled: list[str]) 
 def agreement(p: PairGeneration, line: dict[str, Any], sampled: list[str]) -> Shown:
     """What was sampled by hand for the first view, beside what the stage stored."""
     view = candidates.views(p)[0]
+    if p.decoder:
+        return page.say("A server decoded the stored answers: none is sampled here.")
     stored = [c["text"] for c in line["candidates"] if (c["source"], c["mode"]) == (
         "weakened", view.mode) and (c.get("step", 0), c["draw"]) == (view.step, view.draw)]
     if not stored:

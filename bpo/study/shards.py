@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
-from bpo.study import processes
+from bpo.study import processes, progress
 from bpo.study.files import read_lines, to_json, whole
 
 Item = TypeVar("Item")
@@ -60,7 +59,8 @@ def run(file: Path, plan: Callable[[], Sequence[np.ndarray]], work: Callable[[An
     prepare: runs in a thread, a batch ahead, so that images are read while the model is at work.
     """
     if processes.first(file.is_file):
-        return
+        with progress.part(label):
+            return
     batches = plan()
     rows = sum(map(len, batches))
     folder = file.parent / "shards"
@@ -72,9 +72,9 @@ def run(file: Path, plan: Callable[[], Sequence[np.ndarray]], work: Callable[[An
     left = [b for b in batches if not done[b].all()]
     processes.wait()  # nobody writes before everybody has read
     assigned = left[processes.rank()::processes.world()]
-    with (folder / f"{file.stem}.{processes.rank()}.jsonl").open("ab") as shard, tqdm(
-            total=rows, initial=rows - sum(map(len, left)), desc=label, unit="row", leave=False,
-            disable=processes.rank() > 0) as bar:
+    before = rows - sum(map(len, left))
+    with ((folder / f"{file.stem}.{processes.rank()}.jsonl").open("ab") as shard,
+          progress.part(label, rows, done=before, unit="rows") as advance):
         for batch, prepared in _ahead(assigned, prepare):
             lines = [f"{row}\t{to_json(record)}\n"
                      for row, record in zip(batch.tolist(), work(prepared), strict=True)]
@@ -82,7 +82,7 @@ def run(file: Path, plan: Callable[[], Sequence[np.ndarray]], work: Callable[[An
             shard.flush()
             os.fsync(shard.fileno())
             # The others are about as far: their rows count too, or the time left would be wrong.
-            bar.update(min(len(batch) * processes.world(), bar.total - bar.n))
+            advance(len(batch) * processes.world())
     processes.wait()
     processes.first(lambda: _merge(folder, file, rows))
 

@@ -7,6 +7,7 @@ manifest is written last, by rename: a folder that has one is complete.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,10 +18,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from bpo.params import SCHEMAS, Parameters, Refusal
-from bpo.study import environment, processes, sources
+from bpo.params import SCHEMAS, Parameters, Refusal, short
+from bpo.study import environment, processes, progress, sources
 from bpo.study.files import Hashes, file_hash, to_json, write_whole
-from bpo.study.stored import (
+from bpo.study.sources import (
     MANIFEST,
     STARTED,
     TIMINGS,
@@ -34,6 +35,7 @@ from bpo.study.stored import (
 )
 
 LOCK_PATIENCE = 5.0  # seconds
+UP_TO_DATE = "up to date, read again"
 RESUMED = "computed on from where it was interrupted"
 HASHES = ".hashes.json"  # beside a study's stages: see `Hashes`
 READ_ONLY = ContextVar("READ_ONLY", default=False)
@@ -56,12 +58,17 @@ class Result:
         file = self.folder / TIMINGS
         return json.loads(file.read_text()) if file.is_file() else {}
 
+    @property
+    def computed(self) -> str:
+        m = self.manifest
+        return f"{m['finished']} in {m['seconds']:.0f} s on {m['device']}"
+
     def facts(self) -> dict[str, Any]:
         """What a reader needs to trust a page, for the box at its top."""
         m = self.manifest
         versions = ", ".join(f"{k} {m['versions'][k]}" for k in ("torch", "transformers", "trl"))
         return {"study": m["study"], "seed": m["parameters"]["seed"], "this run": self.done,
-                "computed": f"{m['finished']} in {m['seconds']:.0f} s on {m['device']}",
+                "computed": self.computed,
                 "differs from the defaults": ", ".join(
                     f"{n} = {v}" for n, v in changed(m).items()) or "nothing",
                 "inputs": ", ".join(f"{n} {h[:8]}" for n, h in m["inputs"].items()) or "none",
@@ -103,12 +110,17 @@ def stage(p: Parameters, work: Callable[[Path], dict[str, Any]], *, inputs: Mapp
     with ExitStack() as lock:
         key, done, complete = processes.first(
             lambda: _begin(p, folder, inputs, pictures, work.__module__, lock))
-        if complete:
-            return Result(folder, read_manifest(folder), done)
-        began = time.monotonic()
-        metrics = work(folder)
-        processes.wait()
-        return processes.first(lambda: _finish(p, folder, key, pictures, metrics, began, done))
+        began, name = time.monotonic(), f"{p.study}/{p.notebook}"
+        if complete and done == UP_TO_DATE:
+            with progress.part(name):
+                return _told(Result(folder, read_manifest(folder), done))
+        with progress.stage(name, f"{p.notebook} is {done}"):
+            if complete:
+                return _told(Result(folder, read_manifest(folder), done))
+            metrics = work(folder)
+            processes.wait()
+            return _told(processes.first(
+                lambda: _finish(p, folder, key, pictures, metrics, began, done)))
 
 
 def _begin(p: Parameters, folder: Path, inputs: Mapping[str, Path],
@@ -128,15 +140,25 @@ def _begin(p: Parameters, folder: Path, inputs: Mapping[str, Path],
                "modules": sources.code(module)}
         reason = _why_other(folder, key, pictures, hashes)
         if reason is None:
-            return key, "up to date, read again", True
+            return key, UP_TO_DATE, True
         if READ_ONLY.get():
             raise Refusal(f"{p.notebook} is not up to date: {reason}")
         done = _brought_back(folder, key, pictures, hashes)
     complete = bool(done) and (folder / MANIFEST).is_file()
     done = done or _open_folder(folder, key, reason)
     environment.attention.clear()
-    print(f"{p.notebook} is {done}")
     return key, done, complete
+
+
+def _told(result: Result) -> Result:
+    """Says that a report is of another computation, where no run is about to render this one."""
+    executed = result.folder.with_suffix(".ipynb")
+    if (processes.rank() == 0 and progress.RUN not in os.environ and executed.is_file()
+            and result.computed not in executed.read_text(encoding="utf-8")):
+        print(f"The report {short(executed.with_suffix('.html'))} is of another computation of "
+              "this stage. With its parameters this notebook finds that result again; "
+              "python -m bpo run renders the new one.")
+    return result
 
 
 def _finish(p: Parameters, folder: Path, key: dict[str, Any],

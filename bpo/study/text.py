@@ -110,3 +110,11 @@ def number(value: float, digits: int = 3, sign: str = "") -> str:
 
 def signed(value: float, digits: int = 3) -> str:
     return number(value, digits, "+")
+
+
+def duration(seconds: float) -> str:
+    """"34 s", "2 min 5 s", "1 h 4 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -24,7 +24,7 @@ from bpo.params import (
 )
 from bpo.reports import figures, page, readme
 from bpo.reports.cards import Shown
-from bpo.study import results
+from bpo.study import progress, results
 from bpo.study import stage as stages
 from bpo.study.results import Result
 from bpo.study.text import visible
@@ -32,6 +32,8 @@ from bpo.tiny import data
 from bpo.tiny import stage as tiny
 from bpo.training import stage as training
 
+# of a stage on a dose, about, for the time left
+SECONDS = (("2_pair_generation", 40), ("3_dpo_training", 80), ("4_qualitative_comparison", 80))
 SLOPES = ("p_prior", "p_true", "chair_i", "cover")
 DOSE_PANELS = {  # (split, metric) -> title
     ("counterfactual", "p_prior"): "P(prior's answer): lower is better\ncounterfactual images",
@@ -85,6 +87,10 @@ def run(p: DoseResponse) -> stages.Result:
 
 
 def _work(p: DoseResponse, folder: Path) -> dict[str, Any]:
+    worlds = [f"{p.study}-world{seed}" for seed in range(p.seed, p.seed + p.repeats)]
+    progress.announce(part for world in worlds for part in (
+        (f"{world}/0_tiny_world", 260), *((f"{world}-{dose:g}/{notebook}", seconds)
+                                          for dose in p.doses for notebook, seconds in SECONDS)))
     frames = []
     for seed in range(p.seed, p.seed + p.repeats):
         world = f"{p.study}-world{seed}"

@@ -32,7 +32,7 @@ from transformers import (
 
 from bpo.evaluation import metrics, probe
 from bpo.params import NoiseProbability, PriorOrigin, TinyWorld
-from bpo.study import results, seeds
+from bpo.study import progress, results, seeds
 from bpo.study import stage as stages
 from bpo.study.files import read_lines, to_json, write_whole
 from bpo.tiny import data, language, model, overview, training, world
@@ -50,6 +50,7 @@ def run(p: PriorOrigin) -> stages.Result:
 
 def _work(p: PriorOrigin, folder: Path) -> dict[str, Any]:
     (folder / "worlds").mkdir(exist_ok=True)
+    progress.announce(_parts(p, folder))
     for seed in range(p.seed, p.seed + p.repeats):
         _one_seed(p, folder, seed)
     files = [_file(folder, *key) for key in keys(p)]
@@ -62,6 +63,15 @@ def _work(p: PriorOrigin, folder: Path) -> dict[str, Any]:
             ("rise", c["rise"], False), ("chair_i", c["chair_i"], False),
             ("cover", c["cover"], True))])
     return summed
+
+
+def _parts(p: PriorOrigin, folder: Path) -> list[tuple[str, float]]:
+    """What is left to do, each with about its seconds."""
+    waiting = [key for key in keys(p) if not _file(folder, *key).is_file()]
+    tower, text, *alignment = training.parts(p.of(TinyWorld)).items()
+    return ([tower] * len({seed for seed, *_ in waiting})
+            + [text] * len({of_text[:2] for of_text in waiting})
+            + [*alignment, ("probe", 20.0)] * len(waiting))
 
 
 def ordered(levels: dict[str, list[float]]) -> list[str]:
@@ -138,11 +148,11 @@ def answers(p: PriorOrigin, multimodal: LlavaForConditionalGeneration, processor
         model.save_checkpoint(multimodal, processor, place / "model")
         data.write_split(place / "counterfactual", scenes,
                          data.split_rows(scenes, "counterfactual", seed))
-        probe.work(NoiseProbability(
-            seed=seed, model=str(place / "model"), rows=0, noise_steps=p.noise_steps,
-            data=str(place / "counterfactual" / "rows.json"), draws=p.draws, sampled_answers=1,
-            other_ways=[]),
-            place)
+        with progress.part("probe"):
+            probe.work(NoiseProbability(
+                seed=seed, model=str(place / "model"), rows=0, noise_steps=p.noise_steps,
+                data=str(place / "counterfactual" / "rows.json"), draws=p.draws, sampled_answers=1,
+                other_ways=[]), place)
         looks = read_lines(place / "looks.jsonl")
     captions = overview.captions(multimodal, processor, scenes)
     return {

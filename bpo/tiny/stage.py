@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bpo.params import TinyWorld
-from bpo.study import results
+from bpo.study import progress, results
 from bpo.study import stage as stages
 from bpo.study.files import write_whole
 from bpo.tiny import data, language, model, official, overview, training, world
@@ -28,6 +28,7 @@ def build(folder: Path, p: TinyWorld) -> dict[str, Any]:
     below its gate is reported in metrics["gates"], not raised.
     """
     times = {"begin": time.monotonic()}
+    progress.announce(training.parts(p).items())
     scenes, rows = write_data(folder, p)
     documents = language.text_corpus(p.seed, p.text_documents, typical=p.text_typical,
                                      partner=p.text_partner)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import (
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from bpo.params import TinyWorld
+from bpo.study import progress
 from bpo.study.seeds import seed_for, torch_generator
 from bpo.tiny import data, model
 from bpo.tiny.world import CELLS, COLOURS, OBJECTS, Scene, python_generator, uniform_scene
@@ -32,6 +32,13 @@ CLASSES = [len(OBJECTS) + 1, len(COLOURS) + 1]  # of a cell: an empty one has no
 Encoded = tuple[list[int], list]  # token ids, and a label or a weight of each
 
 
+def parts(p: TinyWorld) -> dict[str, float]:
+    """What is trained for a world, and about how many seconds it takes on one core."""
+    return {"vision tower": p.tower_steps * p.tower_batch / 600, "text model": p.text_steps / 14,
+            "alignment: captions": p.caption_steps * p.caption_batch / 210,
+            "alignment: all questions": p.mixed_steps * p.mixed_batch / 92}
+
+
 def fit(parameters: list[nn.Parameter], loss_of: Callable[[int], Tensor], *, steps: int,
         rate: float, title: str) -> None:
     """Minimise `loss_of(step)` with AdamW, a short warm-up and a cosine."""
@@ -41,12 +48,14 @@ def fit(parameters: list[nn.Parameter], loss_of: Callable[[int], Tensor], *, ste
         torch.optim.lr_scheduler.LinearLR(optimiser, 0.05, 1.0, warm_up),
         torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps - warm_up), rate / 50),
     ], [warm_up])
-    for step in tqdm(range(steps), desc=title, leave=False):
-        loss_of(step).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad()
+    with progress.part(title, steps, unit="steps") as advance:
+        for step in range(steps):
+            loss_of(step).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad()
+            advance()
 
 
 # Phase 0: the vision tower

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from bpo.models import checkpoint as checkpoints
 from bpo.params import DPOTraining, Refusal, outputs_root, short
+from bpo.study import sources
 from bpo.study import stage as stages
-from bpo.study import stored
 from bpo.study.files import to_json, write_whole
 
 
@@ -48,7 +48,7 @@ def write(study: str, *, method: str, to: Path | None = None) -> Path:
     if made_of["model"] != manifest["inputs"]["model"]:
         raise Refusal(f"{base}: the model was changed after {study} was trained on it; put the "
                       "original back, or train again")
-    folder = to or outputs_root() / study / stored.MERGED / method
+    folder = to or outputs_root() / study / sources.MERGED / method
     _make_ready(folder, made_of)
     checkpoints.merge(base, adapter, folder, precision=p.precision)
     return folder

@@ -27,7 +27,7 @@ from bpo.models.checkpoint import Checkpoint
 from bpo.pairs import rows as pair_rows
 from bpo.pairs.methods import learns_pairs
 from bpo.params import DPOTraining, Refusal
-from bpo.study import launch, processes, results
+from bpo.study import launch, processes, progress, results
 from bpo.study import stage as stages
 from bpo.study.files import to_json, write_whole
 from bpo.training import trainers
@@ -75,12 +75,16 @@ def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
         if p.varied(name).reference == "sft" and not matched[name]:
             raise Refusal(f"{name} starts from its matched SFT, which is not among the methods; "
                           f"add sft_matched{runs[name].removeprefix('bpo')} to methods")
+    # A pair has two answers, and the reference's; sft_compute spends what bpo does.
+    steps = {n: v.steps or math.ceil(v.epochs * pairs / p.batch_pairs)
+             for n in runs for v in [p.varied(n)]}
+    progress.announce((n, steps[n] * (2 if learns_pairs(n) or n == "sft_compute" else 1))
+                      for n in runs if not (folder / n / "history.json").is_file())
     out = {}
     # First what others start from; last sft_compute, which spends what bpo spent.
     for name in sorted(runs, key=lambda n: (n == "sft_compute", learns_pairs(n))):
         varied = p.varied(name)
-        steps = varied.steps or math.ceil(varied.epochs * pairs / p.batch_pairs)
-        count = max(steps if name != "sft_compute" else round(
+        count = max(steps[name] if name != "sft_compute" else round(
             out["bpo"]["flops"] / out["sft_matched"]["flops_per_step"]), 1)
         start, kept = None, references
         if varied.reference == "sft" and learns_pairs(name):

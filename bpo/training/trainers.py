@@ -7,6 +7,7 @@ reference's log-probs are the same weights with the adapters off.
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from datasets import Dataset
 from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import DPOConfig, SFTConfig, SFTTrainer
@@ -29,7 +29,7 @@ from bpo.models.generate import Request
 from bpo.models.weakening import View
 from bpo.pairs.methods import learns_pairs
 from bpo.params import DPOTraining
-from bpo.study import processes
+from bpo.study import processes, progress
 from bpo.study.files import to_json, write_whole
 from bpo.training import objectives
 from bpo.training.packed import rows as packed_rows
@@ -156,20 +156,20 @@ class CountedSFTTrainer(_Counted, SFTTrainer):
 
 
 class Progress(TrainerCallback):
-    """One bar a method, gone when it is done, in place of the trainer's printed lines."""
+    """A method's steps, in place of the trainer's printed lines."""
 
     def __init__(self, label: str):
-        self.label, self.bar = label, None
+        self.label, self.part = label, ExitStack()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.label,
-                        unit="step", leave=False, disable=processes.rank() > 0)
+        self.advance = self.part.enter_context(progress.part(
+            self.label, state.max_steps, done=state.global_step, unit="steps"))
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update()
+        self.advance()
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+        self.part.close()
 
 
 def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, steps: int,

@@ -36,6 +36,18 @@ class Scripted(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    def do_GET(self):
+        """What a vLLM server says of itself."""
+        said = {"/version": {"version": "0.0"}, "/v1/models": {"object": "list", "data": [
+            {"id": "served", "object": "model", "created": 0, "owned_by": "vllm", "root": "/m",
+             "max_model_len": 512}]}}.get(self.path)
+        content = json.dumps(said).encode()
+        self.send_response(200 if said else 404)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
     def do_POST(self):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bpo import __main__, params
+from bpo.study import progress
 from helpers import warm
 
 # The tiny study with little of everything: every line of it runs, nothing is learnt well.
@@ -41,7 +42,8 @@ def without_a_kernel(notebook: str, p: params.Parameters, folder: Path) -> bool:
 
 
 def environment(root: Path) -> dict[str, str]:
-    return {**os.environ, "BPO_OUTPUTS": str(root), "HF_HUB_OFFLINE": "1"}
+    inherited = {n: v for n, v in os.environ.items() if n != progress.RUN}
+    return {**inherited, "BPO_OUTPUTS": str(root), "HF_HUB_OFFLINE": "1"}
 
 
 def killed_until(done: Path, work: Callable[[], object], *, rng: random.Random,

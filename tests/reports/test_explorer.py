@@ -127,7 +127,7 @@ def test_stored_answers_are_shown_until_one_asks(comparison, monkeypatch):
     choices = [value for _, value in found.children[0].options]
     assert sorted(row.id for _, row in choices) == sorted(stored)
     for split, row in choices:
-        said = lines(found.show(row=(split, row), question=" "))
+        said = lines(found.show(row=(split, row), question=" ", step=0))
         answers = said[-4:]
         assert stored[row.id]["annotated"] in said[0]
         assert all(shown.startswith(f"{m}{text}") for shown, (m, text) in
@@ -139,7 +139,7 @@ def test_a_question_is_answered_by_the_base_and_by_every_adapter(comparison, mod
     p, result = comparison
     found = explorer.ask(p, result)
     chosen = found.children[0].value
-    shown = found.show(row=chosen, question="  is there a <b>cat</b> ? ")
+    shown = found.show(row=chosen, question="  is there a <b>cat</b> ? ", step=0)
     assert "is there a &lt;b&gt;cat&lt;/b&gt; ?" in shown.html and "<b>" not in shown.html
     request = Request("x", ({"role": "user", "content": "is there a <b>cat</b> ?"},),
                       chosen[1].image)
@@ -153,12 +153,35 @@ def test_a_question_is_answered_by_the_base_and_by_every_adapter(comparison, mod
     assert (answers[0], answers[1]) == (f"base{said[0]}", f"bpo{said[1]}")
     assert len(answers) == 4
     monkeypatch.setattr(tuned, "load_methods", None)  # the model is loaded once
-    assert "is there a dog ?" in found.show(row=chosen, question="is there a dog ?").html
+    assert "is there a dog ?" in found.show(row=chosen, question="is there a dog ?", step=0).html
+
+
+def test_the_true_and_the_prior_s_answer_have_their_probabilities_clean_and_noised(comparison):
+    p, result = comparison
+    found = explorer.ask(p, result)
+    options = {v[1].id: v for _, v in found.children[0].options}
+    caption, colour = options["caption-1"], options["attribute-1"]
+    stored = {x["id"]: x for x in read_lines(result.folder / "answers-natural.jsonl")}
+    noised = {(x["row"], x["step"]): x for x in read_lines(result.folder / "answers-under_noise.jsonl")}
+
+    def chances(question, row, step):
+        html = found.show(row=row, question=question, step=step).html
+        return list(map(float, re.findall(r"<span>([\d.]+)</span>", html)))
+
+    question = colour[1].question
+    assert question in found.children[1].options
+    for step in (0, p.noise_steps[-1]):
+        line = stored["attribute-1"] if step == 0 else noised["attribute-1", step]
+        expected = [x for m in line["p_true"] for x in (line["p_true"][m], line["p_prior"][m])]
+        # Asked of the image's own row, or of another row of the same image.
+        for row in (caption, colour):
+            assert chances(question, row, step) == pytest.approx(expected, abs=6e-3)
+    assert chances("is there a dog ?", colour, 0) == []
 
 
 def test_objects_and_colours_that_are_not_in_the_image_are_marked(comparison, monkeypatch):
     found = explorer.ask(*comparison)
     chosen = next(v for _, v in found.children[0].options if v[1].id == "caption-1")
     monkeypatch.setattr(generate, "decode", lambda *_, **__: ["a red box and a red disc"])
-    marked = found.show(row=chosen, question="what do you see ?").html
+    marked = found.show(row=chosen, question="what do you see ?", step=0).html
     assert re.findall('<mark class="wrong">(.*?)</mark>', marked) == ["red", "disc"] * 4

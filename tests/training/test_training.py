@@ -28,6 +28,7 @@ from bpo.models.weakening import View
 from bpo.pairs import rows as pair_rows
 from bpo.params import ROOT, DPOTraining, Refusal
 from bpo.reports.template import after_training
+from bpo.study import progress
 from bpo.study.files import write_lines
 from bpo.training import stage as train
 from bpo.training import trainers
@@ -577,13 +578,14 @@ def test_interrupted_training_goes_on_to_the_same_weights(parameters, rows, tmp_
     assert compute[0] == compute[1]
 
 
-def test_the_bar_starts_where_training_resumes_and_is_closed():
-    progress, state = trainers.Progress("bpo"), TrainerState(max_steps=5, global_step=2)
-    progress.on_train_begin(None, state, None)
-    progress.on_step_end(None, state, None)
-    assert (progress.bar.n, progress.bar.total) == (3, 5)
-    progress.on_train_end(None, state, None)
-    assert progress.bar.disable  # as tqdm marks a closed one
+def test_progress_starts_where_training_resumes_and_ends_with_it():
+    bar, state = trainers.Progress("bpo"), TrainerState(max_steps=5, global_step=2)
+    with progress.part("the stage"):
+        bar.on_train_begin(None, state, None)
+        bar.on_step_end(None, state, None)
+        assert progress.line().startswith("bpo 3 of 5 steps") and progress.shares() == (0.6, 0.4)
+        bar.on_train_end(None, state, None)
+        assert progress.shares() == (0, 0)
 
 
 def test_a_finished_method_is_only_read(parameters, rows, tmp_path, monkeypatch):

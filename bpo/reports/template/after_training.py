@@ -1,24 +1,17 @@
 """What came out of training: notebook 3's tables, and in notebook 4 what noise does after it."""
 
-import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from pandas import DataFrame
 
-from bpo.data import images
-from bpo.evaluation import probe, under_noise
-from bpo.models import checkpoint as checkpoints
-from bpo.models import encoding
-from bpo.params import DPOTraining, QualitativeComparison
-from bpo.reports import cards, figures, pair_tables, seen, tables
+from bpo.evaluation import under_noise
+from bpo.params import DPOTraining
+from bpo.reports import figures, pair_tables, tables
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
-from bpo.study import seeds
 from bpo.study import stage as stages
-from bpo.study.files import read_lines
-from bpo.study.text import joined, number
+from bpo.study.text import number
 
 
 def budgets(p: DPOTraining, result: stages.Result) -> Shown:
@@ -98,30 +91,3 @@ def curves_under_noise(frame: DataFrame, against: Sequence[str]) -> Shown:
         alt=f"P(true answer) and P(prior's answer) against the noise step, of {', '.join(names)}",
         caption=f"{rows['split_or_benchmark'].iloc[0]} images, {rows['n'].iloc[0]:.0f} "
                 f"questions, the same at each step; bands are {tables.INTERVALS}.")
-
-
-def slider_under_noise(p: QualitativeComparison, result: stages.Result, names: Sequence[str]
-                       ) -> Shown:
-    """The picture that stands for the base's answers under noise, by `seen.typical`, at each step,
-    with what each of the named methods answers."""
-    file = result.folder / "answers-under_noise.jsonl"
-    if not file.is_file():
-        return report.say("No picture was asked about under noise.")
-    q, lines = under_noise.probing(p), read_lines(file)
-    known = bool(q.category)
-    name = "p" if known else "logp"  # of the whole answer, or a token's
-    looks = [{**x, "answers": [
-        {"kind": k, "tokens": 1, "logp": math.log(max(x[f"p_{k}"][names[0]], 1e-9)) if known
-         else x[f"logp_{k}"][names[0]]} for k in probe.KINDS]} for x in lines]
-    chosen, _ = seen.typical(looks, known=known)
-    row = next(r for r in probe.listed(q)[0] if r.id == chosen)
-    processor = checkpoints.load_processor(p.path(p.model))
-    clean = encoding.transformed(images.load(row.image), p.image_transform, processor)
-    stills = [{"step": x["step"], "image": encoding.noised_picture(
-        processor, clean, x["step"], seeds.torch_generator(p.seed, "probe noise", row.id, 0)),
-        "chances": {m: [x[f"{name}_{k}"][m] if known else math.exp(x[f"{name}_{k}"][m])
-                        for k in probe.KINDS] for m in names}}
-        for x in lines if x["row"] == chosen]
-    words = json.loads((result.folder / probe.CANDIDATES).read_text(encoding="utf-8"))[chosen]
-    return cards.slider(stills, [" or ".join(words[k]) for k in probe.KINDS],
-                         f"{joined(row.question)} Noise step", known=known)

@@ -10,6 +10,7 @@ from bpo.reports.template import terms
 from bpo.reports.template.filters import anchor, strip_ansi
 from bpo.study import stage as stages
 from bpo.study.files import file_hash
+from bpo.study.text import duration
 
 if TYPE_CHECKING:
     import nbformat
@@ -26,6 +27,15 @@ def drop_progress(notebook: "nbformat.NotebookNode") -> None:
             cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
             for output in cell.outputs:
                 output.get("data", {}).pop(WIDGET, None)
+
+
+def drop_results(notebook: "nbformat.NotebookNode") -> None:
+    """Leave what people write, as it was before the notebook ran: cells, tags and language."""
+    notebook.metadata.language_info = {"name": "python"}
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
 
 
 def _is_progress(output: "nbformat.NotebookNode") -> bool:
@@ -87,14 +97,6 @@ def when(notebook: "nbformat.NotebookNode") -> str:
     if not (run.get("start_time") and run.get("duration")):
         return ""
     return f"executed {run['start_time'][:16].replace('T', ' ')} UTC in {duration(run['duration'])}"
-
-
-def duration(seconds: float) -> str:
-    """"34 s", "2 min 5 s", "1 h 4 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def stamp(notebook: "nbformat.NotebookNode", p: Parameters) -> str:

@@ -57,6 +57,10 @@ def markdown_page(folder: Path) -> Callable[[str], str]:
             picture = super().image(text, url, title)
             return picture if 'src="data:' in picture else f"[{text}]"
 
+        def link(self, text: str, url: str, title: str | None = None) -> str:
+            # Another notebook is beside this one in JupyterLab; a page has links of its own.
+            return text if url.endswith(".ipynb") else super().link(text, url, title)
+
         def table(self, text: str) -> str:
             # a table is as wide as its words: it scrolls in a box that keys reach
             return ('<div class="wide" tabindex="0" role="group" aria-label="table">\n'

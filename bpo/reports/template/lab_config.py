@@ -1,22 +1,33 @@
-"""What `make lab` tells JupyterLab: saved notebooks hold no bars and no widgets that are dead when
-they are opened again, nothing is asked of the network, and what kernels say is encrypted."""
+"""What `make lab` tells JupyterLab: the kit's notebooks are saved without results, which go to a
+copy below outputs/, so that git sees edits alone; nothing is asked of the network, and what kernels
+say is encrypted."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+from bpo.params import SCHEMAS, outputs_root
 from bpo.reports.template import executed
 
 
-def tidy(model: dict[str, Any], **_: Any) -> None:
-    """Before a save: bars and widget views leave the file; the open notebook keeps them."""
+def tidy(model: dict[str, Any], path: str, **_: Any) -> None:
+    """Before a save: bars and widget views leave the file, and of the kit's notebooks all results
+    go to outputs/_lab/ instead. The open notebook keeps everything."""
     if model["type"] == "notebook" and model.get("content"):
         import nbformat
 
         notebook = nbformat.from_dict(model["content"])
         executed.drop_progress(notebook)
+        if Path(path).stem in SCHEMAS:
+            copy = outputs_root() / "_lab" / Path(path).name  # no study can have that name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            nbformat.write(notebook, copy)
+            executed.drop_results(notebook)
         model["content"] = notebook
 
 
+# JupyterLab reads this file twice, and would warn of it.
+warnings.filterwarnings("ignore", "Overriding existing pre_save_hook")
 c = get_config()  # noqa: F821  (jupyter puts it there)
 c.ContentsManager.pre_save_hook = tidy
 c.LabApp.news_url = None
