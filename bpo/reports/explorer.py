@@ -21,13 +21,13 @@ from bpo.models import encoding, logprobs, tuned
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.noise import STEPS
 from bpo.params import NoiseProbability, QualitativeComparison
-from bpo.reports import cards, figures, page, seen, tables
+from bpo.reports import cards, figures, page, tables
 from bpo.reports.cards import Shown
 from bpo.study import seeds
 from bpo.study import stage as stages
 from bpo.study.files import read_lines, to_json
 from bpo.study.results import Estimate
-from bpo.study.text import joined, visible
+from bpo.study.text import visible
 
 CHOICES = 24  # rows offered, of each split
 WIDE = {"width": "min(100%, 34rem)"}
@@ -214,48 +214,6 @@ def noise_curves(p: NoiseProbability, metrics: dict[str, Any], measure: str) -> 
         alt=f"The {title} against the step of {' and of '.join(ways(metrics))}, of the true answer "
             "and the prior's",
         caption=caption.format(images=metrics["images"], draws=p.draws))
-
-
-def example(p: NoiseProbability, result: stages.Result) -> dict[str, Any]:
-    """The row of notebook 1 that stands for all by `seen.typical`: `probe.example`'s, and
-    {known: whether the prior's answers are, courses: from what to what all rows' answers go}."""
-    known = "truth" in result.manifest["inputs"] or bool(p.question)
-    row, courses = seen.typical(probe.load(result)[0], known=known)
-    return {**probe.example(p, result, row), "known": known, "courses": courses}
-
-
-def fate(found: dict[str, Any]) -> Shown:
-    """The question of the example, and how many rows' answers go which way."""
-    n = found["courses"]
-    first, total = sum(k for (clean, _), k in n.items() if clean == "prior"), n.total()
-    go, stay = n["true", "prior"], n["true", "true"]
-    return page.say(
-        "**{q}** What is there: {t}. The prior's answer: {u}. Of {n} images, **{g} go from the "
-        "true answer to the prior's** under noise, {f} have the prior's first on the clean image, "
-        "{s} stay with the true one and {o} do otherwise. Shown is the median of {w} by how much P "
-        "moves.", q=joined(found["question"]), t=" or ".join(found["true"]),
-        u=" or ".join(found["prior"]), n=total, g=go, f=first, s=stay, o=total - go - first - stay,
-        w="those that go" if go else "all")
-
-
-def noise_slider(p: NoiseProbability, found: dict[str, Any]) -> Shown:
-    """The example at each step of the noise."""
-    return cards.slider(
-        [{"step": step, "image": image, "chances": {"untuned model": chances}}
-         for step, image, chances in zip(p.noise_steps, found["images"], found["chances"],
-                                         strict=True)],
-        [" or ".join(found[kind]) for kind in KINDS], "noise step", known=found["known"])
-
-
-def other_strip(found: dict[str, Any], way: str) -> Shown:
-    """The example at each step of another way, and whether the model saw."""
-    shown = found["other_ways"][way]
-    said = [cards.SAYS[cards.leading(c, known=found["known"])] for c in shown["chances"]]
-    return page.figure(
-        figures.noise_strip(shown["images"], shown["steps"], said),
-        alt=f"One image at each step of {way} and whether the model saw",
-        caption=f"The same image from step {shown['steps'][0]} of {way} to the last; below, which "
-                "answer is likeliest.")
 
 
 def sampled_shares(p: NoiseProbability, metrics: dict[str, Any]) -> Shown:

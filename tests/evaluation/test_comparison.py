@@ -15,7 +15,8 @@ from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, tuned
 from bpo.models.generate import Request
 from bpo.params import QualitativeComparison, Refusal
-from bpo.reports import benchmark_tables, summary, tables
+from bpo.reports import benchmark_tables, tables
+from bpo.reports.template import after_training
 from bpo.study import results
 from bpo.study.files import read_lines
 
@@ -489,7 +490,7 @@ def test_data_without_a_truth_file_is_measured_by_length_and_change(parameters, 
     assert set(tables.levels(frame)["category"]) == {"any"}
     assert tables.difference_figure(frame, "held_out", tables.rivals(frame))
     assert tables.main_table(frame, "held_out", tables.rivals(frame))
-    assert summary.noise_curves(frame, tables.rivals(frame)).plain.startswith(
+    assert after_training.curves_under_noise(frame, tables.rivals(frame)).plain.startswith(
         "Figure: held_out images, ")
     counted, gallery = tables.side_by_side(p, found, frame)
     assert counted.plain.startswith("No truth file tells of a usual answer to the 5 held_out")

@@ -12,6 +12,7 @@ from bpo.models import encoding, generate, logprobs
 from bpo.models.weakening import View
 from bpo.params import NoiseProbability, Refusal
 from bpo.reports import explorer
+from bpo.reports.template import stills
 from bpo.study import results
 from bpo.study.files import read_lines
 from bpo.study.results import Estimate
@@ -137,14 +138,14 @@ def test_an_interrupted_analysis_goes_on_to_the_same_bytes(result, parameters, o
 
 
 def test_the_example_is_chosen_by_a_rule_and_all_courses_are_counted(result, parameters):
-    example = explorer.example(parameters, result)
+    example = stills.example(parameters, result)
     assert len(example["images"]) == len(example["chances"]) == len(STEPS)
     assert example["chances"][0][0] == pytest.approx(example["p_true"][0])
-    said = explorer.fate(example).plain
+    said = stills.fate(example).plain
     assert example["question"].startswith("what colour is the") and example["true"][0] in said
     counts = [int(n) for n in re.findall(r"(\d+) (?:go from|have the|stay with|do other)", said)]
     assert len(counts) == 4 and f"Of {sum(counts)} images" in said
-    slider = explorer.noise_slider(parameters, example).html
+    slider = stills.slider(parameters, example).html
     assert slider.count('type="radio"') == slider.count("<img") == len(STEPS)
     assert slider.count(" checked") == 1 and "<script" not in slider
 
@@ -191,7 +192,7 @@ def test_one_question_is_asked_of_every_image_with_the_user_s_answers(parameters
     for line in lines:
         assert [(a["kind"], a["text"]) for a in line["answers"]] == [
             ("true", "yes"), ("true", "a dog"), ("prior", "no")]
-    assert explorer.example(p, found)["question"] == "is there a dog ?"
+    assert stills.example(p, found)["question"] == "is there a dog ?"
 
 
 def test_without_a_truth_file_the_prior_s_answer_is_what_the_model_says_blindly(

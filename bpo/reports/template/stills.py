@@ -1,0 +1,88 @@
+"""One picture under more and more noise, chosen by a rule: notebook 1's, and notebook 4's with what
+the methods answer."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from bpo.data import images
+from bpo.evaluation import probe, under_noise
+from bpo.models import checkpoint as checkpoints
+from bpo.models import encoding
+from bpo.params import NoiseProbability, QualitativeComparison
+from bpo.reports import cards, figures, page, seen
+from bpo.reports.cards import Shown
+from bpo.study import seeds
+from bpo.study import stage as stages
+from bpo.study.files import read_lines
+from bpo.study.text import joined
+
+
+def example(p: NoiseProbability, result: stages.Result) -> dict[str, Any]:
+    """The row of notebook 1 that stands for all by `seen.typical`: `probe.example`'s, and
+    {known: whether the prior's answers are, courses: from what to what all rows' answers go}."""
+    known = "truth" in result.manifest["inputs"] or bool(p.question)
+    row, courses = seen.typical(probe.load(result)[0], known=known)
+    return {**probe.example(p, result, row), "known": known, "courses": courses}
+
+
+def fate(found: dict[str, Any]) -> Shown:
+    """The question of the example, and how many rows' answers go which way."""
+    n = found["courses"]
+    first, total = sum(k for (clean, _), k in n.items() if clean == "prior"), n.total()
+    go, stay = n["true", "prior"], n["true", "true"]
+    return page.say(
+        "**{q}** What is there: {t}. The prior's answer: {u}. Of {n} images, **{g} go from the "
+        "true answer to the prior's** under noise, {f} have the prior's first on the clean image, "
+        "{s} stay with the true one and {o} do otherwise. Shown is the median of {w} by how much P "
+        "moves.", q=joined(found["question"]), t=" or ".join(found["true"]),
+        u=" or ".join(found["prior"]), n=total, g=go, f=first, s=stay, o=total - go - first - stay,
+        w="those that go" if go else "all")
+
+
+def slider(p: NoiseProbability, found: dict[str, Any]) -> Shown:
+    """The example at each step of the noise."""
+    return cards.slider(
+        [{"step": step, "image": image, "chances": {"untuned model": chances}}
+         for step, image, chances in zip(p.noise_steps, found["images"], found["chances"],
+                                         strict=True)],
+        [" or ".join(found[kind]) for kind in probe.KINDS], "noise step", known=found["known"])
+
+
+def other_strip(found: dict[str, Any], way: str) -> Shown:
+    """The example at each step of another way, and whether the model saw."""
+    shown = found["other_ways"][way]
+    said = [cards.SAYS[cards.leading(c, known=found["known"])] for c in shown["chances"]]
+    return page.figure(
+        figures.noise_strip(shown["images"], shown["steps"], said),
+        alt=f"One image at each step of {way} and whether the model saw",
+        caption=f"The same image from step {shown['steps'][0]} of {way} to the last; below, which "
+                "answer is likeliest.")
+
+
+def slider_under_noise(p: QualitativeComparison, result: stages.Result, names: Sequence[str]
+                       ) -> Shown:
+    """The picture that stands for the base's answers under noise, by `seen.typical`, at each step,
+    with what each of the named methods answers."""
+    file = result.folder / "answers-under_noise.jsonl"
+    if not file.is_file():
+        return page.say("No picture was asked about under noise.")
+    q, lines = under_noise.probing(p), read_lines(file)
+    known = bool(q.category)
+    name = "p" if known else "logp"  # of the whole answer, or a token's
+    looks = [{**x, "answers": [
+        {"kind": k, "tokens": 1, "logp": math.log(max(x[f"p_{k}"][names[0]], 1e-9)) if known
+         else x[f"logp_{k}"][names[0]]} for k in probe.KINDS]} for x in lines]
+    chosen, _ = seen.typical(looks, known=known)
+    row = next(r for r in probe.listed(q)[0] if r.id == chosen)
+    processor = checkpoints.load_processor(p.path(p.model))
+    clean = encoding.transformed(images.load(row.image), p.image_transform, processor)
+    stills = [{"step": x["step"], "image": encoding.noised_picture(
+        processor, clean, x["step"], seeds.torch_generator(p.seed, "probe noise", row.id, 0)),
+        "chances": {m: [x[f"{name}_{k}"][m] if known else math.exp(x[f"{name}_{k}"][m])
+                        for k in probe.KINDS] for m in names}}
+        for x in lines if x["row"] == chosen]
+    words = json.loads((result.folder / probe.CANDIDATES).read_text(encoding="utf-8"))[chosen]
+    return cards.slider(stills, [" or ".join(words[k]) for k in probe.KINDS],
+                         f"{joined(row.question)} Noise step", known=known)
