@@ -11,6 +11,7 @@ import os
 import re
 import string
 from collections import Counter
+from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
