@@ -105,7 +105,7 @@ def scores(frame: DataFrame) -> list[Shown]:
                                  for b, of in panels.items()}),
             alt=f"Differences of {method} to {' and '.join(panels)}",
             caption="What decides each benchmark and may not be lost with it, named beforehand; "
-                    f"filled: zero is excluded; {tables.PAIRED}; n: out of how many. {HOLM}."),
+                    f"filled: zero is excluded; {tables.PAIRED}. {HOLM}."),
         report.table(level.pivot(index="method", columns="name", values="text").reindex(
             index=few(frame), columns=level["name"].unique()).reset_index(),
             "The same measures, in per cent to the digits that so few questions measure")]
@@ -235,8 +235,8 @@ def image_gains(frame: DataFrame) -> list[Shown]:
              + (f", {signed(of['stop'], 1)} of it in comma, stop and end"
                 if abs(of.get("stop", 0)) >= 0.05 else "") for category, of in wrong.items()]
     return [report.say(
-        "**With the right image** {m} makes, in nats an answer: {s}. **With a wrong image**, "
-        "minus base: {w}.", m=method, w="; ".join(parts), s="; ".join(
+        "{m} minus base, nats an answer. **With the right image** {s}. **With a wrong image** {w}.",
+        m=method, w="; ".join(parts), s="; ".join(
             f"{word}: {', '.join(what)}" for word, what in sure.items() if what) or "–"),
         report.figure(
             figures.two_views(rows[rows["label"].isin(moved)],
