@@ -3,26 +3,21 @@ results.csv and answers; and of notebook 4, whether a method knows more or is on
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
 
-from matplotlib.figure import Figure
-from pandas import DataFrame
+from pandas import DataFrame, concat
 
-from bpo.evaluation import benchmarks, diagnostics, judged
+from bpo.evaluation import benchmarks, claims, diagnostics, judged
 from bpo.evaluation.judged import Judged
 from bpo.params import Benchmarks
-from bpo.reports import figures, tables
+from bpo.reports import figures, summary, tables
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
-from bpo.reports.figures import QUIET, WIDTH
 from bpo.study import results
 from bpo.study import stage as stages
-from bpo.study.results import DECIDED
-from bpo.study.text import visible
+from bpo.study.results import BETTER, DECIDED, OPEN, WORSE
+from bpo.study.text import signed
 
-# Hallucination by benchmark; it is to be read beside cover.
-TRADE = {"chair": ["chair_s", "chair_i"], "object-halbench": ["response", "mention"],
-         "amber": ["chair", "hal"]}
+LEAST = 50  # questions that a share in the figure of P(yes) needs
 
 
 def settings(p: Benchmarks, result: stages.Result) -> DataFrame:
@@ -54,20 +49,86 @@ def few(frame: DataFrame) -> list[str]:
     return list(dict.fromkeys(("base", tables.control(frame), tables.main_method(frame))))
 
 
-def trade_offs(frame: DataFrame) -> list[Shown]:
-    """A figure a benchmark of captions: cover against hallucination of each method."""
+# --- scores -------------------------------------------------------------------------------------
+
+def deciding(frame: DataFrame) -> DataFrame:
+    """The rows, with the column name, of the measures that were named beforehand: what decides
+    each benchmark, and what may not be lost with it."""
+    named = [(n, m) for n in frame["split_or_benchmark"].unique() if n in benchmarks.KNOWN
+             for m in claims.deciding(n)[:2] if m]
+    return DataFrame([(*key, claims.label(*key)) for key in named],
+                     columns=["split_or_benchmark", "metric", "name"]).merge(
+        frame.dropna(subset="value"), on=["split_or_benchmark", "metric"])
+
+
+def differences(frame: DataFrame, against: str) -> DataFrame:
+    """The page's method minus a baseline, of what has a better and a worse; p_holm: over these
+    rows."""
+    rows = tables.differences(frame).query("against == @against and reading != ''")
+    return rows.assign(p_holm=results.holm(rows["p"].tolist()))
+
+
+HOLM = "*: still when all measures are looked at together (Holm, 5 %)"
+
+
+def reading(frame: DataFrame, against: str) -> str:
+    """In which deciding measures the page's method is better or worse, each by its own interval;
+    a star: `HOLM`."""
+    rows = differences(deciding(frame), against)
+    if rows.empty:
+        return "nothing was scored"
+    rows = rows.assign(label=rows["label"] + (rows["p_holm"] < 0.05).map({True: "*", False: ""}))
+    parts = []
+    for kind in DECIDED:
+        names = [f"{title} ({', '.join(of['label'])})" for title, of in
+                 rows[rows["reading"] == kind].groupby("title", sort=False)]
+        parts += [f"{kind} in {', '.join(names)}"] if names else []
+    if unseen := (rows["reading"] == OPEN).sum():
+        parts.append(f"{OPEN} in {unseen} of {len(rows)} measures")
+    return "; ".join(parts)
+
+
+def scores(frame: DataFrame) -> list[Shown]:
+    """What the measures named beforehand say of the page's method: words, a figure, levels."""
+    rows, method = deciding(frame), tables.main_method(frame)
+    panels = {b: of for b in few(frame) if len(of := differences(rows, b))}
+    if not panels:
+        return [report.say("Nothing was scored.")]
+    out_of = {r.name: f"{r.name}, n={r.n:,.0f}" for of in panels.values() for r in of.itertuples()}
+    level = rows[(rows["against"] == "") & rows["method"].isin(few(frame))].assign(
+        text=lambda x: list(map(short, x["value"])))
+    return [
+        report.say("{r}.", r=". ".join(f"{method} against {b}: {reading(frame, b)}"
+                                       for b in panels)),
+        report.figure(
+            figures.differences({f"{method} − {b}": of.assign(label=of["name"].map(out_of))
+                                 for b, of in panels.items()}),
+            alt=f"Differences of {method} to {' and '.join(panels)}",
+            caption="What decides each benchmark and may not be lost with it, named beforehand; "
+                    f"filled: zero is excluded; {tables.PAIRED}. {HOLM}."),
+        report.table(level.pivot(index="method", columns="name", values="text").reindex(
+            index=few(frame), columns=level["name"].unique()).reset_index(),
+            "The same measures, in per cent to the digits that so few questions measure")]
+
+
+def short(value: float) -> str:
+    """A level to as many digits as a few hundred questions measure."""
+    return f"{value:.0%}".replace("%", " %") if abs(value) <= 1 else f"{value:.2f}"
+
+
+def all_differences(frame: DataFrame) -> list[Shown]:
+    """A table a baseline: every difference of the page's method that has a better and a worse."""
     out = []
-    for name, measures in TRADE.items():
-        rows = frame.query("split_or_benchmark == @name and against == ''").dropna(subset="value")
-        rows = rows.assign(label=benchmarks.labels(rows))
-        # few questions, drawn, may hold none that asks for a description
-        up = [m for m in measures if {m, "cover"} <= set(rows["metric"])]
-        if up:
-            title = benchmarks.title(name)
-            out.append(report.figure(
-                draw_trade_off(rows, "cover", up),
-                alt=f"Hallucination against cover, {title}",
-                caption=f"{title}: crosses are {tables.INTERVALS}."))
+    for against in tables.baselines(frame):
+        rows = differences(frame.query("category == 'all'"), against)
+        if len(rows):
+            out.append(report.table(DataFrame({
+                "benchmark": rows["title"], "metric": rows["label"],
+                "difference": results.texts(rows), "p": rows["p"].map("{:.4f}".format),
+                "p, Holm": rows["p_holm"].map("{:.4f}".format)}).reset_index(drop=True),
+                f"{tables.main_method(frame)} minus {against}",
+                f"{tables.PAIRED}; better or worse: zero is excluded; p is two-sided, from the "
+                "same bootstrap; p, Holm: with all rows of the table looked at together"))
     return out
 
 
@@ -75,80 +136,147 @@ def by_place(p: Benchmarks, result: stages.Result, frame: DataFrame) -> list[Sho
     """Wrong objects by their place in CHAIR's captions, where that was asked."""
     if "chair" not in p.folders:
         return []
+    places = benchmarks.by_place(p, result, "chair", few(frame))
+    fig = figures.bands(
+        {"": {m: (c["place"], c["value"], c["low"], c["high"])
+              for m, c in places.groupby("method", sort=False)}},
+        xlabel="place of the object in its caption", ylabel="share that is not in the image")
+    fig.axes[0].locator_params(axis="x", integer=True)
     return [report.figure(
-        draw_by_place(benchmarks.by_place(p, result, "chair", few(frame))),
-        alt="Wrong objects by place in the caption",
+        fig, alt="Wrong objects by place in the caption",
         caption="CHAIR's captions: share of wrong ones among the objects named first, second, ...; "
-                f"{tables.INTERVALS}, places with {benchmarks.FEWEST} captions or more.")]
+                f"{tables.INTERVALS}, places with {benchmarks.FEWEST} captions or more. What is "
+                "named late is wrong more often: a longer caption has a higher rate without being "
+                "less careful.")]
 
 
-def difference_tables(frame: DataFrame) -> list[Shown]:
-    """The page's method against the base and against the control: a table and a figure each."""
-    method, out = tables.main_method(frame), []
-    for against in dict.fromkeys(("base", tables.control(frame))):
-        rows = tables.differences(frame.query("category == 'all'")).query("against == @against")
-        if rows.empty:
-            continue
-        table = DataFrame({
-            "benchmark": rows["title"], "metric": rows["label"],
-            "difference": results.texts(rows), "p": rows["p"].map("{:.4f}".format),
-            "p, Holm": rows["p_holm"].map("{:.4f}".format)}).reset_index(drop=True)
-        out.append(report.table(table, f"{method} minus {against}",
-                                f"{tables.PAIRED}; better or worse: zero is excluded"))
-        # two benchmarks may have a metric of one name
-        named = [r.label if r.label.startswith(r.title) else f"{r.title}: {r.label}"
-                 for r in rows.itertuples()]
-        out.append(report.figure(
-            figures.differences({f"{method} − {against}": rows.assign(label=named)}),
-            alt=f"Differences of {method} to {against}",
-            caption=f"{method} minus {against}; filled where the 95 % interval excludes zero."))
+def says_yes(result: stages.Result, frame: DataFrame) -> list[Shown]:
+    """How often each method says yes, beside how often that is true."""
+    parts = []
+    for name, rows in frame.query("metric == 'yes_ratio' and against == ''").groupby(
+            "split_or_benchmark", sort=False):
+        labels = [x["label"] for x in benchmarks.answers(result, name) if x["p_yes"]]
+        shares = rows.set_index("method")["value"]
+        parts.append(f"{benchmarks.title(name)} ({len(labels)} questions, yes is true of "
+                     f"{short(labels.count('yes') / len(labels))}): "
+                     + ", ".join(f"{m} {short(shares[m])}" for m in few(frame)))
+    return [report.say(
+        "**How often a model says yes**: {p}. Precision, recall and F1 follow from that, in AMBER, "
+        "which counts no as positive, the other way round: alone none of them is better or worse.",
+        p="; ".join(parts))
+        ] if parts else []
+
+
+def yes_and_no(result: stages.Result, frame: DataFrame) -> list[Shown]:
+    """How yes/no answers were read, and how many of the base turn round where nothing but their
+    decoding differs; a table where the official script reads some otherwise."""
+    rows, method, out = frame.query("category == 'reading'"), tables.main_method(frame), []
+    for name, ways in result.metrics["noise_floor"].items():
+        mine = rows.query("split_or_benchmark == @name")
+        level = mine.query("against == ''").set_index(["metric", "method"])["value"]
+        flips = ", ".join(f"{n['flips']} of {n['questions']} in {way}" for way, n in ways.items())
+        other = level["read_otherwise"].max()
+        out.append(report.say(
+            "{b}: answers of one word are {x} of the base's and {y} of {m}'s; the official script "
+            "reads up to {o} of a method's otherwise. Asked again, the base's answers that turn "
+            "round: {f}; a difference of so few says nothing.", b=benchmarks.title(name),
+            x=short(level["bare", "base"]), y=short(level["bare", method]), m=method,
+            o=short(other), f=flips))
+        out += tables.level_tables(mine) if other else []
     return out
 
 
-def reading(frame: DataFrame, against: str) -> str:
-    """How many differences are better and worse by their own interval, and which are left when all
-    are looked at together."""
-    rows = tables.differences(frame.query("category == 'all'")).query("against == @against")
-    if rows.empty:
-        return "nothing was scored"
-    better, worse = ((rows["reading"] == kind).sum() for kind in DECIDED)
-    left = rows[(rows["p_holm"] < 0.05) & rows["reading"].isin(DECIDED)]
-    names = ", ".join(f"{r.title} {r.label} ({r.reading})" for r in left.itertuples())
-    return (f"better in {better}, worse in {worse} of {len(rows)} differences; corrected for all "
-            f"{len(rows)} (Holm, 5 %) there remain: {names or 'none'}")
+def calibrations(result: stages.Result, frame: DataFrame) -> list[Shown]:
+    """A table and a figure a benchmark of yes/no questions."""
+    out = []
+    for name, rows in tables.levels(frame.query("category == 'calibration'")).groupby(
+            "split_or_benchmark", sort=False):
+        title = benchmarks.title(name)
+        values = result.metrics["calibration"][name]["values"]
+        bins = {m: kept for m in few(frame)
+                if (kept := [b for b in values[m]["bins"] if b["n"] >= LEAST])}
+        out.append(report.table(tables.pivoted(rows, "method", "label"),
+                                f"{title}: can P(yes) be believed?", tables.INTERVALS))
+        if bins:
+            out.append(report.figure(
+                figures.reliability(bins), alt=f"Reliability, {title}",
+                caption=f"{title}: of the questions with a P(yes) near some value, that share "
+                        f"should be truly yes. Of ten bins those with {LEAST} questions or more."))
+    return out
 
 
-def readings(frame: DataFrame) -> list[Shown]:
-    return [report.say("{m} against {a}: {r}.", m=tables.main_method(frame), a=against,
-                       r=reading(frame, against)) for against in tables.baselines(frame)]
-
+# --- what the image does ------------------------------------------------------------------------
 
 def image_gains(frame: DataFrame) -> list[Shown]:
-    """How tuning moves the annotated answers' log-probability with the right and with the wrong
-    image, by kind of token; nothing where no answers were weighed."""
+    """How tuning moves the annotated answers' log-probability with the right and with a wrong
+    image, by kind of token: words and a figure; nothing where no answers were weighed."""
     method = tables.main_method(frame)
-    names = {f"{view}_{kind}": (view, kind) for view in ("right", "swapped")
-             for kind in diagnostics.KINDS}
-    rows = frame.query("split_or_benchmark == 'image' and against == 'base' and metric in @names "
-                       f"and method in {(method, tables.control(frame))}").dropna(subset="value")
+    rows = frame.query("split_or_benchmark == 'image' and against == 'base' and "
+                       f"method in {(method, tables.control(frame))}")
+    rows = rows.join(rows["metric"].str.extract(
+        rf"^(?P<view>right|swapped)_(?P<kind>{'|'.join(diagnostics.KINDS)})$")).dropna(
+            subset=["kind", "value"])
     if rows.empty:
         return []
-    rows = rows.assign(view=[names[m][0] for m in rows["metric"]],
-                       kind=[names[m][1] for m in rows["metric"]])
-    out = [report.figure(
-        draw_image_gains(rows), alt="Change of the annotated answers' log-probability by token",
-        caption="Annotated answers by category of question, minus base. Filled: with the right "
-                "image; further right is better for colours and objects. Hollow: with another "
-                f"row's image; {tables.PAIRED}.")]
-    for category, mine in rows.query("method == @method").groupby("category", sort=False):
-        parts = []
-        for view, of in (("right", "right image"), ("swapped", "wrong image")):
-            changes = mine[mine["view"] == view].set_index("kind")["value"]
-            kinds = ", ".join(f"{diagnostics.KINDS[k]} {x:+.2f}" for k, x in changes.items())
-            parts.append(f"{of} {changes.sum():+.2f} ({kinds})")
-        out.append(report.say("{c}, {m} minus base in nats an answer: {r}.", c=category, m=method,
-                              r="; ".join(parts)))
-    return out
+    rows = rows.assign(
+        many=-rows.groupby("category")["kind"].transform("nunique"),
+        label=[f"{r.category}, n={r.n:.0f}: {diagnostics.KINDS[r.kind]}"
+               for r in rows.itertuples()]).sort_values(["many", "category"], kind="stable")
+    moved = set(rows.loc[rows["value"].abs() >= 0.005, "label"])
+    mine = rows.query("method == @method")
+    right = mine[(mine["view"] == "right") & mine["more_is_better"].notna()]
+    sure = {word: [f"{diagnostics.KINDS[r['kind']]} in {r['category']} answers ({e.text(2, '+')})"
+                   for r, e in zip(right.to_dict("records"), results.estimates(right), strict=True)
+                   if e.reading() == way]
+            for word, way in (("likelier", BETTER), ("less likely", WORSE), (OPEN, OPEN))}
+    wrong = {c: of.set_index("kind")["value"] for c, of in mine.query("view == 'swapped'").groupby(
+        "category", sort=False)}
+    parts = [f"{category} answers {signed(of.sum(), 1)}"
+             + (f", {signed(of['stop'], 1)} of it in comma, stop and end"
+                if abs(of.get("stop", 0)) >= 0.05 else "") for category, of in wrong.items()]
+    return [report.say(
+        "{m} minus base, nats an answer. **With the right image** {s}. **With a wrong image** {w}.",
+        m=method, w="; ".join(parts), s="; ".join(
+            f"{word}: {', '.join(what)}" for word, what in sure.items() if what) or "–"),
+        report.figure(
+            figures.two_views(rows[rows["label"].isin(moved)],
+                              {"right": "right image", "swapped": "wrong image"},
+                              "nats an answer, minus base"),
+            alt="Change of the annotated answers' log-probability by kind of token",
+            caption=f"Annotated answers, minus base; {tables.PAIRED}. With the right image, right "
+                    "is better for colours and objects; a fall with a wrong one can be mere "
+                    "certainty. The two axes differ.")]
+
+
+# --- claims -------------------------------------------------------------------------------------
+
+def claimed(verdicts: DataFrame, main: str) -> list[Shown]:
+    """Claims of one study: how many hold, a row each that was measured, claims 2 and 3 on the main
+    split, where it decides any, and against the sharpest control; folded, all rows with p."""
+    kinds, compared = verdicts["verdict"].value_counts(), verdicts["claim"].isin(("2", "3"))
+    measured = verdicts["verdict"] != claims.UNMEASURED
+    harm = verdicts[(verdicts["claim"] == claims.HARM) & (verdicts["verdict"] == claims.FAILS)]
+    sharpest = next((c for c in claims.CONTROLS if c in set(verdicts.loc[measured, "against"])), "")
+    there = verdicts["decides"].str.startswith(f"{main}: ")
+    shown = measured & ~verdicts["against"].isin(set(claims.CONTROLS) - {sharpest})
+    if (compared & there & measured).any():
+        shown &= there | ~compared
+    table = summary.claims_table(verdicts)
+    where = table["decides"].str.extract("^(?:(.*?): )?(.*)$")
+    rows = table.assign(
+        group=table["claim"] + " · " + table["compared"] + (", " + where[0]).fillna(""),
+        decides=where[1])[shown].groupby("group", sort=False)
+    rows = concat([of for _, of in rows], ignore_index=True)
+    return [
+        report.say("Of {n} rows **{h} hold**, {f} do not; {o} in {k}; not measured: {u}. Harm is "
+                   "seen in **{harm}**.", n=len(verdicts), h=kinds.get(claims.HOLDS, 0),
+                   f=kinds.get(claims.FAILS, 0), o=OPEN, k=kinds.get(OPEN, 0),
+                   u=kinds.get(claims.UNMEASURED, 0), harm="; ".join(harm["decides"]) or "no row"),
+        report.table(rows[["says", "decides", "difference", "verdict"]],
+                     "The paper's claims and this study", groups=rows["group"]),
+        report.folded("All rows: benchmarks, weaker controls, p, and how a row is decided",
+                      report.table(table, "Every row", claims.RULE),
+                      report.say("{t}.", t=claims.looks(verdicts)))]
 
 
 def sharpening(frame: DataFrame, split: str) -> list[Shown]:
@@ -179,122 +307,3 @@ def sharpening(frame: DataFrame, split: str) -> list[Shown]:
                    g=f"{after - before:+.3f}", s=f"{matched - before:+.3f}",
                    r=rest.text(sign="+"),
                    t="" if rest.excludes_zero() else ", no difference seen")]
-
-
-def yes_and_no(result: stages.Result, frame: DataFrame) -> list[Shown]:
-    """A table a benchmark of how answers were read, how many are one word before and after, and
-    how many answers of the base turn round where nothing but their decoding differs."""
-    rows = frame.query("category == 'reading'")
-    out = tables.level_tables(rows)
-    method = tables.main_method(frame)
-    for name, ways in result.metrics["noise_floor"].items():
-        bare = rows.query("split_or_benchmark == @name and metric == 'bare' and against == ''")
-        shares = bare.set_index("method")["value"]
-        flips = ", ".join(f"{n['flips']} of {n['questions']} in {way}" for way, n in ways.items())
-        out.append(report.say(
-            "{b}: answers of one word are {x:.1%} of the base's and {y:.1%} of {m}'s. Asked again, "
-            "the base's answers that turn round: {f}.", b=benchmarks.title(name), x=shares["base"],
-            y=shares[method], m=method, f=flips))
-    return out
-
-
-def calibrations(result: stages.Result, frame: DataFrame) -> list[Shown]:
-    """A table and a figure a benchmark of yes/no questions."""
-    out = []
-    for name, rows in tables.levels(frame.query("category == 'calibration'")).groupby(
-            "split_or_benchmark", sort=False):
-        title = benchmarks.title(name)
-        values = result.metrics["calibration"][name]["values"]
-        order = tables.pivoted(rows, "method", "label")[
-            ["method", *(label for label, _, _ in benchmarks.CALIBRATION.values())]]
-        out += [report.table(order, f"{title}: calibration", tables.INTERVALS),
-                report.figure(
-                    draw_reliability({m: values[m]["bins"] for m in few(frame)}),
-                    alt=f"Reliability, {title}",
-                    caption=f"{title}: ten bins of equal width; below, questions in each.")]
-    return out
-
-
-# --- figures ------------------------------------------------------------------------------------
-
-def draw_trade_off(frame: DataFrame, across: str, up: Sequence[str]) -> Figure:
-    """A panel a measure of hallucination, against how much is said: a cross of two intervals a
-    method. Down and to the right is better.
-
-    frame: {method, metric, label, value, low, high}; across, up: the metrics.
-    """
-    fig, panels = figures.grid(1, len(up), width=WIDTH, height=3.9)
-    styles = figures.styles(frame["method"].unique())
-    for panel, metric in zip(panels, up, strict=True):
-        rows = frame[frame["metric"] == metric]
-        panel.set(title=rows["label"].iloc[0], xlabel=across)
-        both = rows.merge(frame[frame["metric"] == across], on="method", suffixes=("", "_across"))
-        for row in both.itertuples():
-            style = styles[row.method]
-            panel.errorbar(
-                row.value_across, row.value, color=style["color"], marker=style["marker"],
-                markersize=7, elinewidth=1.1, linestyle="", label=visible(row.method),
-                xerr=[[row.value_across - row.low_across], [row.high_across - row.value_across]],
-                yerr=[[row.value - row.low], [row.high - row.value]])
-    figures.legend_above(fig, panels[0])
-    return fig
-
-
-def draw_by_place(frame: DataFrame) -> Figure:
-    """A line a method: the share of wrong ones among the objects that are named first, second, ...
-
-    frame: {method, place, value, low, high}, a row a method and place.
-    """
-    lines = {method: (c["place"], c["value"], c["low"], c["high"])
-             for method, c in frame.groupby("method", sort=False)}
-    fig = figures.bands({"": lines}, xlabel="place of the object in its caption",
-                        ylabel="share that is not in the image")
-    fig.axes[0].locator_params(axis="x", integer=True)
-    return fig
-
-
-def draw_reliability(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """How often yes is right against P(yes), a line a method, and how the questions spread over it.
-
-    bins: method -> {"p", "share", "n"}, as `diagnostics.calibration` gives them.
-    """
-    fig, [upper, lower] = figures.grid(2, 1, width=WIDTH * 0.85, height=4.6, sharex=True,
-                                       height_ratios=[3, 1])
-    upper.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
-    for (method, mine), style in zip(bins.items(), figures.styles(bins).values(), strict=True):
-        p = [b["p"] for b in mine]
-        upper.plot(p, [b["share"] for b in mine], label=visible(method), **style)
-        lower.plot(p, [b["n"] for b in mine], **style)
-    upper.set(ylabel="share where yes is right", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    lower.set(xlabel="P(yes) among yes and no", ylabel="questions")
-    figures.legend_above(fig, upper)
-    return fig
-
-
-def draw_image_gains(frame: DataFrame) -> Figure:
-    """A panel a category of question, a row a kind of token: the change of the answers'
-    log-probability with the right image (filled) and with another one (hollow), a colour a method.
-
-    frame: {category, kind, view, method, value, low, high}, in nats an answer.
-    """
-    methods, categories = frame["method"].unique(), frame["category"].unique()
-    order = [k for k in diagnostics.KINDS if k in set(frame["kind"])]
-    looks = [(m, view, style) for m, style in figures.styles(methods).items()
-             for view in ("right", "swapped")]
-    fig, panels = figures.grid(1, len(categories), width=WIDTH,
-                               height=1.3 + 0.2 * len(looks) * len(order))
-    for column, (panel, category) in enumerate(zip(panels, categories, strict=True)):
-        for number, (method, view, style) in enumerate(looks):
-            rows = frame.query("category == @category and method == @method and view == @view")
-            places = [order.index(k) + 0.16 * (number - (len(looks) - 1) / 2)
-                      for k in rows["kind"]]
-            panel.hlines(places, rows["low"], rows["high"], color=style["color"], linewidth=1.4)
-            panel.plot(rows["value"], places, style["marker"], color=style["color"], markersize=5.5,
-                       markerfacecolor=style["color"] if view == "right" else "white",
-                       label=f"{visible(method)}, {'right' if view == 'right' else 'wrong'} image")
-        figures.rows_of(panel, [diagnostics.KINDS[k] for k in order])
-        panel.tick_params(axis="y", labelleft=column == 0)
-        panel.axvline(0, color="#303030", linewidth=1)
-        panel.set(title=f"{category} answers", xlabel="nats an answer, minus base")
-    figures.legend_above(fig, panels[0])
-    return fig

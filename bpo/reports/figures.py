@@ -248,3 +248,38 @@ def legend_above(fig: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
         fig.legend(handles, labels, loc="outside upper left", ncols=min(3, len(labels)))
+
+
+def reliability(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """How often yes is right against P(yes), a line a method with binomial 95 % intervals.
+    bins: method -> {"p", "share", "n"}."""
+    lines = {m: [(b["p"], b["share"], 1.96 * math.sqrt(b["share"] * (1 - b["share"]) / b["n"]))
+                 for b in mine] for m, mine in bins.items()}
+    fig = bands({"": {m: [[p for p, _, _ in mine], [x for _, x, _ in mine],
+                          [x - half for _, x, half in mine], [x + half for _, x, half in mine]]
+                      for m, mine in lines.items()}},
+                xlabel="P(yes) among yes and no", ylabel="share where yes is right")
+    fig.axes[0].plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
+    fig.axes[0].set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    return fig
+
+
+def two_views(frame: "pandas.DataFrame", views: Mapping[str, str], xlabel: str) -> Figure:
+    """A panel a view with an axis of its own, a row a label: intervals, a colour a method.
+    frame: {label, view, method, value, low, high}; views: view -> the panel's title."""
+    order, looks = list(frame["label"].unique()), styles(frame["method"].unique())
+    fig, panels = grid(1, len(views), width=WIDTH, height=1.2 + 0.36 * len(order))
+    for panel, (view, title) in zip(panels, views.items(), strict=True):
+        for number, (method, style) in enumerate(looks.items()):
+            rows = frame[(frame["view"] == view) & (frame["method"] == method)]
+            places = [order.index(x) + 0.24 * (number - (len(looks) - 1) / 2)
+                      for x in rows["label"]]
+            panel.hlines(places, rows["low"], rows["high"], color=style["color"], linewidth=1.6)
+            panel.plot(rows["value"], places, style["marker"], color=style["color"], markersize=5.5,
+                       label=visible(method))
+        rows_of(panel, order)
+        panel.tick_params(axis="y", labelleft=panel is panels[0])
+        panel.axvline(0, color="#303030", linewidth=1)
+        panel.set(title=title, xlabel=xlabel)
+    legend_above(fig, panels[0])
+    return fig

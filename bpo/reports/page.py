@@ -11,6 +11,7 @@ import os
 import re
 import string
 from collections import Counter
+from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ SCROLLS = 'tabindex="0" role="group" aria-label'
 STAMP = "bpo_stamp"  # in the metadata of an executed notebook
 SIGNS = {"complete": "✓", "failed": "✗"}
 # Characters: a wider table has its intervals below its numbers; is a card a row on a phone.
-DESK, PHONE = 100, 44
+DESK, PHONE = 106, 44
 LINKS = {"html": "report", "ipynb": "notebook", "manifest": "manifest"}
 
 
@@ -63,10 +64,12 @@ def figure(fig: "matplotlib.figure.Figure", alt: str, caption: str) -> Shown:
     )
 
 
-def table(frame: "pandas.DataFrame", caption: str, note: str = "") -> Shown:
+def table(frame: "pandas.DataFrame", caption: str, note: str = "", *, groups: Sequence[str] = ()
+          ) -> Shown:
     """The frame as a table; columns of numbers and of `estimate`s are set right.
 
     An index that is not just 0, 1, 2 ... becomes the first column. `note` goes under the table.
+    groups: the heading of each row, said once over rows that have the same.
     """
     if list(frame.index) != list(range(len(frame))):
         frame = frame.reset_index()
@@ -74,11 +77,10 @@ def table(frame: "pandas.DataFrame", caption: str, note: str = "") -> Shown:
     kinds = {name: ' class="number"' if all(map(NUMBER.fullmatch, column)) else ""
              for name, column in cells.items()}
     head = "".join(f'<th scope="col"{kinds[name]}>{as_text(name)}</th>' for name in cells)
-    rows = "".join(
+    rows = filters.under_headings([
         "<tr>" + "".join(f'<td{kinds[name]} data-label="{_line(str(name))}">'
                          f"{_shown_cell(cells[name][row])}</td>" for name in cells)
-        + "</tr>" for row in range(len(frame))
-    )
+        + "</tr>" for row in range(len(frame))], groups, len(cells))
     title = _line(caption)
     # numbers do not wrap, words do
     wide = sum(3 + max(*map(len, str(n).split()), *(
@@ -129,10 +131,7 @@ class _Escaping(_Text):
 
 
 def say(template: str, **values: object) -> Shown:
-    """A sentence: the template is ours and may hold **bold**, the values are only ever text.
-
-    say("**{n}** of {total} pairs kept ({share:.1%}).", n=90, total=120, share=0.75)
-    """
+    """A sentence: the template is ours and may hold **bold**, the values are only ever text."""
     bold = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(template, quote=False))
     return Shown(f"<p>{_Escaping().format(bold, **values)}</p>", kind="say",
                  plain=_Text().format(template.replace("**", ""), **values))

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from pandas import DataFrame
+from pandas import DataFrame, notna
 
 from bpo.evaluation import benchmarks, claims, comparison, replication
 from bpo.params import Refusal, Replication
@@ -39,13 +39,15 @@ def forests(frame: DataFrame, p: Replication) -> list[Shown]:
 
 def claims_table(verdicts: DataFrame) -> DataFrame:
     """Claims of one study, or `replication.claims_over`'s, for a page: what is compared in one
-    column, and the signs of all seeds in one, in the seeds' order."""
+    column, the signs of all seeds in one, in the seeds' order, and n with what decides."""
     signs = [c for c in verdicts if c.isdigit()]
     table = verdicts.assign(compared=results.names(verdicts))
     if signs:
         table["seeds"] = verdicts[signs].agg("".join, axis=1)
+    if "n" in table:
+        table["decides"] += [f", n={n:,.0f}" if notna(n) else "" for n in table.pop("n")]
     first = [c for c in ("claim", "says", "compared", "decides", "seeds") if c in table]
-    return table[[*first, *verdicts.columns.drop([*claims.KEYS, *signs])]]
+    return table[[*first, *table.columns.drop([*first, "method", "against", *signs])]]
 
 
 QUESTION = "Does BPO make the model look at the picture?"
@@ -174,29 +176,31 @@ def headline(mean: DataFrame, seeds: int) -> Shown:
 
 def steps(frame: DataFrame) -> DataFrame:
     """From base to method in three steps, for the methods whose matched SFT was trained: a row a
-    step with levels and their changes, {step, METRIC, METRIC, change}.
+    step with levels and their changes, {step, METRIC, METRIC, change}, and, beside P(true answer),
+    what lies above the base that is as certain (`claims.SHARPENED`), where that was measured.
 
     frame: of one study, or `replication.over_seeds`'s.
     """
     main = comparison.main_split(frame)
     rows = frame[(frame["split_or_benchmark"] == main) & frame["metric"].isin(STEPS)]
-    texts = {(r.method, r.against, r.metric): e.text(sign="+") if r.against else f"{e.value:.3f}"
+    texts = {(r.method, r.against, r.metric): e.text(sign="+") if r.against else number(e.value)
              for r, e in zip(rows.itertuples(), results.estimates(rows), strict=True)}
-    table = []
+    chain = [("base", "base", ""), ("fresh positives", "sft", "base")]
     for method in (claims.METHOD, claims.WEAKENED):
-        chain = {"base": "base", "fresh positives": "sft",
-                 "its own rows": claims.matched(method), "contrast": method}
-        before = ""
-        for step, name in chain.items():
-            row = {"step": step if step == name else f"{step}: {name}"}
-            for metric in STEPS:
-                label = benchmarks.label(main, metric)
-                row[label] = texts.get((name, "", metric), "–")
-                row[f"{label}, change"] = texts.get((name, before, metric), "–") if before else "–"
-            table.append(row)
-            before = name
-        if (method, claims.matched(method), STEPS[0]) not in texts:
-            del table[-len(chain):]
+        own = claims.matched(method)
+        if (method, own, STEPS[0]) in texts:
+            chain += [("its own rows", own, "sft"), ("contrast", method, own)]
+    certain = any((against, of) == (claims.SHARPENED, STEPS[0]) for _, against, of in texts)
+    table = []
+    for step, name, before in chain if len(chain) > 2 else ():
+        row = {"step": f"{step}: {name}" if before else step}
+        for metric in STEPS:
+            label = benchmarks.label(main, metric)
+            row[label] = texts.get((name, "", metric), "–")
+            row[f"{label}, change"] = texts.get((name, before, metric), "–") if before else "–"
+            if certain and metric == STEPS[0]:
+                row["above the base as certain"] = texts.get((name, claims.SHARPENED, metric), "–")
+        table.append(row)
     return DataFrame(table)
 
 
@@ -225,7 +229,10 @@ def steps_table(frame: DataFrame, intervals: str) -> Shown:
         return report.say("No method was trained beside sft and its own matched SFT, so the steps "
                           "from base to method are not known.")
     return report.table(table, "From base to method in three steps",
-                        f"a change is a difference from the row above; {intervals}")
+                        f"{comparison.main_split(frame)} images; a change is against the row "
+                        "above, of its own rows against sft; the base as certain: at the "
+                        "temperature that makes it as sure as the method, which is mere "
+                        f"sharpening; {intervals}")
 
 
 def power(frame: DataFrame, p: Replication) -> DataFrame:

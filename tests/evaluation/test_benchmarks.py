@@ -2,23 +2,26 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pandas
 import pytest
 import torch
 from helpers.server import completion
 
 from bpo import params
-from bpo.evaluation import benchmarks, comparison, diagnostics, official
+from bpo.evaluation import benchmarks, claims, diagnostics, official
 from bpo.evaluation.hallucination import yes_or_no
 from bpo.models import encoding, generate, logprobs, tuned
 from bpo.models.generate import Request
 from bpo.params import Benchmarks, Refusal
-from bpo.reports import benchmark_tables, tables
+from bpo.reports import benchmark_tables, figures, tables
 from bpo.study import results
 from bpo.study.files import read_lines, write_lines
+from bpo.study.text import signed
 
 THINGS = ("disc", "box", "cat", "dog")
 METHODS = ["base", "bpo", "bpo_weaken", "sft"]
@@ -182,8 +185,8 @@ def test_the_base_is_asked_again_in_other_batches(result, frame):
     flips = sum(yes_or_no(again[i], q) != yes_or_no(text, q) for i, (text, q) in said.items())
     assert result.metrics["noise_floor"] == {
         "pope": {"batches of 1": {"questions": 24, "flips": flips}}}
-    *_, page = benchmark_tables.yes_and_no(result, frame)
-    assert f"turn round: {flips} of 24 in batches of 1." in page.plain
+    page, *_ = benchmark_tables.yes_and_no(result, frame)
+    assert f"turn round: {flips} of 24 in batches of 1;" in page.plain
     assert "POPE: answers of one word are" in page.plain
 
 
@@ -255,38 +258,65 @@ def frame(result):
 
 
 def test_differences_are_corrected_for_all_that_are_looked_at(frame):
-    rows = tables.differences(frame.query("category == 'all'")).query("against == 'base'")
+    rows = benchmark_tables.differences(frame.query("category == 'all'"), "base")
     assert set(rows["title"]) == {"CHAIR", "POPE"}
-    assert not {"accuracy random", "F1 popular", "words an answer", "yes answers"} & set(rows.label)
+    assert not {"accuracy random", "words an answer", "yes answers", "F1"} & set(rows["label"])
     assert (rows["p_holm"] >= rows["p"]).all() and (rows["p_holm"] > rows["p"]).any()
-    assert f"of {len(rows)} differences" in benchmark_tables.reading(frame, "base")
-    table, figure, *_ = benchmark_tables.difference_tables(frame)
-    assert len(table.plain.splitlines()) == len(rows) + 2 and "<img" in figure.html
+    table, *_ = benchmark_tables.all_differences(frame)
+    assert len(table.plain.splitlines()) == len(rows) + 2
 
 
-@pytest.mark.parametrize("metric, low, high, reading", [
-    ("chair_i", 0.1, 0.2, "worse in 1"), ("chair_i", -0.2, -0.1, "better in 1"),
-    ("cover", 0.1, 0.2, "better in 1"), ("cover", -0.2, -0.1, "worse in 1"),
-    ("cover", -0.1, 0.1, "better in 0, worse in 0")])
-def test_a_difference_is_better_or_worse_by_what_is_measured(metric, low, high, reading, tmp_path):
-    values = {m: {metric: {"value": 0.5}} for m in ("base", "bpo")}
-    change = {"value": (low + high) / 2, "low": low, "high": high, "n": 9, "p": 0.01}
-    results.write(tmp_path, results.compared("chair", values, {"base": {"bpo": {metric: change}}},
-                                             benchmarks.described("chair")))
-    assert reading in benchmark_tables.reading(results.read(tmp_path), "base")
+def moved(folder, name, **changes):
+    """The results of a benchmark with one interval a metric, of bpo to base and to sft."""
+    values = {m: {n: {"value": 0.5} for n in changes} for m in ("base", "sft", "bpo")}
+    change = {n: {"value": (low + high) / 2, "low": low, "high": high, "n": 9, "p": p}
+              for n, (low, high, p) in changes.items()}
+    results.write(folder, results.compared(
+        name, values, {"base": {"bpo": change}, "sft": {"bpo": change}},
+        benchmarks.described(name)))
+    return results.read(folder)
 
 
-def test_reading_names_what_survives_the_correction(tmp_path):
-    values = {m: {n: {"value": 0.5} for n in ("chair_i", "chair_s", "cover")}
-              for m in ("base", "bpo")}
-    changes = {"chair_i": {"value": -0.2, "low": -0.3, "high": -0.1, "p": 0.001},
-               "chair_s": {"value": -0.2, "low": -0.3, "high": -0.1, "p": 0.04},
-               "cover": {"value": -0.2, "low": -0.3, "high": -0.1, "p": 0.03}}
-    results.write(tmp_path, results.compared("chair", values, {"base": {"bpo": changes}},
-                                             benchmarks.described("chair")))
-    assert benchmark_tables.reading(results.read(tmp_path), "base") == (
-        "better in 2, worse in 1 of 3 differences; corrected for all 3 (Holm, 5 %) there remain: "
-        "CHAIR CHAIRi (better)")
+UP, DOWN = (0.1, 0.2, 0.001), (-0.2, -0.1, 0.001)
+
+
+@pytest.mark.parametrize("name, changes, reading", [
+    ("chair", {"chair_i": UP}, "worse in CHAIR (CHAIRi*)"),
+    ("chair", {"chair_i": DOWN}, "better in CHAIR (CHAIRi*)"),
+    ("chair", {"cover": (0.1, 0.2, 0.04), "chair_i": DOWN, "chair_s": UP},
+     "better in CHAIR (CHAIRi*, cover*)"),
+    ("chair", {"cover": (-0.2, -0.1, 0.04), "chair_i": (-0.1, 0.2, 0.5)},
+     "worse in CHAIR (cover); no difference seen in 1 of 2 measures"),
+    ("pope", {"accuracy": (-0.1, 0.1, 0.9), "recall": UP, "f1": UP, "yes_ratio": UP},
+     "no difference seen in 1 of 1 measures"),
+    ("amber", {"recall": DOWN, "amber_score": UP}, "nothing was scored")])
+def test_what_decides_a_benchmark_is_read_by_what_is_measured(name, changes, reading, tmp_path):
+    frame = moved(tmp_path, name, **changes)
+    assert benchmark_tables.reading(frame, "base") == reading
+
+
+@pytest.mark.parametrize("name", ["pope", "amber"])
+def test_what_follows_the_rate_of_yes_is_never_better_or_worse_alone(name, tmp_path):
+    frame = moved(tmp_path, name, **dict.fromkeys(benchmarks.described(name), UP))
+    follow = frame["metric"].str.contains("precision|recall|f1|yes_ratio|amber_score")
+    assert follow.sum() > 8 and frame.loc[follow, "more_is_better"].isna().all()
+    said = " ".join(results.texts(frame[follow])) + "".join(
+        x.plain for x in benchmark_tables.all_differences(frame))
+    assert not re.search(r"precision|recall|F1|AMBER score", said)
+    assert not {"better", "worse"} & set(" ".join(results.texts(frame[follow])).split())
+    counted = frame[frame["more_is_better"].notna() & (frame["against"] == "base")]
+    assert {"accuracy", "unanswered"} <= set(counted["metric"])
+
+
+def test_scores_stand_with_what_they_are_out_of_and_how_often_yes_is_said(result, frame):
+    said, _, table = benchmark_tables.scores(frame)
+    assert "bpo against base: " in said.plain and ". bpo against sft: " in said.plain
+    assert "%" in table.plain and not re.search(r"\d\.\d", table.plain)  # of so few questions
+    assert all(n in table.plain.splitlines()[1] for n in ("CHAIR: cover", "POPE: accuracy"))
+    yes, = benchmark_tables.says_yes(result, frame)
+    share = frame.query("metric == 'yes_ratio' and method == 'bpo' and against == ''")["value"]
+    assert "POPE (24 questions, yes is true of 50 %)" in yes.plain
+    assert f"bpo {share.item():.0%}".replace("%", " %") in yes.plain
 
 
 def test_wrong_objects_are_counted_by_their_place(parameters, result, frame, tmp_path):
@@ -317,44 +347,67 @@ def test_kinds_of_questions_stand_in_a_table_of_their_own(frame):
     assert "answers of one word" in reading.plain
 
 
-def test_the_figures_hold_every_method_and_token(parameters, result, frame):
+def test_bins_of_few_questions_are_not_drawn(result, frame, monkeypatch):
     assert benchmark_tables.few(frame) == ["base", "sft", "bpo"]
-    rows = frame.query("metric in ('right_object', 'swapped_stop') and against == 'base'")
-    drawn = benchmark_tables.draw_image_gains(rows.assign(
-        view=rows["metric"].str.partition("_")[0], kind=rows["metric"].str.partition("_")[2]))
-    assert len(drawn.axes) == 3 == rows["category"].nunique()
-    assert [t.get_text() for t in drawn.axes[0].get_yticklabels()] == [
-        "objects", "comma, stop, end"]
-    marks = [x.get_markerfacecolor() for x in drawn.axes[0].lines if len(x.get_xdata()) == 1]
-    assert len(marks) == 2 * (len(METHODS) - 1) == 2 * marks.count("white")
-    table, figure = benchmark_tables.calibrations(result, frame)
-    assert "POPE: calibration" in table.plain and "calibration error" in table.plain
-    rows = frame.query("split_or_benchmark == 'chair' and against == ''").assign(label="rate")
-    drawn = benchmark_tables.draw_trade_off(rows.dropna(subset="value"), "cover", ["chair_s"])
-    (panel,) = drawn.axes
-    assert panel.get_title(loc="left") == "rate" and len(panel.containers) == len(METHODS)
-    assert len(benchmark_tables.trade_offs(frame)) == 1
-    # Few questions may hold none that asks for a description, as of AMBER's.
-    undescribed = frame.query("metric not in ('cover', 'chair_i')")
-    assert benchmark_tables.trade_offs(undescribed) == []
+    table, = benchmark_tables.calibrations(result, frame)  # of 24 questions
+    assert "POPE: can P(yes) be believed?" in table.plain and "calibration error" in table.plain
+    monkeypatch.setattr(benchmark_tables, "LEAST", 2)
+    assert "with 2 questions or more" in benchmark_tables.calibrations(result, frame)[1].html
+    (panel,) = figures.reliability({"bpo": [{"p": 0.1, "share": 0.2, "n": 100}]}).axes
+    assert list(panel.lines[0].get_ydata()) == [0.2]
 
 
 def test_changes_are_said_by_kind_of_token_with_right_and_wrong_image(result, frame):
     lines = read_lines(result.folder / benchmarks.PROBED)
     captions = [x for x in lines if x["category"] == "caption"]
     assert {k for x in lines for k in x["kinds"]} >= {"colour", "object", "stop"}
-    _, *said = benchmark_tables.image_gains(frame)
-    changes = {n: sum(diagnostics.gains(x, "bpo")[n][0] - diagnostics.gains(x, "base")[n][0]
-                      for x in captions) / len(captions) for n in ("right", "swapped_object")}
-    text = next(x.plain for x in said if x.plain.startswith("caption, bpo minus base"))
-    right, wrong = text.split("; ")
-    assert f"right image {changes['right']:+.2f} (" in right
-    assert f"objects {changes['swapped_object']:+.2f}" in wrong
+    said, figure = benchmark_tables.image_gains(frame)
+    right, wrong = said.plain.split("With a wrong image")
+    change = {n: sum(diagnostics.gains(x, "bpo")[n][0] - diagnostics.gains(x, "base")[n][0]
+                     for x in captions) / len(captions)
+              for n in ("right_object", *(f"swapped_{k}" for k in diagnostics.KINDS))}
+    assert f"objects in caption answers ({signed(change.pop('right_object'), 2)} " in right
+    assert f"caption answers {signed(sum(change.values()), 1)}" in wrong
+    assert "comma" not in right and "stop" not in right
     parts = frame.query("category == 'caption' and method == 'bpo' and against == ''")
     of_right = parts[parts["metric"].isin({f"right_{k}" for k in diagnostics.KINDS})]
     total = parts.query("metric == 'right'")["value"].item()
     assert of_right["value"].sum() == pytest.approx(total, abs=1e-5)
     assert benchmark_tables.image_gains(frame.query("category == 'all'")) == []
+
+
+def test_right_and_wrong_image_are_panels_of_their_own(frame):
+    rows = frame.query("metric in ('right_object', 'swapped_stop') and against == 'base'")
+    drawn = figures.two_views(rows.assign(view=rows["metric"].str.partition("_")[0],
+                                          label=rows["category"]),
+                              {"right": "right image", "swapped": "wrong image"}, "nats")
+    assert [axes.get_title(loc="left") for axes in drawn.axes] == ["right image", "wrong image"]
+    for axes, view in zip(drawn.axes, ("right", "swapped"), strict=True):
+        places = [len(line.get_ydata()) for line in axes.lines if line.get_marker() != "None"]
+        assert sum(places) == rows["metric"].str.startswith(view).sum()
+
+
+def test_claims_stand_under_what_they_compare_with_what_they_are_out_of():
+    def row(claim, says, against, decides, verdict, method="bpo"):
+        return [claim, says, method, against, decides, None if verdict == "not measured" else 40,
+                "−0.1", verdict, 0.5]
+
+    verdicts = pandas.DataFrame([
+        row("2", "Hallucinates less", "base", "counterfactual: CHAIRi", "holds"),
+        row("2", "Hallucinates less", "base", "CHAIR: CHAIRi", "holds"),
+        row("3", "Raises", "sft_matched", "counterfactual: P(true answer)", "not measured"),
+        row("3", "Raises", "sft", "counterfactual: P(true answer)", "no difference seen"),
+        row("3", "Raises", "sft_compute", "counterfactual: P(true answer)", "holds"),
+        row("harm", "Says as much", "base", "natural: cover", "does not hold")],
+        columns=claims.COLUMNS)
+    said, table, folded = benchmark_tables.claimed(verdicts, "counterfactual")
+    assert said.plain == ("Of 6 rows 3 hold, 1 do not; no difference seen in 1; not measured: 1. "
+                          "Harm is seen in natural: cover.")
+    assert re.findall('colspan="4"><bdi>(.*?)</bdi>', table.html) == [
+        "2 · bpo − base, counterfactual", "3 · bpo − sft, counterfactual",
+        "harm · bpo − base, natural"]
+    assert "CHAIRi, n=40" in table.html and "not measured" not in table.html
+    assert "sft_compute" in folded.plain and "CHAIR: CHAIRi, n=40" in folded.plain
 
 
 def test_a_rival_is_scored_on_the_same_questions(parameters, folders, model_folder, result,
@@ -374,6 +427,6 @@ def test_a_rival_is_scored_on_the_same_questions(parameters, folders, model_fold
 def test_a_page_of_answers_that_nothing_scored_says_so(frame):
     nothing = frame.iloc[:0]
     assert benchmark_tables.reading(nothing, "base") == "nothing was scored"
-    for shown in (tables.level_tables, benchmark_tables.difference_tables,
-                  benchmark_tables.trade_offs, benchmark_tables.readings):
+    for shown in (tables.level_tables, benchmark_tables.all_differences):
         assert shown(nothing) == []
+    assert [x.plain for x in benchmark_tables.scores(nothing)] == ["Nothing was scored."]

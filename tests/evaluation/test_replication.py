@@ -274,6 +274,11 @@ def test_the_steps_from_base_to_method(outputs):
                                    "contrast: bpo"]
     assert list(table["CHAIRi, change"]) == [
         "–", "+0.020 [0.000, +0.040]", "+0.030 [+0.010, +0.050]", "+0.010 [−0.010, +0.030]"]
+    assert "above the base as certain" not in table
+    results.write(folder, [*rows, Result("counterfactual", "sharpening", "bpo", claims.SHARPENED,
+                                         "p_true", level(0.04))])
+    assert list(summary.steps(results.of_study("mine"))["above the base as certain"]) == [
+        "–", "–", "–", "+0.040 [+0.020, +0.060]"]
 
 
 def test_every_dpo_method_is_set_beside_the_base_and_its_own_sft(outputs):

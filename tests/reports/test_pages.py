@@ -104,6 +104,19 @@ def test_a_page_opens_with_what_came_out_and_its_facts(browser, pages):
     page.close()
 
 
+def test_the_benchmarks_are_short_with_few_numbers_and_the_rest_folded(browser, pages):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(next(file for file in pages if file.name.startswith("5_")).as_uri())
+    assert page.evaluate("document.documentElement.scrollHeight") < 6000
+    shown = page.evaluate("document.body.innerText")
+    assert len(re.findall(r"(?<![\w.])\d*\.\d+", shown)) < 200
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    every = page.evaluate("document.body.innerText")
+    for word in ("licence", "p, Holm", "calibration error", "sft_compute", "arXiv"):
+        assert word in every and word not in shown, word
+    page.close()
+
+
 def test_paper_is_light_and_holds_every_column(browser, pages):
     # A4 without its margins, in pixels
     page = browser.new_page(viewport={"width": 673, "height": 985}, color_scheme="dark")

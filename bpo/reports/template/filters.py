@@ -5,10 +5,10 @@ Functions import what they need: nbconvert takes seconds, and only those who ren
 
 import html
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bpo.study.text import visible
+from bpo.study.text import as_text, visible
 
 ANSI = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_])")
 
@@ -16,6 +16,17 @@ ANSI = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-
 def strip_ansi(text: str) -> str:
     """`text` without terminal colours, what else a page would swallow made visible."""
     return visible(ANSI.sub("", text))
+
+
+def under_headings(rows: Sequence[str], headings: Sequence[str], columns: int) -> str:
+    """The rows of a table; the heading of each, if any, is said once over those that share it."""
+    out = ""
+    for place, row in enumerate(rows):
+        if len(headings) and (not place or headings[place] != headings[place - 1]):
+            out += (f'<tr class="group"><th scope="colgroup" colspan="{columns}">'
+                    f"{as_text(headings[place])}</th></tr>")
+        out += row
+    return out
 
 
 def highlight_python(code: str) -> str:
@@ -60,6 +71,10 @@ def markdown_page(folder: Path) -> Callable[[str], str]:
         def link(self, text: str, url: str, title: str | None = None) -> str:
             # Another notebook is beside this one in JupyterLab; a page has links of its own.
             return text if url.endswith(".ipynb") else super().link(text, url, title)
+
+        def block_html(self, html: str) -> str:
+            # the search for pictures would close a fold whose content is Markdown
+            return html if html.startswith(("<details", "</details")) else super().block_html(html)
 
         def table(self, text: str) -> str:
             # a table is as wide as its words: it scrolls in a box that keys reach
