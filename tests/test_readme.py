@@ -1,6 +1,7 @@
 """The promises of the README and of the two beside it: short, its commands and files exist."""
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -53,14 +54,15 @@ def test_results_are_written_from_what_is_stored_and_not_typed(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_exists(command, monkeypatch):
+def test_every_command_exists(command, monkeypatch, tmp_path):
     if command.startswith("make "):
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert shlex.split(command)[1] in targets
         return
     if command.startswith("hf "):  # offline it stops at its first request, not at an option
         hf = Path(sys.executable).parent / "hf"
-        done = subprocess.run([hf, *shlex.split(command)[1:]], capture_output=True, text=True)
+        done = subprocess.run([hf, *shlex.split(command)[1:]], capture_output=True, text=True,
+                              env={**os.environ, "HF_HUB_CACHE": str(tmp_path)})
         assert done.returncode and "Usage" not in done.stderr and "Error: Local entry" in done.stderr
         return
     parse = argparse.ArgumentParser.parse_args

@@ -13,7 +13,7 @@ from bpo.reports import page as report
 from bpo.reports.cards import Shown
 from bpo.study import results
 from bpo.study.results import OPEN
-from bpo.study.text import as_text, signed
+from bpo.study.text import as_text, number, signed
 
 STEPS = ("p_true", "p_prior", "chair_i")  # metrics of the steps from base to method
 
