@@ -10,8 +10,14 @@ from axe_playwright_python.sync_playwright import Axe
 from helpers.pages import alone
 
 pytestmark = pytest.mark.slow
-VIEWS = [(1280, "light"), (390, "dark")]
+VIEWS = [(1280, "light"), (944, "light"), (390, "dark")]
 GRAVE = ("serious", "critical")
+# a hyphen for a minus sign, a sign on nothing, words that say less than they seem to
+WRONG = (r"(?<![\w.-])-\d", r"[+−]0\.0+\b(?!\d)", "cannot be told (to|apart)")
+PROSE = """[...document.querySelectorAll('.bpo table, .bpo.say, .short, figcaption')]
+    .map(e => e.innerText).join('\\n')"""
+WIDER = """[...document.querySelectorAll('.scroll, .plot, .slider, .terms')]
+    .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.slice(0, 60))"""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,13 @@ def check(browser, files, width: int, scheme: str) -> None:
     page = context.new_page()
     for file in files:
         page.goto(file.as_uri())
+        if re.match(r"\d_", file.name):
+            text = page.evaluate("document.body.innerText")  # folded details are not in it
+            assert len(re.findall(r"\d\.\d", text)) < 200, file.name
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        for wrong in WRONG:
+            assert re.findall(wrong, page.evaluate(PROSE)) == [], (file.name, wrong)
+        assert page.evaluate(WIDER) == [], file.name
         assert grave(page) == [], file.name
         assert page.evaluate("document.documentElement.scrollWidth") == width, file.name
     context.close()
@@ -98,7 +110,10 @@ def test_a_page_opens_with_what_came_out_and_its_facts(browser, pages):
             page.goto(file.as_uri())
             short, facts = page.locator(".short"), page.locator("dl.facts")
             assert short.count() == 1 and facts.count() == 1, file.name
-            assert short.bounding_box()["y"] < facts.bounding_box()["y"] < 1000, file.name
+            page.locator("details.run > summary").click()
+            assert short.bounding_box()["y"] < facts.bounding_box()["y"] < 1200, file.name
+            assert page.locator(".contents a").count() > 1 and page.locator(".terms dt").count()
+            assert page.locator(".top .neighbours a").count() in (1, 2), file.name
             for told in ("seed", "differs from the defaults", "inputs", "versions", "commit"):
                 assert told in facts.inner_text(), file.name
     page.close()
