@@ -21,7 +21,7 @@ from bpo.models.checkpoint import Checkpoint
 from bpo.models.endpoint import Endpoint
 from bpo.models.generate import Request
 from bpo.models.replies import Reply
-from bpo.params import Refusal
+from bpo.params import PairGeneration, Refusal
 from bpo.study import processes
 from bpo.study.files import to_json, write_whole
 from bpo.study.seeds import seed_for
@@ -90,10 +90,10 @@ def _encoded(tensor: torch.Tensor) -> str:
     return base64.b64encode(stream.getvalue()).decode()
 
 
-def same_engine(endpoint: Endpoint, folder: Path, precision: str) -> None:
+def same_engine(endpoint: Endpoint, folder: Path, p: PairGeneration) -> None:
     """Writes what the server is into a folder; raises Refusal where the answers that are there came
     from another one."""
-    now = endpoint.server() | {"features": precision}
+    now = endpoint.server() | {"features": p.precision}
     file = folder / ENGINE
     if not file.is_file():
         write_whole(file, to_json(now))

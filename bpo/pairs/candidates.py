@@ -92,8 +92,7 @@ class Candidates(Sequence):
         p = self.p
         if p.decoder:
             served.require_family(checkpoints.family(p.path(p.model)))
-            processes.first(lambda: served.same_engine(injection.decoder(p), self.folder,
-                                                       p.precision))
+            processes.first(lambda: served.same_engine(injection.decoder(p), self.folder, p))
         if "injected" in p.sources and injection.served(p) and not processes.first(
                 (self.folder / "injected.jsonl").is_file):
             # now, and not after hours of weakening
@@ -155,15 +154,13 @@ class Candidates(Sequence):
         """Writes NAME.jsonl as `_ask` does, decoded by the server."""
         if processes.first((self.folder / f"{name}.jsonl").is_file):
             return
-        asked = served.Asked(injection.decoder(self.p), self.folder, name)
+        p, asked = self.p, served.Asked(injection.decoder(self.p), self.folder, name)
 
         def work(prepared: tuple) -> list[dict[str, Any]]:
-            replies = asked.answers(*prepared, seed=self.p.seed, purpose=name, samples=samples,
-                                    temperature=temperature, top_p=top_p,
-                                    max_new_tokens=self.p.max_new_tokens)
-            return [{"id": r.id} | line(of_row)
-                    for r, of_row in zip(prepared[0], replies, strict=True)]
-
+            replies = asked.answers(
+                *prepared, seed=p.seed, purpose=name, samples=samples, temperature=temperature,
+                top_p=top_p, max_new_tokens=p.max_new_tokens)
+            return [{"id": r.id} | line(x) for r, x in zip(prepared[0], replies, strict=True)]
         self._ask(name, view, work)
         asked.done()
 

@@ -100,11 +100,12 @@ def test_injected_answers_come_from_the_same_server(parameters, decoding):
 
 
 def test_answers_of_another_engine_do_not_go_on(parameters, decoding, tmp_path):
-    server = injection.decoder(parameters.model_copy(update={"decoder": decoding.url}))
-    served.same_engine(server, tmp_path, "float32")
-    served.same_engine(server, tmp_path, "float32")
+    p = parameters.model_copy(update={"decoder": decoding.url})
+    served.same_engine(injection.decoder(p), tmp_path, p)
+    served.same_engine(injection.decoder(p), tmp_path, p)
     with pytest.raises(Refusal, match="the answers so far came from"):
-        served.same_engine(server, tmp_path, "bfloat16")
+        served.same_engine(injection.decoder(p), tmp_path,
+                           p.model_copy(update={"precision": "bfloat16"}))
 
 
 def test_a_server_with_another_prompt_is_refused(parameters, decoding):
