@@ -153,7 +153,7 @@ def test_a_question_can_be_asked(lab):
     lab.open(name)
     saved = lab.run_all(name)
     check(saved)
-    still = html_of(saved, "4-06b")
+    still = html_of(saved, "4-08")
     assert "data:image/" in still and "bpo_weaken" in still
     view = lab.page.locator(".jp-OutputArea-output:has(datalist)").first
     view.scroll_into_view_if_needed()

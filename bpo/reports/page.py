@@ -243,7 +243,8 @@ def _link_pages(folder: Path) -> None:
     """Each page of a study links to the one before and the one after it that are there."""
     pages = sorted(folder.glob("[0-9]_*.html"))
     texts = [file.read_text(encoding="utf-8") for file in pages]
-    titles = [re.search("<title>(.*?)</title>", text, re.S)[1] for text in texts]
+    named = (re.search("<title>(.*?)</title>", text, re.S) for text in texts)
+    titles = [found[1] if found else file.stem for file, found in zip(pages, named, strict=True)]
     for place, (file, text) in enumerate(zip(pages, texts, strict=True)):
         links = [f'<a href="{quote(pages[at].name)}">{before}{titles[at]}{after}</a>'
                  for at, before, after in ((place - 1, "← ", ""), (place + 1, "", " →"))

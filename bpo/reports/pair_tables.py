@@ -139,10 +139,10 @@ def checks(found: dict[str, Any]) -> Shown:
         note += (f" Two sources gave the same answer in {found['sources_agree']:.0%} of the "
                  "positives that have answers of several.")
     short = frame[frame["measure"].isin([CHECKS[name] for name in TELLING])]
+    whole = page.table(frame, "The whole audit", note)
     return Shown(page.table(short.reset_index(drop=True), "Audit of the rejected answers: as made "
                             "by the model, and as kept for training", note).html
-                 + page.folded(f"All {len(frame)} measures", page.table(
-                     frame, "The whole audit", note)).html, plain="Audit of the rejected answers")
+                 + page.folded(f"All {len(frame)} measures", whole).html, plain=whole.plain)
 
 
 def ways(result: stages.Result) -> Shown:

@@ -115,7 +115,7 @@ def test_a_page_opens_with_what_came_out_and_its_facts(browser, pages):
             assert page.locator(".contents a").count() > 1 and page.locator(".terms dt").count()
             assert page.locator(".top .neighbours a").count() in (1, 2), file.name
             for told in ("seed", "differs from the defaults", "inputs", "versions", "commit"):
-                assert told in facts.inner_text(), file.name
+                assert told in facts.text_content(), file.name
     page.close()
 
 
