@@ -15,7 +15,7 @@ from bpo.reports.cards import Shown
 from bpo.study import results
 from bpo.study import stage as stages
 from bpo.study.results import BETTER, DECIDED, OPEN, WORSE
-from bpo.study.text import signed
+from bpo.study.text import number, signed
 
 LEAST = 50  # questions that a share in the figure of P(yes) needs
 
@@ -291,7 +291,7 @@ def sharpening(frame: DataFrame, split: str) -> list[Shown]:
     table = DataFrame([
         {"method": m, "P(likeliest candidate)": f"{level['confidence', m]:.3f}",
          "base's temperature": f"{level['temperature', m]:.2f}",
-         **{label: f"{level[f'among_{n}', m]:.3f} [{level[f'matched_{n}', m]:.3f}]"
+         **{label: f"{number(level[f'among_{n}', m])} [{number(level[f'matched_{n}', m])}]"
             for label, n in shown}} for m in level["confidence"].index])
     method = tables.main_method(frame)
     beyond = rows.query("method == @method and against == @diagnostics.SHARPENED")
@@ -304,6 +304,6 @@ def sharpening(frame: DataFrame, split: str) -> list[Shown]:
         "base at the temperature that makes it as confident as the method"),
         report.say("P(true answer), {m} minus base: {g}. The base made as confident as {m} changes "
                    "by {s}, which is sharpening; beyond that {m} changes by **{r}**{t}.", m=method,
-                   g=f"{after - before:+.3f}", s=f"{matched - before:+.3f}",
+                   g=signed(after - before), s=signed(matched - before),
                    r=rest.text(sign="+"),
                    t="" if rest.excludes_zero() else ", no difference seen")]

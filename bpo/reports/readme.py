@@ -12,6 +12,7 @@ from bpo.evaluation import claims, comparison, replication
 from bpo.params import Refusal, Replication, outputs_root
 from bpo.reports import seen, summary
 from bpo.study.files import write_whole
+from bpo.study.text import number
 
 
 def write_section(name: str, text: str) -> Path:
@@ -148,7 +149,7 @@ def numbers(mean: DataFrame, p: Replication) -> DataFrame:
     rows = DataFrame(shown, columns=keys).merge(mean[mean["against"] == ""], on=keys)
     rows = rows.assign(
         metric=list(map(claims.label, rows["split_or_benchmark"], rows["metric"])),
-        value=rows["value"].map("{:.3f}".format))
+        value=rows["value"].map(number))
     return rows.pivot(index="metric", columns="method", values="value").reindex(
         index=rows["metric"].unique(), columns=rows["method"].unique()).fillna("–").reset_index()
 

@@ -19,6 +19,7 @@ from bpo.reports import benchmark_tables, tables
 from bpo.reports.template import after_training
 from bpo.study import results
 from bpo.study.files import read_lines
+from bpo.study.text import signed
 
 TRUTH = {
     "vocabulary": {"objects": {"dog": ["dog", "dogs"], "cat": ["cat", "cats"],
@@ -439,7 +440,7 @@ def test_the_base_as_confident_as_a_method_stands_beside_it(beside_a_rival):
         assert beyond["bpo", name] == pytest.approx(
             levels["bpo", f"among_{name}"] - levels["bpo", f"matched_{name}"], abs=2e-6)
     *_, said = benchmark_tables.sharpening(results.read(beside_a_rival.folder), "natural")
-    assert f"{levels['bpo', 'among_p_true'] - levels['base', 'among_p_true']:+.3f}" in said.plain
+    assert signed(levels['bpo', 'among_p_true'] - levels['base', 'among_p_true']) in said.plain
 
 
 def test_calibration_needs_a_colour_question(parameters, untold_file, data_file, outputs):
