@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -38,6 +38,7 @@ class Endpoint:
     retries: of one request, after a lost connection, a time-out, or HTTP 408, 409, 429 or 5xx,
         after 0.5, 1, 2, 4, then 8 seconds, or what the server's Retry-After says.
     timeout: seconds without a byte from the server after which a request counts as lost.
+    extra: settings of every request that a server has beside OpenAI's.
     """
 
     url: str
@@ -46,6 +47,7 @@ class Endpoint:
     at_once: int
     retries: int
     timeout: float
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(URL, self.url):
@@ -71,8 +73,7 @@ class Endpoint:
     def answers(self, prompts: Sequence[Prompt], *, temperature: float, top_p: float,
                 max_new_tokens: int, seeds: Sequence[int],
                 keep: Callable[[int, Reply], None] = lambda place, reply: None,
-                extra: Mapping[str, Any] | None = None, lengths: Sequence[int | None] = ()
-                ) -> list[Reply]:
+                lengths: Sequence[int | None] = ()) -> list[Reply]:
         """One reply a prompt, in the prompts' order, as it came. A prompt that the server refuses
         (HTTP 400, 413, 422) has its status and message for a reply, and the others go on.
 
@@ -81,7 +82,6 @@ class Endpoint:
         keep: gets each prompt's number and reply as it comes, one at a time, before the next
             question. Raises Refusal, or what `keep` raised: nothing new is asked then, and the
             requests under way are waited for.
-        extra: settings that a server has beside OpenAI's.
         lengths: tokens that each prompt has; where the server counts otherwise, it writes another
             prompt, or has another model, and Refusal is raised.
         """
@@ -107,7 +107,7 @@ class Endpoint:
                     messages = prompt() if callable(prompt) else [dict(m) for m in prompt]
                     completion = client.chat.completions.create(
                         model=self.model, messages=messages, seed=seed, temperature=temperature,
-                        top_p=top_p, max_tokens=max_new_tokens, extra_body=extra)
+                        top_p=top_p, max_tokens=max_new_tokens, extra_body=self.extra or None)
                     reply = _reply(completion, key)
                     self._require_length(completion, lengths[place] if lengths else None)
                 except openai.APIStatusError as error:

@@ -130,18 +130,18 @@ class Asked:
         sent: of `features`; None for a question without an image. Features are encoded when their
         request's turn comes: no more are in memory than are under way.
         """
-        keys = {f"{r.id}|{k}": (r, x) for r, x in zip(requests, sent, strict=True)
+        keys = {f"{r.id}|{k}": (r, k, x) for r, x in zip(requests, sent, strict=True)
                 for k in range(samples)}
-        new = {k: v for k, v in keys.items() if k not in self.replies}
+        new = {key: v for key, v in keys.items() if key not in self.replies}
         if new:
             endpoints.keep_answers(
                 self.endpoint, self.folder / f"{self.name}.{processes.rank()}.jsonl", self.replies,
-                {k: functools.partial(messages, r, x and x[0]) for k, (r, x) in new.items()},
-                seeds=[seed_for(seed, purpose, key) % 2**31 for key in new], extra=PLAIN,
-                lengths=[x[1] if x else None for _, x in new.values()], **sampling)
-        made = [self.replies[k] for k in keys]
-        if refused := next((r for r in made if r.status != 200), None):
-            raise self.endpoint.refuses(refused)
+                {key: functools.partial(messages, r, x and x[0])
+                 for key, (r, _, x) in new.items()},
+                # endpoints read seeds of 31 bits
+                seeds=[seed_for(seed, purpose, r.id, k) % 2**31 for r, k, _ in new.values()],
+                lengths=[x[1] if x else None for *_, x in new.values()], **sampling)
+        made = [self.replies[key] for key in keys]
         return [made[n:n + samples] for n in range(0, len(made), samples)]
 
     def done(self) -> None:

@@ -93,7 +93,7 @@ class Candidates(Sequence):
         if p.decoder:
             served.require_family(checkpoints.family(p.path(p.model)))
             processes.first(lambda: served.same_engine(injection.decoder(p), self.folder, p))
-        if "injected" in p.sources and injection.served(p) and not processes.first(
+        if "injected" in p.sources and injection.by_server(p) and not processes.first(
                 (self.folder / "injected.jsonl").is_file):
             # now, and not after hours of weakening
             processes.first(lambda: injection.endpoint(p).check(**injection.sampling(p)))
@@ -160,7 +160,10 @@ class Candidates(Sequence):
             replies = asked.answers(
                 *prepared, seed=p.seed, purpose=name, samples=samples, temperature=temperature,
                 top_p=top_p, max_new_tokens=p.max_new_tokens)
+            if refused := next((r for x in replies for r in x if r.status != 200), None):
+                raise asked.endpoint.refuses(refused)
             return [{"id": r.id} | line(x) for r, x in zip(prepared[0], replies, strict=True)]
+
         self._ask(name, view, work)
         asked.done()
 
@@ -284,7 +287,7 @@ class Candidates(Sequence):
             made.append(({"source": "weakened", "mode": view.mode, **step, "draw": view.draw},
                          LineFile(self.folder / f"weakened-{view.name}.jsonl")))
         if "injected" in p.sources:
-            mode = "endpoint" if injection.served(p) else "language_model"
+            mode = "endpoint" if injection.by_server(p) else "language_model"
             made.append(({"source": "injected", "mode": mode},
                          LineFile(self.folder / "injected.jsonl")))
         return made

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from bpo.data.rows import Row
-from bpo.models import encoding, generate
+from bpo.models import encoding, generate, served
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.endpoint import Endpoint
 from bpo.models.generate import Request
 from bpo.models.replies import Reply, rewritten
 from bpo.params import PairGeneration
-from bpo.study import processes, seeds, shards
+from bpo.study import processes, shards
 from bpo.study.files import LineFile
 
 
@@ -33,7 +33,7 @@ def answers(line: dict[str, Any], annotated: str) -> list[dict[str, str]]:
     return [{"text": text, "fault": fault} if fault else {"text": text} for text, fault in found]
 
 
-def served(p: PairGeneration) -> bool:
+def by_server(p: PairGeneration) -> bool:
     """Whether a server rewrites answers: the endpoint, or the decoder as the checkpoint's own
     language model."""
     return bool(p.endpoint or p.decoder and not p.text_model)
@@ -50,13 +50,13 @@ def _model_of(server: Endpoint) -> str:
 
 def decoder(p: PairGeneration) -> Endpoint:
     """The server of the checkpoint, with its own name of its model; Refusal where none is there."""
-    return _server(p, p.decoder, _model_of(_server(p, p.decoder, "")))
+    return _server(p, p.decoder, _model_of(_server(p, p.decoder, "")), **served.PLAIN)
 
 
-def _server(p: PairGeneration, url: str, model: str) -> Endpoint:
+def _server(p: PairGeneration, url: str, model: str, **extra: Any) -> Endpoint:
     return Endpoint(url=url, model=model, at_once=p.endpoint_requests,
                     key_variable=p.endpoint_key_variable, retries=p.endpoint_retries,
-                    timeout=p.endpoint_timeout)
+                    timeout=p.endpoint_timeout, extra=extra)
 
 
 def sampling(p: PairGeneration) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def write(p: PairGeneration, file: Path, lines: Sequence[dict[str, Any]],
                        len(asked.answer.split()))
 
     def plan() -> list[np.ndarray]:
-        if served(p):
+        if by_server(p):
             return np.array_split(np.arange(len(lines)),
                                   -(-len(lines) // (4 * p.endpoint_requests)))
         prompts = [len(encoding.answer_ids(model(), encoding.prompt_text(
@@ -90,8 +90,9 @@ def write(p: PairGeneration, file: Path, lines: Sequence[dict[str, Any]],
 
     def work(batch: np.ndarray) -> list[dict[str, Any]]:
         requests = [rewriting(number) for number in batch.tolist()]
-        if served(p):
-            made = _asked(p, requests)
+        if by_server(p):
+            made = asked.answers(requests, [None] * len(requests), seed=p.seed, purpose="injected",
+                                 samples=p.inject_samples, **sampling(p))
         else:
             inputs = generate.encode_branches(model(), requests, None, seed=p.seed)
             made = generate.sample_replies(
@@ -100,18 +101,13 @@ def write(p: PairGeneration, file: Path, lines: Sequence[dict[str, Any]],
         return [{"id": request.id, "replies": [vars(r) for r in replies]}
                 for request, replies in zip(requests, made, strict=True)]
 
+    asked = None
+    if by_server(p) and not processes.first(file.is_file):
+        asked = served.Asked(endpoint(p), file.parent, file.stem)
     shards.run(file, plan, work, label="injected")
-    if served(p):
+    if asked:
+        asked.done()
         processes.first(lambda: _require_one(p, file))
-
-
-def _asked(p: PairGeneration, requests: Sequence[Request]) -> list[list[Reply]]:
-    """The endpoint's replies to each request, all samples of all rows under way together."""
-    each = [(r, k) for r in requests for k in range(p.inject_samples)]
-    replies = endpoint(p).answers(  # endpoints read seeds of 31 bits
-        [r.messages for r, _ in each], **sampling(p),
-        seeds=[seeds.seed_for(p.seed, "injected", r.id, k) % 2**31 for r, k in each])
-    return [replies[n:n + p.inject_samples] for n in range(0, len(replies), p.inject_samples)]
 
 
 def _require_one(p: PairGeneration, file: Path) -> None:

@@ -95,8 +95,15 @@ def test_nothing_is_lost_or_asked_twice_when_the_server_dies(parameters, decodin
 def test_injected_answers_come_from_the_same_server(parameters, decoding):
     p = parameters.model_copy(update={"decoder": decoding.url, "sources": ["injected"],
                                       "clean_answers": False})
+    alive = decoding.reply
+    decoding.reply = lambda number, body: alive(number, body) if number < 4 else None
+    with pytest.raises(Refusal, match="what was written so far is kept"):
+        pairs.run(p)
+    before, decoding.reply = len(decoding.seen), alive
     lines = read_lines(pairs.run(p).folder / "injected.jsonl")
     assert {r["text"] for line in lines for r in line["replies"]} == {"rewritten: no"}
+    assert len(decoding.seen) - before == 1 + 12 - 3  # the check, and all but three after the first
+    assert all(body["top_k"] == -1 for _, _, body in decoding.seen)
 
 
 def test_answers_of_another_engine_do_not_go_on(parameters, decoding, tmp_path):

@@ -425,8 +425,8 @@ def test_an_endpoint_s_replies_are_cleaned_or_dropped_and_counted(injected, serv
     replies = [r for r, _, _ in REPLIES]
     with pytest.raises(Refusal, match="HTTP 503: busy; 1 of this batch's 4 had been answered"):
         injected(*replies[:5], (503, {}, {"error": "busy"}))
-    result = injected(*replies[4:], *[completion("a wrong dog")] * 4)
-    assert len(server.seen) == 1 + 8, "what was answered is not asked again"
+    result = injected(*replies[5:], *[completion("a wrong dog")] * 4)
+    assert len(server.seen) == 1 + 7, "what was answered is not asked again"
     made = [line["candidates"][0] for line in read_lines(result.folder / "candidates.jsonl")]
     for candidate, (_, text, why) in zip(made, REPLIES, strict=False):
         assert candidate.get("fault") == (why if why != "empty" else None)
