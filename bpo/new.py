@@ -70,20 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Writes the study, says what was found and decided, and checks its paths."""
-    data, pictures, held_out = map(_here, (options.data, options.image_folder, options.held_out))
+    data, pictures, held_out = (
+        path and hub.here(path, path.as_posix(), checkpoint=False)
+        for path in (options.data, options.image_folder, options.held_out))
     print(*make(options.name, options.model, data, image_folder=pictures, held_out=held_out),
           sep="\n")
     code = check.run(argparse.Namespace(study=options.name, overrides=[]))
     if not code:
         print(f"next: python -m bpo run {options.name}")
     return code
-
-
-def _here(path: Path | None) -> Path | None:
-    """The path, or what the hub's cache has under this name where no such path is here."""
-    if path is None or path.exists():
-        return path
-    return hub.path(path.as_posix(), checkpoint=False) or path
 
 
 def make(name: str, checkpoint: Path | str, file: Path, *, image_folder: Path | None = None,
@@ -100,8 +95,9 @@ def make(name: str, checkpoint: Path | str, file: Path, *, image_folder: Path | 
         if there.exists():
             raise Refusal(f"{short(there)} is there already; choose another name, or delete it")
     local = Path(checkpoint).resolve()
-    of_hub = None if local.exists() else hub.path(str(checkpoint), checkpoint=True)
-    model, reader = read_checkpoint(of_hub or local)
+    loaded = hub.here(local, str(checkpoint), checkpoint=True)
+    model_name = str(local if loaded == local else checkpoint)  # of the hub's, not its folder
+    model, reader = read_checkpoint(loaded)
     special = encoding.special(reader.processor)
     data = read_data(file, image_folder, special)
     compared = read_data(held_out, image_folder, special) if held_out else data
@@ -116,8 +112,7 @@ def make(name: str, checkpoint: Path | str, file: Path, *, image_folder: Path | 
     chosen["4_qualitative_comparison"]["splits"] = {
         "held_out": str(compared.file if held_out else folder / HELD_OUT)}
     read = {n: params.validate(params.SCHEMAS[n], params.read_yaml(PATTERN / f"{n}.yaml") | values
-                               | {"study": name, "model": str(checkpoint if of_hub else local)},
-                                where=f"params/{name}")
+                               | {"study": name, "model": model_name}, where=f"params/{name}")
             for n, values in chosen.items()}
     memory = fit(model, read)
     files = {TRAINING: map(_line, training), HELD_OUT: None if held_out else map(_line, test),

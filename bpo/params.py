@@ -187,11 +187,8 @@ class Parameters(BaseModel):
         name where no such path is here. Raises Refusal where that is not to be had."""
         from bpo.study import hub  # here, since it reads this module
 
-        local = resolve(value, study=self.study)
-        if local.exists():
-            return local
-        checkpoint = value in [getattr(self, name, None) for name in CHECKPOINTS]
-        return hub.path(value, checkpoint=checkpoint) or local
+        return hub.here(resolve(value, study=self.study), value, checkpoint=value in [
+            getattr(self, name, None) for name in CHECKPOINTS])
 
     def optional_path(self, value: str) -> Path | None:
         """The path, or None for a parameter that was left empty."""

@@ -41,6 +41,12 @@ def path(name: str, *, checkpoint: bool) -> Path | None:
                  CACHE_ONLY.get())
 
 
+def here(local: Path, name: str, *, checkpoint: bool) -> Path:
+    """A path that is there, else what the cache has under the name, else the path all the same.
+    Raises Refusal as `path` does."""
+    return local if local.exists() else path(name, checkpoint=checkpoint) or local
+
+
 @functools.cache
 def _path(kind: str, repo: str, revision: str | None, inside: str, cached: bool) -> Path:
     """One look a process: a branch that moves in between moves nothing under a running stage."""
