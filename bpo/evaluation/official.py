@@ -246,8 +246,10 @@ def _amber(folder: Path) -> Loaded:
     return Loaded(tuple(questions), loaded.counts)
 
 
-YES_NO = {"accuracy": Metric("accuracy", True), "precision": Metric("precision", True),
-          "recall": Metric("recall", True), "f1": Metric("F1", True),
+# Precision, recall, F1 and AMBER's score follow how often a model says yes, to where a benchmark
+# counts yes as positive one way and to where it counts no the other way: none is better or worse.
+YES_NO = {"accuracy": Metric("accuracy", True), "precision": Metric("precision", None),
+          "recall": Metric("recall", None), "f1": Metric("F1", None),
           "yes_ratio": Metric("yes answers", None),
           "unanswered": Metric("neither yes nor no", False)}
 # How answers were read and what they look like: no results to compare methods by.
@@ -262,7 +264,7 @@ NAMED = {"cover": Metric("cover", True), "objects": Metric("objects an answer", 
 
 
 def _by_kind(kinds: Sequence[str]) -> dict[str, Metric]:
-    return {f"{n}_{kind}": Metric(f"{YES_NO[n].label} {kind}", True)
+    return {f"{n}_{kind}": Metric(f"{YES_NO[n].label} {kind}", YES_NO[n].more)
             for kind in kinds for n in ("accuracy", "f1")}
 
 
@@ -300,5 +302,5 @@ BENCHMARKS = {b.name: b for b in (
          "hal": Metric("Hal", False), "cog": Metric("Cog", False),
          "words": Metric("words a description", None), **YES_NO,
          **_by_kind(("existence", "attribute", "relation")),
-         "amber_score": Metric("AMBER score", True), **READING}, _amber,
+         "amber_score": Metric("AMBER score", None), **READING}, _amber,
         {"amber_score": (("chair", "f1"), lambda chair, f1: (1 - chair + f1) / 2), **DIFFERENCE}))}

@@ -4,7 +4,6 @@ Pages, indexes, claims and replications are queries on it; pandas and R read it 
 """
 
 import csv
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +23,6 @@ COLUMNS = ("split_or_benchmark", "category", "method", "against", "metric", "val
            "n", "p", "p_holm", "more_is_better")
 BETTER, WORSE, OPEN = "better", "worse", "no difference seen"
 DECIDED = (BETTER, WORSE)
-
-# They follow how often a model says yes, to where a benchmark counts yes as positive one way and
-# to where it counts no the other way: alone none of them is better or worse.
-FOLLOW_YES = re.compile(r"(precision|recall|f1)(_\w+)?|amber_score")
 
 # metric -> (label, category, whether more is better; None: neither is)
 Metrics = Mapping[str, tuple[str, str, bool | None]]
@@ -144,18 +139,13 @@ def read(folder: Path) -> "DataFrame":
 
 
 def frame(file: Path) -> "DataFrame":
-    """A csv file with columns of `COLUMNS` and others, as `read` gives it: what is in
-    `FOLLOW_YES` has no better and worse."""
+    """A csv file with columns of `COLUMNS` and others, as `read` gives it."""
     import pandas
 
-    table = pandas.read_csv(
+    return pandas.read_csv(
         file, keep_default_na=False, dtype=dict.fromkeys(COLUMNS[:5], str),
         na_values={c: [""] for c in COLUMNS[5:11]},
         converters={"more_is_better": {"True": True, "False": False, "": None}.get})
-    table["more_is_better"] = pandas.Series(
-        [None if FOLLOW_YES.fullmatch(m) else more for m, more in zip(
-            table["metric"], table["more_is_better"], strict=True)], dtype=object)
-    return table
 
 
 def of_study(study: str) -> "DataFrame":
