@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from bpo.evaluation import benchmarks, comparison
+from bpo.evaluation import benchmarks, comparison, probe
 from bpo.study import results
 from bpo.study import stage as stages
 from bpo.study.results import BETTER, OPEN, WORSE, Estimate
@@ -70,8 +70,7 @@ def measured(study: str) -> "DataFrame":
     frame = frame[(frame["notebook"] != PROBE) | (frame["category"] == "noise")]
     if not (frame["notebook"] == PROBE).any():
         return frame
-    manifest = stages.read_manifest(stages.stage_folder(study, PROBE))
-    if "truth" in manifest["inputs"] or manifest["parameters"]["question"]:
+    if probe.knows_prior(stages.read_manifest(stages.stage_folder(study, PROBE))):
         return frame
     return frame[(frame["notebook"] != PROBE) | (frame["metric"] != "p_prior")
                  | (frame["against"] == "")]

@@ -102,7 +102,7 @@ def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
         differences[split] |= beyond
     if noised:
         steps = under_noise.metrics(p.noise_steps)
-        table += results.compared(under_noise.main_split(p), *scored(
+        table += results.compared(under_noise.main_split(p.splits), *scored(
             {m: [(x["image"], under_noise.counts(x, m)) for x in noised] for m in methods}, steps,
             seed=p.seed, resamples=p.resamples, matched=tuned.matched(p)), steps)
     results.write(folder, table)
@@ -110,10 +110,9 @@ def _work(p: QualitativeComparison, folder: Path) -> dict[str, Any]:
 
 
 def main_split(frame: "DataFrame") -> str:
-    """The split of notebook 4 that pages show: counterfactual if there is one, else the first."""
-    splits = frame.loc[frame["notebook"] == QualitativeComparison.notebook, "split_or_benchmark"]
-    first = splits.iloc[0] if len(splits) else "counterfactual"
-    return "counterfactual" if "counterfactual" in set(splits) else first
+    """`under_noise.main_split` of the splits that notebook 4 has results of."""
+    return under_noise.main_split(frame.loc[
+        frame["notebook"] == QualitativeComparison.notebook, "split_or_benchmark"])
 
 
 def read_split(p: QualitativeComparison, split: str

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from bpo.data import files, images
 from bpo.data import rows as data_rows
@@ -225,7 +226,7 @@ def summary(lines: Sequence[dict], steps: Sequence[int], *, seed: int) -> dict[s
     out: dict[str, Any] = {"noise_steps": list(steps)}
     for measure in MEASURES:
         for kind in KINDS:
-            ratios = [metrics.by_image([(x["image"], (_value(x, measure, kind), 1))
+            ratios = [metrics.by_image([(x["image"], (value(x, measure, kind), 1))
                                         for x in lines if x["step"] == step]) for step in steps]
             points = [metrics.estimate(r, weights) for r in ratios]
             name = measure.format(kind)
@@ -241,7 +242,8 @@ def summary(lines: Sequence[dict], steps: Sequence[int], *, seed: int) -> dict[s
     return {**out, "sampled": shares}
 
 
-def _value(line: dict, measure: str, kind: str) -> float:
+def value(line: dict, measure: str, kind: str) -> float:
+    """One of `MEASURES` of a look's answers of a kind, as `summary` says."""
     answers = [a for a in line["answers"] if a["kind"] == kind]
     if measure == "logp_{}":
         return max(a["logp"] / a["tokens"] for a in answers)
@@ -279,31 +281,15 @@ def load(result: stages.Result) -> tuple[list[dict], dict[str, dict[str, list[st
             json.loads((result.folder / CANDIDATES).read_text(encoding="utf-8")))
 
 
-def example(p: NoiseProbability, result: stages.Result, chosen: str) -> dict[str, Any]:
-    """A row: {row, question, true, prior}, and at each step {images, chances: of the true and the
-    prior's answer, p_true: of the first true one}, first draw; other_ways: way -> the same."""
-    lines, candidates = load(result)
-    row = asked(p, next(r for r in listed(p)[0] if r.id == chosen))
-    looks = {x["step"]: x for x in lines if x["row"] == chosen and x["draw"] == 0}
-    processor = checkpoints.load_processor(p.path(p.model))
-    image = encoding.transformed(images.load(row.image), p.image_transform, processor)
-    pictures = [encoding.noised_picture(processor, image, step, seeds.torch_generator(
-        p.seed, "probe noise", row.id, 0)) for step in p.noise_steps]
-    return {"row": row, "images": pictures, "question": row.question, **candidates[row.id],
-            "chances": [_chances(looks[step]) for step in p.noise_steps],
-            "other_ways": {way: _other(p, result, processor, row, way) for way in p.other_ways},
-            "p_true": [float(np.exp(looks[step]["answers"][0]["logp"])) for step in p.noise_steps]}
+def frames(p: NoiseProbability, processor: Any, row: Row, steps: Sequence[int]
+           ) -> list[Image.Image]:
+    """A row's image as the model is shown it at steps of the noise, by the first draw."""
+    clean = encoding.transformed(images.load(row.image), p.image_transform, processor)
+    return [encoding.noised_picture(processor, clean, step, seeds.torch_generator(
+        p.seed, "probe noise", row.id, 0)) for step in steps]
 
 
-def _other(p: NoiseProbability, result: stages.Result, processor: Any, row: Row, way: str
-           ) -> dict[str, Any]:
-    lines = read_lines(result.folder / f"looks-{way}.jsonl")
-    chances = {x["step"]: _chances(x) for x in lines if (x["row"], x["draw"]) == (row.id, 0)}
-    request = Request(row.id, row.prompt, row.image)
-    return {"images": [generate.view_picture(processor, request, View(way, step), seed=p.seed,
-                                             transform=p.image_transform) for step in chances],
-            "chances": list(chances.values()), "steps": list(chances)}
-
-
-def _chances(line: dict) -> list[float]:
-    return [_value(line, MEASURES[0], kind) for kind in KINDS]
+def knows_prior(manifest: Mapping[str, Any]) -> bool:
+    """Whether a truth file or the user told a stage the prior's answers; else they are those that
+    the model itself gave at the last step."""
+    return "truth" in manifest["inputs"] or bool(manifest["parameters"]["question"])

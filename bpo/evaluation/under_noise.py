@@ -5,23 +5,22 @@ data, so that the base's curve is the one that it drew.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from bpo.data import images
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
 from bpo.evaluation import diagnostics, probe
 from bpo.models import checkpoint as checkpoints
-from bpo.models import encoding, generate, logprobs
+from bpo.models import generate, logprobs
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
 from bpo.params import NoiseProbability, QualitativeComparison
-from bpo.study import results, seeds, shards
+from bpo.study import results, shards
 from bpo.study.files import to_json, write_whole
 
 LABELS = {"p_true": "P(true answer)", "p_prior": "P(prior's answer)",
@@ -29,14 +28,15 @@ LABELS = {"p_true": "P(true answer)", "p_prior": "P(prior's answer)",
 MAIN = "counterfactual"
 
 
-def main_split(p: QualitativeComparison) -> str:
+def main_split(splits: Iterable[str]) -> str:
     """The split that pages show first: counterfactual if there is one, else the first."""
-    return MAIN if MAIN in p.splits else next(iter(p.splits))
+    names = list(splits)
+    return MAIN if MAIN in names or not names else names[0]
 
 
 def probing(p: QualitativeComparison) -> NoiseProbability:
     """Notebook 1's parameters for the main split: colour questions where there is a truth file."""
-    data = p.splits[main_split(p)]
+    data = p.splits[main_split(p.splits)]
     known = data_rows.truth_file(p.path(data)) is not None
     return NoiseProbability(
         study=p.study, seed=p.seed, model=p.model, precision=p.precision, data=data,
@@ -61,9 +61,7 @@ def ask(p: QualitativeComparison, checkpoint: Checkpoint, methods: Sequence[str]
         with checkpoints.using(checkpoint, method):
             line["answers"][method] = generate.decode(checkpoint, inputs,
                                                       max_new_tokens=p.max_new_tokens)[0]
-    clean = encoding.transformed(images.load(row.image), p.image_transform, checkpoint.processor)
-    draw = seeds.torch_generator(p.seed, "probe noise", row.id, 0)
-    return encoding.noised_picture(checkpoint.processor, clean, step, draw), line
+    return probe.frames(probing(p), checkpoint.processor, row, [step])[0], line
 
 
 def weigh(p: QualitativeComparison, folder: Path, checkpoint: Checkpoint, methods: Sequence[str],

@@ -187,14 +187,14 @@ def slider(stills: Sequence[Mapping[str, Any]], words: Sequence[str], label: str
     """One picture at several steps, one at a time, as radio buttons choose: no script.
 
     stills: {"step", "image", "chances": who answers -> probabilities of the true and of the prior's
-    answer}; words: these two; label: what the steps are of; known: as of `leading`.
+    answer}; words: these two; label: what the steps are of; known: as of `by_kind`.
     """
     group = hashlib.sha1(repr([label, [s["chances"] for s in stills]]).encode()).hexdigest()[:8]
     inner = ""
     for place, still in enumerate(stills):
         answers = ""
         for who, chances in still["chances"].items():
-            kind = leading(chances, known=known)
+            kind = leading(by_kind(chances, known=known))
             answers += (f'<p><span class="label">{as_text(who)}</span> <span class="says {kind}">'
                         f"{SAYS[kind]}</span></p>{_chances(words, chances)}")
         step, at = still["step"], f"{group}-{place}"
@@ -207,12 +207,16 @@ def slider(stills: Sequence[Mapping[str, Any]], words: Sequence[str], label: str
                  plain=f"{label}: {', '.join(str(s['step']) for s in stills)}")
 
 
-def leading(chances: Sequence[float], *, known: bool = True) -> str:
-    """Which is likeliest: "true", "prior" or, where the prior's answer is known and so what is left
-    to all others, "other"."""
+def by_kind(chances: Sequence[float], *, known: bool) -> dict[str, float]:
+    """Probabilities of the true and of the prior's answer, with their names, and, where the prior's
+    answer is known, what is left to all others."""
     kinds = dict(zip(("true", "prior"), chances, strict=True))
-    return max(kinds | ({"other": 1 - sum(chances)} if known else {}),
-               key=lambda kind: kinds.get(kind, 1 - sum(chances)))
+    return kinds | ({"other": 1 - sum(chances)} if known else {})
+
+
+def leading(kinds: Mapping[str, float]) -> str:
+    """Which is likeliest of those that `by_kind` names."""
+    return max(kinds, key=kinds.__getitem__)
 
 
 def bar(shares: Mapping[str, float]) -> str:

@@ -17,13 +17,12 @@ from bpo.data import images
 from bpo.data import rows as data_rows
 from bpo.data.rows import Row
 from bpo.evaluation import comparison, probe, under_noise
-from bpo.models import encoding, logprobs, tuned
+from bpo.models import logprobs, tuned
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.noise import STEPS
 from bpo.params import NoiseProbability, QualitativeComparison
 from bpo.reports import cards, figures, page, tables
 from bpo.reports.cards import Shown
-from bpo.study import seeds
 from bpo.study import stage as stages
 from bpo.study.files import read_lines, to_json
 from bpo.study.results import Estimate
@@ -91,14 +90,12 @@ def noise(p: NoiseProbability, result: stages.Result, checkpoint: Checkpoint) ->
             answers[step] = probe.look(
                 p, checkpoint, [probe.Look(row.id, row, step, draw=0)], candidates,
                 sampled=set(), score=logprobs.weigh_unpacked)[0]["answers"]
-        clean = encoding.transformed(images.load(row.image), p.image_transform,
-                                     checkpoint.processor)
-        examples = []
-        for at in sorted({0, step, p.noise_steps[-1]}):
-            draw = seeds.torch_generator(p.seed, "probe noise", row.id, 0)
+        examples, at_steps = [], sorted({0, step, p.noise_steps[-1]})
+        pictures = probe.frames(p, checkpoint.processor, row, at_steps)
+        for at, picture in zip(at_steps, pictures, strict=True):
             chances = [np.exp(a["logp"]) for a in answers[at]]
             examples.append({
-                "image": encoding.noised_picture(checkpoint.processor, clean, at, draw),
+                "image": picture,
                 "lines": [f"noise step {at}",
                           *(f"{KINDS[a['kind']]} “{a['text']}”: {chance:.2f}"
                             for a, chance in zip(answers[at], chances, strict=True)),

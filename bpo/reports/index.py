@@ -23,7 +23,6 @@ TITLES = {"0_tiny_world": "Tiny world", "1_noise_probability": "Noise and probab
           "6_where_the_prior_comes_from": "Where the prior comes from",
           "7_replication": "Replication", "8_dose_and_response": "Dose and response"}
 COMPARED = ("p_true", "p_prior", "chair_i", "cover", "pope_adversarial")  # of notebook 4
-ARROWS = {True: "↑", False: "↓"}  # where a measure is better
 INPUTS = 8  # inputs that a study's box names
 AGAINST = "against-"  # begins the name of a page that compares with another study
 
@@ -247,7 +246,8 @@ def numbers(frame: "DataFrame") -> "DataFrame":
         rows.dropna(subset="value"), on=keys)
     out_of = rows[rows["method"] == "base"].set_index(keys).get("n", {})
     rows["measure"] = [
-        f"{benchmarks.label(r.split_or_benchmark, r.metric)} {ARROWS.get(r.more_is_better, '')}, "
+        f"{benchmarks.label(r.split_or_benchmark, r.metric)} "
+        f"{tables.ARROWS.get(r.more_is_better, '')}, "
         + r.of + (f", n {out_of[place]:.0f}" if (
             place := (r.split_or_benchmark, r.metric)) in out_of else "")
         for r in rows.itertuples()]

@@ -16,14 +16,11 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 from PIL import Image
 
-from bpo.data import images
 from bpo.evaluation import claims, comparison, probe
 from bpo.models import checkpoint as checkpoints
-from bpo.models import encoding
 from bpo.params import NoiseProbability, Refusal, validate
 from bpo.reports import cards, figures
 from bpo.reports.cards import Shown
-from bpo.study import seeds
 from bpo.study import stage as stages
 from bpo.study.text import as_text, shortened
 
@@ -69,18 +66,15 @@ def example(study: str) -> Example | None:
     try:
         p = validate(NoiseProbability, {**manifest["parameters"], "study": study}, where=study)
         lines, candidates = probe.load(result)
-        known = "truth" in manifest["inputs"] or bool(p.question)
+        known = probe.knows_prior(manifest)
         chosen, courses = typical(lines, known=known)
         row = probe.asked(p, next(r for r in probe.listed(p)[0] if r.id == chosen))
-        processor = checkpoints.load_processor(p.path(p.model))
-        clean = encoding.transformed(images.load(row.image), p.image_transform, processor)
+        steps = [p.noise_steps[i] for i in np.unique(
+            np.linspace(0, len(p.noise_steps) - 1, FRAMES).round().astype(int))]
+        pictures = probe.frames(p, checkpoints.load_processor(p.path(p.model)), row, steps)
     except (Refusal, OSError, StopIteration):
         return None
-    steps = [p.noise_steps[i] for i in np.unique(
-        np.linspace(0, len(p.noise_steps) - 1, FRAMES).round().astype(int))]
     chances = _chances([x for x in lines if x["row"] == chosen], known=known)
-    pictures = [encoding.noised_picture(processor, clean, step, seeds.torch_generator(
-        p.seed, "probe noise", row.id, 0)) for step in steps]
     answers = {kind: " or ".join(candidates[chosen][kind]) for kind in probe.KINDS}
     return Example(row.question, answers, [
         (step, picture, chances[chosen][step])
@@ -97,17 +91,12 @@ def typical(lines: Sequence[Mapping[str, Any]], *, known: bool
     ends, rises = {}, {}
     for row, by_step in _chances(lines, known=known).items():
         first, last = (by_step[step] for step in (min(by_step), max(by_step)))
-        ends[row] = said(first), said(last)
+        ends[row] = cards.leading(first), cards.leading(last)
         rises[row] = sum(sign * (chances["prior"] - chances["true"])
                          for sign, chances in ((-1, first), (1, last)))
     going = [row for row, course in ends.items() if course == ("true", "prior")] or list(ends)
     ordered = sorted(going, key=lambda row: (rises[row], row))
     return ordered[(len(ordered) - 1) // 2], Counter(ends.values())
-
-
-def said(chances: Mapping[str, float]) -> str:
-    """The likeliest of the true answer, the prior's, and all others together."""
-    return max(chances, key=chances.__getitem__)
 
 
 def _chances(lines: Sequence[Mapping[str, Any]], *, known: bool
@@ -122,9 +111,8 @@ def _chances(lines: Sequence[Mapping[str, Any]], *, known: bool
              else np.exp(max(a["logp"] / a["tokens"] for a in found)) for found in by_kind])
     out: dict[str, dict[int, dict[str, float]]] = {}
     for row, by_step in drawn.items():
-        means = {step: np.mean(values, axis=0).tolist() for step, values in by_step.items()}
-        out[row] = {step: dict(zip(probe.KINDS, mean, strict=True))
-                    | ({"other": 1 - sum(mean)} if known else {}) for step, mean in means.items()}
+        out[row] = {step: cards.by_kind(np.mean(values, axis=0).tolist(), known=known)
+                    for step, values in by_step.items()}
     return out
 
 
@@ -137,7 +125,7 @@ def strip(found: Example) -> Shown:
     words = {kind: text if len(text) <= SHORT else "" for kind, text in found.answers.items()}
     frames, plain = "", []
     for step, picture, chances in found.frames:
-        at, kind = f"noise step {step}" if step else "clean picture", said(chances)
+        at, kind = f"noise step {step}" if step else "clean picture", cards.leading(chances)
         numbers = "".join(
             f"<span>{as_text(words[k])} {chances[k]:.2f}</span>{cards.bar({k: chances[k]})}"
             for k in probe.KINDS)
@@ -152,14 +140,21 @@ def strip(found: Example) -> Shown:
         plain="\n".join(plain), kind="saw")
 
 
+def fates(courses: Mapping[tuple[str, str], int]) -> tuple[int, int, int, int]:
+    """How many rows' answers go from the true to the prior's one, begin with the prior's, stay with
+    the true one, and do otherwise. courses: as `typical` gives them."""
+    first = sum(k for (clean, _), k in courses.items() if clean == "prior")
+    go, stay = (courses.get(("true", last), 0) for last in ("prior", "true"))
+    return go, first, stay, sum(courses.values()) - go - first - stay
+
+
 def fate(found: Example) -> str:
     """How many pictures' answers go which way, and which of them is shown."""
-    count, n = Counter(found.courses), sum(found.courses.values())
+    go, first, stay, other = fates(found.courses)
     true, prior = found.names["true"], found.names["prior"]
-    first = sum(k for (clean, _), k in count.items() if clean == "prior")
-    go, stay = count["true", "prior"], count["true", "true"]
-    text = (f"Of {n} pictures {go} go from {true} to {prior}; {first} begin with {prior}, {stay} "
-            f"stay with {true}, {n - go - first - stay} do otherwise. Shown is the median of "
+    text = (f"Of {sum(found.courses.values())} pictures {go} go from {true} to {prior}; {first} "
+            f"begin with {prior}, {stay} stay with {true}, {other} do otherwise. Shown is the "
+            "median of "
             f"{'those that go' if go else 'all'}. ")
     return text + ("Probabilities are means over noise draws." if found.known else
                    "Probabilities are those a token; nobody knows the usual answer here, and the "
@@ -241,7 +236,7 @@ def drawing(rows: Shares, *, title: str = "", words: str = "", found: Example | 
         panel.imshow(picture.convert("RGB"), interpolation="nearest")
         panel.set_axis_off()
         panel.set_title(f"noise {step}" if step else "clean", fontsize=12, loc="left")
-        kind = said(chances)
+        kind = cards.leading(chances)
         fig.text(left, 0.24, figures.wrapped(cards.SAYS[kind], columns=12), fontsize=13, va="top",
                  fontweight="bold", color=_PARTS[kind][0])
     if rows:

@@ -6,38 +6,61 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from bpo.data import images
+from bpo.data.rows import Row
 from bpo.evaluation import probe, under_noise
 from bpo.models import checkpoint as checkpoints
-from bpo.models import encoding
+from bpo.models import generate
+from bpo.models.generate import Request
+from bpo.models.weakening import View
 from bpo.params import NoiseProbability, QualitativeComparison
 from bpo.reports import cards, figures, page, seen
 from bpo.reports.cards import Shown
-from bpo.study import seeds
 from bpo.study import stage as stages
 from bpo.study.files import read_lines
 from bpo.study.text import joined
 
 
 def example(p: NoiseProbability, result: stages.Result) -> dict[str, Any]:
-    """The row of notebook 1 that stands for all by `seen.typical`: `probe.example`'s, and
-    {known: whether the prior's answers are, courses: from what to what all rows' answers go}."""
-    known = "truth" in result.manifest["inputs"] or bool(p.question)
-    row, courses = seen.typical(probe.load(result)[0], known=known)
-    return {**probe.example(p, result, row), "known": known, "courses": courses}
+    """The row of notebook 1 that stands for all by `seen.typical`: {row, question, true, prior,
+    known: whether the prior's answers are, courses: from what to what all rows' answers go}, and at
+    each step {images, chances: of the true and the prior's answer, p_true: of the first true one},
+    first draw; other_ways: way -> {images, chances, steps}."""
+    lines, candidates = probe.load(result)
+    known = probe.knows_prior(result.manifest)
+    chosen, courses = seen.typical(lines, known=known)
+    row = probe.asked(p, next(r for r in probe.listed(p)[0] if r.id == chosen))
+    looks = {x["step"]: x for x in lines if x["row"] == chosen and x["draw"] == 0}
+    processor = checkpoints.load_processor(p.path(p.model))
+    return {"row": row, "images": probe.frames(p, processor, row, p.noise_steps),
+            "question": row.question, **candidates[row.id], "known": known, "courses": courses,
+            "chances": [_chances(looks[step]) for step in p.noise_steps],
+            "other_ways": {way: _other(p, result, processor, row, way) for way in p.other_ways},
+            "p_true": [math.exp(looks[step]["answers"][0]["logp"]) for step in p.noise_steps]}
+
+
+def _other(p: NoiseProbability, result: stages.Result, processor: Any, row: Row, way: str
+           ) -> dict[str, Any]:
+    lines = read_lines(result.folder / f"looks-{way}.jsonl")
+    chances = {x["step"]: _chances(x) for x in lines if (x["row"], x["draw"]) == (row.id, 0)}
+    request = Request(row.id, row.prompt, row.image)
+    return {"images": [generate.view_picture(processor, request, View(way, step), seed=p.seed,
+                                             transform=p.image_transform) for step in chances],
+            "chances": list(chances.values()), "steps": list(chances)}
+
+
+def _chances(line: dict) -> list[float]:
+    return [probe.value(line, probe.MEASURES[0], kind) for kind in probe.KINDS]
 
 
 def fate(found: dict[str, Any]) -> Shown:
     """The question of the example, and how many rows' answers go which way."""
-    n = found["courses"]
-    first, total = sum(k for (clean, _), k in n.items() if clean == "prior"), n.total()
-    go, stay = n["true", "prior"], n["true", "true"]
+    go, first, stay, other = seen.fates(found["courses"])
     return page.say(
         "**{q}** What is there: {t}. The prior's answer: {u}. Of {n} images, **{g} go from the "
         "true answer to the prior's** under noise, {f} have the prior's first on the clean image, "
         "{s} stay with the true one and {o} do otherwise. Shown is the median of {w} by how much P "
         "moves.", q=joined(found["question"]), t=" or ".join(found["true"]),
-        u=" or ".join(found["prior"]), n=total, g=go, f=first, s=stay, o=total - go - first - stay,
+        u=" or ".join(found["prior"]), n=found["courses"].total(), g=go, f=first, s=stay, o=other,
         w="those that go" if go else "all")
 
 
@@ -53,7 +76,8 @@ def slider(p: NoiseProbability, found: dict[str, Any]) -> Shown:
 def other_strip(found: dict[str, Any], way: str) -> Shown:
     """The example at each step of another way, and whether the model saw."""
     shown = found["other_ways"][way]
-    said = [cards.SAYS[cards.leading(c, known=found["known"])] for c in shown["chances"]]
+    kinds = [cards.by_kind(c, known=found["known"]) for c in shown["chances"]]
+    said = [cards.SAYS[cards.leading(k)] for k in kinds]
     return page.figure(
         figures.noise_strip(shown["images"], shown["steps"], said),
         alt=f"One image at each step of {way} and whether the model saw",
@@ -76,13 +100,12 @@ def slider_under_noise(p: QualitativeComparison, result: stages.Result, names: S
          else x[f"logp_{k}"][names[0]]} for k in probe.KINDS]} for x in lines]
     chosen, _ = seen.typical(looks, known=known)
     row = next(r for r in probe.listed(q)[0] if r.id == chosen)
-    processor = checkpoints.load_processor(p.path(p.model))
-    clean = encoding.transformed(images.load(row.image), p.image_transform, processor)
-    stills = [{"step": x["step"], "image": encoding.noised_picture(
-        processor, clean, x["step"], seeds.torch_generator(p.seed, "probe noise", row.id, 0)),
-        "chances": {m: [x[f"{name}_{k}"][m] if known else math.exp(x[f"{name}_{k}"][m])
-                        for k in probe.KINDS] for m in names}}
-        for x in lines if x["row"] == chosen]
+    shown = [x for x in lines if x["row"] == chosen]
+    pictures = probe.frames(q, checkpoints.load_processor(p.path(p.model)), row,
+                            [x["step"] for x in shown])
+    stills = [{"step": x["step"], "image": picture, "chances": {
+        m: [x[f"{name}_{k}"][m] if known else math.exp(x[f"{name}_{k}"][m]) for k in probe.KINDS]
+        for m in names}} for x, picture in zip(shown, pictures, strict=True)]
     words = json.loads((result.folder / probe.CANDIDATES).read_text(encoding="utf-8"))[chosen]
     return cards.slider(stills, [" or ".join(words[k]) for k in probe.KINDS],
                          f"{joined(row.question)} Noise step", known=known)
