@@ -15,7 +15,7 @@ PRINT = $(CHROMIUM) --headless --disable-gpu --no-pdf-header-footer --log-level=
 	$(if $(filter 0,$(shell id -u)),--no-sandbox)
 PAGES = $(wildcard outputs/$(STUDY)/*.html)
 
-.PHONY: help report replicate test vllm lab pdf bench
+.PHONY: help report replicate test vllm lab pdf gallery bench
 
 help:
 	@echo "make report     install, run the tiny study, write outputs/tiny/index.html"
@@ -24,6 +24,7 @@ help:
 	@echo "make vllm       install vLLM for the CPU into .vllm, for the tests with a real server (make test ARGS='-m vllm')"
 	@echo "make lab        install, open the notebooks in JupyterLab"
 	@echo "make pdf        print the reports of a study (STUDY=tiny) to outputs/tiny/pdf/, needs Chromium"
+	@echo "make gallery    take the README's pictures of a study (STUDY=tiny) into outputs/gallery/, needs Chromium"
 	@echo "make bench      install, measure the speed ratios, write them into outputs/README.md (make bench ARGS=probing for one group)"
 
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
@@ -60,6 +61,9 @@ outputs/$(STUDY)/pdf/%.pdf: outputs/$(STUDY)/%.html
 	@test -n "$(CHROMIUM)" || { echo "make pdf needs Chromium: install it, or name it with CHROMIUM=PATH"; exit 1; }
 	@mkdir -p $(@D)
 	$(PRINT) --print-to-pdf="$@" "file://$(CURDIR)/$<"
+
+gallery: $(VENV)/.report
+	$(VENV)/bin/python tests/gallery.py $(STUDY)
 
 bench: $(VENV)/.report
 	$(VENV)/bin/python tests/bench.py $(ARGS)

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from bpo.__main__ import main
+from bpo.evaluation import claims, comparison, replication
 from bpo.params import ROOT
+from bpo.reports import seen, summary
 
 FILES = [ROOT / name for name in ("README.md", "params/README.md", "outputs/README.md")]
 TEXTS = {f: f.read_text(encoding="utf-8") for f in FILES}
@@ -51,6 +53,29 @@ def test_results_are_written_from_what_is_stored_and_not_typed(tmp_path, monkeyp
     assert {name for f in files for name, text in MARKED.findall(TEXTS[f]) if text} <= studies
     assert not re.search(r"\.\d{3}\b", MARKED.sub("", README))
     assert sum(f.stat().st_size for f in STORED) < 1_000_000
+
+
+def stale(text: str, study: str) -> list[str]:
+    """What the pictured index of a study says otherwise than its stored results."""
+    frame = replication.stored(study)
+    mean = replication.over_seeds(frame)
+    decided = summary.on_main(replication.claims_over(frame).rename(
+        columns={"over seeds": "verdict"}), comparison.main_split(mean))
+    signs = [c for c in decided if c.isdigit()]
+    shares = [" · ".join(f"{100 * part:.0f}" for part in parts.values())
+              for parts in seen.shares(mean).values()]
+    rows = ["".join(row[signs]) + claims.SIGNS[row["verdict"]] for _, row in decided.iterrows()]
+    said = re.sub(r"\s+", "", text)
+    return [x for x in (*summary.answer(decided), *shares, *rows)
+            if re.sub(r"\s+", "", x) not in said]
+
+
+def test_the_gallery_says_what_is_stored():
+    pictures = sorted((ROOT / "outputs" / "gallery").glob("*.webp"))
+    assert sum(f.stat().st_size for f in pictures) < 400_000
+    for picture in pictures:
+        assert stale(picture.with_suffix(".txt").read_text(encoding="utf-8"), "tiny") == [], (
+            "make gallery takes the pictures again")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
