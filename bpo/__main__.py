@@ -264,7 +264,7 @@ def _results(options: argparse.Namespace) -> int:
 def _power(options: argparse.Namespace) -> int:
     """How many seeds a difference needs, from the seeds at hand."""
     from bpo.evaluation import replication  # here, since transformers comes with it
-    from bpo.reports import summary
+    from bpo.reports.tables import summary
 
     given = {n: v for n in ("metrics", "baselines", "difference")
              if (v := getattr(options, n)) is not None}

@@ -14,7 +14,8 @@ import pytest
 from bpo.__main__ import main
 from bpo.evaluation import claims, comparison, replication
 from bpo.params import ROOT
-from bpo.reports import seen, summary
+from bpo.reports import seen
+from bpo.reports.tables import summary
 
 FILES = [ROOT / name for name in ("README.md", "params/README.md", "outputs/README.md")]
 TEXTS = {f: f.read_text(encoding="utf-8") for f in FILES}

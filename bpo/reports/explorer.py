@@ -21,8 +21,9 @@ from bpo.models import logprobs, tuned
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.noise import STEPS
 from bpo.params import NoiseProbability, QualitativeComparison
-from bpo.reports import cards, figures, page, tables
+from bpo.reports import cards, figures, page
 from bpo.reports.cards import Shown
+from bpo.reports.tables import score_tables
 from bpo.study import stage as stages
 from bpo.study.files import read_lines, to_json
 from bpo.study.results import Estimate
@@ -131,7 +132,7 @@ def ask(p: QualitativeComparison, result: stages.Result) -> Explorer:
         if asked == chosen and not step:
             line = lines[split][chosen.id]
             example = {"origin": "from the stored result", "image": images.load(chosen.image),
-                       **tables.stored(line, line["answers"], truth)}
+                       **score_tables.stored(line, line["answers"], truth)}
         else:
             asked = asked or replace(chosen, id=f"{chosen.id} {question}", prompt=(  # no truth
                 *chosen.prompt[:-1], {"role": "user", "content": question}))
@@ -163,14 +164,14 @@ def _answered(p: QualitativeComparison, result: stages.Result, row: Row, truth: 
         _loaded.clear()
         _loaded[key] = tuned.load_methods(p)
     image, line = under_noise.ask(p, *_loaded[key], row, truth, step)
-    example = {"image": image, **tables.stored(line, line["answers"], truth),
+    example = {"image": image, **score_tables.stored(line, line["answers"], truth),
                "origin": "answered just now" + (f", noise step {step}" if step else "")}
     if row.id not in truth["rows"]:
         scene = truth["images"].get(row.image_name, {"objects": ()})
         names = ", ".join(sorted(o["name"] for o in scene["objects"]))
         example["truth"] = f"in the image: {names}" if names else "not known"
         for answer in example["answers"].values():
-            answer["wrong"] = tables.misdescribed(answer["text"], row.image_name, truth)
+            answer["wrong"] = score_tables.misdescribed(answer["text"], row.image_name, truth)
     return example
 
 

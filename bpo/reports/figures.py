@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bpo.reports.template.look import COLOURS, QUIET, styles, theme
-from bpo.reports.template.look import colour as colour
+from bpo.reports.look import COLOURS, QUIET, styles, theme
+from bpo.reports.look import colour as colour
 from bpo.study.text import joined, signed, visible
 
 if TYPE_CHECKING:

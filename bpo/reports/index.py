@@ -65,7 +65,8 @@ def screen(study: str, known: Manifests) -> tuple[dict[str, Any], bytes | None]:
     sentence, sure, change: texts; left, right, parts: what is shown}, and the preview, a PNG."""
     # here, since torch comes with them
     from bpo.evaluation import claims, comparison, replication
-    from bpo.reports import seen, summary
+    from bpo.reports import seen
+    from bpo.reports.tables import summary
 
     frame, seeds = claims.measured(study), seeds_of(study)
     if len(seeds) >= replication.FEWEST:
@@ -229,25 +230,25 @@ def numbers(frame: "DataFrame") -> "DataFrame":
     import pandas
 
     from bpo.evaluation import benchmarks, claims, comparison
-    from bpo.reports import tables
+    from bpo.reports.tables import score_tables
 
     main = comparison.main_split(frame)
     frame = frame.query("notebook in ('4_qualitative_comparison', '5_benchmarks')")
-    method, control = tables.main_method(frame), tables.control(frame)
+    method, control = score_tables.main_method(frame), score_tables.control(frame)
     wanted = [(main, metric, f"{main} images") for metric in COMPARED]
     for name in frame["split_or_benchmark"].unique():
         if name in benchmarks.KNOWN:
             wanted.append((name, claims.deciding(name)[0], benchmarks.title(name)))
     against = list(dict.fromkeys(("base", control)))
-    rows = pandas.concat([tables.differences(frame).query("against in @against"),
-                          tables.levels(frame).query("method in ('base', @method)")])
+    rows = pandas.concat([score_tables.differences(frame).query("against in @against"),
+                          score_tables.levels(frame).query("method in ('base', @method)")])
     keys = ["split_or_benchmark", "metric"]
     rows = pandas.DataFrame(wanted, columns=[*keys, "of"]).merge(
         rows.dropna(subset="value"), on=keys)
     out_of = rows[rows["method"] == "base"].set_index(keys).get("n", {})
     rows["measure"] = [
         f"{benchmarks.label(r.split_or_benchmark, r.metric)} "
-        f"{tables.ARROWS.get(r.more_is_better, '')}, "
+        f"{score_tables.ARROWS.get(r.more_is_better, '')}, "
         + r.of + (f", n {out_of[place]:.0f}" if (
             place := (r.split_or_benchmark, r.metric)) in out_of else "")
         for r in rows.itertuples()]

@@ -19,8 +19,8 @@ from urllib.parse import quote
 
 from bpo.params import Parameters
 from bpo.reports.cards import OUTPUT_STYLE, Shown, data_uri
+from bpo.reports.look import IN_THE_DARK
 from bpo.reports.template import executed, filters
-from bpo.reports.template.look import IN_THE_DARK
 from bpo.study.files import write_whole
 from bpo.study.text import as_text, joined, number, shortened, visible
 

@@ -10,7 +10,8 @@ from pandas import DataFrame
 
 from bpo.evaluation import claims, comparison, replication
 from bpo.params import Refusal, Replication, outputs_root
-from bpo.reports import seen, summary
+from bpo.reports import seen
+from bpo.reports.tables import summary
 from bpo.study.files import write_whole
 from bpo.study.text import number
 

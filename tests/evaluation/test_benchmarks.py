@@ -18,7 +18,8 @@ from bpo.evaluation.hallucination import yes_or_no
 from bpo.models import encoding, generate, logprobs, tuned
 from bpo.models.generate import Request
 from bpo.params import Benchmarks, Refusal
-from bpo.reports import benchmark_tables, figures, tables
+from bpo.reports import figures
+from bpo.reports.tables import benchmark_tables, score_tables
 from bpo.study import results
 from bpo.study.files import read_lines, write_lines
 from bpo.study.text import signed
@@ -335,14 +336,14 @@ def test_wrong_objects_are_counted_by_their_place(parameters, result, frame, tmp
 
 
 def test_kinds_of_questions_stand_in_a_table_of_their_own(frame):
-    chair, whole, kinds = tables.level_tables(frame.query("category in ('all', 'kind')"))
+    chair, whole, kinds = score_tables.level_tables(frame.query("category in ('all', 'kind')"))
     assert "POPE" in whole.plain and "POPE" in kinds.plain and "CHAIRs" in chair.plain
     head = whole.plain.splitlines()[1]
     assert "accuracy" in head and "accuracy random" not in head
     assert "accuracy random" in kinds.plain and "F1 adversarial" in kinds.plain
     assert [line.split()[0] for line in whole.plain.splitlines()[2:]] == METHODS
     assert "out of (base): accuracy 24," in whole.html
-    [reading] = tables.level_tables(frame.query("category == 'reading'"))
+    [reading] = score_tables.level_tables(frame.query("category == 'reading'"))
     assert "read otherwise by the script" in reading.plain
     assert "answers of one word" in reading.plain
 
@@ -427,6 +428,6 @@ def test_a_rival_is_scored_on_the_same_questions(parameters, folders, model_fold
 def test_a_page_of_answers_that_nothing_scored_says_so(frame):
     nothing = frame.iloc[:0]
     assert benchmark_tables.reading(nothing, "base") == "nothing was scored"
-    for shown in (tables.level_tables, benchmark_tables.all_differences):
+    for shown in (score_tables.level_tables, benchmark_tables.all_differences):
         assert shown(nothing) == []
     assert [x.plain for x in benchmark_tables.scores(nothing)] == ["Nothing was scored."]

@@ -15,8 +15,7 @@ from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, tuned
 from bpo.models.generate import Request
 from bpo.params import QualitativeComparison, Refusal
-from bpo.reports import benchmark_tables, tables
-from bpo.reports.template import after_training
+from bpo.reports.tables import noise_views, score_tables
 from bpo.study import results
 from bpo.study.files import read_lines
 from bpo.study.text import signed
@@ -153,7 +152,7 @@ def test_a_presence_answer_is_as_good_as_pope_finds_it(text):
     ("caption", "a dog and cats", {"cats"}), ("unknown", "a dog", set()),
     ("caption", "a Blue dog, a blue cat, a blue box, red", {("blue", "dog"), "cat"})])
 def test_wrong_words_are_marked(row_id, text, words):
-    assert tables.wrong_words(line(row_id, text, ""), "base", TRUTH) == words
+    assert score_tables.wrong_words(line(row_id, text, ""), "base", TRUTH) == words
 
 
 @pytest.mark.parametrize("base, sft, bpo, sentence", [
@@ -173,7 +172,7 @@ def test_how_often_the_habit_is_followed_is_counted(base, sft, bpo, sentence):
                                            **dict.fromkeys(measured, chances)}
                  for texts in zip(base.split(), sft.split(), bpo.split(), strict=True)]
     methods = METHODS if base else ("base", "bpo")
-    assert tables.habit(lines, methods, TRUTH, "x").plain == sentence
+    assert score_tables.habit(lines, methods, TRUTH, "x").plain == sentence
 
 
 # --- what may be said ---------------------------------------------------------------------------
@@ -201,7 +200,7 @@ def with_differences(folder, **intervals):
     ("cover", (-0.1, 0.2), "no difference seen"), ("chair_i", (0, 0.2), "no difference seen"),
     ("p_prior", (-0.3, -0.2), "better"), ("words", (0.1, 0.2), "")])
 def test_an_interval_is_read_by_whether_more_is_better(name, interval, reading, tmp_path):
-    rows = tables.differences(with_differences(tmp_path, **{name: interval}))
+    rows = score_tables.differences(with_differences(tmp_path, **{name: interval}))
     assert rows[["label", "reading"]].values.tolist() == [[comparison.METRICS[name][0], reading]]
 
 
@@ -215,14 +214,14 @@ def test_an_interval_is_read_by_whether_more_is_better(name, interval, reading, 
     ({"words": (0.1, 0.2)}, "not to be judged without a truth file")])
 def test_the_reading_is_one_phrase(intervals, reading, tmp_path):
     frame = with_differences(tmp_path, **intervals)
-    assert tables.reading(frame, "natural", "base") == reading
-    said, = tables.readings(frame)
+    assert score_tables.reading(frame, "natural", "base") == reading
+    said, = score_tables.readings(frame)
     assert said.plain == f"bpo against base, natural images: {reading}."
 
 
 def test_levels_and_differences_stand_in_one_table_that_says_what_each_is_out_of(tmp_path):
     frame = with_differences(tmp_path, cover=(0.1, 0.2), chair_i=(-0.1, 0.1), words=(0.1, 0.2))
-    table = tables.main_table(frame, "natural", tables.rivals(frame))
+    table = score_tables.main_table(frame, "natural", score_tables.rivals(frame))
     assert table.plain.splitlines()[0] == "Table: natural images"
     for told in ("cover, 9 objects ↑", "CHAIRi, 9 named objects ↓", "bpo − base",
                  "+0.150 [+0.100, +0.200] better", "0.000 [−0.100, +0.100]"):
@@ -235,11 +234,12 @@ LEVEL = {"cover": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}}
 
 def test_the_page_is_about_bpo_on_counterfactual_images_where_there_are(tmp_path):
     frame = written(tmp_path, {"base": LEVEL, "sft": LEVEL}, {})
-    assert (comparison.main_split(frame), tables.main_method(frame)) == ("natural", "sft")
+    assert (comparison.main_split(frame), score_tables.main_method(frame)) == ("natural", "sft")
     other = written(tmp_path, dict.fromkeys(("base", "bpo", "sft"), LEVEL), {}, "counterfactual")
     both = pandas.concat([frame, other])
-    assert (comparison.main_split(both), tables.main_method(both)) == ("counterfactual", "bpo")
-    assert tables.baselines(both) == ["base", "sft"]
+    assert comparison.main_split(both) == "counterfactual"
+    assert score_tables.main_method(both) == "bpo"
+    assert score_tables.baselines(both) == ["base", "sft"]
 
 
 @pytest.mark.parametrize("methods, control", [
@@ -247,19 +247,20 @@ def test_the_page_is_about_bpo_on_counterfactual_images_where_there_are(tmp_path
     (("bpo",), "base")])
 def test_the_sharpest_control_comes_first(methods, control, tmp_path):
     frame = written(tmp_path, dict.fromkeys(("base", *methods), LEVEL), {})
-    assert tables.control(frame) == control
+    assert score_tables.control(frame) == control
 
 
 def test_tables_show_values_with_intervals_and_counts(scored, tmp_path):
     frame = written(tmp_path, *scored)
-    shown = {t.plain.splitlines()[0]: t for t in tables.level_tables(frame)}
+    shown = {t.plain.splitlines()[0]: t for t in score_tables.level_tables(frame)}
     assert list(shown) == [f"Table: natural images, {category} questions"
                            for category in ("caption", "attribute", "presence", "any")]
-    rows = tables.pivoted(tables.levels(frame).query("category == 'attribute'"), "method", "label")
+    levels = score_tables.levels(frame).query("category == 'attribute'")
+    rows = score_tables.pivoted(levels, "method", "label")
     assert list(rows["method"]) == ["base", "bpo"]
     assert rows["P(true answer)"][1] == "0.90 [0.90, 0.90]"
     assert "yes answers 2" in shown["Table: natural images, presence questions"].html
-    assert "yes answers" not in set(tables.judged(tables.levels(frame))["label"])
+    assert "yes answers" not in set(score_tables.judged(score_tables.levels(frame))["label"])
 
 
 # --- the stage ----------------------------------------------------------------------------------
@@ -424,7 +425,7 @@ def test_a_rival_is_a_method_and_a_baseline(beside_a_rival, result):
     rows = frame.query("method == 'bpo' and against == 'rival' and metric == 'p_true'")
     assert results.estimates(rows) == results.estimates(
         frame.query("method == 'bpo' and against == 'base' and metric == 'p_true'"))
-    assert tables.main_method(frame) == "bpo" and "rival" in tables.baselines(frame)
+    assert score_tables.main_method(frame) == "bpo" and "rival" in score_tables.baselines(frame)
     for method, values in result.metrics["natural"].items():
         assert {n: beside_a_rival.metrics["natural"][method][n] for n in values} == values
 
@@ -439,7 +440,7 @@ def test_the_base_as_confident_as_a_method_stands_beside_it(beside_a_rival):
     for name in ("p_true", "p_prior", "logp_true"):
         assert beyond["bpo", name] == pytest.approx(
             levels["bpo", f"among_{name}"] - levels["bpo", f"matched_{name}"], abs=2e-6)
-    *_, said = benchmark_tables.sharpening(results.read(beside_a_rival.folder), "natural")
+    *_, said = score_tables.sharpening(results.read(beside_a_rival.folder), "natural")
     assert signed(levels['bpo', 'among_p_true'] - levels['base', 'among_p_true']) in said.plain
 
 
@@ -488,14 +489,14 @@ def test_data_without_a_truth_file_is_measured_by_length_and_change(parameters, 
     assert found.metrics["held_out"]["base"]["changed"]["n"] == 5
     frame = results.read(found.folder)
     assert comparison.main_split(frame) == "held_out"
-    assert set(tables.levels(frame)["category"]) == {"any"}
-    assert tables.difference_figure(frame, "held_out", tables.rivals(frame))
-    assert tables.main_table(frame, "held_out", tables.rivals(frame))
-    assert after_training.curves_under_noise(frame, tables.rivals(frame)).plain.startswith(
+    assert set(score_tables.levels(frame)["category"]) == {"any"}
+    assert score_tables.difference_figure(frame, "held_out", score_tables.rivals(frame))
+    assert score_tables.main_table(frame, "held_out", score_tables.rivals(frame))
+    assert noise_views.curves_under_noise(frame, score_tables.rivals(frame)).plain.startswith(
         "Figure: held_out images, ")
-    counted, gallery = tables.side_by_side(p, found, frame)
+    counted, gallery = score_tables.side_by_side(p, found, frame)
     assert counted.plain.startswith("No truth file tells of a usual answer to the 5 held_out")
-    assert gallery.html.count(tables.DRAWN) == 4 and "what is usual" not in gallery.html
+    assert gallery.html.count(score_tables.DRAWN) == 4 and "what is usual" not in gallery.html
 
 
 def test_the_gallery_shows_what_is_against_the_habit_beside_seed_drawn_questions(
@@ -503,12 +504,12 @@ def test_the_gallery_shows_what_is_against_the_habit_beside_seed_drawn_questions
     """Whatever the tuned models answer; with the probabilities of base, control and method."""
     frame, shown = results.read(result.folder), []
     truth = data_rows.read_truth(parameters.path(parameters.splits["natural"]))
-    monkeypatch.setattr(tables, "read_lines", lambda file: [
+    monkeypatch.setattr(score_tables, "read_lines", lambda file: [
         x | {"answers": x["answers"] | {"base": usual}}
         for x in read_lines(file) for usual in truth["rows"][x["id"]]["prior"] or [""]])
-    monkeypatch.setattr(tables.cards, "comparison_gallery", shown.extend)
-    tables.side_by_side(parameters, result, frame)
-    assert [x["origin"] for x in shown] == [tables.AGAINST] * 2 + [tables.DRAWN] * 2
+    monkeypatch.setattr(score_tables.cards, "comparison_gallery", shown.extend)
+    score_tables.side_by_side(parameters, result, frame)
+    assert [x["origin"] for x in shown] == [score_tables.AGAINST] * 2 + [score_tables.DRAWN] * 2
     for x in shown[:2]:
         assert x["usual"] not in ("", x["truth"]) and list(x["answers"]) == ["base", "sft", "bpo"]
         assert x["answers"]["base"]["kind"] == "prior"

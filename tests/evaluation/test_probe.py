@@ -12,7 +12,7 @@ from bpo.models import encoding, generate, logprobs
 from bpo.models.weakening import View
 from bpo.params import NoiseProbability, Refusal
 from bpo.reports import explorer
-from bpo.reports.template import stills
+from bpo.reports.tables import noise_views
 from bpo.study import results
 from bpo.study.files import read_lines
 from bpo.study.results import Estimate
@@ -138,14 +138,14 @@ def test_an_interrupted_analysis_goes_on_to_the_same_bytes(result, parameters, o
 
 
 def test_the_example_is_chosen_by_a_rule_and_all_courses_are_counted(result, parameters):
-    example = stills.example(parameters, result)
+    example = noise_views.example(parameters, result)
     assert len(example["images"]) == len(example["chances"]) == len(STEPS)
     assert example["chances"][0][0] == pytest.approx(example["p_true"][0])
-    said = stills.fate(example).plain
+    said = noise_views.fate(example).plain
     assert example["question"].startswith("what colour is the") and example["true"][0] in said
     counts = [int(n) for n in re.findall(r"(\d+) (?:go from|have the|stay with|do other)", said)]
     assert len(counts) == 4 and f"Of {sum(counts)} images" in said
-    slider = stills.slider(parameters, example).html
+    slider = noise_views.slider(parameters, example).html
     assert slider.count('type="radio"') == slider.count("<img") == len(STEPS)
     assert slider.count(" checked") == 1 and "<script" not in slider
 
@@ -165,7 +165,7 @@ def test_the_image_fades_at_the_same_steps_and_its_clean_look_is_shared(result, 
     rows = results.read(result.folder)
     assert rows["category"].unique().tolist() == ["noise", "fade"]
     assert len(rows.query("category == 'fade'")) == len(rows) / 2
-    shown = stills.example(parameters, result)["other_ways"]["fade"]
+    shown = noise_views.example(parameters, result)["other_ways"]["fade"]
     assert shown["steps"] == STEPS[1:] and len(shown["images"]) == len(shown["chances"]) == 2
 
 
@@ -192,7 +192,7 @@ def test_one_question_is_asked_of_every_image_with_the_user_s_answers(parameters
     for line in lines:
         assert [(a["kind"], a["text"]) for a in line["answers"]] == [
             ("true", "yes"), ("true", "a dog"), ("prior", "no")]
-    assert stills.example(p, found)["question"] == "is there a dog ?"
+    assert noise_views.example(p, found)["question"] == "is there a dog ?"
 
 
 def test_without_a_truth_file_the_prior_s_answer_is_what_the_model_says_blindly(

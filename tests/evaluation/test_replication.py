@@ -20,7 +20,8 @@ from bpo import __main__, params
 from bpo.__main__ import main
 from bpo.evaluation import claims, comparison, replication
 from bpo.params import Refusal, Replication
-from bpo.reports import readme, summary
+from bpo.reports import readme
+from bpo.reports.tables import summary
 from bpo.study import results
 from bpo.study import stage as stages
 from bpo.study.results import OPEN, Estimate, Result

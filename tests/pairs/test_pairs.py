@@ -26,7 +26,7 @@ from bpo.pairs import rows as pair_rows
 from bpo.pairs import stage as pairs
 from bpo.pairs.candidates import Candidates
 from bpo.params import PairGeneration, Refusal
-from bpo.reports import pair_tables
+from bpo.reports.tables import pair_tables
 from bpo.study.files import read_lines, write_lines
 
 # --- prompts, layouts, files --------------------------------------------------------------------

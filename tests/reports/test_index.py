@@ -16,7 +16,8 @@ from bpo import params
 from bpo.evaluation import claims, comparison, replication
 from bpo.reports import index as studies
 from bpo.reports import page as report
-from bpo.reports import seen, summary
+from bpo.reports import seen
+from bpo.reports.tables import summary
 from bpo.study import results, verify
 from bpo.study.results import OPEN, Estimate, Result
 

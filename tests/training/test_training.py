@@ -27,7 +27,7 @@ from bpo.models.generate import Request
 from bpo.models.weakening import View
 from bpo.pairs import rows as pair_rows
 from bpo.params import ROOT, DPOTraining, Refusal
-from bpo.reports.template import after_training
+from bpo.reports.tables import training_tables
 from bpo.study import progress
 from bpo.study.files import write_lines
 from bpo.training import stage as train
@@ -719,7 +719,7 @@ def test_a_method_without_rows_is_refused(parameters, lines, tmp_path, outputs):
 @pytest.mark.parametrize("change, warned", [(-4.9, False), (-5.1, True), (3.0, False)])
 def test_the_report_warns_of_a_chosen_answer_that_falls_far(change, warned):
     facts = {"accuracy_last": 0.9, "chosen_change": change, "rejected_change": -9.0}
-    said = after_training.training_headline(DPOTraining(study="s"), {"bpo": facts}).plain
+    said = training_tables.training_headline(DPOTraining(study="s"), {"bpo": facts}).plain
     assert ("in bpo the chosen answer fell by more than 5.0 nats" in said) == warned
     assert ("mostly by making rejected answers unlikely: bpo (DPO + SFT) prefers the chosen answer "
             "in 90% of its training pairs: chosen ") in said

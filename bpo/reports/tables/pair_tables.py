@@ -1,5 +1,4 @@
-"""What notebook 2 shows of pairs: how they were made, one by hand, what was kept, what is wrong;
-and the methods and objectives of notebook 3."""
+"""What notebook 2 shows of pairs: how they were made, one by hand, what was kept, what is wrong."""
 
 from typing import Any
 
@@ -7,16 +6,14 @@ from pandas import DataFrame
 
 from bpo.models.weakening import WEAKENINGS
 from bpo.pairs import audit, candidates, selection
-from bpo.pairs import methods as registry
 from bpo.pairs import stage as pairs
-from bpo.params import SOURCES, DPOTraining, PairGeneration
+from bpo.params import SOURCES, PairGeneration
 from bpo.reports import cards, figures, page
 from bpo.reports.cards import Shown
 from bpo.study import results
 from bpo.study import stage as stages
 from bpo.study.files import LineFile
 from bpo.study.results import Estimate
-from bpo.training.objectives import OBJECTIVES
 
 CHECKS = {"equal": "share equal to the annotation",
           "truth_right": "share in truth right",
@@ -31,7 +28,6 @@ CHECKS = {"equal": "share equal to the annotation",
           "near_duplicates": "share nearly equal to the chosen answer"}
 DRAWN = list(CHECKS)[:9]  # by way of weakening
 TELLING = ("equal", "truth_right", "is_prior", "longer")
-SHORT = {"sigmoid": "DPO", "sft": "SFT"}
 SIDES = {"candidates": "as made", "kept": "as kept"}
 
 
@@ -239,47 +235,3 @@ def _counted(share: dict[str, Any]) -> str:
 def _text(estimate: dict[str, Any] | None) -> str:
     return "not known" if estimate is None or estimate["value"] is None else Estimate(
         *(estimate[name] for name in ("value", "low", "high"))).text()
-
-
-# --- what is trained on them (notebook 3) -------------------------------------------------------
-
-def objective(p: DPOTraining, name: str) -> str:
-    """What a method of this run minimises, as "DPO + SFT"."""
-    if not registry.learns_pairs(name):
-        return "SFT"
-    settings = p.varied(name)
-    return " + ".join(f"{w:g} {SHORT.get(n, n)}".removeprefix("1 ") for n, w in zip(
-        settings.loss, settings.loss_weights, strict=True))
-
-
-def methods(p: DPOTraining) -> Shown:
-    """A row a method of this run: what it learns from, its objective and its learning rate."""
-    meanings, rows = registry.meanings(), []
-    for name, method in p.runs().items():
-        changes = p.variants.get(name, {})
-        changed = ", ".join(f"{n} = {v}" for n, v in changes.items() if n not in (
-            "method", "loss", "loss_weights", "learning_rate"))
-        rows.append({"method": name, "objective": objective(p, name),
-                     "learning rate": f"{p.varied(name).learning_rate:g}",
-                     "what it is": f"{method} with {changed or 'this objective and rate'}"
-                     if changes else meanings[method].replace("DPO on", "pairs:")})
-    return page.table(DataFrame(rows), "Methods of this run",
-                      "what DPO adds is measured against the SFT on the method's own positives")
-
-
-def objectives(p: DPOTraining) -> Shown:
-    """The objectives of pairs from their registry, those of this run marked; the others folded."""
-    runs = {name: p.varied(name) for name in p.runs() if registry.learns_pairs(name)}
-    users = {o: [f"{name} (× {w:g})" for name, s in runs.items() for n, w in zip(
-        s.loss, s.loss_weights, strict=True) if n == o] for o in OBJECTIVES}
-    rows = DataFrame([{"name": f"{name} ({SHORT[name]})" if name in SHORT else name,
-                       "term of a pair": o.meaning, "in this run": ", ".join(users[name]) or "–",
-                       "damaged image": "yes" if o.damaged else "no",
-                       "computed by": "TRL" if o.function is None else "bpo"}
-                      for name, o in OBJECTIVES.items()])
-    here = rows["in this run"] != "–"
-    used, others = (rows[x].reset_index(drop=True) for x in (here, ~here))
-    return Shown(page.table(used, "Objectives of this run, and who minimises them").html
-                 + page.folded(f"{len(others)} more that loss can name", page.table(
-                     others.drop(columns="in this run"), "Further objectives")).html,
-                 plain=f"Objectives of this run: {', '.join(used['name'])}")

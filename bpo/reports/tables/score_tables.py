@@ -21,7 +21,7 @@ from bpo.study import results, seeds
 from bpo.study import stage as stages
 from bpo.study.files import read_lines
 from bpo.study.results import DECIDED, OPEN
-from bpo.study.text import number, words
+from bpo.study.text import number, signed, words
 
 AGAINST, DRAWN = "picture against habit", "drawn by seed"
 CONTROLS = ("sft_matched", "sft", "sft_compute")  # the sharpest control first
@@ -274,3 +274,33 @@ def chair_by_hand(p: QualitativeComparison, result: stages.Result, *, split: str
             rows.append({"caption": line["answers"][method], "in the image": ", ".join(present),
                          "object words": named, "wrong": wrong})
     return DataFrame(rows, columns=["caption", "in the image", "object words", "wrong"])
+
+
+def sharpening(frame: DataFrame, split: str) -> list[Shown]:
+    """Each method's probabilities beside those of the base at the temperature that makes it as
+    confident, and how much of the page's method's gain both have; nothing without calibration."""
+    rows = frame.query("split_or_benchmark == @split and category == 'sharpening'")
+    level = rows.query("against == ''").set_index(["metric", "method"])["value"]
+    if rows.empty:
+        return []
+    shown = [("P(true answer)", "p_true"), ("log P(true answer)", "logp_true"),
+             ("P(prior's answer)", "p_prior")]
+    table = DataFrame([
+        {"method": m, "P(likeliest candidate)": f"{level['confidence', m]:.3f}",
+         "base's temperature": f"{level['temperature', m]:.2f}",
+         **{label: f"{number(level[f'among_{n}', m])} [{number(level[f'matched_{n}', m])}]"
+            for label, n in shown}} for m in level["confidence"].index])
+    method = main_method(frame)
+    beyond = rows.query("method == @method and against == @diagnostics.SHARPENED")
+    rest = results.estimate(beyond.query("metric == 'p_true'").iloc[0].to_dict())
+    before, after, matched = (level[name, m] for name, m in (
+        ("among_p_true", "base"), ("among_p_true", method), ("matched_p_true", method)))
+    return [report.table(
+        table, f"Knowing more or only more certain, {split} images",
+        f"{rest.n} colour questions, as probabilities among the candidate answers; in brackets the "
+        "base at the temperature that makes it as confident as the method"),
+        report.say("P(true answer), {m} minus base: {g}. The base made as confident as {m} changes "
+                   "by {s}, which is sharpening; beyond that {m} changes by **{r}**{t}.", m=method,
+                   g=signed(after - before), s=signed(matched - before),
+                   r=rest.text(sign="+"),
+                   t="" if rest.excludes_zero() else ", no difference seen")]

@@ -1,5 +1,5 @@
 """What finished benchmarks allow to say: tables, figures and sentences of notebook 5, from its
-results.csv and answers; and of notebook 4, whether a method knows more or is only more certain.
+results.csv and answers.
 """
 
 from collections import Counter
@@ -9,13 +9,14 @@ from pandas import DataFrame, concat
 from bpo.evaluation import benchmarks, claims, diagnostics, judged
 from bpo.evaluation.judged import Judged
 from bpo.params import Benchmarks
-from bpo.reports import figures, summary, tables
+from bpo.reports import figures
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
+from bpo.reports.tables import score_tables, summary
 from bpo.study import results
 from bpo.study import stage as stages
 from bpo.study.results import BETTER, DECIDED, OPEN, WORSE
-from bpo.study.text import number, signed
+from bpo.study.text import signed
 
 LEAST = 50  # questions that a share in the figure of P(yes) needs
 
@@ -46,7 +47,8 @@ def settings(p: Benchmarks, result: stages.Result) -> DataFrame:
 
 def few(frame: DataFrame) -> list[str]:
     """The methods that a figure can hold: base, the control and the page's own."""
-    return list(dict.fromkeys(("base", tables.control(frame), tables.main_method(frame))))
+    return list(dict.fromkeys(
+        ("base", score_tables.control(frame), score_tables.main_method(frame))))
 
 
 # --- scores -------------------------------------------------------------------------------------
@@ -64,7 +66,7 @@ def deciding(frame: DataFrame) -> DataFrame:
 def differences(frame: DataFrame, against: str) -> DataFrame:
     """The page's method minus a baseline, of what has a better and a worse; p_holm: over these
     rows."""
-    rows = tables.differences(frame).query("against == @against and reading != ''")
+    rows = score_tables.differences(frame).query("against == @against and reading != ''")
     return rows.assign(p_holm=results.holm(rows["p"].tolist()))
 
 
@@ -90,7 +92,7 @@ def reading(frame: DataFrame, against: str) -> str:
 
 def scores(frame: DataFrame) -> list[Shown]:
     """What the measures named beforehand say of the page's method: words, a figure, levels."""
-    rows, method = deciding(frame), tables.main_method(frame)
+    rows, method = deciding(frame), score_tables.main_method(frame)
     panels = {b: of for b in few(frame) if len(of := differences(rows, b))}
     if not panels:
         return [report.say("Nothing was scored.")]
@@ -105,7 +107,7 @@ def scores(frame: DataFrame) -> list[Shown]:
                                  for b, of in panels.items()}),
             alt=f"Differences of {method} to {' and '.join(panels)}",
             caption="What decides each benchmark and may not be lost with it, named beforehand; "
-                    f"filled: zero is excluded; {tables.PAIRED}. {HOLM}."),
+                    f"filled: zero is excluded; {score_tables.PAIRED}. {HOLM}."),
         report.table(level.pivot(index="method", columns="name", values="text").reindex(
             index=few(frame), columns=level["name"].unique()).reset_index(),
             "The same measures, in per cent to the digits that so few questions measure")]
@@ -119,16 +121,16 @@ def short(value: float) -> str:
 def all_differences(frame: DataFrame) -> list[Shown]:
     """A table a baseline: every difference of the page's method that has a better and a worse."""
     out = []
-    for against in tables.baselines(frame):
+    for against in score_tables.baselines(frame):
         rows = differences(frame.query("category == 'all'"), against)
         if len(rows):
             out.append(report.table(DataFrame({
                 "benchmark": rows["title"], "metric": rows["label"],
                 "difference": results.texts(rows), "p": rows["p"].map("{:.4f}".format),
                 "p, Holm": rows["p_holm"].map("{:.4f}".format)}).reset_index(drop=True),
-                f"{tables.main_method(frame)} minus {against}",
-                f"{tables.PAIRED}; better or worse: zero is excluded; p is two-sided, from the "
-                "same bootstrap; p, Holm: with all rows of the table looked at together"))
+                f"{score_tables.main_method(frame)} minus {against}",
+                f"{score_tables.PAIRED}; better or worse: zero is excluded; p is two-sided, from "
+                "the same bootstrap; p, Holm: with all rows of the table looked at together"))
     return out
 
 
@@ -145,9 +147,9 @@ def by_place(p: Benchmarks, result: stages.Result, frame: DataFrame) -> list[Sho
     return [report.figure(
         fig, alt="Wrong objects by place in the caption",
         caption="CHAIR's captions: share of wrong ones among the objects named first, second, ...; "
-                f"{tables.INTERVALS}, places with {benchmarks.FEWEST} captions or more. What is "
-                "named late is wrong more often: a longer caption has a higher rate without being "
-                "less careful.")]
+                f"{score_tables.INTERVALS}, places with {benchmarks.FEWEST} captions or more. What "
+                "is named late is wrong more often: a longer caption has a higher rate without "
+                "being less careful.")]
 
 
 def says_yes(result: stages.Result, frame: DataFrame) -> list[Shown]:
@@ -170,7 +172,7 @@ def says_yes(result: stages.Result, frame: DataFrame) -> list[Shown]:
 def yes_and_no(result: stages.Result, frame: DataFrame) -> list[Shown]:
     """How yes/no answers were read, and how many of the base turn round where nothing but their
     decoding differs; a table where the official script reads some otherwise."""
-    rows, method, out = frame.query("category == 'reading'"), tables.main_method(frame), []
+    rows, method, out = frame.query("category == 'reading'"), score_tables.main_method(frame), []
     for name, ways in result.metrics["noise_floor"].items():
         mine = rows.query("split_or_benchmark == @name")
         level = mine.query("against == ''").set_index(["metric", "method"])["value"]
@@ -182,21 +184,21 @@ def yes_and_no(result: stages.Result, frame: DataFrame) -> list[Shown]:
             "round: {f}; a difference of so few says nothing.", b=benchmarks.title(name),
             x=short(level["bare", "base"]), y=short(level["bare", method]), m=method,
             o=short(other), f=flips))
-        out += tables.level_tables(mine) if other else []
+        out += score_tables.level_tables(mine) if other else []
     return out
 
 
 def calibrations(result: stages.Result, frame: DataFrame) -> list[Shown]:
     """A table and a figure a benchmark of yes/no questions."""
     out = []
-    for name, rows in tables.levels(frame.query("category == 'calibration'")).groupby(
+    for name, rows in score_tables.levels(frame.query("category == 'calibration'")).groupby(
             "split_or_benchmark", sort=False):
         title = benchmarks.title(name)
         values = result.metrics["calibration"][name]["values"]
         bins = {m: kept for m in few(frame)
                 if (kept := [b for b in values[m]["bins"] if b["n"] >= LEAST])}
-        out.append(report.table(tables.pivoted(rows, "method", "label"),
-                                f"{title}: can P(yes) be believed?", tables.INTERVALS))
+        out.append(report.table(score_tables.pivoted(rows, "method", "label"),
+                                f"{title}: can P(yes) be believed?", score_tables.INTERVALS))
         if bins:
             out.append(report.figure(
                 figures.reliability(bins), alt=f"Reliability, {title}",
@@ -210,9 +212,9 @@ def calibrations(result: stages.Result, frame: DataFrame) -> list[Shown]:
 def image_gains(frame: DataFrame) -> list[Shown]:
     """How tuning moves the annotated answers' log-probability with the right and with a wrong
     image, by kind of token: words and a figure; nothing where no answers were weighed."""
-    method = tables.main_method(frame)
+    method = score_tables.main_method(frame)
     rows = frame.query("split_or_benchmark == 'image' and against == 'base' and "
-                       f"method in {(method, tables.control(frame))}")
+                       f"method in {(method, score_tables.control(frame))}")
     rows = rows.join(rows["metric"].str.extract(
         rf"^(?P<view>right|swapped)_(?P<kind>{'|'.join(diagnostics.KINDS)})$")).dropna(
             subset=["kind", "value"])
@@ -243,8 +245,8 @@ def image_gains(frame: DataFrame) -> list[Shown]:
                               {"right": "right image", "swapped": "wrong image"},
                               "nats an answer, minus base"),
             alt="Change of the annotated answers' log-probability by kind of token",
-            caption=f"Annotated answers, minus base; {tables.PAIRED}. With the right image, right "
-                    "is better for colours and objects; a fall with a wrong one can be mere "
+            caption=f"Annotated answers, minus base; {score_tables.PAIRED}. With the right image, "
+                    "right is better for colours and objects; a fall with a wrong one can be mere "
                     "certainty. The two axes differ.")]
 
 
@@ -277,33 +279,3 @@ def claimed(verdicts: DataFrame, main: str) -> list[Shown]:
         report.folded("All rows: benchmarks, weaker controls, p, and how a row is decided",
                       report.table(table, "Every row", claims.RULE),
                       report.say("{t}.", t=claims.looks(verdicts)))]
-
-
-def sharpening(frame: DataFrame, split: str) -> list[Shown]:
-    """Each method's probabilities beside those of the base at the temperature that makes it as
-    confident, and how much of the page's method's gain both have; nothing without calibration."""
-    rows = frame.query("split_or_benchmark == @split and category == 'sharpening'")
-    level = rows.query("against == ''").set_index(["metric", "method"])["value"]
-    if rows.empty:
-        return []
-    shown = [("P(true answer)", "p_true"), ("log P(true answer)", "logp_true"),
-             ("P(prior's answer)", "p_prior")]
-    table = DataFrame([
-        {"method": m, "P(likeliest candidate)": f"{level['confidence', m]:.3f}",
-         "base's temperature": f"{level['temperature', m]:.2f}",
-         **{label: f"{number(level[f'among_{n}', m])} [{number(level[f'matched_{n}', m])}]"
-            for label, n in shown}} for m in level["confidence"].index])
-    method = tables.main_method(frame)
-    beyond = rows.query("method == @method and against == @diagnostics.SHARPENED")
-    rest = results.estimate(beyond.query("metric == 'p_true'").iloc[0].to_dict())
-    before, after, matched = (level[name, m] for name, m in (
-        ("among_p_true", "base"), ("among_p_true", method), ("matched_p_true", method)))
-    return [report.table(
-        table, f"Knowing more or only more certain, {split} images",
-        f"{rest.n} colour questions, as probabilities among the candidate answers; in brackets the "
-        "base at the temperature that makes it as confident as the method"),
-        report.say("P(true answer), {m} minus base: {g}. The base made as confident as {m} changes "
-                   "by {s}, which is sharpening; beyond that {m} changes by **{r}**{t}.", m=method,
-                   g=signed(after - before), s=signed(matched - before),
-                   r=rest.text(sign="+"),
-                   t="" if rest.excludes_zero() else ", no difference seen")]

@@ -1,10 +1,12 @@
-"""One picture under more and more noise, chosen by a rule: notebook 1's, and notebook 4's with what
-the methods answer."""
+"""Noise: notebook 1's picture under more and more of it, chosen by a rule, and notebook 4's with
+what the methods answer; notebook 1's curves after training."""
 
 import json
 import math
 from collections.abc import Sequence
 from typing import Any
+
+from pandas import DataFrame
 
 from bpo.data.rows import Row
 from bpo.evaluation import probe, under_noise
@@ -15,6 +17,7 @@ from bpo.models.weakening import View
 from bpo.params import NoiseProbability, QualitativeComparison
 from bpo.reports import cards, figures, page, seen
 from bpo.reports.cards import Shown
+from bpo.reports.tables import score_tables
 from bpo.study import stage as stages
 from bpo.study.files import read_lines
 from bpo.study.text import joined
@@ -109,3 +112,26 @@ def slider_under_noise(p: QualitativeComparison, result: stages.Result, names: S
     words = json.loads((result.folder / probe.CANDIDATES).read_text(encoding="utf-8"))[chosen]
     return cards.slider(stills, [" or ".join(words[k]) for k in probe.KINDS],
                          f"{joined(row.question)} Noise step", known=known)
+
+
+def curves_under_noise(frame: DataFrame, against: Sequence[str]) -> Shown:
+    """Notebook 1's curves after training: P(true answer) and P(prior's answer) against the noise
+    step, a line for the page's method and for each of what it is compared with."""
+    rows = frame.query("category == 'noise' and against == ''")
+    names = [*against, score_tables.main_method(frame)]
+    rows = rows[rows["method"].isin(names) & rows["value"].notna()]
+    where = rows["metric"].str.extract(r"^(?P<measure>p_true|p_prior)_at_(?P<step>\d+)")
+    rows = rows.assign(measure=where["measure"], step=where["step"].astype(float)).dropna(
+        subset="measure")
+    if rows.empty:
+        return page.say("This run did not ask under noise (noise_rows is 0, or nobody knows what "
+                          "to weigh).")
+    panels = {under_noise.LABELS[measure]: {
+        name: [mine[c] for c in ("step", "value", "low", "high")]
+        for name in names if len(mine := of[of["method"] == name])}
+        for measure, of in rows.groupby("measure", sort=False)}
+    return page.figure(
+        figures.bands(panels, xlabel="noise step (0 is the clean image)", ylabel="probability"),
+        alt=f"P(true answer) and P(prior's answer) against the noise step, of {', '.join(names)}",
+        caption=f"{rows['split_or_benchmark'].iloc[0]} images, {rows['n'].iloc[0]:.0f} "
+                f"questions, the same at each step; bands are {score_tables.INTERVALS}.")

@@ -1,17 +1,60 @@
-"""What came out of training: notebook 3's tables, and in notebook 4 what noise does after it."""
+"""What notebook 3 shows: methods, objectives, what each was given, and where its curves ended."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from pandas import DataFrame
 
-from bpo.evaluation import under_noise
+from bpo.pairs import methods as registry
 from bpo.params import DPOTraining
-from bpo.reports import figures, pair_tables, tables
 from bpo.reports import page as report
 from bpo.reports.cards import Shown
 from bpo.study import stage as stages
 from bpo.study.text import number
+from bpo.training.objectives import OBJECTIVES
+
+SHORT = {"sigmoid": "DPO", "sft": "SFT"}
+
+
+def objective(p: DPOTraining, name: str) -> str:
+    """What a method of this run minimises, as "DPO + SFT"."""
+    if not registry.learns_pairs(name):
+        return "SFT"
+    settings = p.varied(name)
+    return " + ".join(f"{w:g} {SHORT.get(n, n)}".removeprefix("1 ") for n, w in zip(
+        settings.loss, settings.loss_weights, strict=True))
+
+
+def methods(p: DPOTraining) -> Shown:
+    """A row a method of this run: what it learns from, its objective and its learning rate."""
+    meanings, rows = registry.meanings(), []
+    for name, method in p.runs().items():
+        changes = p.variants.get(name, {})
+        changed = ", ".join(f"{n} = {v}" for n, v in changes.items() if n not in (
+            "method", "loss", "loss_weights", "learning_rate"))
+        rows.append({"method": name, "objective": objective(p, name),
+                     "learning rate": f"{p.varied(name).learning_rate:g}",
+                     "what it is": f"{method} with {changed or 'this objective and rate'}"
+                     if changes else meanings[method].replace("DPO on", "pairs:")})
+    return report.table(DataFrame(rows), "Methods of this run",
+                      "what DPO adds is measured against the SFT on the method's own positives")
+
+
+def objectives(p: DPOTraining) -> Shown:
+    """The objectives of pairs from their registry, those of this run marked; the others folded."""
+    runs = {name: p.varied(name) for name in p.runs() if registry.learns_pairs(name)}
+    users = {o: [f"{name} (× {w:g})" for name, s in runs.items() for n, w in zip(
+        s.loss, s.loss_weights, strict=True) if n == o] for o in OBJECTIVES}
+    rows = DataFrame([{"name": f"{name} ({SHORT[name]})" if name in SHORT else name,
+                       "term of a pair": o.meaning, "in this run": ", ".join(users[name]) or "–",
+                       "damaged image": "yes" if o.damaged else "no",
+                       "computed by": "TRL" if o.function is None else "bpo"}
+                      for name, o in OBJECTIVES.items()])
+    here = rows["in this run"] != "–"
+    used, others = (rows[x].reset_index(drop=True) for x in (here, ~here))
+    return Shown(report.table(used, "Objectives of this run, and who minimises them").html
+                 + report.folded(f"{len(others)} more that loss can name", report.table(
+                     others.drop(columns="in this run"), "Further objectives")).html,
+                 plain=f"Objectives of this run: {', '.join(used['name'])}")
 
 
 def budgets(p: DPOTraining, result: stages.Result) -> Shown:
@@ -58,7 +101,7 @@ def training_headline(p: DPOTraining, methods: dict[str, dict[str, Any]]) -> Sho
         "the margin was won by making the right answer unlikely too. Add sft, anchor or dpop to "
         "loss, or raise beta.") if far else ""
     learnt = "; ".join(
-        f"{m} ({pair_tables.objective(p, m)}) prefers the chosen answer in "
+        f"{m} ({objective(p, m)}) prefers the chosen answer in "
         f"{f['accuracy_last']:.0%} of its training pairs: chosen "
         f"{number(f['chosen_change'], 1, '+')}, rejected {number(f['rejected_change'], 1, '+')} "
         "nats an answer" for m, f in dpo.items())
@@ -68,26 +111,3 @@ def training_headline(p: DPOTraining, methods: dict[str, dict[str, Any]]) -> Sho
         else "After training, {l}." + warning if dpo else
         "{n} adapters trained, none of them on pairs.", n=len(methods), l=learnt,
         far=", ".join(far), bound=p.fall_warning)
-
-
-def curves_under_noise(frame: DataFrame, against: Sequence[str]) -> Shown:
-    """Notebook 1's curves after training: P(true answer) and P(prior's answer) against the noise
-    step, a line for the page's method and for each of what it is compared with."""
-    rows = frame.query("category == 'noise' and against == ''")
-    names = [*against, tables.main_method(frame)]
-    rows = rows[rows["method"].isin(names) & rows["value"].notna()]
-    where = rows["metric"].str.extract(r"^(?P<measure>p_true|p_prior)_at_(?P<step>\d+)")
-    rows = rows.assign(measure=where["measure"], step=where["step"].astype(float)).dropna(
-        subset="measure")
-    if rows.empty:
-        return report.say("This run did not ask under noise (noise_rows is 0, or nobody knows what "
-                          "to weigh).")
-    panels = {under_noise.LABELS[measure]: {
-        name: [mine[c] for c in ("step", "value", "low", "high")]
-        for name in names if len(mine := of[of["method"] == name])}
-        for measure, of in rows.groupby("measure", sort=False)}
-    return report.figure(
-        figures.bands(panels, xlabel="noise step (0 is the clean image)", ylabel="probability"),
-        alt=f"P(true answer) and P(prior's answer) against the noise step, of {', '.join(names)}",
-        caption=f"{rows['split_or_benchmark'].iloc[0]} images, {rows['n'].iloc[0]:.0f} "
-                f"questions, the same at each step; bands are {tables.INTERVALS}.")
