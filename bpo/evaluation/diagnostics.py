@@ -46,11 +46,12 @@ FUNCTION_WORDS = frozenset(
     "a an the this that these those there it its he she they his her their and or but so as at by "
     "for from in into of off on onto out over to up with without near next behind between is are "
     "was were be been being has have had do does did can could will would which who where".split())
-# name: (label, whether more is better)
+# name: (label, whether more is better). An answer that owes more to its image does not have to be
+# likelier with it: mere certainty lowers it with every other image.
 GAINS = {"right": ("log-prob, right image", None),
-         "over_swapped": ("right over swapped image", True),
-         "over_none": ("right over no image", True),
-         "over_noisy": ("right over noised image", True),
+         "over_swapped": ("right over swapped image", None),
+         "over_none": ("right over no image", None),
+         "over_noisy": ("right over noised image", None),
          **{f"{view}_{kind}": (f"log-prob of {text}, {view} image",
                                True if view == "right" and kind in ("colour", "object") else None)
             for view in ("right", "swapped") for kind, text in KINDS.items()}}
