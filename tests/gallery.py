@@ -12,6 +12,7 @@ from playwright.sync_api import sync_playwright
 from bpo.params import outputs_root
 
 VIEWS = {"index": (1280, "light", 1.0), "index-phone": (390, "dark", 1.0)}
+MARGIN = 16  # pixels above and below
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # those of the Makefile
 
 
@@ -29,7 +30,10 @@ def main(study: str) -> int:
                                     color_scheme=scheme, device_scale_factor=scale)
             page.goto(index.as_uri())
             screen = page.locator(".screen")
-            with Image.open(io.BytesIO(screen.screenshot())) as picture:
+            box = screen.bounding_box()
+            around = {"x": 0, "y": box["y"] - MARGIN, "width": width,
+                      "height": box["height"] + 2 * MARGIN}
+            with Image.open(io.BytesIO(page.screenshot(clip=around, full_page=True))) as picture:
                 picture.convert("RGB").save(gallery / f"{name}.webp", quality=78, method=6)
             (gallery / f"{name}.txt").write_text(f"{screen.inner_text()}\n", encoding="utf-8")
         started.close()

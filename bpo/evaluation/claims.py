@@ -161,6 +161,24 @@ def matched(method: str) -> str:
     return method.replace(METHOD, "sft_matched", 1)
 
 
+def ruler(frame: "DataFrame") -> str:
+    """Whether training on pairs whose sides are swapped moves the measures the other way: where it
+    does not, they may be too blunt to show anything. "" where it was not trained."""
+    main, swapped = comparison.main_split(frame), METHOD + "_reversed"
+    rows = frame[(frame["split_or_benchmark"] == main) & (frame["method"] == swapped)
+                 & (frame["against"] == "base") & frame["metric"].isin(("chair_i", "p_true"))]
+    if rows.empty:
+        return ""
+    estimates = results.estimates(rows)
+    moved = all(e.reading() == WORSE for e in estimates)
+    texts = ", ".join(f"{label('', metric)} {e.text(sign='+')}"
+                      for metric, e in zip(rows["metric"], estimates, strict=True))
+    return (f"{swapped}, trained on the same pairs with their sides swapped, "
+            f"{'moves' if moved else 'does not move'} the measures the other way ({texts}, minus "
+            "base): " + ("they can show what such training does." if moved else
+                         f"they may be too blunt, so read no \"{OPEN}\" as no difference."))
+
+
 def _places(frame: "DataFrame") -> tuple[str, list[str], list[str]]:
     """The main split, the benchmarks that were scored, the other splits."""
     main = comparison.main_split(frame)

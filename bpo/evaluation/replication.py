@@ -272,10 +272,11 @@ def side_by_side(study: str, other: str, *, baselines: Sequence[str]) -> tuple[D
 
 
 def shown(mean: DataFrame, *, method: str, against: str) -> DataFrame:
-    """Rows of `over_seeds` for a page: {where, metric, seeds, difference, reading}, of numbers that
-    have a better and a worse."""
+    """Rows of `over_seeds` for a page: {where, metric, seeds, difference, reading}, of answers'
+    numbers that have a better and a worse."""
     rows = mean[(mean["method"] == method) & (mean["against"] == against)
-                & mean["more_is_better"].notna() & ~mean["category"].isin(ASIDE)]
+                & mean["more_is_better"].notna() & ~mean["category"].isin(ASIDE)
+                & (mean["split_or_benchmark"] != "image")]
     estimates = results.estimates(rows)
     return DataFrame({
         "where": rows["split_or_benchmark"], "metric": benchmarks.labels(rows),

@@ -144,7 +144,7 @@ def differences(panels: Mapping[str, "pandas.DataFrame"]) -> Figure:
         panel.axvline(0, color="#303030", linewidth=1)
         panel.set_xlabel("difference")
         if any(more in (True, False) for more in rows.get("more_is_better", ())):
-            panel.set_xlabel("worse  ←  difference  →  better")
+            panel.set_xlabel("worse  ←   →  better")
             panel.xaxis.set_major_formatter(lambda x, _: f"{abs(x):.3g}")
         for place, row in enumerate(rows.to_dict("records")):
             number = signed(row["value"])
@@ -183,10 +183,11 @@ def _panels(frames: Mapping[str, "pandas.DataFrame"]) -> tuple[Figure, list[Axes
     alone = len(frames) == 1
     labels = [[wrapped(label, columns=34 if alone else 23) for label in frame["label"]]
               for frame in frames.values()]
-    columns = min(len(frames), 2)
+    seeds = all(len(label) < 10 for of in labels for label in of)
+    columns = min(len(frames), 3 if seeds else 2)
     rows = math.ceil(len(frames) / columns)
     fig, axes = grid(rows, columns, width=WIDTH,
-                     height=rows * (0.95 + 0.36 * max(map(len, labels))))
+                     height=rows * (0.95 + (0.27 if seeds else 0.36) * max(map(len, labels))))
     for place, (panel, title) in enumerate(zip(axes, frames, strict=False)):
         rows_of(panel, labels[place])
         first = place - place % columns

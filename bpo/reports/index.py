@@ -78,14 +78,17 @@ def screen(study: str, known: Manifests) -> tuple[dict[str, Any], bytes | None]:
     else:
         over = None
     mean = None if over is None else replication.over_seeds(over)
-    table, first = (mean, over["study"].iloc[0]) if frame.empty else (frame, study)
+    table = frame if over is None else mean
+    first = over["study"].iloc[0] if frame.empty else study
     known, main = known or manifests(outputs_root() / first), comparison.main_split(table)
     decided = summary.on_main(claims.decided(frame) if over is None else replication.claims_over(
         over).rename(columns={"over seeds": "verdict", "mean": "difference"}), main)
-    whose = (f"seed {seed_of(known)}" if len(frame)
+    whose = (f"seed {seed_of(known)}" if over is None
              else f"mean of {over['seed'].nunique()} seeds")
     example = seen.example(first)
-    shares = seen.shares(table, seen.eye(known) if len(frame) else None)
+    eyes = [seen.eye(known)] if over is None else [
+        seen.eye(manifests(outputs_root() / one)) for one in over["study"].unique()]
+    shares = seen.shares(table, None if None in eyes else sum(eyes) / len(eyes))
     left = [seen.strip(example)] if example else []
     if shares:
         left.append(seen.bars(shares, f"{seen.population(table)}, {whose}."))
@@ -95,9 +98,9 @@ def screen(study: str, known: Manifests) -> tuple[dict[str, Any], bytes | None]:
     if not word:
         return shown, None
     shown |= {"question": summary.QUESTION, "about": ABOUT + objective(known), "word": word,
-              "sentence": sentence, "sure": how_sure(study, known, over),
-              "replication": replicated(study),
-              "change": would_change(table if mean is None else mean, main, known)}
+              "sentence": sentence, "replication": replicated(study),
+              "sure": f"{how_sure(study, known, over)} {claims.ruler(table)}".strip(),
+              "change": would_change(table, main, known)}
     return shown, seen.saved(seen.drawing(
         shares, title=summary.QUESTION, words=f"{word}. {sentence}", found=example), "png")
 

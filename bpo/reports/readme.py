@@ -53,14 +53,20 @@ def write_results(study: str) -> Path:
     _replaced(outputs_root().parent / "README.md", f"results {study}", found(mean, seeds))
     word, sentence = summary.answer(summary.on_main(claims.decided(mean),
                                                     comparison.main_split(mean)))
+    verdicts = replication.claims_over(frame)
+    left_out = verdicts["over seeds"] == claims.UNMEASURED
+    unmeasured = "; ".join(
+        says + f" ({', '.join(dict.fromkeys(named))})".replace(" (–)", "")
+        for says, named in verdicts[left_out].groupby("says", sort=False)["against"])
     parts = [f"### `bpo replicate {study}`: {seeds}",
              *([f"**{summary.QUESTION} {word}.** {sentence}"] if word else []),
-             *_picture(study, mean),
+             *_picture(study, mean), *filter(None, [claims.ruler(mean)]),
              "A row a claim; seeds in their order: + holds, o no verdict, − does not hold, · not "
              "measured; then the mean difference over seeds with its 95 % t interval, and what it "
              f"says. {claims.RULE}",
-             markdown(summary.claims_table(replication.claims_over(frame))),
-             f"Over seeds, {claims.looks(claims.decided(mean))}.",
+             markdown(summary.claims_table(verdicts[~left_out])),
+             f"Over seeds, {claims.looks(claims.decided(mean))}."
+             + (f" Not measured: {unmeasured}." if left_out.any() else ""),
              "Means over seeds:", markdown(numbers(mean, p))]
     parts += ["Every DPO method against the untuned model, and against the SFT that trained on its "
               "own positives as often:", markdown(summary.by_method(mean))]

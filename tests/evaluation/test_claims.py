@@ -194,3 +194,11 @@ def test_wins_minus_losses_are_counted_a_question():
     sure = won(["blue"] * 6, ["red"] * 6)["bpo"]
     assert (sure["value"], sure["low"], sure["high"]) == (1, 1, 1)
     assert won(["blue"], ["red"], {"rows": {}, "images": {}, "vocabulary": {}}) == {}
+
+
+@pytest.mark.parametrize("given, said", [
+    ({"chair_i": WORSE, "p_true": WORSE}, "moves the measures the other way (CHAIRi +0.150"),
+    ({"chair_i": WORSE, "p_true": UNSURE}, "may be too blunt, so read no \"no difference seen\" as")])
+def test_swapped_sides_tell_whether_the_measures_can_show_anything(given, said, outputs):
+    assert claims.ruler(claims.measured(compared(study="other", chair_i=BETTER))) == ""
+    assert said in claims.ruler(claims.measured(compared(method="bpo_reversed", **given)))

@@ -237,8 +237,8 @@ def test_what_is_stored_makes_the_readmes_tables(three, outputs):
     # the list beside it: words by the intervals over seeds
     text = (outputs.parent / "README.md").read_text(encoding="utf-8")
     assert text.startswith("# Kit") and text.endswith("\nrest\n")
-    assert "P(true answer) falls (−.200 [−.200, −.200])" in text
-    assert "**bpo − base**: no difference seen in CHAIRi (−.030 [−.233, +.173])" in text
+    assert "P(true answer) falls (−0.200 [−0.200, −0.200])" in text
+    assert "**bpo − base**: no difference seen in CHAIRi (−0.030 [−0.233, +0.173])" in text
     assert main(["results", "other"]) == 1
 
 
@@ -247,13 +247,13 @@ def test_words_follow_the_intervals(outputs):
         seeded(f"s{seed}", gain, seed=seed)
     mean = replication.over_seeds(replication.read({s: f"s{s}" for s in range(3)}))
     text = readme.found(mean, "3 seeds")
-    assert "2. **bpo − base**: CHAIRi falls (−.110 [−.135, −.085]); cover rises (+.110" in text
+    assert "2. **bpo − base**: CHAIRi falls (−0.110 [−0.135, −0.085]); cover rises (+0.110" in text
     assert "bpo_weaken" not in text and "Harm" not in text  # which nobody measured
     assert summary.headline(mean, 3).plain == (
-        "Over 3 seeds, bpo − base: CHAIRi falls (−.110 [−.135, −.085]); cover rises (+.110 [+.085, "
-        "+.135]); P(true answer) rises (+.110 [+.085, +.135]). bpo − sft_matched: CHAIRi falls "
-        "(−.110 [−.135, −.085]); cover rises (+.110 [+.085, +.135]); P(true answer) rises (+.110 "
-        "[+.085, +.135]).")
+        "Over 3 seeds, bpo − base: CHAIRi falls (−0.110 [−0.135, −0.085]); cover rises (+0.110 "
+        "[+0.085, +0.135]); P(true answer) rises (+0.110 [+0.085, +0.135]). bpo − sft_matched: "
+        "CHAIRi falls (−0.110 [−0.135, −0.085]); cover rises (+0.110 [+0.085, +0.135]); P(true "
+        "answer) rises (+0.110 [+0.085, +0.135]).")
     two = replication.over_seeds(replication.read({s: f"s{s}" for s in range(2)}))
     assert readme.found(two, "2 seeds") == "2 seeds: too few for an interval."
     assert "2 seeds are too few" in summary.headline(two, 2).plain

@@ -178,7 +178,10 @@ def verdicts(**given):
     ({"base_true": claims.FAILS, "base_prior": claims.HOLDS}, "Mixed", "lowers that of the usual"),
     ({"base_true": claims.HOLDS, "own_true": claims.HOLDS}, "Yes",
      "the same is seen in the true answer"),
-    ({"base_true": claims.HOLDS, "own_true": OPEN}, "Yes", "alone, it shows no difference in the"),
+    ({"base_true": claims.HOLDS, "own_true": OPEN}, "Yes, but no more than SFT",
+     "alone, it shows no difference in the"),
+    ({"base_true": claims.HOLDS, "own_true": OPEN, "harm_pope": claims.FAILS},
+     "Yes, at a price, and no more than SFT", "Worse than before: pope."),
     ({"own_true": claims.HOLDS}, "", "")])
 def test_an_answer_says_what_the_verdicts_say(given, word, told):
     found, sentence = summary.answer(verdicts(**given))

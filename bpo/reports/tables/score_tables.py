@@ -11,7 +11,7 @@ import pandas
 from pandas import DataFrame
 
 from bpo.data import images
-from bpo.evaluation import benchmarks, comparison, diagnostics, metrics
+from bpo.evaluation import benchmarks, claims, comparison, diagnostics, metrics
 from bpo.models import tuned
 from bpo.params import QualitativeComparison
 from bpo.reports import cards, figures
@@ -172,9 +172,10 @@ def reading(frame: DataFrame, split: str, against: str) -> str:
 
 
 def readings(frame: DataFrame) -> list[Shown]:
-    return [report.say("**{m} against {a}**, {s} images: {r}.", m=main_method(frame), a=against,
-                       s=split, r=reading(frame, split, against))
-            for split in frame["split_or_benchmark"].unique() for against in baselines(frame)]
+    return [*(report.say("**{m} against {a}**, {s} images: {r}.", m=main_method(frame), a=against,
+                         s=split, r=reading(frame, split, against))
+              for split in frame["split_or_benchmark"].unique() for against in baselines(frame)),
+            *(report.say("{r}", r=text) for text in [claims.ruler(frame)] if text)]
 
 
 def side_by_side(p: QualitativeComparison, result: stages.Result, frame: DataFrame) -> list[Shown]:

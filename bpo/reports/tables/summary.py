@@ -1,8 +1,7 @@
 """Several seeds of a study, and two studies: figures and tables of notebook 7."""
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from pandas import DataFrame, notna
 
@@ -16,11 +15,6 @@ from bpo.study.results import OPEN
 from bpo.study.text import as_text, number, signed
 
 STEPS = ("p_true", "p_prior", "chair_i")  # metrics of the steps from base to method
-
-
-def seeds(by_seed: Mapping[int, str]) -> Shown:
-    return report.say("**{n} seeds**: {s}.", n=len(by_seed),
-                      s=", ".join(f"{seed} ({name})" for seed, name in by_seed.items()))
 
 
 def forests(frame: DataFrame, p: Replication) -> list[Shown]:
@@ -78,7 +72,7 @@ def on_main(decided: DataFrame, main: str) -> DataFrame:
 
 
 def answer(decided: DataFrame) -> tuple[str, str]:
-    """Whether BPO makes the model look, in a word or two, and the sentence that says why; ("", "")
+    """Whether BPO makes the model look, in a few words, and the sentence that says why; ("", "")
     where nothing was compared. decided: `on_main` of one study's verdicts or of those over seeds.
     """
     base = decided[(decided["method"] == claims.METHOD) & (decided["claim"] == "2")
@@ -101,7 +95,11 @@ def answer(decided: DataFrame) -> tuple[str, str]:
         parts.append(f"{CONTRAST}, it {_told(own)}.")
     if len(harm):
         parts.append(f"Worse than before: {_listed(harm['decides'])}.")
-    return word + (", at a price" if holds and len(harm) else ""), " ".join(parts)
+    word += ", at a price" if holds and len(harm) else ""
+    contrast = own.loc[own["says"].isin(LOOKS), "verdict"]
+    if holds and len(contrast) and not (contrast == claims.HOLDS).any():
+        word += f", {'and' if len(harm) else 'but'} no more than SFT"
+    return word, " ".join(parts)
 
 
 def _told(rows: DataFrame) -> str:
@@ -289,8 +287,8 @@ def two_studies(p: Replication) -> list[Shown]:
 
 def in_words(mean: DataFrame, measures: Sequence[tuple[str, str]], method: str, against: str, *,
              brief: bool = False) -> str:
-    """"CHAIRi falls (-.012 [-.023, -.002]); no difference seen in cover (...)"; brief: without the
-    numbers of what shows no difference; "" where nothing was measured."""
+    """"CHAIRi falls (−0.012 [−0.023, −0.002]); no difference seen in cover (...)"; brief: without
+    the numbers of what shows no difference; "" where nothing was measured."""
     rows = mean[(mean["method"] == method) & (mean["against"] == against)]
     sure, unseen = [], []
     for where, metric in measures:
@@ -298,13 +296,12 @@ def in_words(mean: DataFrame, measures: Sequence[tuple[str, str]], method: str, 
         if row.empty:
             continue
         e, = results.estimates(row)
-        text = re.sub(r"\b0\.", ".", e.text(sign="+"))
         alone = where == comparison.main_split(mean) or method == "base"
         label = claims.label("" if alone else where, metric)
         if e.excludes_zero():
-            sure.append(f"{label} {'rises' if e.low > 0 else 'falls'} ({text})")
+            sure.append(f"{label} {'rises' if e.low > 0 else 'falls'} ({e.text(sign='+')})")
         else:
-            unseen.append(label if brief else f"{label} ({text})")
+            unseen.append(label if brief else f"{label} ({e.text(sign='+')})")
     if unseen:
         sure.append(f"no difference seen in {', '.join(unseen)}")
     return "; ".join(sure)
