@@ -4,6 +4,7 @@ by calculation from the checkpoint's config.json."""
 
 import argparse
 import functools
+import importlib.util
 import itertools
 import re
 import sys
@@ -25,7 +26,7 @@ PATHS = ("model", "text_model", "data", "image_folder", "describe_prompt", "ques
 ANNOTATED = ("data", "splits", "calibration_data", "probe_data")
 ROWS = 100  # of annotated data that are read and whose images are opened
 SHORT = {"rows": 64, "steps": 5, "questions": 8}  # of a run that measures seconds
-WIDTH = {"float32": 4, "bfloat16": 2}  # bytes a number
+WIDTH = {"float32": 4, "bfloat16": 2}  # bytes a number; nf4 computes in bfloat16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,19 +178,23 @@ def memory(study: str, read: dict[str, Parameters]) -> dict[str, str]:
     making, training = read.get(PairGeneration.notebook), read.get(DPOTraining.notebook)
     if not making or not training:
         return {}
+    from bpo.models import checkpoint as checkpoints  # here, since it brings torch
+
     try:
         folder = making.path(making.model)
         if not (folder / "config.json").is_file():
             return {}
-        model = skeleton(folder)
+        model = checkpoints.skeleton(folder)
     except Refusal as refusal:
         return {"memory": f"not known: {refusal}"}
     weights = model.num_parameters()
     short = "".join(f" -p {n} {v}" for n, v in SHORT.items()
                     if any(n in type(p).model_fields for p in read.values()))
     return {
-        "weights": f"{weights:,}, {_gb(weights * WIDTH[making.precision])} in "
-                   f"{making.precision} (all sizes by calculation)",
+        "weights": f"{weights:,}, {_gb(weights_bytes(model, making.precision))} in "
+                   f"{making.precision} (all sizes by calculation)" + (
+                       "" if making.precision in WIDTH or importlib.util.find_spec("bitsandbytes")
+                       else "; bitsandbytes is MISSING: pip install -e '.[nf4]'"),
         "pairs": f"{_gb(generation_bytes(model, making))} of GPU memory: weights and key-value "
                  f"cache of batch_tokens = {making.batch_tokens:,}",
         "training": f"{_gb(training_bytes(model, training))} of GPU memory at most: device_batch = "
@@ -199,19 +204,16 @@ def memory(study: str, read: dict[str, Parameters]) -> dict[str, str]:
                 f"read \"seconds\" in outputs/{study}-short/*/{stages.MANIFEST}"}
 
 
-def skeleton(folder: Path) -> Any:
-    """A checkpoint's PreTrainedModel without memory for its weights; raises Refusal when
-    transformers does not know the architecture."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+def weights_bytes(model: Any, precision: str) -> int:
+    """The weights; of nf4 the decoder's linear layers have 4 bits a weight, and for each 64 a scale
+    of 8 bits, whose own scale, 32 bits, is shared by 256 of them."""
+    if precision in WIDTH:
+        return WIDTH[precision] * model.num_parameters()
+    from bpo.models import checkpoint as checkpoints  # here, since it brings torch
 
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Refusal(f"{folder}: config.json is not that of a vision-language model that "
-                      f"transformers knows: {str(error).splitlines()[0]}; give another") from None
+    small = sum(m.weight.numel() for m in checkpoints.linear_layers(model)[1].values())
+    return 2 * (model.num_parameters() - small) + int(
+        small * (1 / 2 + 1 / 64 + 4 / (64 * 256)))
 
 
 def generation_bytes(model: Any, p: PairGeneration) -> int:
@@ -221,7 +223,7 @@ def generation_bytes(model: Any, p: PairGeneration) -> int:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cached = 2 * text.num_hidden_layers * heads * size  # numbers a token
-    return WIDTH[p.precision] * (model.num_parameters() + p.batch_tokens * cached)
+    return weights_bytes(model, p.precision) + WIDTH.get(p.precision, 2) * p.batch_tokens * cached
 
 
 def adapter_weights(model: Any, rank: int) -> int:
@@ -238,13 +240,13 @@ def training_bytes(model: Any, p: DPOTraining) -> int:
     adapters' dropout, 2 (6 hidden + intermediate) in float32; with checkpointing those of one
     layer, and the input of every layer; logits and their gradient in float32.
     """
-    text, width = model.config.get_text_config(), WIDTH[p.precision]
+    text, width = model.config.get_text_config(), WIDTH.get(p.precision, 2)
     hidden, layers = text.hidden_size, text.num_hidden_layers
     a_layer = (width * (12 * hidden + 4 * text.intermediate_size)
                + 8 * (6 * hidden + text.intermediate_size))
     activations = (layers * width * hidden + a_layer if p.gradient_checkpointing
                    else layers * a_layer)
-    return (width * model.num_parameters() + 16 * adapter_weights(model, p.lora_rank)
+    return (weights_bytes(model, p.precision) + 16 * adapter_weights(model, p.lora_rank)
             + 2 * p.device_batch * p.max_tokens * (activations + 8 * text.vocab_size))
 
 

@@ -135,7 +135,7 @@ def read_checkpoint(folder: Path) -> tuple[Any, checkpoints.Checkpoint]:
     if not (folder / "config.json").is_file():
         raise Refusal(f"{folder}: there is no checkpoint (config.json is missing); --model is the "
                       "folder that one was downloaded into, not that of an adapter")
-    model = check.skeleton(folder)
+    model = checkpoints.skeleton(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise Refusal(f"{folder}: holds no weights as safetensors, and other files can run code "

@@ -23,6 +23,7 @@ SCORES = ("similarity", "length", "image")
 # What a variant of a training method may change.
 VARIED = {"steps", "epochs", "learning_rate", "beta", "loss", "loss_weights", "ld_alpha",
           "reference", "noise_step"}
+NF4 = "nf4"  # the precision of 4-bit weights that compute in bfloat16
 TRACKERS = ("tensorboard", "wandb", "trackio")
 BULLET = "\n  - "  # before each problem of a refusal
 
@@ -296,7 +297,7 @@ class Checkpoint(Parameters):
     """What every notebook with a model needs."""
 
     model: str = field(WORLD + "/model", "folder of the vision-language checkpoint")
-    precision: Literal["float32", "bfloat16"] = field(
+    precision: Literal["float32", "bfloat16", NF4] = field(
         "float32", "number format of the model's weights")
     image_transform: Literal["processor", "pad", "crop"] = field(
         "processor", "what is done to an image before the processor: nothing, pad to a square, or "
@@ -412,6 +413,9 @@ class PairGeneration(Checkpoint):
             yield "image_folder: must be named when data names several files"
         if self.endpoint and not self.endpoint_model:
             yield "endpoint_model: must be named when endpoint is"
+        if self.decoder and self.precision == NF4:
+            yield (f"precision: {NF4} is of models that run here, and the decoder has this one; "
+                   "set the server's --dtype")
         if self.decoder and self.score_candidates:
             yield ("score_candidates: needs the language model here, and the decoder has it; set it "
                    "to false")

@@ -15,16 +15,20 @@ from bpo.params import DPOTraining, PairGeneration, Refusal
 
 
 def test_the_sizes_of_llava_7b_are_those_worked_out_by_hand(seven_billion):
-    model = check.skeleton(seven_billion)
+    model = checkpoints.skeleton(seven_billion)
     assert model.num_parameters() == 7_063_427_072
     assert check.adapter_weights(model, 32) == 32 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
     cached = 2 * 32 * 32 * 128 * 2  # keys and values of 32 layers and heads, 2 bytes each
     p = PairGeneration(precision="bfloat16", batch_tokens=1000)
     assert check.generation_bytes(model, p) == 14_126_854_144 + 1000 * cached
+    small = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)  # in 4 bits, with a byte for each 64
+    four_bits = PairGeneration(precision="nf4", batch_tokens=1000)
+    assert check.generation_bytes(model, four_bits) == (
+        2 * (7_063_427_072 - small) + small // 2 + small // 64 + small // 4096 + 1000 * cached)
 
 
 def test_a_training_step_is_weights_adapter_activations_and_logits(seven_billion):
-    model = check.skeleton(seven_billion)
+    model = checkpoints.skeleton(seven_billion)
     p = DPOTraining(precision="bfloat16", lora_rank=32, batch_pairs=1, device_batch=1,
                     max_tokens=100, gradient_checkpointing=True)
     layer = 2 * (12 * 4096 + 4 * 11008) + 8 * (6 * 4096 + 11008)
@@ -37,8 +41,8 @@ def test_a_training_step_is_weights_adapter_activations_and_logits(seven_billion
 
 
 def test_weights_are_counted_as_the_model_itself_counts_them(model_folder):
-    model, skeleton = AutoModelForImageTextToText.from_pretrained(model_folder), check.skeleton(
-        model_folder)
+    model = AutoModelForImageTextToText.from_pretrained(model_folder)
+    skeleton = checkpoints.skeleton(model_folder)
     assert skeleton.num_parameters() == sum(w.numel() for w in model.parameters())
     adapted = get_peft_model(model, checkpoints.adapter_config(model, rank=3, alpha=6, dropout=0.0))
     trained = sum(w.numel() for w in adapted.parameters() if w.requires_grad)
@@ -49,7 +53,7 @@ def test_weights_are_counted_as_the_model_itself_counts_them(model_folder):
 def test_a_config_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(Refusal, match="is not that of a vision-language model"):
-        check.skeleton(tmp_path)
+        checkpoints.skeleton(tmp_path)
 
 
 def test_check_tells_memory_and_a_command_that_measures_time(model_folder, outputs, capsys,

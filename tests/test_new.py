@@ -15,9 +15,10 @@ from helpers.data import COLOURS, THINGS, conversation, picture
 from helpers.qwen import write_qwen
 from helpers.study import command
 
-from bpo import check, new, params
+from bpo import new, params
 from bpo.__main__ import main
 from bpo.data import rows as data_rows
+from bpo.models import checkpoint as checkpoints
 from bpo.params import Refusal
 
 NOTEBOOKS = ["1_noise_probability", "2_pair_generation", "3_dpo_training",
@@ -331,7 +332,7 @@ def test_a_small_card_gets_small_batches(seven_billion, card, sizes, monkeypatch
     monkeypatch.setattr(new, "CARD", card)
     monkeypatch.setattr(new.torch.cuda, "is_available", lambda: False)
     read = params.read_study("llava-1.5-7b")
-    new.fit(check.skeleton(seven_billion), read)
+    new.fit(checkpoints.skeleton(seven_billion), read)
     assert sizes == (read["2_pair_generation"].batch_tokens, read["3_dpo_training"].device_batch)
 
 

@@ -80,7 +80,7 @@ def test_true_is_not_a_number(name):
     ("steps", 2.5, "must be a valid integer"),
     ("study", 5, "must be a valid string"),
     ("methods", "bpo", "must be a valid list"),
-    ("precision", "float16", "must be 'float32' or 'bfloat16'"),
+    ("precision", "float16", "must be 'float32', 'bfloat16' or 'nf4'"),
 ])
 def test_a_wrong_type_is_refused_with_the_value(name, value, words):
     message = refused(DPOTraining, **{name: value})

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
+from bpo import check, params
 from bpo.__main__ import main
 from bpo.evaluation import claims, comparison, replication
 from bpo.params import ROOT
@@ -90,17 +92,26 @@ def test_every_command_exists(command, monkeypatch, tmp_path):
                               env={**os.environ, "HF_HUB_CACHE": str(tmp_path)})
         assert done.returncode and "Usage" not in done.stderr and "Error: Local entry" in done.stderr
         return
+    start, given = command.split(" -m bpo ")
+    program, _, launch = start.partition(" launch ")
+    assert program == f".venv/bin/{'accelerate' if launch else 'python'}"
     parse = argparse.ArgumentParser.parse_args
+    launched = launch and launch_command_parser().parse_args([*shlex.split(launch), "-m", "bpo"])
 
     def stop(parser, given):
-        parse(parser, given)
-        raise Parsed
+        raise Parsed(parse(parser, given))
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
-    start, given = command.split(" -m bpo ")
-    assert start in (".venv/bin/python", ".venv/bin/accelerate launch --num_processes 8")
-    with pytest.raises(Parsed):
+    with pytest.raises(Parsed) as parsed:
         main(shlex.split(given))
+    if launch:  # as accelerate reads it, and as notebook 3 takes it
+        read, *_ = _validate_launch_command(launched)
+        assert read.num_processes % read.num_machines == 0
+        assert read.num_machines == 1 or read.multi_gpu or read.use_fsdp
+        options = parsed.value.args[0]
+        p = next(p for n, p in params.read_study(options.study, check.overrides(options)).items()
+                 if int(n[0]) == options.number)
+        assert options.number != 3 or p.batch_pairs % (p.device_batch * read.num_processes) == 0
 
 
 def test_commands_in_the_text_are_commands(capsys):

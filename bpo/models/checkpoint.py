@@ -4,6 +4,7 @@ Nothing here knows a model family: the language model comes from transformers' o
 What a checkpoint is given to read is `encoding`'s.
 """
 
+import importlib.util
 import json
 import re
 import shutil
@@ -23,11 +24,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging
 
-from bpo.params import DPOTraining, Refusal, outputs_root
+from bpo.params import NF4, DPOTraining, Refusal, outputs_root
 from bpo.study import environment, processes
 from bpo.study import stage as stages
 
@@ -138,11 +140,55 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _load(auto: Any, folder: Path, precision: str, *, device: str = "") -> PreTrainedModel:
     _require_config(folder)
+    placed = torch.device(device or processes.device())
+    how = _in_4_bits(auto, folder, placed) if precision == NF4 else {}
     try:
-        model = auto.from_pretrained(folder, dtype=getattr(torch, precision), use_safetensors=True)
+        model = auto.from_pretrained(folder, dtype=dtype(precision), use_safetensors=True, **how)
     except (OSError, ValueError) as error:
         raise Refusal(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
-    return environment.noted(model).to(device or processes.device())
+    return environment.noted(model if how else model.to(placed))
+
+
+def dtype(precision: str) -> torch.dtype:
+    """What a model of this precision computes in."""
+    return torch.bfloat16 if precision == NF4 else getattr(torch, precision)
+
+
+def _in_4_bits(auto: Any, folder: Path, device: torch.device) -> dict[str, Any]:
+    """How transformers loads a checkpoint whose decoder's linear layers are kept in 4 bits, as
+    QLoRA does (arXiv 2305.14314); tower, projector and head stay as they are."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise Refusal(f"precision: {NF4} needs bitsandbytes, which is not installed; "
+                      "pip install -e '.[nf4]', or set it to bfloat16")
+    whole = skeleton(folder, auto)
+    prefix, _ = linear_layers(whole)
+    others = [n for n, m in whole.named_modules()
+              if isinstance(m, torch.nn.Linear) and not n.startswith(f"{prefix}.")]
+    # With a number, since training compares it with the one that it runs on.
+    placed = device if device.type == "cpu" else torch.device(device.type, device.index or 0)
+    return {"device_map": {"": placed}, "quantization_config": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype(NF4), llm_int8_skip_modules=others)}
+
+
+def linear_layers(model: PreTrainedModel) -> tuple[str, dict[str, torch.nn.Linear]]:
+    """Where the decoder is, and by their names in it its linear layers: adapters are laid on them,
+    and precision nf4 keeps them in 4 bits."""
+    decoder = model.get_decoder()
+    return next(n for n, m in model.named_modules() if m is decoder), {
+        n: m for n, m in decoder.named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+def skeleton(folder: Path, auto: Any = AutoModelForImageTextToText) -> PreTrainedModel:
+    """A checkpoint's model without memory for its weights; raises Refusal when transformers does
+    not know the architecture."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Refusal(f"{folder}: config.json is not that of a vision-language model that "
+                      f"transformers knows: {str(error).splitlines()[0]}; give another") from None
 
 
 @quietly()
@@ -222,10 +268,8 @@ def _without_video(folder: Path) -> Any | None:
 def adapter_config(model: PreTrainedModel, *, rank: int, alpha: int, dropout: float) -> LoraConfig:
     """LoRA on the linear layers of the language model: no tower, projector or head. PEFT's own
     "all-linear" and lists of names also match the vision tower, so a regular expression does it."""
-    decoder = model.get_decoder()
-    prefix = next(n for n, m in model.named_modules() if m is decoder)
-    names = {n.rsplit(".", 1)[-1] for n, m in decoder.named_modules()
-             if isinstance(m, torch.nn.Linear)}
+    prefix, layers = linear_layers(model)
+    names = {n.rsplit(".", 1)[-1] for n in layers}
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM",
                       target_modules=rf"{re.escape(prefix)}\..*\.({'|'.join(sorted(names))})")
 
@@ -235,14 +279,18 @@ def merge(folder: Path, adapter: Path, out: Path, *, precision: str = "float32")
     """Writes into `out` the checkpoint of a folder with an adapter's change added to its weights.
 
     The sum is taken in float32 on the CPU, whatever `precision` it is saved in: small changes would
-    be lost in a shorter format one by one. Raises Refusal as `load` and `load_adapters` do.
+    be lost in a shorter format one by one. An adapter of a 4-bit base belongs to its rounded
+    weights, so it is added to these. Raises Refusal as `load` and `load_adapters` do.
     """
-    whole = Checkpoint(_load(AutoModelForImageTextToText, folder, "float32", device="cpu"),
-                       load_processor(folder))
+    model = _load(AutoModelForImageTextToText, folder,
+                  precision if precision == NF4 else "float32", device="cpu")
+    if precision == NF4:
+        model = model.dequantize(torch.float32).float()
+    whole = Checkpoint(model, load_processor(folder))
     tuned = load_adapters(whole, {"merged": adapter}).model.merge_and_unload()
     temporary = out / ".merging"
     shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was interrupted
-    tuned.to(getattr(torch, precision)).save_pretrained(temporary)
+    tuned.to(dtype(precision)).save_pretrained(temporary)
     whole.processor.save_pretrained(temporary)
     # config.json is last: a folder without it is no checkpoint, so half of one is never loaded.
     for file in sorted(temporary.iterdir(), key=lambda f: (f.name == "config.json", f.name)):

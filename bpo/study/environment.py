@@ -5,6 +5,7 @@ models ran with. Part of its manifest, and of nothing that makes it stale.
 import importlib.metadata
 import platform
 import subprocess
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from bpo.params import ROOT
 from bpo.study import processes
 
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "numpy", "pillow", "bpo")
+OPTIONAL = ("bitsandbytes",)  # of an extra; named where it was loaded
 # Names of the attention that models of this process ran with, as transformers has them, since a
 # stage began; whoever makes or switches a model adds to them.
 attention: set[str] = set()
@@ -29,7 +31,8 @@ def described() -> dict[str, Any]:
     """The environment for a manifest; None where there is no CUDA or driver, or no model ran."""
     import torch
 
-    return {"versions": {v: importlib.metadata.version(v) for v in VERSIONS},
+    used = [v for v in OPTIONAL if v in sys.modules]
+    return {"versions": {v: importlib.metadata.version(v) for v in (*VERSIONS, *used)},
             "python": platform.python_version(), "device": device_name(),
             "attention": ", ".join(sorted(attention)) or None, "cuda": torch.version.cuda,
             "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from bpo.params import Refusal
 from bpo.study import processes, progress
 from bpo.study.files import read_lines, to_json, whole
 
@@ -64,13 +65,8 @@ def run(file: Path, plan: Callable[[], Sequence[np.ndarray]], work: Callable[[An
     batches = plan()
     rows = sum(map(len, batches))
     folder = file.parent / "shards"
-    processes.first(lambda: _mend(folder, file.stem))
-    done = np.zeros(rows, dtype=bool)
-    for shard in _shards(folder, file.stem):
-        for row, _, _ in _records(shard):
-            done[row] = True
-    left = [b for b in batches if not done[b].all()]
-    processes.wait()  # nobody writes before everybody has read
+    # The first alone looks, and tells the others: another machine may see a shared folder late.
+    left = processes.first(lambda: _left(folder, file.stem, batches))
     assigned = left[processes.rank()::processes.world()]
     before = rows - sum(map(len, left))
     with ((folder / f"{file.stem}.{processes.rank()}.jsonl").open("ab") as shard,
@@ -108,15 +104,25 @@ def run_on(file: Path, items: Sequence[Item], batch_size: int,
 
 
 def _shards(folder: Path, stem: str) -> list[Path]:
-    return [f for f in sorted(folder.glob(f"{stem}.*.jsonl"))
-            if f.name.removeprefix(f"{stem}.").removesuffix(".jsonl").isdigit()]
+    """Those in the folder's listing, and those of the processes of now, which it may lack yet."""
+    listed = {f for f in folder.glob(f"{stem}.*.jsonl")
+              if f.name.removeprefix(f"{stem}.").removesuffix(".jsonl").isdigit()}
+    own = {folder / f"{stem}.{rank}.jsonl" for rank in range(processes.world())}
+    return sorted(f for f in listed | own if f.is_file())
 
 
-def _mend(folder: Path, stem: str) -> None:
-    """Cuts off whatever a kill left behind the last whole record of each shard."""
+def _left(folder: Path, stem: str, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The batches that are not there whole. Cuts off whatever a kill left behind the last whole
+    record of each shard."""
     folder.mkdir(exist_ok=True)
+    done = np.zeros(sum(map(len, batches)), dtype=bool)
     for shard in _shards(folder, stem):
-        os.truncate(shard, sum(length for _, _, length in _records(shard)))
+        end = 0
+        for row, offset, length in _records(shard):
+            done[row] = True
+            end = offset + length
+        os.truncate(shard, end)
+    return [b for b in batches if not done[b].all()]
 
 
 def _records(shard: Path) -> Iterator[tuple[int, int, int]]:
@@ -139,13 +145,16 @@ def _records(shard: Path) -> Iterator[tuple[int, int, int]]:
 def _merge(folder: Path, file: Path, rows: int) -> None:
     """One file in the order of the rows, by rename; the shards go afterwards.
 
-    Ten bytes a row are held: the shard and the place in it.
+    Ten bytes a row are held: the shard and the place in it. Raises Refusal where a row is in none.
     """
     shards = _shards(folder, file.stem)
-    shard, place = np.zeros(rows, dtype=np.uint16), np.zeros(rows, dtype=np.uint64)
+    shard, place = np.full(rows, len(shards), dtype=np.uint16), np.zeros(rows, dtype=np.uint64)
     for number, path in enumerate(shards):
         for row, offset, _ in _records(path):
             shard[row], place[row] = number, offset
+    if missing := int((shard == len(shards)).sum()):
+        raise Refusal(f"{folder}: {missing} of {rows} rows of {file.name} are in no shard; all "
+                      "machines must see one folder of outputs: mend that, then run this again")
     with ExitStack() as stack:
         streams = [stack.enter_context(path.open("rb")) for path in shards]
         out = stack.enter_context(whole(file))

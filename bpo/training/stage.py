@@ -8,6 +8,7 @@ and sweeps.
 import importlib.util
 import json
 import math
+import os
 import shutil
 import time
 from collections import Counter
@@ -26,7 +27,7 @@ from bpo.models import encoding
 from bpo.models.checkpoint import Checkpoint
 from bpo.pairs import rows as pair_rows
 from bpo.pairs.methods import learns_pairs
-from bpo.params import DPOTraining, Refusal
+from bpo.params import NF4, DPOTraining, Refusal
 from bpo.study import launch, processes, progress, results
 from bpo.study import stage as stages
 from bpo.study.files import to_json, write_whole
@@ -51,6 +52,10 @@ def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
     if p.batch_pairs % (p.device_batch * processes.world()):
         raise Refusal(f"batch_pairs ({p.batch_pairs}) must be a multiple of device_batch "
                       f"({p.device_batch}) times the {processes.world()} processes")
+    for kind in ("FSDP", "DEEPSPEED"):
+        if p.precision == NF4 and os.environ.get(f"ACCELERATE_USE_{kind}") == "true":
+            raise Refusal(f"precision: {NF4} weights cannot be spread by {kind}; launch with "
+                          "--multi_gpu, where each process holds them all, or set bfloat16")
     for name in p.trackers:
         if importlib.util.find_spec(name) is None:
             raise Refusal(f"trackers: {name} is not installed; pip install {name}, or leave "
@@ -155,7 +160,8 @@ def train_method(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path
         with checkpoints.quietly():
             trainer = trainers.make(p, method, rows, folder, steps=steps,
                                     references=references, others=others, start=start)
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+            trainer.train(resume_from_checkpoint=processes.first(
+                lambda: last_checkpoint(folder / "checkpoints")))
     except packed.NotFinite as error:
         ids = ", ".join(str(rows[n]["id"]) for n in error.rows)
         raise Refusal(f"{method}: the loss is not a number at step {error.step}, on pairs {ids}; "

@@ -184,19 +184,20 @@ def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, ste
     """
     checkpoint = checkpoints.load(p.path(p.model), precision=p.precision,
                                   transform=p.image_transform)
-    model, adapter = checkpoint.model, {}
+    model, adapter, started = checkpoint.model, {}, {}
     if start is None:
         adapter["peft_config"] = checkpoints.adapter_config(
             model, rank=p.lora_rank, alpha=p.lora_alpha, dropout=p.lora_dropout)
     else:
         model = PeftModel.from_pretrained(model, start, is_trainable=True)
+        started = {n: w.detach().clone() for n, w in model.named_parameters() if w.requires_grad}
     common = dict(
         output_dir=str(folder / "checkpoints"), max_steps=steps, seed=p.seed, data_seed=p.seed,
         per_device_train_batch_size=p.device_batch,
         gradient_accumulation_steps=p.batch_pairs // (p.device_batch * processes.world()),
         learning_rate=p.learning_rate, lr_scheduler_type="cosine", weight_decay=0.0,
         warmup_steps=round(p.warmup_ratio * steps), max_length=None,
-        gradient_checkpointing=p.gradient_checkpointing, bf16=p.precision == "bfloat16",
+        gradient_checkpointing=p.gradient_checkpointing, bf16=p.precision != "float32",
         use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=1, logging_first_step=True, logging_nan_inf_filter=False,
         save_strategy="steps", save_steps=p.save_every,
@@ -214,6 +215,10 @@ def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, ste
     else:
         trainer = CountedSFTTrainer(
             model, args=SFTConfig(**common, completion_only_loss=True), **given)
+    # TRL rounds adapters of a 4-bit base to bfloat16, where steps of small rates would be lost.
+    for name, weight in trainer.model.named_parameters():
+        if weight.requires_grad:
+            weight.data = started.get(name, weight.data).float()
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:

@@ -6,7 +6,9 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from helpers import warm
 from helpers.data import conversation
@@ -288,8 +290,8 @@ def test_another_budget_of_tokens_gives_the_same_answers(uninterrupted, paramete
     assert written(result.folder)[FILES[2]] == written(uninterrupted.folder)[FILES[2]]
 
 
-def launched(processes, parameters, root, tmp_path, *, python=""):
-    """The stage under the launcher of accelerate, in so many processes."""
+def launching(processes, parameters, root, tmp_path, *, python=""):
+    """The stage under the launcher of accelerate, in so many processes, as it begins."""
     values = {n: v for n, v in parameters.model_dump().items()
               if v != type(parameters).model_fields[n].get_default() and n != "study"}
     command = [python or warm.python(), "-m", "accelerate.commands.launch", "--multi_gpu",
@@ -297,8 +299,15 @@ def launched(processes, parameters, root, tmp_path, *, python=""):
                "--dynamo_backend", "no", "--main_process_port", "0",
                "-m", "bpo", "stage", "tiny", "2", "--as", "s",
                *(x for n, v in values.items() for x in ("-p", n, json.dumps(v)))]
-    return subprocess.run(command, text=True, capture_output=True, cwd=tmp_path, timeout=300,
-                          env={**os.environ, "BPO_OUTPUTS": str(root), "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            cwd=tmp_path, env={**os.environ, "BPO_OUTPUTS": str(root),
+                                               "OMP_NUM_THREADS": "1"})
+
+
+def launched(*given, **settings):
+    with launching(*given, **settings) as launcher:
+        out, errors = launcher.communicate(timeout=300)
+    return subprocess.CompletedProcess(launcher.args, launcher.returncode, out, errors)
 
 
 @pytest.mark.slow
@@ -315,6 +324,45 @@ def test_several_processes_write_the_bytes_of_one(parameters, outputs, tmp_path,
     assert manifest["processes"] == processes
     assert written(folder) == written(alone.folder)
     assert manifest["metrics"] == alone.metrics
+
+
+@pytest.mark.slow
+def test_eight_processes_that_were_killed_twice_write_the_bytes_of_one(parameters, data_file,
+                                                                       outputs, tmp_path):
+    """First one of the eight dies, and the launcher ends the others; then all of them and it."""
+    entries = json.loads(data_file.read_text())
+    (tmp_path / "rows.json").write_text(json.dumps(
+        [conversation(f"{e['id']} {n}", e["image"],
+                      " ".join(("a", "the")[int(bit)] for bit in f"{n:08b}"),
+                      e["conversations"][1]["value"]) for n in range(167) for e in entries]))
+    p = changed(parameters, data=str(tmp_path / "rows.json"), image_folder=str(data_file.parent),
+                sources=["weakened"], score_candidates=False, rows=2000, batch_tokens=400,
+                max_new_tokens=3)
+    whole = pairs.run(p)
+    folder = tmp_path / "out" / "s" / "2_pair_generation"
+
+    def done():
+        return sum(f.read_bytes().count(b"\n") for f in folder.glob("shards/*.jsonl"))
+
+    for rows, victims in ((300, 1), (1000, 9)):
+        launcher = launching(8, p, tmp_path / "out", tmp_path)
+        while launcher.poll() is None and done() < rows:
+            time.sleep(0.05)
+        started = [x for x in psutil.process_iter(["cmdline"])
+                   if str(tmp_path / "rows.json") in " ".join(x.info["cmdline"] or ())]
+        assert len(started) == 1 + 8
+        for process in sorted(started, key=lambda x: x.create_time())[-victims:]:
+            process.kill()
+        launcher.communicate(timeout=60)
+        assert launcher.returncode and not (folder / "weakened-noisy-800-0.jsonl").exists()
+    done = launched(8, p, tmp_path / "out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = [f for f in FILES if f not in ("injected.jsonl", "scores.jsonl")]
+    assert {f: (folder / f).read_bytes() for f in names} == {
+        f: (whole.folder / f).read_bytes() for f in names}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["processes"], manifest["metrics"]) == (8, whole.metrics)
+    assert manifest["metrics"]["rows"] == 2000
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.study import killed_until
 
+from bpo.params import Refusal
 from bpo.study import processes, shards
 from bpo.study.files import read_lines
 from bpo.study.seeds import torch_generator
@@ -128,20 +129,31 @@ def as_one_of(monkeypatch, rank, world):
     monkeypatch.setattr(processes, "rank", lambda: rank)
     monkeypatch.setattr(processes, "world", lambda: world)
     monkeypatch.setattr(processes, "wait", lambda: None)
-    monkeypatch.setattr(processes, "first", lambda work: work() if rank == 0 else None)
+    monkeypatch.setattr(processes, "first", lambda work: work())
+    if rank:
+        monkeypatch.setattr(shards, "_merge", lambda *_: None)
 
 
 def test_another_number_of_processes_goes_on_from_the_shards_of_the_first(tmp_path, monkeypatch):
     whole = run(tmp_path / "y.jsonl")
     with monkeypatch.context() as patch:
         as_one_of(patch, 1, 2)
-        (tmp_path / "shards").mkdir()
         second = Work()
         shards.run(tmp_path / "x.jsonl", lambda: BATCHES, second, label="x")
     assert second.asked == [[1, 6, 3]], "the second of two has the second batch"
     work = Work()
     assert run(tmp_path / "x.jsonl", work) == whole
     assert work.asked == [[5, 2, 0], [4]]
+
+
+def test_rows_of_a_machine_that_writes_elsewhere_are_missed(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        as_one_of(patch, 1, 2)
+        (tmp_path / "elsewhere").mkdir()
+        shards.run(tmp_path / "elsewhere" / "x.jsonl", lambda: BATCHES, Work(), label="x")
+    as_one_of(monkeypatch, 0, 2)
+    with pytest.raises(Refusal, match="3 of 7 rows of x.jsonl are in no shard"):
+        run(tmp_path / "x.jsonl")
 
 
 # --- kills --------------------------------------------------------------------------------------
