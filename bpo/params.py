@@ -412,9 +412,6 @@ class PairGeneration(Checkpoint):
             yield "image_folder: must be named when data names several files"
         if self.endpoint and not self.endpoint_model:
             yield "endpoint_model: must be named when endpoint is"
-        if self.decoder and self.score_candidates:
-            yield ("score_candidates: needs the language model here, and the decoder has it; set it "
-                   "to false")
         for mode in self.weaken_modes if self.decoder else ():
             if _weakenings()[mode].mix is not None:
                 yield (f"weaken_modes: {mode} mixes two branches' logits, which a server does not "
