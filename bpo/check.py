@@ -146,7 +146,7 @@ def decoder(p: PairGeneration) -> tuple[str, bool]:
 
     try:
         served.require_family(checkpoint.family(p.path(p.model)))
-        said = injection.decoder(p).server()
+        said = served.server(injection.decoder(p), p)
     except Refusal as refusal:
         return f"CANNOT BE USED: {refusal}", True
     root = said.get("root", said["model"])

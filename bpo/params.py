@@ -416,9 +416,6 @@ class PairGeneration(Checkpoint):
         if self.decoder and self.precision == NF4:
             yield (f"precision: {NF4} is of models that run here, and the decoder has this one; "
                    "set the server's --dtype")
-        if self.decoder and self.score_candidates:
-            yield ("score_candidates: needs the language model here, and the decoder has it; set it "
-                   "to false")
         for mode in self.weaken_modes if self.decoder else ():
             if _weakenings()[mode].mix is not None:
                 yield (f"weaken_modes: {mode} mixes two branches' logits, which a server does not "

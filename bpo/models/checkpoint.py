@@ -100,9 +100,12 @@ def load(folder: Path, *, precision: str = "float32", transform: str = "processo
 
 
 def family(folder: Path) -> str:
-    """transformers' name of the architecture, such as "llava"."""
+    """transformers' name of the architecture, such as "llava"; "pixtral" of a LLaVA with Pixtral's
+    tower."""
     _require_config(folder)
-    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tower = config.get("vision_config", {}).get("model_type")
+    return tower if tower == "pixtral" else config.get("model_type", "")
 
 
 @quietly()

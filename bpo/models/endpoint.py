@@ -22,6 +22,11 @@ URL = r"https?://(\[[\da-fA-F:.]+\]|[\w.-]+)(:\d+)?(/[^\s@?#]*)?"
 LOCAL = r"https?://(localhost|127(\.\d+){3}|\[::1\])([:/].*)?"
 MAY_PASS = (408, 409, 429)  # of HTTP's 4xx, those that are worth another try
 OF_PROMPT = (400, 413, 422)  # those that may be about one prompt: too long, filtered, malformed
+# Of a vLLM server's configuration, what may change its answers
+ARGUMENTS = (("model_config", "dtype"), ("model_config", "quantization"),
+             ("model_config", "generation_config"), ("model_config", "enforce_eager"),
+             ("cache_config", "cache_dtype"), ("parallel_config", "tensor_parallel_size"),
+             ("parallel_config", "pipeline_parallel_size"))
 REMEDIES = {401: "put a valid key into the environment variable {}",
             403: "put a key that may use it into the environment variable {}",
             404: "the url must end before /chat/completions, often in /v1, and the model must be "
@@ -73,7 +78,7 @@ class Endpoint:
     def answers(self, prompts: Sequence[Prompt], *, temperature: float, top_p: float,
                 max_new_tokens: int, seeds: Sequence[int],
                 keep: Callable[[int, Reply], None] = lambda place, reply: None,
-                lengths: Sequence[int | None] = ()) -> list[Reply]:
+                reads: Sequence[Callable[[Any, Reply], Reply]] = ()) -> list[Reply]:
         """One reply a prompt, in the prompts' order, as it came. A prompt that the server refuses
         (HTTP 400, 413, 422) has its status and message for a reply, and the others go on.
 
@@ -82,8 +87,8 @@ class Endpoint:
         keep: gets each prompt's number and reply as it comes, one at a time, before the next
             question. Raises Refusal, or what `keep` raised: nothing new is asked then, and the
             requests under way are waited for.
-        lengths: tokens that each prompt has; where the server counts otherwise, it writes another
-            prompt, or has another model, and Refusal is raised.
+        reads: one a prompt: what its whole completion, with the reply in it, counts as; may raise
+            Refusal.
         """
         import openai  # takes a second, and few studies ask an endpoint
 
@@ -109,7 +114,7 @@ class Endpoint:
                         model=self.model, messages=messages, seed=seed, temperature=temperature,
                         top_p=top_p, max_tokens=max_new_tokens, extra_body=self.extra or None)
                     reply = _reply(completion, key)
-                    self._require_length(completion, lengths[place] if lengths else None)
+                    reply = reads[place](completion, reply) if reads else reply
                 except openai.APIStatusError as error:
                     if error.status_code not in OF_PROMPT:
                         raise
@@ -132,16 +137,10 @@ class Endpoint:
             raise self._refusal(failures[0], key, answered)
         return replies
 
-    def _require_length(self, completion: Any, length: int | None) -> None:
-        usage = getattr(completion, "usage", None)
-        if length and usage and usage.prompt_tokens != length:
-            raise Refusal(f"{self.url}, model {self.model}: reads {usage.prompt_tokens} tokens "
-                          f"where the study's prompt has {length}: serve the study's own "
-                          "checkpoint, with its chat template")
-
     def server(self) -> dict[str, Any]:
-        """What a vLLM server says of itself: {engine, model, root, max_model_len}; raises Refusal
-        where none is there, or it has no model."""
+        """What a vLLM server says of itself: {engine, model, root, max_model_len}, and ARGUMENTS
+        where it runs with VLLM_SERVER_DEV_MODE=1. Raises Refusal where none is there, or it has no
+        model."""
         import openai
 
         local = re.fullmatch(LOCAL, self.url)
@@ -149,17 +148,24 @@ class Endpoint:
         with openai.OpenAI(base_url=self.url, api_key=key or "none", max_retries=self.retries,
                            timeout=self.timeout, http_client=openai.DefaultHttpxClient(
                                trust_env=not local)) as client:
+            def get(path: str) -> dict[str, Any]:
+                return client.get(re.sub("/v1/?$", "", self.url) + path, cast_to=dict[str, Any])
+
             try:
                 models = client.models.list().data
-                version = client.get(re.sub("/v1/?$", "", self.url) + "/version",
-                                     cast_to=dict[str, str])["version"]
+                version = get("/version")["version"]
+                try:
+                    config = get("/server_info?config_format=json")["vllm_config"]
+                except openai.NotFoundError:
+                    config = {}
             except (openai.APIError, ValueError, KeyError) as error:
                 raise self._refusal(error, key, "nothing") from None
         if not models:
             raise Refusal(f"{self.url}: the server has no model")
         more = models[0].model_extra or {}
         return {"engine": f"vllm {version}", "model": models[0].id,
-                **{n: more[n] for n in ("root", "max_model_len") if n in more}}
+                **{n: more[n] for n in ("root", "max_model_len") if n in more},
+                **{n: str(config[part][n]) for part, n in ARGUMENTS if n in config.get(part, {})}}
 
     def _refusal(self, error: Exception, key: str, answered: str) -> Exception:
         """What is raised in place of an error of openai, which holds the request and so the key."""

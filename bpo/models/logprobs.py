@@ -15,11 +15,11 @@ class Weighed:
     """One answer under one prompt, float32 on the CPU.
 
     logprobs: (tokens,) log p(token | image, prompt, earlier tokens).
-    state: (H,) mean over its tokens of the last hidden state that predicts each.
+    state: (H,) mean over its tokens of the last hidden state that predicts each; None of a server.
     """
 
     logprobs: torch.Tensor
-    state: torch.Tensor
+    state: torch.Tensor | None = None
 
 
 Answers = Sequence[Sequence[Sequence[int]]]  # [b][k]: the token ids of an answer to prompt b

@@ -55,7 +55,7 @@ def trained_tokenizer(special: list[str]) -> Tokenizer:
     return core
 
 
-def write_qwen(folder: Path) -> None:
+def write_qwen(folder: Path, *, heads: int = 4) -> None:
     """A Qwen2.5-VL of two thin layers, its files as they are published: a flat config, the image
     processor's settings and a chat template, no file for videos."""
     core = trained_tokenizer([])
@@ -66,10 +66,11 @@ def write_qwen(folder: Path) -> None:
         "bos_token_id": end, "eos_token_id": stop, "vision_start_token_id": opened,
         "vision_end_token_id": closed, "vision_token_id": vision, "image_token_id": image,
         "video_token_id": video, "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 128,
-        "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2,
+        "num_attention_heads": heads, "num_hidden_layers": 2, "num_key_value_heads": 2,
         "max_position_embeddings": 128000, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "initializer_range": 0.1,
-        "tie_word_embeddings": False, "use_sliding_window": False, "torch_dtype": "bfloat16",
+        "rope_scaling": {"type": "mrope", "mrope_section": [n * 4 // heads for n in (2, 3, 3)]},
+        "initializer_range": 0.1, "tie_word_embeddings": False, "use_sliding_window": False,
+        "torch_dtype": "bfloat16",
         "vocab_size": core.get_vocab_size(),
         "vision_config": {
             "depth": 2, "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 64,

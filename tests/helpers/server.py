@@ -25,6 +25,7 @@ class Scripted(ThreadingHTTPServer):
         self.seen, self.under_way, self.most = [], 0, 0  # seen: (time, headers, body)
         self.lock, self.ended = threading.Lock(), threading.Event()
         self.reply = lambda number, body: echo(body)
+        self.info = None  # what a server in vLLM's development mode says of its configuration
 
     def handle_error(self, *_):
         pass  # a client that has given up
@@ -40,7 +41,8 @@ class Handler(BaseHTTPRequestHandler):
         """What a vLLM server says of itself."""
         said = {"/version": {"version": "0.0"}, "/v1/models": {"object": "list", "data": [
             {"id": "served", "object": "model", "created": 0, "owned_by": "vllm", "root": "/m",
-             "max_model_len": 512}]}}.get(self.path)
+             "max_model_len": 512}]}, "/server_info?config_format=json": self.server.info
+                }.get(self.path)
         content = json.dumps(said).encode()
         self.send_response(200 if said else 404)
         self.send_header("Content-Type", "application/json")

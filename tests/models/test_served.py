@@ -21,10 +21,11 @@ from bpo.study.files import read_lines
 
 @pytest.fixture
 def decoding(server, checkpoint):
-    """The server decodes greedily with the checkpoint, from the features that it is sent."""
+    """The server decodes greedily with the checkpoint, or weighs a given answer, from the features
+    that it is sent."""
     @torch.no_grad()
     def reply(number, body):
-        content = body["messages"][-1]["content"]
+        content, *given = (m["content"] for m in body["messages"])
         if isinstance(content, str):
             return completion("rewritten: no", 5)
         image, text = content
@@ -33,9 +34,16 @@ def decoding(server, checkpoint):
             [{"role": "user", "content": [{"type": "image"}, text]}], add_generation_prompt=True)
         place = checkpoint.processor.image_token
         ids = torch.tensor([checkpoint.tokenizer(
-            prompt.replace(place, place * len(features)), add_special_tokens=False)["input_ids"]])
+            prompt.replace(place, place * len(features)) + "".join(given),
+            add_special_tokens=False)["input_ids"]])
         embeds = checkpoint.base.get_input_embeddings()(ids)
         embeds[ids == checkpoint.base.config.image_token_id] = features
+        if given:
+            assert body["continue_final_message"] and not body["add_generation_prompt"]
+            logps = checkpoint.base(inputs_embeds=embeds).logits[0].log_softmax(-1)
+            return completion("", ids.shape[1], prompt_logprobs=[None, *(
+                {str(t): {"logprob": logps[n, t].item()}} for n, t in enumerate(ids[0, 1:].tolist())
+            )])
         tokens = checkpoint.base.generate(inputs_embeds=embeds, do_sample=False,
                                           max_new_tokens=body["max_tokens"])
         return completion(checkpoint.tokenizer.decode(tokens[0], skip_special_tokens=True).strip(),
@@ -45,12 +53,12 @@ def decoding(server, checkpoint):
     return server
 
 
-def completion(text, tokens):
+def completion(text, tokens, **more):
     return 200, {}, {"id": "x", "object": "chat.completion", "created": 0, "model": "served",
                      "choices": [{"index": 0, "finish_reason": "stop",
                                   "message": {"role": "assistant", "content": text}}],
                      "usage": {"prompt_tokens": tokens, "completion_tokens": 1,
-                               "total_tokens": tokens + 1}}
+                               "total_tokens": tokens + 1}, **more}
 
 
 @pytest.fixture
@@ -106,6 +114,24 @@ def test_injected_answers_come_from_the_same_server(parameters, decoding):
     assert all(body["top_k"] == -1 for _, _, body in decoding.seen)
 
 
+def test_candidates_are_weighed_as_transformers_weighs_them(parameters, decoding):
+    p = parameters.model_copy(update={"score_candidates": True, "clean_answers": False})
+    here = read_lines(pairs.run(p.model_copy(update={"study": "here"})).folder / "scores.jsonl")
+    p, alive = p.model_copy(update={"decoder": decoding.url}), decoding.reply
+    decoding.reply = lambda number, body: alive(number, body) if number < 20 else None
+    with pytest.raises(Refusal, match="what was written so far is kept"):
+        pairs.run(p)
+    before, decoding.reply = len(decoding.seen), alive
+    sent = read_lines(pairs.run(p).folder / "scores.jsonl")
+    weighed = [s for line in sent for s in line["scores"] if s]
+    assert len(decoding.seen) - before == 12 + 4 * len(weighed) - 20 and len(weighed) > 6
+    for line, other in zip(sent, here, strict=True):
+        for a, b in zip(line["scores"], other["scores"], strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or a == pytest.approx({n: b[n] for n in a}, abs=1e-4)
+            assert a is None or a.keys() == b.keys() - {"ches"}
+
+
 def test_answers_of_another_engine_do_not_go_on(parameters, decoding, tmp_path):
     p = parameters.model_copy(update={"decoder": decoding.url})
     served.same_engine(injection.decoder(p), tmp_path, p)
@@ -113,6 +139,12 @@ def test_answers_of_another_engine_do_not_go_on(parameters, decoding, tmp_path):
     with pytest.raises(Refusal, match="the answers so far came from"):
         served.same_engine(injection.decoder(p), tmp_path,
                            p.model_copy(update={"precision": "bfloat16"}))
+    decoding.info = {"vllm_config": {"model_config": {"dtype": "torch.bfloat16"},
+                                     "parallel_config": {"tensor_parallel_size": 2}}}
+    with pytest.raises(Refusal, match="computes in bfloat16, and precision is float32; serve with"):
+        served.server(injection.decoder(p), p)
+    said = served.server(injection.decoder(p), p.model_copy(update={"precision": "bfloat16"}))
+    assert (said["dtype"], said["tensor_parallel_size"]) == ("torch.bfloat16", "2")
 
 
 def test_a_server_with_another_prompt_is_refused(parameters, decoding):
@@ -135,12 +167,12 @@ def batch(checkpoint, data_file):
 
 
 def test_features_are_those_that_the_model_merges(checkpoint, batch, model_folder):
-    [(parts, length)] = served.features(checkpoint, batch)
+    [(parts, prompt)] = served.features(checkpoint, batch)
     tower = checkpoints.load_tower(model_folder)
     assert torch.equal(served.features(tower, batch)[0][0]["image_embeds"], parts["image_embeds"])
     assert sum(x.numel() for x in tower.model.parameters()) < 0.8 * sum(
         x.numel() for x in checkpoint.model.parameters())
-    assert length == batch["input_ids"].shape[1]
+    assert prompt == batch["input_ids"][0].tolist()
     embeds = checkpoint.base.get_input_embeddings()(batch["input_ids"])
     embeds[batch["input_ids"] == checkpoint.base.config.image_token_id] = parts["image_embeds"]
     with torch.no_grad():
@@ -156,7 +188,7 @@ def test_features_that_would_spoil_other_answers_are_not_sent(checkpoint, batch)
         served.features(checkpoint, batch | {"pixel_values": pixels})
     fewer = torch.where(batch["input_ids"] == checkpoint.base.config.image_token_id,
                         0, batch["input_ids"])
-    with pytest.raises(Refusal, match="where the prompt has places for 0"):
+    with pytest.raises(Refusal, match="gives 4 x 48 features where the prompt has places for 0"):
         served.features(checkpoint, batch | {"input_ids": fewer})
 
 
@@ -168,10 +200,10 @@ def test_families_that_a_server_cannot_take_are_refused_by_name(family):
 
 @pytest.mark.parametrize("wrong, sentence", [
     ({"weaken_modes": ["contrast"]}, "contrast mixes two branches' logits"),
-    ({"score_candidates": True}, "the decoder has it; set it to false")])
+    ({"weaken_modes": ["reverse_contrast"]}, "reverse_contrast mixes two branches' logits")])
 def test_what_a_decoder_cannot_do_is_refused_before_anything_runs(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
-        PairGeneration(**{"decoder": "http://127.0.0.1:1/v1", "score_candidates": False} | wrong)
+        PairGeneration(**{"decoder": "http://127.0.0.1:1/v1"} | wrong)
 
 
 def test_an_engine_is_part_of_what_a_stage_depends_on():

@@ -3,17 +3,21 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.qwen import write_qwen
 from helpers.server import free_port
 from PIL import Image, ImageDraw
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from bpo.pairs import stage as pairs
 from bpo.params import ROOT, PairGeneration, Refusal
@@ -39,18 +43,23 @@ class Server:
              *arguments],
             stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True,
             env={n: v for n, v in os.environ.items() if n != "PYTHONPATH"} | {
-                "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"})
+                "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_SERVER_DEV_MODE": "1"})
         for _ in range(600):
             try:
                 urllib.request.urlopen(f"{self.url}/models", timeout=5).read()
                 return
             except OSError:
-                assert self.process.poll() is None, log.read_text()[-3000:]
+                assert self.alive(), log.read_text()[-3000:]
                 time.sleep(1)
         raise TimeoutError(log.read_text()[-3000:])
 
+    def alive(self):
+        return self.process.poll() is None
+
     def stop(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
@@ -70,21 +79,35 @@ def rows(tmp_path_factory):
     return folder / "rows.json"
 
 
+def write_llava(folder, like):
+    """The tests' LLaVA with a head of 32, since vLLM knows no shorter one on a CPU."""
+    shutil.copytree(like, folder, dirs_exist_ok=True)
+    config = LlavaConfig.from_pretrained(like)
+    config.text_config.hidden_size, config.text_config.head_dim = 64, 32
+    torch.manual_seed(11)
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        for weight in model.model.multi_modal_projector.parameters():
+            weight.normal_(0, 0.5)
+    model.generation_config = GenerationConfig.from_pretrained(like)
+    model.save_pretrained(folder)
+
+
 @pytest.fixture(scope="module", params=["llava", "qwen2.5-vl"])
 def model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
     if request.param == "llava":
-        return request.getfixturevalue("model_folder")
-    folder = tmp_path_factory.mktemp("qwen") / "model"
-    folder.mkdir()
-    write_qwen(folder)
+        write_llava(folder, request.getfixturevalue("model_folder"))
+    else:
+        write_qwen(folder, heads=2)
     return folder
 
 
 def parameters(model, rows, study, **rest):
     return PairGeneration(
         study=study, model=str(model), data=str(rows), text_model="", sources=["weakened"],
-        weaken_temperature=0.0, max_new_tokens=12, score_candidates=False, clean_answers=True,
-        endpoint_retries=0, batch_tokens=2000, **rest)
+        weaken_temperature=0.0, max_new_tokens=12, clean_answers=True, endpoint_retries=0,
+        batch_tokens=2000, **rest)
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +119,17 @@ def alone(model, rows, tmp_path_factory):
 
 
 def same(folder, alone):
-    """How many of the 200 answers are those of transformers."""
-    return sum(a == b for name in FILES for a, b in zip(
-        read_lines(folder / name), read_lines(alone / name), strict=True))
+    """How many of the 200 answers are those of transformers; and log-probs have to be."""
+    answers, scores = (
+        [pair for name in names for pair in zip(
+            read_lines(folder / name), read_lines(alone / name), strict=True)]
+        for names in (FILES, ["scores.jsonl"]))
+    weighed = [(a, b) for one, other in scores
+               for a, b in zip(one["scores"], other["scores"], strict=True) if a or b]
+    assert len(weighed) > 50
+    for a, b in weighed:
+        assert a == pytest.approx({n: v for n, v in b.items() if n != "ches"}, abs=1e-4)
+    return sum(a == b for a, b in answers)
 
 
 def test_greedy_answers_are_those_of_transformers_and_survive_the_server_s_death(
@@ -108,7 +139,7 @@ def test_greedy_answers_are_those_of_transformers_and_survive_the_server_s_death
     asked = outputs / "served" / "2_pair_generation" / "asked"
 
     def kill_midway():
-        while sum(f.read_bytes().count(b"\n") for f in asked.glob("*")) < 40:
+        while server.alive() and sum(f.read_bytes().count(b"\n") for f in asked.glob("*")) < 40:
             time.sleep(0.05)
         server.stop()
 
@@ -121,14 +152,19 @@ def test_greedy_answers_are_those_of_transformers_and_survive_the_server_s_death
     assert len(kept) >= 40
     server = Server(model, tmp_path / "log")
     try:
-        folder = pairs.run(p.model_copy(update={"decoder": server.url})).folder
-        metrics = urllib.request.urlopen(server.url.removesuffix("/v1") + "/metrics").read().decode()
+        done = pairs.run(p.model_copy(update={"decoder": server.url}))
+        metrics = urllib.request.urlopen(f"{server.url[:-3]}/metrics").read().decode()
     finally:
         server.stop()
-    assert same(folder, alone) == 200
+    assert same(done.folder, alone) == 200
+    assert done.metrics["decoder"] | {
+        "engine": "vllm 0.32.0", "dtype": "torch.float32", "tensor_parallel_size": "1",
+        "generation_config": "vllm", "features": "float32"} == done.metrics["decoder"]
     counted = sum(float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines()
                   if line.startswith("vllm:request_success_total"))
-    assert counted == 200 - len(kept)
+    weighed = sum(2 * (1 + sum(map(bool, line["scores"])))
+                  for line in read_lines(done.folder / "scores.jsonl"))
+    assert counted == 200 - len(kept) + weighed
 
 
 def test_two_ranks_give_the_same_answers(model, rows, alone, outputs, tmp_path):
