@@ -16,7 +16,7 @@ import yaml
 
 from bpo import params
 from bpo.data import rows as data_rows
-from bpo.params import DPOTraining, PairGeneration, Parameters, Refusal
+from bpo.params import NF4, DPOTraining, PairGeneration, Parameters, Refusal
 from bpo.study import hub, sources
 from bpo.study import stage as stages
 
@@ -26,7 +26,7 @@ PATHS = ("model", "text_model", "data", "image_folder", "describe_prompt", "ques
 ANNOTATED = ("data", "splits", "calibration_data", "probe_data")
 ROWS = 100  # of annotated data that are read and whose images are opened
 SHORT = {"rows": 64, "steps": 5, "questions": 8}  # of a run that measures seconds
-WIDTH = {"float32": 4, "bfloat16": 2}  # bytes a number; nf4 computes in bfloat16
+WIDTH = {"float32": 4, "bfloat16": 2, NF4: 2}  # bytes of a number in computing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -193,7 +193,7 @@ def memory(study: str, read: dict[str, Parameters]) -> dict[str, str]:
     return {
         "weights": f"{weights:,}, {_gb(weights_bytes(model, making.precision))} in "
                    f"{making.precision} (all sizes by calculation)" + (
-                       "" if making.precision in WIDTH or importlib.util.find_spec("bitsandbytes")
+                       "" if making.precision != NF4 or importlib.util.find_spec("bitsandbytes")
                        else "; bitsandbytes is MISSING: pip install -e '.[nf4]'"),
         "pairs": f"{_gb(generation_bytes(model, making))} of GPU memory: weights and key-value "
                  f"cache of batch_tokens = {making.batch_tokens:,}",
@@ -207,7 +207,7 @@ def memory(study: str, read: dict[str, Parameters]) -> dict[str, str]:
 def weights_bytes(model: Any, precision: str) -> int:
     """The weights; of nf4 the decoder's linear layers have 4 bits a weight, and for each 64 a scale
     of 8 bits, whose own scale, 32 bits, is shared by 256 of them."""
-    if precision in WIDTH:
+    if precision != NF4:
         return WIDTH[precision] * model.num_parameters()
     from bpo.models import checkpoint as checkpoints  # here, since it brings torch
 
@@ -223,7 +223,7 @@ def generation_bytes(model: Any, p: PairGeneration) -> int:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cached = 2 * text.num_hidden_layers * heads * size  # numbers a token
-    return weights_bytes(model, p.precision) + WIDTH.get(p.precision, 2) * p.batch_tokens * cached
+    return weights_bytes(model, p.precision) + WIDTH[p.precision] * p.batch_tokens * cached
 
 
 def adapter_weights(model: Any, rank: int) -> int:
@@ -240,7 +240,7 @@ def training_bytes(model: Any, p: DPOTraining) -> int:
     adapters' dropout, 2 (6 hidden + intermediate) in float32; with checkpointing those of one
     layer, and the input of every layer; logits and their gradient in float32.
     """
-    text, width = model.config.get_text_config(), WIDTH.get(p.precision, 2)
+    text, width = model.config.get_text_config(), WIDTH[p.precision]
     hidden, layers = text.hidden_size, text.num_hidden_layers
     a_layer = (width * (12 * hidden + 4 * text.intermediate_size)
                + 8 * (6 * hidden + text.intermediate_size))

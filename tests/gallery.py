@@ -11,7 +11,7 @@ from playwright.sync_api import sync_playwright
 
 from bpo.params import outputs_root
 
-VIEWS = {"index": (1280, "light", 1.0), "index-phone": (390, "dark", 1.0)}
+VIEWS = {"index": (1280, "light"), "index-phone": (390, "dark")}
 MARGIN = 16  # pixels above and below
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # those of the Makefile
 
@@ -25,9 +25,9 @@ def main(study: str) -> int:
     gallery.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        for name, (width, scheme, scale) in VIEWS.items():
+        for name, (width, scheme) in VIEWS.items():
             page = started.new_page(viewport={"width": width, "height": 900},
-                                    color_scheme=scheme, device_scale_factor=scale)
+                                    color_scheme=scheme)
             page.goto(index.as_uri())
             screen = page.locator(".screen")
             box = screen.bounding_box()

@@ -61,8 +61,7 @@ def stale(text: str, study: str) -> list[str]:
     """What the pictured index of a study says otherwise than its stored results."""
     frame = replication.stored(study)
     mean = replication.over_seeds(frame)
-    decided = summary.on_main(replication.claims_over(frame).rename(
-        columns={"over seeds": "verdict"}), comparison.main_split(mean))
+    decided = summary.on_main(replication.claims_over(frame), comparison.main_split(mean))
     signs = [c for c in decided if c.isdigit()]
     shares = [" · ".join(f"{100 * part:.0f}" for part in parts.values())
               for parts in seen.shares(mean).values()]

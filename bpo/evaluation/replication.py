@@ -165,18 +165,17 @@ def over_seeds(frame: DataFrame) -> DataFrame:
 
 
 def claims_over(frame: DataFrame) -> DataFrame:
-    """A row a claim: {claim, says, method, against, decides, SEED: sign of its verdict, mean: its
-    difference over seeds, over seeds: the verdict on that}.
+    """A row a claim: {claim, says, method, against, decides, SEED: sign of its verdict, difference,
+    verdict}, the last two over seeds, as `claims.decided` has them of one study.
 
     frame: `read`'s. Signs: + holds, o no verdict, − does not hold, · not measured.
     """
     signs = {str(seed): claims.decided(rows).set_index(claims.KEYS)["verdict"].map(claims.SIGNS)
              for seed, rows in frame.groupby("seed")}
     mean = claims.decided(over_seeds(frame)).set_index(claims.KEYS)
-    table = pandas.concat({**signs, "mean": mean["difference"], "over seeds": mean["verdict"]},
-                          axis=1, sort=False)
+    table = pandas.concat({**signs, **mean[["difference", "verdict"]]}, axis=1, sort=False)
     filled = dict.fromkeys(signs, claims.SIGNS[claims.UNMEASURED])
-    return table.fillna(filled | {"mean": "–", "over seeds": claims.UNMEASURED}).reset_index()
+    return table.fillna(filled | {"difference": "–", "verdict": claims.UNMEASURED}).reset_index()
 
 
 def power(difference: float, deviation: float, seeds: int) -> float:

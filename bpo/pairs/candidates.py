@@ -141,7 +141,7 @@ class Candidates(Questions, Sequence):
         def prepare(batch: np.ndarray) -> tuple[list[Request], Any]:
             requests = [self.request(number, view) for number in batch.tolist()]
             if self.p.decoder:
-                return requests, self.features(batch, [view])[0]
+                return requests, self.features(batch, requests, [view])[0]
             return requests, generate.encode_branches(self.reader, requests, view, seed=self.p.seed)
 
         shards.run(self.folder / f"{name}.jsonl",

@@ -65,21 +65,20 @@ class Questions:
                               "mode")
         return Request(row.id, row.prompt, row.image, len(row.answer.split()), other)
 
-    def encoded(self, batch: Sequence[int], views: Sequence[View | None]
+    def encoded(self, requests: Sequence[Request], views: Sequence[View | None]
                 ) -> list[dict[str, torch.Tensor]]:
-        """A batch's questions by each view, as `generate.encode_views` gives them; the last view
-        says whether other rows' images are wanted."""
-        requests = [self.request(number, views[-1]) for number in batch]
+        """Questions by each view, as `generate.encode_views` gives them."""
         return generate.encode_views(self.reader, requests, views, seed=self.p.seed)
 
-    def features(self, batch: np.ndarray, views: Sequence[View | None]) -> list[list[Sent]]:
-        """What a server is sent of them, by view; the tower takes as many rows at once as fill
-        batch_tokens."""
+    def features(self, batch: np.ndarray, requests: Sequence[Request],
+                 views: Sequence[View | None]) -> list[list[Sent]]:
+        """What a server is sent of a batch's questions, by view; the tower takes as many rows at
+        once as fill batch_tokens."""
         prompts, answers = self.lengths
         sent: list[list[Sent]] = [[] for _ in views]
         for part in shards.by_budget(prompts[batch], answers[batch], self.p.batch_tokens):
-            for of_view, inputs in zip(sent, self.encoded(batch[part].tolist(), views),
-                                       strict=True):
+            inputs_by_view = self.encoded([requests[n] for n in part.tolist()], views)
+            for of_view, inputs in zip(sent, inputs_by_view, strict=True):
                 of_view += served.features(self.model, inputs)
         return sent
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from bpo.models import encoding, logprobs, served
+from bpo.models.generate import Request
 from bpo.models.weakening import View
 from bpo.pairs import injection, selection
 from bpo.pairs.questions import Questions
@@ -36,23 +37,24 @@ def write(asking: Questions, view: View, line: Callable[[int], dict[str, Any]]) 
     def texts(lines: Sequence[dict[str, Any]]) -> list[list[str]]:
         return [[li["chosen"], *(c["text"] for c in useful(li))] for li in lines]
 
-    def tokens(batch: Sequence[int], lines: Sequence[dict[str, Any]]) -> logprobs.Answers:
-        return [[encoding.answer_tokens(asking.reader, asking.request(number, view).messages, text)
-                 for text in of_row] for number, of_row in zip(batch, texts(lines), strict=True)]
+    def read(batch: Sequence[int]) -> tuple[list[dict[str, Any]], list[Request]]:
+        return [line(n) for n in batch], [asking.request(n, view) for n in batch]
+
+    def tokens(lines: Sequence[dict[str, Any]], requests: Sequence[Request]) -> logprobs.Answers:
+        return [[encoding.answer_tokens(asking.reader, request.messages, text) for text in of_row]
+                for request, of_row in zip(requests, texts(lines), strict=True)]
 
     def prepare(batch: np.ndarray) -> tuple:
-        numbers = batch.tolist()
-        lines = [line(number) for number in numbers]
-        if not asked:
-            return lines, tokens(numbers, lines), asking.encoded(numbers, [None, view])
-        return (lines, [asking.request(number, view) for number in numbers],
-                asking.features(batch, [None, view]))
+        lines, requests = read(batch.tolist())
+        if asked:
+            return lines, requests, asking.features(batch, requests, [None, view])
+        return lines, tokens(lines, requests), asking.encoded(requests, [None, view])
 
     @cache
     def scorer() -> logprobs.Scorer:
-        first = range(min(len(asking.rows), 4))
-        [clean] = asking.encoded(first, [None])
-        return logprobs.choose(asking.model, clean, tokens(first, [line(n) for n in first]))
+        lines, requests = read(range(min(len(asking.rows), 4)))
+        [clean] = asking.encoded(requests, [None])
+        return logprobs.choose(asking.model, clean, tokens(lines, requests))
 
     @torch.no_grad()
     def work(prepared: tuple) -> list[dict[str, Any]]:

@@ -132,14 +132,14 @@ def _curve(axes: Axes, history: list[dict[str, float]], key: str, **style: Any) 
             axes.plot(steps, values, color=style["color"], linewidth=0.7, alpha=0.35, zorder=1)
 
 
-def differences(panels: Mapping[str, "pandas.DataFrame"]) -> Figure:
+def differences(panels: Mapping[str, "pandas.DataFrame"], *, columns: int = 2) -> Figure:
     """Differences with intervals around a zero line, a panel a title, a row each; the mean of
     several is a diamond. Better lies right: where less is better, a row is mirrored.
 
     panels: title -> {label, value, low, high, perhaps more_is_better}; an interval may be missing
     (NaN). A marker is filled where the interval leaves zero out.
     """
-    fig, axes = _panels(panels)
+    fig, axes = _panels(panels, columns)
     for panel, rows in zip(axes, panels.values(), strict=False):
         panel.axvline(0, color="#303030", linewidth=1)
         panel.set_xlabel("difference")
@@ -177,17 +177,18 @@ def made_and_kept(panels: Mapping[str, "pandas.DataFrame"]) -> Figure:
     return fig
 
 
-def _panels(frames: Mapping[str, "pandas.DataFrame"]) -> tuple[Figure, list[Axes]]:
+def _panels(frames: Mapping[str, "pandas.DataFrame"], columns: int = 2
+            ) -> tuple[Figure, list[Axes]]:
     """A panel a frame under its title, a row for each of its labels; labels that repeat those of
     the panel at the left are not drawn."""
     alone = len(frames) == 1
     labels = [[wrapped(label, columns=34 if alone else 23) for label in frame["label"]]
               for frame in frames.values()]
-    seeds = all(len(label) < 10 for of in labels for label in of)
-    columns = min(len(frames), 3 if seeds else 2)
+    a_row = 0.36 if columns < 3 else 0.27  # inches
+    columns = min(len(frames), columns)
     rows = math.ceil(len(frames) / columns)
     fig, axes = grid(rows, columns, width=WIDTH,
-                     height=rows * (0.95 + (0.27 if seeds else 0.36) * max(map(len, labels))))
+                     height=rows * (0.95 + a_row * max(map(len, labels))))
     for place, (panel, title) in enumerate(zip(axes, frames, strict=False)):
         rows_of(panel, labels[place])
         first = place - place % columns

@@ -81,13 +81,12 @@ def screen(study: str, known: Manifests) -> tuple[dict[str, Any], bytes | None]:
     table = frame if over is None else mean
     first = over["study"].iloc[0] if frame.empty else study
     known, main = known or manifests(outputs_root() / first), comparison.main_split(table)
-    decided = summary.on_main(claims.decided(frame) if over is None else replication.claims_over(
-        over).rename(columns={"over seeds": "verdict", "mean": "difference"}), main)
+    decided = summary.on_main(
+        claims.decided(frame) if over is None else replication.claims_over(over), main)
     whose = (f"seed {seed_of(known)}" if over is None
              else f"mean of {over['seed'].nunique()} seeds")
     example = seen.example(first)
-    eyes = [seen.eye(known)] if over is None else [
-        seen.eye(manifests(outputs_root() / one)) for one in over["study"].unique()]
+    eyes = [seen.eye(one) for one in ([study] if over is None else over["study"].unique())]
     shares = seen.shares(table, None if None in eyes else sum(eyes) / len(eyes))
     left = [seen.strip(example)] if example else []
     if shares:

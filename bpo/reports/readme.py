@@ -54,7 +54,7 @@ def write_results(study: str) -> Path:
     word, sentence = summary.answer(summary.on_main(claims.decided(mean),
                                                     comparison.main_split(mean)))
     verdicts = replication.claims_over(frame)
-    left_out = verdicts["over seeds"] == claims.UNMEASURED
+    left_out = verdicts["verdict"] == claims.UNMEASURED
     unmeasured = "; ".join(
         says + f" ({', '.join(dict.fromkeys(named))})".replace(" (–)", "")
         for says, named in verdicts[left_out].groupby("says", sort=False)["against"])

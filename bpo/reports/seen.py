@@ -18,7 +18,7 @@ from PIL import Image
 
 from bpo.evaluation import claims, comparison, probe
 from bpo.models import checkpoint as checkpoints
-from bpo.params import NoiseProbability, Refusal, validate
+from bpo.params import NoiseProbability, Refusal, TinyWorld, validate
 from bpo.reports import cards, figures
 from bpo.reports.cards import Shown
 from bpo.study import stage as stages
@@ -161,10 +161,12 @@ def fate(found: Example) -> str:
                    "model's own to the last noise rises by construction.")
 
 
-def eye(manifests: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """The share of colours that the tiny world's vision tower gets right by itself."""
-    return manifests.get("0_tiny_world", {}).get("metrics", {}).get("tower", {}).get(
-        "colour_accuracy")
+def eye(study: str) -> float | None:
+    """The share of colours that the vision tower of a study's tiny world gets right by itself."""
+    folder = stages.stage_folder(study, TinyWorld.notebook)
+    if not (folder / stages.MANIFEST).is_file():
+        return None
+    return stages.read_manifest(folder)["metrics"].get("tower", {}).get("colour_accuracy")
 
 
 def shares(frame: DataFrame, eye: float | None = None) -> dict[str, dict[str, float]]:

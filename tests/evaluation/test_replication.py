@@ -135,9 +135,9 @@ def test_claims_by_seeds_are_a_matrix_of_signs(three):
     row = only(verdicts, claim="2", decides="counterfactual: CHAIRi")
     assert [row[str(s)] for s in three] == ["+", "+", "−"]
     # mean of .1, .05, -.06 with s = .0819, t(.975, 2) = 4.303
-    assert (row["mean"], row["over seeds"]) == ("−0.030 [−0.233, +0.173]", OPEN)
-    assert only(verdicts, claim="1", decides="step 999: P(true answer)")["over seeds"] == "holds"
-    assert only(verdicts, claim="4")["over seeds"] == claims.UNMEASURED
+    assert (row["difference"], row["verdict"]) == ("−0.030 [−0.233, +0.173]", OPEN)
+    assert only(verdicts, claim="1", decides="step 999: P(true answer)")["verdict"] == "holds"
+    assert only(verdicts, claim="4")["verdict"] == claims.UNMEASURED
 
 
 # --- power --------------------------------------------------------------------------------------

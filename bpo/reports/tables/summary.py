@@ -25,7 +25,8 @@ def forests(frame: DataFrame, p: Replication) -> list[Shown]:
         panels = {benchmarks.label(where, metric): replication.seed_rows(
             frame, metric, where=where, against=baseline) for metric in p.metrics}
         shown.append(report.figure(
-            figures.differences(panels), alt=f"bpo minus {baseline} by seed, with the mean",
+            figures.differences(panels, columns=3),
+            alt=f"bpo minus {baseline} by seed, with the mean",
             caption=f"bpo minus {baseline}, {where} images; a row a seed, then the mean over seeds."
         ))
     return shown
@@ -37,7 +38,8 @@ def claims_table(verdicts: DataFrame) -> DataFrame:
     signs = [c for c in verdicts if c.isdigit()]
     table = verdicts.assign(compared=results.names(verdicts))
     if signs:
-        table["seeds"] = verdicts[signs].agg("".join, axis=1)
+        table = table.rename(columns={"difference": "mean", "verdict": "over seeds"}).assign(
+            seeds=verdicts[signs].agg("".join, axis=1))
     if "n" in table:
         table["decides"] += [f", n={n:,.0f}" if notna(n) else "" for n in table.pop("n")]
     first = [c for c in ("claim", "says", "compared", "decides", "seeds") if c in table]
