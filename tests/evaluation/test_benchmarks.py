@@ -258,6 +258,11 @@ def frame(result):
     return results.read(result.folder)
 
 
+def test_what_an_answer_owes_to_its_image_is_neither_better_nor_worse(frame):
+    rows = frame[frame["metric"].str.startswith("over_")]
+    assert len(rows) and rows["more_is_better"].isna().all()
+
+
 def test_differences_are_corrected_for_all_that_are_looked_at(frame):
     rows = benchmark_tables.differences(frame.query("category == 'all'"), "base")
     assert set(rows["title"]) == {"CHAIR", "POPE"}

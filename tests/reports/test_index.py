@@ -150,6 +150,7 @@ def test_seeds_of_a_replication_are_a_matrix(outputs):
         assert signs["claim"] == "456all" and signs["Raises P(true answer)"] == "++−o"
         words = re.sub(r"\s+", " ", page.words)
         assert "No difference seen." in words and "3 training runs, seeds 4 to 6" in words
+        assert "What training changed, mean of 3 seeds" in words and "+0.100" not in words
 
 
 def verdicts(**given):
