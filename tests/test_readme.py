@@ -33,7 +33,7 @@ class Parsed(Exception):
 
 
 MARKED = re.compile(r"<!-- results ([\w-]+) -->\n(.*?)<!-- /results \1 -->", re.DOTALL)
-STORED = sorted((ROOT / "outputs" / "results").glob("*.csv.gz"))
+STORED = sorted((ROOT / "outputs" / "results").rglob("*.csv.gz"))
 
 
 def test_the_readme_is_short():

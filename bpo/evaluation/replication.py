@@ -118,12 +118,11 @@ def store(study: str, frame: DataFrame) -> Path:
     steps = frame["method"].str.startswith("sft") & frame["against"].isin(("base", "sft"))
     dpo = ~frame["method"].str.startswith(("base", "sft", claims.RIVAL))
     wanted &= (frame["against"] == "") | steps | dpo | (frame["notebook"] == claims.PROBE)
-    return keep(study, frame.loc[wanted, ["seed", "study", *KEYS, *VALUES]])
+    return keep(stored_file(study), frame.loc[wanted, ["seed", "study", *KEYS, *VALUES]])
 
 
-def keep(study: str, frame: DataFrame) -> Path:
-    """Writes a study's table where the repository keeps it."""
-    file = stored_file(study)
+def keep(file: Path, frame: DataFrame) -> Path:
+    """Writes a table that the repository keeps."""
     file.parent.mkdir(parents=True, exist_ok=True)
     half = file.with_name(f".{file.name}.tmp")
     frame.round(6).to_csv(
@@ -134,10 +133,13 @@ def keep(study: str, frame: DataFrame) -> Path:
 
 def stored(study: str) -> DataFrame:
     """What `store` wrote, as `read` gives it."""
-    file = stored_file(study)
+    return kept(stored_file(study), f"bpo replicate {study}")
+
+
+def kept(file: Path, command: str) -> DataFrame:
+    """What `keep` wrote; raises Refusal where it did not."""
     if not file.is_file():
-        raise Refusal(f"{file}: no replication of {study} is stored; python -m bpo replicate "
-                      f"{study} writes it")
+        raise Refusal(f"{file}: nothing is stored; python -m {command} writes it")
     return results.frame(file)
 
 

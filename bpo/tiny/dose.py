@@ -199,9 +199,12 @@ def write_results(study: str) -> Path:
     """Stores the results of a finished study where the repository keeps them, and writes the
     section `results STUDY` of outputs/README.md from what is stored."""
     folder = stages.stage_folder(study, DoseResponse.notebook)
+    # Not beside the replications: whoever finds one there reads seeds and claims from it.
+    file = replication.stored_file(study)
+    file = file.parent / "doses" / file.name
     if (folder / stages.MANIFEST).is_file():
-        replication.keep(study, results.read(folder)[list(results.COLUMNS)])
-    table = replication.stored(study)
+        replication.keep(file, results.read(folder)[list(results.COLUMNS)])
+    table = replication.kept(file, f"bpo run {study}")
     return readme.write_section(f"results {study}", "\n\n".join([
         finding(table), "Slopes on counterfactual images; a difference is to the SFT on the "
         "method's own positives:", readme.markdown(slope_rows(table)),

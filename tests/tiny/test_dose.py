@@ -14,6 +14,7 @@ from bpo import params
 from bpo.__main__ import main
 from bpo.params import DoseResponse, Refusal, validate
 from bpo.reports import page as report
+from bpo.reports.index import index
 from bpo.study import results
 from bpo.study import stage as stages
 from bpo.tiny import dose
@@ -56,6 +57,8 @@ def test_its_page_and_its_section_say_the_dose_and_its_slopes(done):
     assert main(["results", "tiny-dose"]) == 0
     first = (outputs / "README.md").read_text(encoding="utf-8")
     assert dose.finding(table).replace("-", "−")[:40] in first.replace("-", "−")
+    assert "tiny-dose" in index(outputs / "tiny-dose").read_text()
+    assert main(["power", "tiny-dose"]) == 1  # its doses are no replication
     shutil.rmtree(outputs / "tiny-dose")  # what is stored is enough
     assert main(["results", "tiny-dose"]) == 0
     assert (outputs / "README.md").read_text(encoding="utf-8") == first
