@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bpo.evaluation import benchmarks, comparison, probe
+from bpo.params import Worlds
 from bpo.study import results
 from bpo.study import stage as stages
 from bpo.study.results import BETTER, OPEN, WORSE, Estimate
@@ -64,8 +65,10 @@ def deciding(name: str) -> tuple[str, str | None, bool]:
 
 def measured(study: str) -> "DataFrame":
     """The results of a study. What noise does to P(prior's answer) is left out where the prior's
-    answers are those that the model gave at the last step: it rises by construction."""
+    answers are those that the model gave at the last step: it rises by construction. So are slopes
+    and effects over several worlds, which are no differences between models."""
     frame = results.of_study(study)
+    frame = frame[~frame["notebook"].isin([w.notebook for w in Worlds.__subclasses__()])]
     # The claim is about noise; notebook 1 may look at other ways of weakening too.
     frame = frame[(frame["notebook"] != PROBE) | (frame["category"] == "noise")]
     if not (frame["notebook"] == PROBE).any():

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bpo.evaluation import benchmarks, claims, comparison
+from bpo.params import Worlds
 from bpo.study import results
 from bpo.study import stage as stages
 from bpo.study.results import OPEN, Estimate, Result
@@ -198,7 +199,15 @@ def test_wins_minus_losses_are_counted_a_question():
 
 @pytest.mark.parametrize("given, said", [
     ({"chair_i": WORSE, "p_true": WORSE}, "moves the measures the other way (CHAIRi +0.150"),
-    ({"chair_i": WORSE, "p_true": UNSURE}, "may be too blunt, so read no \"no difference seen\" as")])
+    ({"chair_i": WORSE, "p_true": UNSURE},
+     "may be too blunt, so read no \"no difference seen\" as")])
 def test_swapped_sides_tell_whether_the_measures_can_show_anything(given, said, outputs):
     assert claims.ruler(claims.measured(compared(study="other", chair_i=BETTER))) == ""
     assert said in claims.ruler(claims.measured(compared(method="bpo_reversed", **given)))
+
+
+@pytest.mark.parametrize("schema", Worlds.__subclasses__())
+def test_what_is_over_several_worlds_decides_no_claim(schema, outputs):
+    finished("mine", schema.notebook, [Result("counterfactual", "caption", "bpo", "base",
+                                              "chair_i", gain(WORSE, False))])
+    assert set(claims.table("mine")["verdict"]) == {claims.UNMEASURED}
