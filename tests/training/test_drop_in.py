@@ -163,7 +163,7 @@ def test_a_data_set_that_is_put_in_later_is_the_one_that_is_trained_on(model_fol
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
-def test_full_fine_tuning_keeps_references_without_a_second_model(model_folder, tmp_path):
+def test_full_fine_tuning_keeps_references_without_a_second_model(model_folder, tmp_path, capsys):
     """A model in memory has no path that a second one could be loaded from."""
     def full(**settings):
         checkpoint = checkpoints.load(model_folder)
@@ -172,7 +172,9 @@ def test_full_fine_tuning_keeps_references_without_a_second_model(model_folder, 
                            tmp_path / "out", adapters=False, precompute_ref_log_probs=True,
                            train_sampling_strategy="sequential", num_train_epochs=2, **settings)
 
+    capsys.readouterr()
     trainer = full(own={"eval_dataset": Dataset.from_list(made_rows(3))})
+    assert "reference" not in capsys.readouterr().err  # a notebook shows that in red, and keeps it
     assert trainer.ref_model is None
     answers = dict(trainer.cache.answers)
     with pytest.raises(ValueError, match="not supported with IterableDataset"):

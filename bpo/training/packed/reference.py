@@ -17,12 +17,13 @@ from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 from transformers import TrainerCallback
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import use_adapter
+
+from bpo.study import progress
 
 SUFFIX = ".safetensors"
 
@@ -159,14 +160,15 @@ class KeepsReferences(DPOTrainer):
     def _compute_all(self, dataset: Any, name: str) -> None:
         batches = self._get_dataloader(
             dataset, name, self.args.precompute_ref_batch_size or self._train_batch_size)
-        for batch in tqdm(batches, desc=f"reference log-probs, {name}", unit="batch", leave=False,
-                          disable=not self.is_world_process_zero()):
-            with self.accelerator.autocast():
-                batch = self._inputs(self.model, self._prepare_inputs(batch))
-                self.reference_tokens(batch, batch["keys"])
-                if "damaged" in batch:
-                    self.reference_tokens(batch["damaged"], batch["damaged"]["keys"])
-            self.forget()
+        with progress.part(f"reference log-probs, {name}", len(batches), unit="batches") as advance:
+            for batch in batches:
+                with self.accelerator.autocast():
+                    batch = self._inputs(self.model, self._prepare_inputs(batch))
+                    self.reference_tokens(batch, batch["keys"])
+                    if "damaged" in batch:
+                        self.reference_tokens(batch["damaged"], batch["damaged"]["keys"])
+                self.forget()
+                advance(1)
         self.cache.write()
         self.accelerator.wait_for_everyone()
         self.cache.read()
