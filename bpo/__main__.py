@@ -139,9 +139,9 @@ def _execute(notebook: str, p: params.Parameters, folder: Path, *, name: str = "
     os.environ[progress.RUN] = "terminal" if sys.stderr.isatty() else "page"
     try:
         papermill.execute_notebook(
-            params.ROOT / "notebooks" / f"{notebook}.ipynb", running,
-            parameters=p.model_dump(mode="json"), kernel_name="python3", cwd=str(folder),
-            progress_bar=False,
+            params.ROOT / "notebooks" / f"{notebook}.ipynb", running, cwd=str(folder),
+            parameters=p.model_dump(mode="json"), kernel_name="python3", progress_bar=False,
+            shutdown_kernel="immediate",  # one that is asked to go may print that as an error
             # nobody else on a shared machine reads along; "auto": as far as the kernel knows how
             config=Config(KernelManager={"transport_encryption": "auto"}),
             **({"stderr_file": sys.stderr} if sys.stderr.isatty() else {}))

@@ -242,8 +242,10 @@ def numbers(frame: "DataFrame") -> "DataFrame":
         if name in benchmarks.KNOWN:
             wanted.append((name, claims.deciding(name)[0], benchmarks.title(name)))
     against = list(dict.fromkeys(("base", control)))
+    # The differences decide: intervals of the levels are on the notebooks' own pages.
+    levels = score_tables.levels(frame).query("method in ('base', @method)")
     rows = pandas.concat([score_tables.differences(frame).query("against in @against"),
-                          score_tables.levels(frame).query("method in ('base', @method)")])
+                          levels.assign(low=None, high=None)])
     keys = ["split_or_benchmark", "metric"]
     rows = pandas.DataFrame(wanted, columns=[*keys, "of"]).merge(
         rows.dropna(subset="value"), on=keys)

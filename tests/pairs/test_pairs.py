@@ -344,14 +344,16 @@ def test_eight_processes_that_were_killed_twice_write_the_bytes_of_one(parameter
     def done():
         return sum(f.read_bytes().count(b"\n") for f in folder.glob("shards/*.jsonl"))
 
+    def started():
+        return [x for x in psutil.process_iter(["cmdline"])
+                if str(tmp_path / "rows.json") in " ".join(x.info["cmdline"] or ())]
+
     for rows, victims in ((300, 1), (1000, 9)):
         launcher = launching(8, p, tmp_path / "out", tmp_path)
-        while launcher.poll() is None and done() < rows:
+        # Before the launcher had ended the first round's, they may have come as far as the second's.
+        while launcher.poll() is None and (done() < rows or len(started()) < 1 + 8):
             time.sleep(0.05)
-        started = [x for x in psutil.process_iter(["cmdline"])
-                   if str(tmp_path / "rows.json") in " ".join(x.info["cmdline"] or ())]
-        assert len(started) == 1 + 8
-        for process in sorted(started, key=lambda x: x.create_time())[-victims:]:
+        for process in sorted(started(), key=lambda x: x.create_time())[-victims:]:
             process.kill()
         launcher.communicate(timeout=60)
         assert launcher.returncode and not (folder / "weakened-noisy-800-0.jsonl").exists()
@@ -425,6 +427,7 @@ def test_several_samples_and_draws_give_several_candidates_and_one_is_kept(param
         assert len(set(groups)) == len(groups)
         assert [(r["mode"], r.get("step")) for r in line["unselected"]] == groups
     assert any(line["unselected"] != line["rejected"] for line in lines)
+    assert "4 positives" in pair_tables.ways(result).plain
     drop = result.metrics["weakened"]["dropped"]
     assert drop["not selected"] > 0
     # What selection is for: the kept are liked more by the prior, and less by the image.
@@ -610,7 +613,7 @@ def test_the_tables_have_a_row_for_everything_that_was_counted(uninterrupted, pa
     found = uninterrupted.metrics
     assert pair_tables.sources(found) == ["weakened", "injected"]
     assert len(rows_of(pair_tables.kept(found))) == 6
-    assert sum(int(r.split()[-1]) for r in rows_of(pair_tables.dropped(found))) == (
+    assert sum(int(r.split()[-1]) for r in rows_of(pair_tables.dropped(found))[1:]) == (
         2 * 12 - found["pairs"])
     length = next(r for r in rows_of(pair_tables.checks(found)) if "words more than the" in r)
     assert length.count("[") == 4
@@ -619,14 +622,14 @@ def test_the_tables_have_a_row_for_everything_that_was_counted(uninterrupted, pa
         "weakened", "injected"]
     assert [r.split()[0] for r in rows_of(pair_tables.scores(parameters))[1:]] == list(
         params.SCORES)
-    assert len(rows_of(pair_tables.weakenings(parameters))) == len(WEAKENINGS)
+    assert len(rows_of(pair_tables.weakenings(parameters))[1:]) == len(WEAKENINGS)
     shown = pair_tables.headline(found).plain
     assert f"{found['pairs']} pairs from 12" in shown
     for source in ("weakened", "injected"):
         prior = found[source]["is_prior"]["kept"]
         assert f"of {prior['n']}) of the {source} pairs" in shown
     assert "weakened, attribute: 100% (4 of 4); " in pair_tables.longer(found).plain
-    assert "12 positives" in pair_tables.ways(uninterrupted).plain
+    assert "in one way, noisy-800" in pair_tables.ways(uninterrupted).plain
 
 
 def test_one_row_by_hand_ends_as_the_stage_stored_it(uninterrupted, parameters):

@@ -37,9 +37,10 @@ def weakenings(p: PairGeneration) -> Shown:
                         "takes a step": "yes" if way.stepped else "no",
                         "branches": 1 if way.mix is None else 2}
                        for name, way in WEAKENINGS.items()])
-    return page.table(frame, "Ways of weakening the image",
-                      f"in this run: {', '.join(p.weaken_modes)}; two branches: the clean and the "
-                      "weakened image against each other")
+    return page.folded(
+        f"Ways of weakening the image; in this run: {', '.join(p.weaken_modes)}",
+        page.table(frame, "Ways of weakening the image",
+                   "two branches: the clean and the weakened image against each other"))
 
 
 def weakening_strip(p: PairGeneration, result: stages.Result, number: int) -> Shown:
@@ -110,10 +111,11 @@ def dropped(found: dict[str, Any]) -> Shown:
     counts = [(f"{s} candidate", *count) for s in sources(found)
               for count in found[s]["dropped"].items()]
     counts += [("row of the data", *count) for count in found["rows_skipped"].items()]
-    return page.table(DataFrame(counts, columns=["what", "reason", "how many"]),
-                      "What was dropped, and why", "Rows that cannot be used are listed one by one "
-                      "in rejected_rows.jsonl, candidates in dropped.jsonl. A text model's replies "
-                      "are in injected.jsonl as they came; one is cut off at max_new_tokens.")
+    frame = DataFrame(counts, columns=["what", "reason", "how many"])
+    return page.folded(f"What was dropped, and why: {frame['how many'].sum()}", page.table(
+        frame, "What was dropped, and why", "Rows that cannot be used are listed one by one "
+        "in rejected_rows.jsonl, candidates in dropped.jsonl. A text model's replies "
+        "are in injected.jsonl as they came; one is cut off at max_new_tokens."))
 
 
 def scores(p: PairGeneration) -> Shown:
@@ -149,6 +151,9 @@ def ways(result: stages.Result) -> Shown:
         return page.say("This run has no answers from weakened images.")
     rows = rows.assign(label=rows["method"].str.removeprefix("weakened "),
                        side=rows["split_or_benchmark"])
+    if rows["label"].nunique() == 1:
+        return page.say("This run weakened in one way, {w}: the audit above tells of it.",
+                        w=rows["label"].iloc[0])
     measured = dict(list(rows.groupby("metric", sort=False)))
     return page.figure(
         figures.made_and_kept({CHECKS[m]: measured[m] for m in DRAWN if m in measured}),
@@ -168,9 +173,12 @@ def prior_shares(found: dict[str, Any]) -> list[str]:
 
 def longer(found: dict[str, Any]) -> Shown:
     """How many kept answers are longer than the chosen one, by source and category."""
+    shares = {f"{s}, {category}": share for s in sources(found)
+              for category, measured in found[s]["categories"].items()
+              if (share := measured["longer"]["kept"])}
     return page.say("Longer than the chosen answer: {shares}.", shares="; ".join(
-        f"{s}, {category}: {_counted(measured['longer']['kept'])}" for s in sources(found)
-        for category, measured in found[s]["categories"].items() if measured["longer"]["kept"]))
+        f"{where}: {_counted(share) if share['value'] else 'none'}"
+        for where, share in shares.items()))
 
 
 def length_gaps(result: stages.Result) -> Shown:
@@ -201,9 +209,13 @@ def shortcuts(found: dict[str, Any]) -> Shown:
                              "pairs": part["pairs"] if part else "–",
                              "accuracy from the text": _text(part and part["text"]),
                              "from its length alone": _text(part and part["length"])})
-    return page.table(DataFrame(rows), "A text-only classifier on chosen against rejected",
-                      "logistic regression on words and word pairs, five folds by image; 95 % "
-                      "bootstrap intervals over images")
+    title = "A text-only classifier on chosen against rejected"
+    whole = page.table(DataFrame(rows), title, note := (
+        "logistic regression on words and word pairs, five folds by image; 95 % bootstrap "
+        "intervals over images"))
+    short = page.table(DataFrame(rows).query("category == 'all'").drop(columns="category")
+                       .reset_index(drop=True), title, note)
+    return Shown(short.html + page.folded("By category", whole).html, plain=whole.plain)
 
 
 def displacement(found: dict[str, Any]) -> Shown:
