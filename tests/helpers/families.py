@@ -461,7 +461,9 @@ TORCHVISION = {"smolvlm", "pixtral", "mistral3", "gemma4", "gemma4-large", "lfm2
 # What a run says where it trains unpacked.
 REFUSED = {"gemma4-large": "its attention looks ahead within the prompt",
            "gemma3": "its attention looks ahead within the prompt",
-           "paligemma": "its attention looks ahead within the prompt",
            "molmo2": "its attention looks ahead within the prompt",
            "qwen3.5": "its decoder mixes tokens by linear_attention, not by attention alone",
            "lfm2-vl": "its decoder mixes tokens by conv, not by attention alone"}
+# What stands against training at all.
+UNTRAINED = {"paligemma": "TRL gives its processor answers alone, and it takes no text without an "
+                          "image"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from helpers.data import picture
-from helpers.families import REFUSED, WRITERS
+from helpers.families import REFUSED, TORCHVISION, UNTRAINED, WRITERS
 from helpers.trainers import dpo_trainer
 from trl import DPOTrainer
 
@@ -21,7 +21,7 @@ from bpo.training.packed.trainer import PackedDPOTrainer
 pytestmark = pytest.mark.study  # a model of each family
 
 CLOSE = 1e-5  # what float32's rounding leaves
-PACKED = [n for n in WRITERS if n not in REFUSED]
+PACKED = [n for n in WRITERS if n not in {**REFUSED, **UNTRAINED}]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,19 @@ def test_rows_are_measured_in_every_family(family, families, pairs, tmp_path):
     assert [size(row).length for row in pairs] == lengths.tolist()
 
 
+@pytest.mark.parametrize("family", UNTRAINED)
+def test_a_family_that_trl_does_not_train_still_does_not(family, families, pairs, tmp_path):
+    with pytest.raises(ValueError, match="`images` are expected"):
+        step(trainer(DPOTrainer, families(family), pairs, tmp_path))
+
+
 def test_the_families_of_the_readme_are_these():
     table = (ROOT / "params" / "README.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| ([\w.-]+) \| (packs|refused: .*) \|$", table, re.MULTILINE))
-    assert rows == {n: f"refused: {REFUSED[n]}" if n in REFUSED else "packs" for n in WRITERS}
+    rows = dict(re.findall(r"^\| ([\w.-]+) \| (packs|\w+: .*) \|$", table, re.MULTILINE))
+    assert rows == {**dict.fromkeys(PACKED, "packs"),
+                    **{n: f"refused: {why}" for n, why in REFUSED.items()},
+                    **{n: f"untrained: {why}" for n, why in UNTRAINED.items()}}
+    assert f"The processors of {', '.join(sorted(TORCHVISION))} need torchvision" in table
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (f"the {len(WRITERS)} [families](params/README.md#families) of vision-language models "
+            f"there, {len(PACKED)} of which pack") in readme
