@@ -129,7 +129,8 @@ def _stacks(row: Mapping[str, torch.Tensor]) -> bool:
 
 def _processed(checkpoint: Checkpoint, texts: Sequence[str],
                images: Sequence[Image.Image | None]) -> dict[str, torch.Tensor]:
-    given = {} if images[0] is None else {  # a list a prompt: Gemma 3 takes one list for one prompt's
+    # Images come in a list a prompt: Gemma 3 takes a flat list for the images of one prompt.
+    given = {} if images[0] is None else {
         "images": [[transformed(i, checkpoint.transform, checkpoint.processor)] for i in images]}
     return dict(checkpoint.processor(text=list(texts), add_special_tokens=False, padding=True,
                                      padding_side="left", return_tensors="pt", **given))

@@ -450,12 +450,12 @@ def write_molmo2(folder):
 
 WRITERS = {"llava": write_llava, "llava-next": write_llava_next, "idefics3": write_idefics3,
            "smolvlm": write_smolvlm, "internvl": write_internvl, "qwen2.5-vl": write_qwen,
-           "ovis2": write_ovis2, "idefics2": write_idefics2, "llava-onevision": write_llava_onevision,
-           "pixtral": write_pixtral, "mistral3": write_mistral3, "aya-vision": write_aya_vision,
-           "qwen2-vl": write_qwen2_vl, "qwen3-vl": write_qwen3_vl, "glm4v": write_glm4v,
-           "gemma4": write_gemma4, "gemma4-large": write_large_gemma4, "gemma3": write_gemma3,
-           "qwen3.5": write_qwen3_5, "lfm2-vl": write_lfm2_vl, "paligemma": write_paligemma,
-           "molmo2": write_molmo2}
+           "ovis2": write_ovis2, "idefics2": write_idefics2,
+           "llava-onevision": write_llava_onevision, "pixtral": write_pixtral,
+           "mistral3": write_mistral3, "aya-vision": write_aya_vision, "qwen2-vl": write_qwen2_vl,
+           "qwen3-vl": write_qwen3_vl, "glm4v": write_glm4v, "gemma4": write_gemma4,
+           "gemma4-large": write_large_gemma4, "gemma3": write_gemma3, "qwen3.5": write_qwen3_5,
+           "lfm2-vl": write_lfm2_vl, "paligemma": write_paligemma, "molmo2": write_molmo2}
 # Their processors do not load without torchvision.
 TORCHVISION = {"smolvlm", "pixtral", "mistral3", "gemma4", "gemma4-large", "lfm2-vl", "molmo2"}
 # What a run says where it trains unpacked.

@@ -58,16 +58,31 @@ def test_answers_are_weighed_alike_alone_and_beside_images_of_other_shapes(
 def test_a_noised_image_is_answered_alike_alone_and_beside_others(family, families, requests):
     checkpoint = checkpoints.load(families(family))
 
-    def answers(some, temperature):
+    def answers(some, **sampling):
         return generate.sample_replies(
             checkpoint, some, generate.encode_branches(checkpoint, some, NOISY, seed=0), NOISY,
-            seed=0, purpose="candidates", temperature=temperature, top_p=1.0, samples=1,
-            max_new_tokens=8)
+            seed=0, purpose="candidates", top_p=1.0, max_new_tokens=8, **sampling)
 
-    for temperature in (0.0, 1.0):
-        together = answers(requests, temperature)
-        assert together == [answers([r], temperature)[0] for r in requests]
-    assert any(reply.text for [reply] in together)
+    together = answers(requests, temperature=1.0, samples=2)
+    assert [first for first, _ in together] == [
+        answers([r], temperature=1.0, samples=1)[0][0] for r in requests]
+    assert any(first.text != second.text for first, second in together)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", WRITERS)
+def test_both_branches_of_a_contrast_read_their_own_images(family, families, requests):
+    checkpoint = checkpoints.load(families(family))
+
+    def likely(batch):
+        return checkpoint.base(**batch).logits[:, -1].log_softmax(-1)
+
+    both = likely(generate.encode_branches(
+        checkpoint, requests, View("reverse_contrast", 900), seed=0))
+    clean, noisy = (likely(generate.encode_batch(checkpoint, requests, view))
+                    for view in (None, NOISY))
+    assert torch.allclose(both, torch.cat([clean, noisy]), atol=1e-4)
+    assert (clean - noisy).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", WRITERS)
