@@ -153,7 +153,10 @@ def replies(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], *, max_new_t
     the image is encoded once for all of them.
     contrast: the batch holds clean prompts and then as many weakened ones; the answers come once.
     """
-    ends = checkpoint.base.generation_config.eos_token_id or checkpoint.tokenizer.eos_token_id
+    listed = checkpoint.base.generation_config.eos_token_id or []
+    # The tokenizer's is the end of answers in training, and a server stops at it too.
+    ends = sorted({checkpoint.tokenizer.eos_token_id,
+                   *(listed if isinstance(listed, list) else [listed])})
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=sampling is not None,
                               num_return_sequences=samples, eos_token_id=ends,
                               pad_token_id=checkpoint.tokenizer.pad_token_id,
