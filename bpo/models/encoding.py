@@ -24,6 +24,10 @@ from bpo.params import Refusal
 
 Messages = Sequence[Mapping[str, str]]
 
+# The one index among processors' tensors: the patches that make an image token, by their number in
+# all of `pixel_values`, or -1 (Molmo2's).
+PATCHES = "image_token_pooling"
+
 
 def special(*processors: Any) -> re.Pattern:
     """The tokens that tokenizers take for themselves wherever they stand in a text: ends, places of
@@ -125,8 +129,9 @@ def _stacks(row: Mapping[str, torch.Tensor]) -> bool:
 
 def _processed(checkpoint: Checkpoint, texts: Sequence[str],
                images: Sequence[Image.Image | None]) -> dict[str, torch.Tensor]:
+    # Images come in a list a prompt: Gemma 3 takes a flat list for the images of one prompt.
     given = {} if images[0] is None else {
-        "images": [transformed(i, checkpoint.transform, checkpoint.processor) for i in images]}
+        "images": [[transformed(i, checkpoint.transform, checkpoint.processor)] for i in images]}
     return dict(checkpoint.processor(text=list(texts), add_special_tokens=False, padding=True,
                                      padding_side="left", return_tensors="pt", **given))
 
@@ -224,15 +229,30 @@ def collate(checkpoint: Checkpoint, rows: Sequence[Mapping[str, torch.Tensor]]
             ) -> dict[str, torch.Tensor]:
     """Encoded prompts as one batch on the model's device, padded on the left to one length.
 
-    Everything that has the prompt's length is padded; the rest (pixels, grids) is put end to end.
+    Everything that has the prompt's length is padded; the rest (pixels, grids) is put end to end,
+    where images differ in tiles, height or width behind zeros up to the largest, as processors fill
+    a batch up: sizes or masks beside them say what is image.
     """
-    width = max(r["input_ids"].shape[1] for r in rows)
+    ids = rows[0]["input_ids"]
     batch = {}
     for key, first in rows[0].items():
         parts = [r[key] for r in rows]
-        if first.shape == rows[0]["input_ids"].shape:
+        if first.shape == ids.shape:
             fill = checkpoint.tokenizer.pad_token_id if key == "input_ids" else 0
+            width = max(x.shape[1] for x in parts)
             parts = [torch.nn.functional.pad(x, (width - x.shape[1], 0), value=fill) for x in parts]
+        elif len({x.shape[1:] for x in parts}) > 1:
+            largest = [max(sides) for sides in zip(*(x.shape[1:] for x in parts), strict=True)]
+            parts = [_filled(x, largest) for x in parts]
+        elif key == PATCHES:
+            before = np.cumsum([0, *(r["pixel_values"].shape[:2].numel() for r in rows[:-1])])
+            parts = [torch.where(x < 0, x, x + int(n)) for x, n in zip(parts, before, strict=True)]
         dtype = checkpoint.base.dtype if key == "pixel_values" else None
         batch[key] = torch.cat(parts).to(checkpoint.device, dtype)
     return batch
+
+
+def _filled(images: torch.Tensor, largest: Sequence[int]) -> torch.Tensor:
+    out = images.new_zeros(len(images), *largest)
+    out[tuple(map(slice, images.shape))] = images
+    return out

@@ -48,8 +48,15 @@ def encode_batch(checkpoint: Checkpoint, requests: Sequence[Request], view: View
 
 def encode_views(checkpoint: Checkpoint, requests: Sequence[Request],
                  views: Sequence[View | None], *, seed: int) -> list[dict[str, torch.Tensor]]:
-    """A batch a view, as `encode_batch` gives it; views that differ in the processor's pixels alone
-    share its work."""
+    """A batch a view, as `encode_batch` gives it."""
+    return [encoding.collate(checkpoint, rows)
+            for rows in _encoded(checkpoint, requests, views, seed=seed)]
+
+
+def _encoded(checkpoint: Checkpoint, requests: Sequence[Request], views: Sequence[View | None], *,
+             seed: int) -> list[list[dict[str, torch.Tensor]]]:
+    """The encoded rows of each view; views that differ in the processor's pixels alone share its
+    work."""
     @functools.cache
     def encoded(view: View | None) -> list[dict[str, torch.Tensor]]:
         pictures = [_picture(checkpoint.processor, r, view, seed=seed) for r in requests]
@@ -64,7 +71,7 @@ def encode_views(checkpoint: Checkpoint, requests: Sequence[Request],
             row["pixel_values"], Draw(view, request.id, seed, checkpoint.processor))}
             for row, request in zip(encoded(None), requests, strict=True)]
 
-    return [encoding.collate(checkpoint, rows(view)) for view in views]
+    return [rows(view) for view in views]
 
 
 def _picture(processor: Any, request: Request, view: View | None, *, seed: int
@@ -146,7 +153,10 @@ def replies(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], *, max_new_t
     the image is encoded once for all of them.
     contrast: the batch holds clean prompts and then as many weakened ones; the answers come once.
     """
-    ends = checkpoint.base.generation_config.eos_token_id or checkpoint.tokenizer.eos_token_id
+    listed = checkpoint.base.generation_config.eos_token_id or []
+    # The tokenizer's is the end of answers in training, and a server stops at it too.
+    ends = sorted({checkpoint.tokenizer.eos_token_id,
+                   *(listed if isinstance(listed, list) else [listed])})
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=sampling is not None,
                               num_return_sequences=samples, eos_token_id=ends,
                               pad_token_id=checkpoint.tokenizer.pad_token_id,
@@ -169,8 +179,8 @@ def encode_branches(checkpoint: Checkpoint, requests: Sequence[Request], view: V
     """What `sample_answers` decodes: the weakened prompts, behind the clean ones where the view has
     two branches."""
     both = view is not None and view.two_branches
-    branches = encode_views(checkpoint, requests, [None, view] if both else [view], seed=seed)
-    return {n: torch.cat([b[n] for b in branches]) for n in branches[0]}
+    branches = _encoded(checkpoint, requests, [None, view] if both else [view], seed=seed)
+    return encoding.collate(checkpoint, [row for rows in branches for row in rows])
 
 
 def sample_replies(checkpoint: Checkpoint, requests: Sequence[Request],

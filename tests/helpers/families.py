@@ -1,9 +1,6 @@
 """Random checkpoints of two thin layers, of the families that transformers reads images with."""
 
 import json
-import sys
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import torch
 from transformers import (
@@ -27,6 +24,8 @@ from transformers import (
     Idefics3Processor,
     InternVLConfig,
     InternVLForConditionalGeneration,
+    Lfm2VlConfig,
+    Lfm2VlForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -35,15 +34,20 @@ from transformers import (
     LlavaNextProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    LlavaProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
+    Molmo2Config,
+    Molmo2ForConditionalGeneration,
     Ovis2Config,
     Ovis2ForConditionalGeneration,
     Ovis2Processor,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     PixtralVisionConfig,
     PreTrainedTokenizerFast,
-    ProcessorMixin,
     Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -54,12 +58,10 @@ from transformers import (
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
-    SmolVLMProcessor,
 )
-from transformers.models import gemma4, pixtral, smolvlm
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
-from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
@@ -71,10 +73,9 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil,
 )
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
-from transformers.models.pixtral import image_processing_pil_pixtral
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from helpers.qwen import trained_tokenizer, write_qwen
@@ -123,6 +124,18 @@ def write_parts(folder, model, images, words, *, processor: str, video: str, **s
         (folder / name).write_text(json.dumps(content))
 
 
+def write_llava(folder):
+    words = tokenizer(image_token="<image>")
+    write(folder, LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**sizes(words)),
+        image_token_index=words.image_token_id, vision_feature_layer=-1)),
+        LlavaProcessor(
+            CLIPImageProcessorPil(size={"shortest_edge": 32},
+                                  crop_size={"height": 32, "width": 32}),
+            words, patch_size=8, vision_feature_select_strategy="default",
+            num_additional_image_tokens=1, chat_template=chat("<image>\n")))
+
+
 def write_llava_next(folder):
     """Images in tiles that their shape chooses, with rows of image tokens that end in a vector."""
     words = tokenizer(image_token="<image>")
@@ -147,39 +160,6 @@ def write_idefics3(folder):
         Idefics3Processor(
             Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={
                 "longest_edge": 32}), words, image_seq_len=4, chat_template=chat("<image>")))
-
-
-class StillSmolVLM(SmolVLMProcessor):
-    """transformers' own processor of SmolVLM, which makes prompts and pixels, but without its video
-    side, which needs torchvision. `models.load_processor` cannot leave that out by itself: the
-    processor's constructor wants it, and its chat template reads two settings of it."""
-
-    video_processor = SimpleNamespace(num_frames=8, fps=1)
-
-    def __init__(self, image_processor, tokenizer, image_seq_len=169, chat_template=None):
-        super().__init__(image_processor, tokenizer, None, image_seq_len, chat_template)
-
-
-class WithoutVideo(ProcessorMixin):
-    def __init__(self, *, video_processor, **parts):
-        super().__init__(**parts)
-
-
-class StillGemma4(Gemma4Processor, WithoutVideo):
-    """Gemma 4's likewise."""
-
-    def __init__(self, feature_extractor, image_processor, tokenizer, chat_template=None):
-        super().__init__(feature_extractor, image_processor, tokenizer, None, chat_template)
-
-
-with patch.dict(sys.modules, {  # of a module that needs torchvision it takes what the PIL one has
-        "transformers.models.pixtral.image_processing_pixtral": image_processing_pil_pixtral}):
-    from transformers.models.pixtral.processing_pixtral import PixtralProcessor
-
-# What transformers is to find in place of its own.
-STILL = ((smolvlm, "SmolVLMProcessor", StillSmolVLM), (gemma4, "Gemma4Processor", StillGemma4),
-         (pixtral, "PixtralProcessor", PixtralProcessor),
-         (processing_smolvlm, "num2words", str))  # it spells a video's number of frames
 
 
 def write_smolvlm(folder):
@@ -271,29 +251,31 @@ PIXTRAL = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]",
            "image_end_token": "[IMG_END]"}
 
 
-def pixtral_processor(words: PreTrainedTokenizerFast, merged: int) -> PixtralProcessor:
-    return PixtralProcessor(
-        PixtralImageProcessorPil(size={"longest_edge": 48}, patch_size={"height": 8, "width": 8}),
-        words, patch_size=8, spatial_merge_size=merged, chat_template=chat("[IMG]"))
+def write_rows(folder, model, words, *, merged: int):
+    words.chat_template = chat("[IMG]")
+    images = PixtralImageProcessorPil(size={"longest_edge": 48},
+                                      patch_size={"height": 8, "width": 8})
+    for part in (model, images, words):
+        part.save_pretrained(folder)
+    (folder / "processor_config.json").write_text(json.dumps({
+        "processor_class": "PixtralProcessor", "patch_size": 8, "spatial_merge_size": merged}))
 
 
 def write_pixtral(folder):
     """Images of their own shape, a token at the end of each row of patches."""
     words = tokenizer(**PIXTRAL)
-    write(folder, LlavaForConditionalGeneration(LlavaConfig(
+    write_rows(folder, LlavaForConditionalGeneration(LlavaConfig(
         vision_config=PixtralVisionConfig(**VISION), vision_feature_layer=-1,
         vision_feature_select_strategy="full", image_token_index=words.image_token_id,
-        text_config=MistralConfig(**sizes(words), sliding_window=None))),
-        pixtral_processor(words, 1))
+        text_config=MistralConfig(**sizes(words), sliding_window=None))), words, merged=1)
 
 
 def write_mistral3(folder):
     """As Pixtral, four patches a token."""
     words = tokenizer(**PIXTRAL)
-    write(folder, Mistral3ForConditionalGeneration(Mistral3Config(
+    write_rows(folder, Mistral3ForConditionalGeneration(Mistral3Config(
         vision_config=PixtralVisionConfig(**VISION), image_token_index=words.image_token_id,
-        text_config=MistralConfig(**sizes(words), sliding_window=None))),
-        pixtral_processor(words, 2))
+        text_config=MistralConfig(**sizes(words), sliding_window=None))), words, merged=2)
 
 
 def write_aya_vision(folder):
@@ -399,14 +381,89 @@ def write_large_gemma4(folder):
     write_gemma4(folder, looks_ahead="vision")
 
 
-WRITERS = {"llava-next": write_llava_next, "idefics3": write_idefics3, "smolvlm": write_smolvlm,
-           "internvl": write_internvl, "qwen2.5-vl": write_qwen, "ovis2": write_ovis2,
-           "idefics2": write_idefics2, "llava-onevision": write_llava_onevision,
-           "pixtral": write_pixtral, "mistral3": write_mistral3, "aya-vision": write_aya_vision,
-           "qwen2-vl": write_qwen2_vl, "qwen3-vl": write_qwen3_vl, "glm4v": write_glm4v,
-           "gemma4": write_gemma4, "gemma4-large": write_large_gemma4, "gemma3": write_gemma3,
-           "qwen3.5": write_qwen3_5}
+def write_lfm2_vl(folder):
+    """One of two layers is a convolution along the row; images as patches, padded to one number."""
+    marks = ["<|image_start|>", "<|image_end|>", "<|img_thumbnail|>",
+             *(f"<|img_row_{r + 1}_col_{c + 1}|>" for r in range(2) for c in range(2))]
+    words = tokenizer(*marks, image_token="<image>")
+    words.chat_template = chat("<image>")
+    model = Lfm2VlForConditionalGeneration(Lfm2VlConfig(
+        vision_config={"model_type": "siglip2_vision_model", "num_patches": 16, **{
+            n: v for n, v in SIGLIP.items() if n != "image_size"}},
+        text_config={"model_type": "lfm2", **sizes(words),
+                     "layer_types": ["conv", "full_attention"]},
+        image_token_id=words.image_token_id, projector_hidden_size=48))
+    for part in (model, words):
+        part.save_pretrained(folder)
+    for name, content in (
+            ("processor_config.json", {"processor_class": "Lfm2VlProcessor"}),
+            ("preprocessor_config.json", {
+                "image_processor_type": "Lfm2VlImageProcessor", "do_image_splitting": False,
+                "encoder_patch_size": 8, "tile_size": 32, "min_image_tokens": 4,
+                "max_image_tokens": 16, "max_num_patches": 64, "do_pad": True})):
+        (folder / name).write_text(json.dumps(content))
+
+
+def write_paligemma(folder):
+    """A prompt's tokens see each other in both directions, its image's and its words'."""
+    words = tokenizer(image_token="<image>")
+    images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    images.image_seq_length = 16
+    processor = PaliGemmaProcessor(images, words, chat_template=chat("<image>"))
+    write(folder, PaliGemmaForConditionalGeneration(PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(**SIGLIP, projection_dim=48),
+        text_config={"model_type": "gemma", **sizes(words), "head_dim": 24},
+        image_token_index=words.image_token_id, vocab_size=len(words), hidden_size=48,
+        projection_dim=48)), processor)
+
+
+def write_molmo2(folder):
+    """Image tokens pool patches by their number in the batch, and see all others of their prompt's
+    images in both directions."""
+    marks = ["<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>", "<frame_start>",
+             "<im_end>", "<frame_end>", "<im_low>"]
+    words = tokenizer(*marks, image_token="<|image|>", video_token="<|video|>")
+    words.chat_template = chat("<|image|>")
+    patch, _, start, low, frame, end, last, _ = words.convert_tokens_to_ids(marks)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+             "initializer_range": 0.2}
+    model = Molmo2ForConditionalGeneration(Molmo2Config(
+        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                       "image_size": [32, 32], "patch_size": 8, **heads},
+        adapter_config={"hidden_size": 32, "intermediate_size": 64, "text_hidden_size": 48,
+                        "vision_feature_layer": [1, 0], **heads},
+        text_config={**sizes(words), "head_dim": 24, "additional_vocab_size": 0},
+        initializer_range=0.2, image_patch_id=patch, image_start_token_id=start,
+        low_res_image_start_token_id=low, image_end_token_id=end, frame_start_token_id=frame,
+        frame_end_token_id=last))
+    for part in (model, words):
+        part.save_pretrained(folder)
+    for name, content in (
+            ("processor_config.json", {"processor_class": "Molmo2Processor"}),
+            ("preprocessor_config.json", {
+                "image_processor_type": "Molmo2ImageProcessor", "max_crops": 2,
+                "overlap_margins": [1, 1], "patch_size": 8, "pooling_size": [2, 2],
+                "size": {"height": 32, "width": 32}}),
+            ("video_preprocessor_config.json", {"video_processor_type": "Molmo2VideoProcessor"})):
+        (folder / name).write_text(json.dumps(content))
+
+
+WRITERS = {"llava": write_llava, "llava-next": write_llava_next, "idefics3": write_idefics3,
+           "smolvlm": write_smolvlm, "internvl": write_internvl, "qwen2.5-vl": write_qwen,
+           "ovis2": write_ovis2, "idefics2": write_idefics2,
+           "llava-onevision": write_llava_onevision, "pixtral": write_pixtral,
+           "mistral3": write_mistral3, "aya-vision": write_aya_vision, "qwen2-vl": write_qwen2_vl,
+           "qwen3-vl": write_qwen3_vl, "glm4v": write_glm4v, "gemma4": write_gemma4,
+           "gemma4-large": write_large_gemma4, "gemma3": write_gemma3, "qwen3.5": write_qwen3_5,
+           "lfm2-vl": write_lfm2_vl, "paligemma": write_paligemma, "molmo2": write_molmo2}
+# Their processors do not load without torchvision.
+TORCHVISION = {"smolvlm", "pixtral", "mistral3", "gemma4", "gemma4-large", "lfm2-vl", "molmo2"}
 # What a run says where it trains unpacked.
 REFUSED = {"gemma4-large": "its attention looks ahead within the prompt",
            "gemma3": "its attention looks ahead within the prompt",
-           "qwen3.5": "its decoder mixes tokens by linear_attention, not by attention alone"}
+           "molmo2": "its attention looks ahead within the prompt",
+           "qwen3.5": "its decoder mixes tokens by linear_attention, not by attention alone",
+           "lfm2-vl": "its decoder mixes tokens by conv, not by attention alone"}
+# What stands against training at all.
+UNTRAINED = {"paligemma": "TRL gives its processor answers alone, and it takes no text without an "
+                          "image"}

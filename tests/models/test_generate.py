@@ -166,6 +166,21 @@ def test_sampled_answers_are_reproducible_in_any_order_and_batch(checkpoint, req
         assert said(checkpoint, requests, **changes) != first
 
 
+@pytest.mark.parametrize("end", ["</s>", "hot", "cat"])
+def test_an_answer_ends_at_the_tokenizer_s_end_and_at_those_of_the_generation_config(
+        end, checkpoint, requests, monkeypatch):
+    """So does a server's."""
+    listed, token = (checkpoint.tokenizer.convert_tokens_to_ids(t) for t in (["hot", "cat"], end))
+    monkeypatch.setattr(checkpoint.base.generation_config, "eos_token_id", listed)
+
+    def one_token(ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([token]), 0.0)
+
+    replies = generate.replies(checkpoint, generate.encode_batch(checkpoint, requests),
+                               max_new_tokens=3, sampling=one_token)
+    assert {(r.text, r.finish) for r in replies} == {("" if end == "</s>" else end, "stop")}
+
+
 def test_several_samples_of_a_row_differ_and_the_first_is_the_only_one_s(checkpoint, requests):
     three = said(checkpoint, requests, samples=3)
     assert [len(x) for x in three] == [3] * len(requests)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from helpers.data import picture
-from helpers.families import REFUSED, STILL, WRITERS
+from helpers.families import REFUSED, TORCHVISION, UNTRAINED, WRITERS
 from helpers.trainers import dpo_trainer
 from trl import DPOTrainer
 
@@ -21,30 +21,7 @@ from bpo.training.packed.trainer import PackedDPOTrainer
 pytestmark = pytest.mark.study  # a model of each family
 
 CLOSE = 1e-5  # what float32's rounding leaves
-PACKED = [n for n in WRITERS if n not in REFUSED]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def still():
-    with pytest.MonkeyPatch.context() as patch:
-        for replaced in STILL:
-            patch.setattr(*replaced)
-        yield
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """The folder of a family's checkpoint, written when first asked for."""
-    written = {}
-
-    def folder(family: str):
-        if family not in written:
-            written[family] = tmp_path_factory.mktemp(family)
-            torch.manual_seed(3)
-            WRITERS[family](written[family])
-        return written[family]
-
-    return folder
+PACKED = [n for n in WRITERS if n not in {**REFUSED, **UNTRAINED}]
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +60,9 @@ def distance(first: torch.Tensor, second: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dense", [False, True], ids=["branches", "mask"])
 @pytest.mark.parametrize("family", PACKED)
-def test_a_packed_batch_has_the_loss_and_gradients_of_trl(family, dense, folders, pairs, tmp_path):
-    stock = step(trainer(DPOTrainer, folders(family), pairs, tmp_path))
-    packing = trainer(PackedDPOTrainer, folders(family), pairs, tmp_path, packing="always")
+def test_a_packed_batch_has_the_loss_and_gradients_of_trl(family, dense, families, pairs, tmp_path):
+    stock = step(trainer(DPOTrainer, families(family), pairs, tmp_path))
+    packing = trainer(PackedDPOTrainer, families(family), pairs, tmp_path, packing="always")
     if dense:
         prefix.use_mask(packing.base)
     packing.data_collator.dense = dense
@@ -99,17 +76,17 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_trl(family, dense, folders
 
 
 @pytest.mark.parametrize("family", PACKED)
-def test_a_family_that_packs_right_is_packed_by_itself(family, folders, pairs, tmp_path, capsys):
-    made = trainer(PackedDPOTrainer, folders(family), pairs, tmp_path)
+def test_a_family_that_packs_right_is_packed_by_itself(family, families, pairs, tmp_path, capsys):
+    made = trainer(PackedDPOTrainer, families(family), pairs, tmp_path)
     made.get_train_dataloader()
     assert made.data_collator.packing and prefix.in_use(made.base)
     assert "packed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", PACKED)
-def test_the_pixels_of_an_image_decide_its_own_pairs_alone(family, folders, pairs, tmp_path):
+def test_the_pixels_of_an_image_decide_its_own_pairs_alone(family, families, pairs, tmp_path):
     """Each positive's loss in one packed batch is that of a batch of its own."""
-    made = trainer(PackedDPOTrainer, folders(family), pairs, tmp_path, packing="always")
+    made = trainer(PackedDPOTrainer, families(family), pairs, tmp_path, packing="always")
     rows = [made.train_dataset[i] for i in range(4)]
     with torch.no_grad():
         whole, *parts = (made._compute_loss(made.model, made._prepare_inputs(
@@ -120,10 +97,10 @@ def test_the_pixels_of_an_image_decide_its_own_pairs_alone(family, folders, pair
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_family_that_cannot_be_packed_is_refused_by_name_and_goes_on_as_trl(
-        family, folders, pairs, tmp_path, capsys):
-    stock = step(trainer(DPOTrainer, folders(family), pairs, tmp_path))
+        family, families, pairs, tmp_path, capsys):
+    stock = step(trainer(DPOTrainer, families(family), pairs, tmp_path))
     capsys.readouterr()
-    made = trainer(PackedDPOTrainer, folders(family), pairs, tmp_path)
+    made = trainer(PackedDPOTrainer, families(family), pairs, tmp_path)
     made.get_train_dataloader()
     assert not made.data_collator.packing
     assert REFUSED[family] in capsys.readouterr().out
@@ -135,14 +112,14 @@ def test_a_family_that_cannot_be_packed_is_refused_by_name_and_goes_on_as_trl(
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_mask_of_its_own_is_seen_whatever_comes_first(streamed, precision, folders, pairs,
+def test_a_mask_of_its_own_is_seen_whatever_comes_first(streamed, precision, families, pairs,
                                                         tmp_path, capsys):
     """Rows of text, and an evaluation on such, before the first row with a picture."""
     text = [{**row, "images": []} for row in pairs.select(range(2))]
     rows = Dataset.from_list([*text, *pairs])
     if streamed:
         rows = IterableDataset.from_generator(lambda: iter([*text, *pairs]))
-    made = dpo_trainer(PackedDPOTrainer, checkpoints.load(folders("gemma3"), precision=precision),
+    made = dpo_trainer(PackedDPOTrainer, checkpoints.load(families("gemma3"), precision=precision),
                        rows, tmp_path, own={"eval_dataset": Dataset.from_list(text)},
                        max_steps=3, per_device_train_batch_size=2, bf16=precision == "bfloat16",
                        train_sampling_strategy="sequential")
@@ -154,18 +131,18 @@ def test_a_mask_of_its_own_is_seen_whatever_comes_first(streamed, precision, fol
 
 
 @pytest.mark.parametrize("family", PACKED)
-def test_a_family_that_packs_right_does_so_in_bfloat16(family, folders, pairs, tmp_path):
-    made = dpo_trainer(PackedDPOTrainer, checkpoints.load(folders(family), precision="bfloat16"),
+def test_a_family_that_packs_right_does_so_in_bfloat16(family, families, pairs, tmp_path):
+    made = dpo_trainer(PackedDPOTrainer, checkpoints.load(families(family), precision="bfloat16"),
                        pairs, tmp_path, bf16=True)
     made.get_train_dataloader()
     assert made.data_collator.packing
 
 
 @pytest.mark.parametrize("family", PACKED)
-def test_rows_are_measured_in_every_family(family, folders, pairs, tmp_path):
+def test_rows_are_measured_in_every_family(family, families, pairs, tmp_path):
     """TRL's default max_length: the longest row is the one that TRL's own batch has the most tokens
     of."""
-    made = dpo_trainer(PackedDPOTrainer, checkpoints.load(folders(family)), pairs, tmp_path,
+    made = dpo_trainer(PackedDPOTrainer, checkpoints.load(families(family)), pairs, tmp_path,
                        max_length=1024)
     assert not made.dropped
     batch = made.data_collator.stock([copy.copy(row) for row in pairs])
@@ -174,8 +151,19 @@ def test_rows_are_measured_in_every_family(family, folders, pairs, tmp_path):
     assert [size(row).length for row in pairs] == lengths.tolist()
 
 
+@pytest.mark.parametrize("family", UNTRAINED)
+def test_a_family_that_trl_does_not_train_still_does_not(family, families, pairs, tmp_path):
+    with pytest.raises(ValueError, match="`images` are expected"):
+        step(trainer(DPOTrainer, families(family), pairs, tmp_path))
+
+
 def test_the_families_of_the_readme_are_these():
     table = (ROOT / "params" / "README.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| ([\w.-]+) \| (packs|refused: .*) \|$", table, re.MULTILINE))
-    assert rows == {"llava": "packs", **{
-        n: f"refused: {REFUSED[n]}" if n in REFUSED else "packs" for n in WRITERS}}
+    rows = dict(re.findall(r"^\| ([\w.-]+) \| (packs|\w+: .*) \|$", table, re.MULTILINE))
+    assert rows == {**dict.fromkeys(PACKED, "packs"),
+                    **{n: f"refused: {why}" for n, why in REFUSED.items()},
+                    **{n: f"untrained: {why}" for n, why in UNTRAINED.items()}}
+    assert f"The processors of {', '.join(sorted(TORCHVISION))} need torchvision" in table
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (f"the {len(WRITERS)} [families](params/README.md#families) of vision-language models "
+            f"there, {len(PACKED)} of which pack") in readme
