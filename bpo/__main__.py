@@ -12,21 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from bpo import check, params
+from bpo.measure import STAGES
 from bpo.params import Refusal, short
 from bpo.reports import index as studies
 from bpo.reports import page as report
 from bpo.study import processes, progress
 from bpo.study import stage as stages
 
-# The module whose `run` is a notebook's stage. Those of the tiny world are for its notebooks alone:
-# no command computes them without a kernel.
-STAGES = {1: "evaluation.probe", 2: "pairs.stage", 3: "training.stage",
-          4: "evaluation.comparison", 5: "evaluation.benchmarks"}
+# Those of the tiny world are for its notebooks alone: no command computes them without a kernel.
 TINY_STAGES = {0: "tiny.stage", 6: "tiny.prior", 8: "tiny.dose"}
 # command -> its module (`add_arguments`, `run`), imported for it alone, and what it does
 MODULES = {
     "new": ("new", "write the parameters of a study of your own model and data"),
-    "check": ("check", "read a study's parameters, say what is missing, and the memory"),
+    "check": ("measure", "read a study's parameters, say what is missing, and the memory"),
     "verify": ("study.verify", "name what in a study or its zip is not as in SHA256SUMS"),
     "pack": ("reports.pack", "make one zip file of a study's reports, parameters and adapters"),
     "export": ("pairs.export", "write a study's pairs in another tool's layout"),

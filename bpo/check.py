@@ -25,7 +25,6 @@ PATHS = ("model", "text_model", "data", "image_folder", "describe_prompt", "ques
          "probe_data")
 ANNOTATED = ("data", "splits", "calibration_data", "probe_data")
 ROWS = 100  # of annotated data that are read and whose images are opened
-SHORT = {"rows": 64, "steps": 5, "questions": 8}  # of a run that measures seconds
 WIDTH = {"float32": 4, "bfloat16": 2, NF4: 2}  # bytes of a number in computing
 
 
@@ -188,8 +187,6 @@ def memory(study: str, read: dict[str, Parameters]) -> dict[str, str]:
     except Refusal as refusal:
         return {"memory": f"not known: {refusal}"}
     weights = model.num_parameters()
-    short = "".join(f" -p {n} {v}" for n, v in SHORT.items()
-                    if any(n in type(p).model_fields for p in read.values()))
     return {
         "weights": f"{weights:,}, {_gb(weights_bytes(model, making.precision))} in "
                    f"{making.precision} (all sizes by calculation)" + (
@@ -200,8 +197,7 @@ def memory(study: str, read: dict[str, Parameters]) -> dict[str, str]:
         "training": f"{_gb(training_bytes(model, training))} of GPU memory at most: device_batch = "
                     f"{training.device_batch} pairs of max_tokens = {training.max_tokens:,}",
         "disk": f"{_gb(disk_bytes(model, training))} for adapters and checkpoints",
-        "time": f"measure a short run: python -m bpo run {study} --as {study}-short{short}; then "
-                f"read \"seconds\" in outputs/{study}-short/*/{stages.MANIFEST}"}
+        "time": f"python -m bpo check {study} --measure runs a little of each stage and says"}
 
 
 def weights_bytes(model: Any, precision: str) -> int:

@@ -246,6 +246,22 @@ def test_the_whole_study_of_a_real_model_runs_on_photographs(project, study):
     assert (folder / "index.html").is_file() is (study != "llava-1.5-13b")
 
 
+@pytest.mark.slow
+def test_a_real_study_is_measured_on_its_checkpoint_of_the_hub(project):
+    done = bpo(project, "check", "llava-1.5-7b", "--measure", *(x for n, v in {
+        "max_new_tokens": 4, "noise_steps": "[0, 999]", "resamples": 100, "precision": "float32",
+        "methods": ["sft_matched", "bpo"]}.items() for x in ("-p", n, str(v))))
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line[:1].isdigit()}
+    assert list(lines) == list(params.study_files("llava-1.5-7b"))
+    # all rows are read, one of which has no image
+    assert f" 8 of {FOUND + 1} rows, as long as these" in lines["2_pair_generation"]
+    assert "batches of 4 pairs a method, as long as these; the study has up to" in (
+        lines["3_dpo_training"])
+    assert "set gradient_checkpointing " in done.stdout
+    assert not list((project / "outputs").glob(".measure-*"))
+
+
 @pytest.mark.parametrize("study", ["llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-7b"])
 def test_a_study_of_a_real_model_has_the_settings_of_the_paper(study):
     read = params.read_study(study)

@@ -175,7 +175,7 @@ def _answers(p: Benchmarks, folder: Path, checkpoint: Checkpoint, methods: Seque
     scorer = diagnostics.scorer(checkpoint, requests, yes_no)
     return shards.run_on(folder / f"{stem}-{benchmark.name}.jsonl", requests, size or p.batch_size,
                          functools.partial(_ask, p, checkpoint, methods, asked, yes_no, scorer),
-                         label=f"{benchmark.title} questions")
+                         label=f"{benchmark.title} questions{f', {stem}' * (stem != 'answers')}")
 
 
 @torch.no_grad()

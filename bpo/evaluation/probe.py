@@ -35,6 +35,7 @@ LOOKS = "looks.jsonl"
 CANDIDATES = "candidates.json"
 RESAMPLES = 2000
 KINDS = ("true", "prior")
+BLIND = "answers at the last step"  # the part that makes the prior's where nobody knows it
 NOISE = "noisy"  # the way of weakening that notebook 1 is about
 MEASURES = ("p_{}", "p_{}_first", "logp_{}")  # of the answers of a kind, see `summary`
 
@@ -149,15 +150,17 @@ def candidate_answers(p: NoiseProbability, checkpoint: Checkpoint, rows: Sequenc
     unknown = [r for r in rows if r.id not in truth]
     unused = Counter(["the prior has no answer"] * (len(rows) - len(candidates) - len(unknown)))
     requests = [Request(r.id, r.prompt, r.image, len(r.answer.split())) for r in unknown]
-    for places in shards.by_length(requests, p.batch_size):
-        inputs = generate.encode_batch(checkpoint, [requests[i] for i in places],
-                                       View("noisy", p.noise_steps[-1]), seed=p.seed)
-        blind = generate.decode(checkpoint, inputs, max_new_tokens=p.max_new_tokens)
-        for row, answer in zip([unknown[i] for i in places], blind, strict=True):
-            if not answer or metrics.normalised(answer) == metrics.normalised(row.answer):
-                unused["the noisy answer is the annotated one"] += 1
-            else:
-                candidates[row.id] = {"true": [row.answer], "prior": [answer]}
+    with progress.part(BLIND, len(requests), unit="rows") as advance:
+        for places in shards.by_length(requests, p.batch_size):
+            inputs = generate.encode_batch(checkpoint, [requests[i] for i in places],
+                                           View("noisy", p.noise_steps[-1]), seed=p.seed)
+            blind = generate.decode(checkpoint, inputs, max_new_tokens=p.max_new_tokens)
+            advance(len(places))
+            for row, answer in zip([unknown[i] for i in places], blind, strict=True):
+                if not answer or metrics.normalised(answer) == metrics.normalised(row.answer):
+                    unused["the noisy answer is the annotated one"] += 1
+                else:
+                    candidates[row.id] = {"true": [row.answer], "prior": [answer]}
     return {r.id: candidates[r.id] for r in rows if r.id in candidates}, unused
 
 

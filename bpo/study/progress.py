@@ -26,7 +26,8 @@ EVERY = {"kernel": 0.3, "terminal": 0.1, "log": 60.0}  # seconds between two pic
 @dataclass(eq=False)
 class Part:
     """Work that is under way. total, done, spared: in units of its own, or in weights of its parts;
-    spared is what was done before and took no time. weight: its own, in the part around it."""
+    spared is what was done before and took no time. weight: its own, in the part around it. spent:
+    seconds that its units took; first: those of the first, which may warm up."""
 
     label: str
     total: float = 0.0
@@ -36,6 +37,8 @@ class Part:
     unit: str = ""
     announced: list[tuple[str, float]] = field(default_factory=list)
     moved: bool = False
+    spent: float = 0.0
+    first: float = 0.0
     began: float = field(default_factory=lambda: time.monotonic())
 
     def take(self, label: str) -> float:
@@ -52,6 +55,7 @@ class Part:
 
 
 _parts: list[Part] = []  # from the whole to what is at hand
+ended: list[Part] = []  # those of this process whose units were counted, in their order
 _shown: dict[str, Any] = {"at": 0.0, "width": 0, "sentence": "", "display": None}
 
 
@@ -66,14 +70,20 @@ def announce(parts: Iterable[tuple[str, float]]) -> None:
 def part(label: str, total: float = 0.0, *, done: float = 0.0, unit: str = ""
          ) -> Iterator[Callable[[float], None]]:
     """A part of what is under way; gives a function that takes how many of its units were done just
-    now. total: its units, 0 where they are not known; done: those from before."""
+    now, 0 where the time until now was no unit's. total: its units, 0 where they are not known;
+    done: those from before."""
     around = _parts[-1] if _parts else Part("")
     mine = Part(label, total, done, done, around.take(label), unit)
     if not _parts:
         _shown["at"] = time.monotonic()
     _parts.append(mine)
+    since = mine.began
 
     def advance(units: float = 1) -> None:
+        nonlocal since
+        before, since = since, time.monotonic()
+        mine.spent += since - before if units else 0.0
+        mine.first = mine.first or mine.spent
         mine.done = min(mine.done + units, mine.total) if mine.total else mine.done + units
         for other in _parts:
             other.moved = True
@@ -84,6 +94,8 @@ def part(label: str, total: float = 0.0, *, done: float = 0.0, unit: str = ""
     finally:
         if mine in _parts:  # else what is around it has failed and ended before
             del _parts[_parts.index(mine):]
+        if mine.done > mine.spared and mine.unit:
+            ended.append(mine)
         share = mine.spared / mine.total if mine.total else float(not mine.moved)
         around.done += mine.weight
         around.spared += mine.weight * min(share, 1.0)

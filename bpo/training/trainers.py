@@ -168,6 +168,9 @@ class Progress(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.advance()
 
+    def on_save(self, args, state, control, **kwargs):
+        self.advance(0)
+
     def on_train_end(self, args, state, control, **kwargs):
         self.part.close()
 

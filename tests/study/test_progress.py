@@ -93,3 +93,17 @@ def test_a_kernel_s_bar_is_updated_in_place_and_leaves_the_sentence(clock, capsy
     assert bar in shown[5]["text/html"]
     assert "&lt;b&gt;" in shown[5]["text/html"]
     assert capsys.readouterr() == ("", "")
+
+
+def test_what_units_took_is_told_apart_from_what_happened_between(clock, monkeypatch):
+    monkeypatch.setattr(progress, "ended", [])
+    with progress.part("read"):  # counts nothing
+        clock.seconds += 5
+    with progress.part("bpo", 3, unit="steps") as advance:
+        for seconds in (10, 2, 2):  # the first warms up
+            clock.seconds += seconds
+            advance()
+            clock.seconds += 7  # a checkpoint is written
+            advance(0)
+    [part] = progress.ended
+    assert (part.label, part.done, part.spent, part.first) == ("bpo", 3, 14, 10)
