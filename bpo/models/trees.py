@@ -148,8 +148,8 @@ def path(branch: Branch) -> int:
 
 
 class Masked(NamedTuple):
-    """A tree's columns: begin, end of its first sequence, end; and the mask (x, tree), 0 or minus
-    infinity, of the x that branch off."""
+    """A tree's columns: begin, end of its first sequence, end; and the mask (1, 1, x, tree), 0 or
+    minus infinity, of the x that branch off."""
 
     row: int
     begin: int
@@ -166,8 +166,8 @@ def masks(table: Table, device: torch.device, dtype: torch.dtype) -> list[Masked
     for n, m in zip(starts, [*starts[1:], len(table)], strict=True):
         (row, begin, middle, *_), end = table[n], table[m - 1][2]
         seen = _seen(table[n:m], begin, end)[middle - begin:]
-        out.append(Masked(row, begin, middle, end, torch.zeros(seen.shape, dtype=dtype).masked_fill(
-            ~seen, -torch.inf).to(device)))
+        mask = torch.zeros(1, 1, *seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+        out.append(Masked(row, begin, middle, end, mask.to(device)))
     return out
 
 

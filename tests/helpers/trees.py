@@ -81,7 +81,7 @@ def running_on(placed: dict[str, Any]) -> dict[str, Any]:
 def too_early(placed: dict[str, Any]) -> dict[str, Any]:
     step = placed["step"].clone()
     for row, first, last, *above in placed["table"]:
-        step[row, first:last] -= bool(above)
+        step[row, first:last] -= int(bool(above))
     return {**placed, "step": step}
 
 
