@@ -74,7 +74,11 @@ def test_loss_and_gradients_are_those_of_trl(name, loss, model_folder, tmp_path)
     assert len(batch["packed"]["first"]) == images
     assert len(batch["pixel_values"]) == sum(
         len(shown) for shown in {id(r["images"]): r["images"] for r in rows}.values())
-    assert batch["packed"]["source"].numel() < padded["input_ids"].numel() / 2.5
+    begins = {(owner[0], *ids[:n]) for owner, ids in zip(batch["packed"]["rows"] * 2, (
+        ids[mask.bool()].tolist() for ids, mask in zip(
+            padded["input_ids"], padded["attention_mask"], strict=True)), strict=True)
+        for n in range(1, len(ids))}
+    assert batch["packed"]["source"].shape == (1, len(begins))  # no token stands twice
     prefix.use_mask(trainer.base)
     trainer.data_collator.dense = True
     assert packed_check.apart(stock, step(trainer)[0]) < 1e-5

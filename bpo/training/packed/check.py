@@ -226,6 +226,20 @@ def _tried(trainer: Any) -> Iterator[None]:
         model.train(training)
 
 
+@torch.no_grad()
+def not_finite(trainer: Any, model: torch.nn.Module, inputs: dict[str, Any]) -> Sequence[Any]:
+    """The rows of a batch whose log-probs are no numbers; all where it is their sum. Each is
+    computed alone, if it is known which they are: in a tree one spoils the others."""
+    rows = inputs.get("row")
+    with trainer.unpacked():
+        batches = [inputs] if rows is None else (
+            trainer.data_collator([trainer.train_dataset[r]]) for r in rows)
+        tokens = [trainer.answer_tokens(model, trainer._prepare_inputs(b)) for b in batches]
+    bad = [b for t in tokens for b in (~torch.isfinite(t)).any(1).view(2, -1).any(0).tolist()]
+    rows = rows or [f"{i} of this batch" for i in range(len(bad))]
+    return [r for r, wrong in zip(rows, bad, strict=True) if wrong] or rows
+
+
 def lower(args: Any) -> str:
     """What to change when memory runs out."""
     lower = "max_length, which leaves out the longest rows"

@@ -216,11 +216,11 @@ class PackedDPOTrainer(KeepsReferences):
             packed_check.try_rows(self, rows, model if self._sharded else None)
         if collator.packing and collator.seen(inputs, rows):
             return inputs
-        with self._unpacked():
+        with self.unpacked():
             return self._prepare_inputs(collator(rows))
 
     @contextlib.contextmanager
-    def _unpacked(self) -> Iterator[None]:
+    def unpacked(self) -> Iterator[None]:
         collator = self.data_collator
         packing, collator.packing = getattr(collator, "packing", False), False
         try:
@@ -235,7 +235,7 @@ class PackedDPOTrainer(KeepsReferences):
             loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise NotFinite(self.state.global_step + 1, loss.item(),
-                            self._bad(model, inputs, inputs.get("row")))
+                            packed_check.not_finite(self, model, inputs))
         return loss
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -243,7 +243,7 @@ class PackedDPOTrainer(KeepsReferences):
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's: the logits of whole sequences, which packed rows have not."""
-        with self._unpacked():
+        with self.unpacked():
             return super().predict(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -259,15 +259,6 @@ class PackedDPOTrainer(KeepsReferences):
             if not full or self.args.auto_find_batch_size:
                 raise
             raise MemoryError(packed_check.lower(self.args)) from error
-
-    def _bad(self, model: torch.nn.Module, inputs: dict[str, Any], rows: Sequence[int] | None
-             ) -> Sequence[Any]:
-        """The rows whose log-probs are no numbers; all of the batch where it is their sum."""
-        with torch.no_grad():
-            tokens = self.answer_tokens(model, self._prepare_inputs(inputs))
-        pairs = (~torch.isfinite(tokens)).any(1).view(2, -1).any(0).tolist()
-        rows = rows or [f"{i} of this batch" for i in range(len(pairs))]
-        return [r for r, bad in zip(rows, pairs, strict=True) if bad] or rows
 
     def answer_tokens(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """(N, S - 1) log p of every answer token in TRL's layout, 0 elsewhere."""
