@@ -474,6 +474,9 @@ class DPOTraining(Checkpoint):
     packing: Literal["auto", "always", "never"] = field(
         "auto", "the answers to a prompt in one sequence; auto: if the first batch then has the "
         "same loss and gradients")
+    share: Literal["prompt", "image"] = field(
+        "prompt", "what stands once in it: a prompt with its image, or an image for all questions "
+        "about it, whose rows are then drawn together; device_batch should hold several images")
     lora_rank: Count = field(16, "rank of the adapters")
     lora_alpha: Count = field(32, "scale of the adapters: alpha / rank")
     lora_dropout: float = field(0.0, "dropout in front of the adapters", ge=0, lt=1)

@@ -191,7 +191,8 @@ def _requests(rows: list[data_rows.Row]) -> list[Request]:
 
 GROUPS: dict[str, Callable[[Path], list[Row]]] = {
     "probing": probing, "generation": generation, "stage-2": stage_2,
-    "training": bench_packed.training, "packed": bench_packed.packed}
+    "training": bench_packed.training, "packed": bench_packed.packed,
+    "trees": bench_packed.trees}
 
 if __name__ == "__main__":
     sys.exit(main())

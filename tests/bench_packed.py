@@ -50,12 +50,43 @@ LONG = (384, 1032, 3, 6), (64, 256, 2, 2)
 
 REFERENCE = ("kept", "on the fly")  # where the reference's log-probs come from
 REJECTED = {1: "one rejected answer", 2: "two rejected answers"}
+# Questions about an image, rejected answers to each, and whether they are turns.
+TREES = {"three questions with two rejected answers each": (3, 2, False),
+         "three questions with one rejected answer each": (3, 1, False),
+         "four turns with two rejected answers each": (4, 2, True)}
 
 
 def packed(world: Path) -> list[Row]:
     """Steps of one positive. world: the folder of the tiny study's notebook 0."""
     with tempfile.TemporaryDirectory() as folder, checkpoints.quietly():
         return [*_steps(world, Path(folder)), *_objective(world, Path(folder))]
+
+
+def trees(world: Path) -> list[Row]:
+    """A step of all rows of an image as one tree, against TRL's steps of each pair and against
+    packed steps of each positive: time, and the memory that a step adds."""
+    made, table = Sized(world, *STEP), []
+    with tempfile.TemporaryDirectory() as folder, checkpoints.quietly():
+        for name, (questions, k, turns) in TREES.items():
+            rows = made.rows(USUAL, k, questions=questions, turns=turns)
+            trl = made.trainer(DPOTrainer, rows, Path(folder))
+            prompt, image = (made.trainer(
+                PackedDPOTrainer, rows, Path(folder), packing="always", share=share,
+                precompute_ref_log_probs=True) for share in ("prompt", "image"))
+            works = {
+                "TRL's steps of the same pairs": lambda: [step(trl, [r]) for r in rows],
+                "packed steps of a positive each": lambda: [
+                    step(prompt, rows[n:n + k]) for n in range(0, len(rows), k)],
+                "a packed step of all positives": lambda: step(prompt, rows),
+                "tree": lambda: step(image, rows)}
+            seconds = in_turn(works, rounds=ROUNDS)
+            memory = {n: peak(work) for n, work in works.items()}
+            for other in list(works)[:-1]:
+                table.append(faster(f"one tree of {name}, reference kept / {other}",
+                                    seconds[other], seconds["tree"]))
+                table.append(row(f"memory that a step adds, one tree of {name} / {other}",
+                                 [memory["tree"] / memory[other]]))
+    return table
 
 
 def training(world: Path) -> list[Row]:
@@ -221,30 +252,34 @@ class Sized:
     def picture(self) -> Image.Image:
         return Image.frombytes("RGB", (SIDE, SIDE), self.draw.randbytes(SIDE * SIDE * 3))
 
-    def rows(self, length: int, k: int) -> list[dict[str, Any]]:
-        """A positive with k rejected answers, all of `length` tokens with the end token."""
+    def rows(self, length: int, k: int, *, questions: int = 1, turns: bool = False
+             ) -> list[dict[str, Any]]:
+        """Positives about one picture with k rejected answers each, all of `length` tokens with the
+        end token. turns: each follows the last one and its chosen answer."""
         def sentence(words: int) -> str:
             return " ".join(self.draw.choices(self.words, k=words))
 
         reader = checkpoints.Checkpoint(None, self.processor)
-        question = [{"role": "user", "content": sentence(QUESTION)}]
-        prompt = encoding.prompt_text(reader, question, image=True)
-        picture = self.picture()
-        chosen, *rejected = (
-            encoding.answer_text(reader, question, sentence(length - 1))
-            for _ in range(k + 1))
-        return [{"images": [picture], "prompt": prompt, "chosen": chosen, "rejected": text}
-                for text in rejected]
+        picture, before, rows = self.picture(), [], []
+        for _ in range(questions):
+            asked = [*before, {"role": "user", "content": sentence(QUESTION)}]
+            prompt = encoding.prompt_text(reader, asked, image=True)
+            said = [sentence(length - 1) for _ in range(k + 1)]
+            chosen, *rejected = (encoding.answer_text(reader, asked, text) for text in said)
+            rows += [{"images": [picture], "prompt": prompt, "chosen": chosen, "rejected": text}
+                     for text in rejected]
+            before = [*asked, {"role": "assistant", "content": said[0]}] if turns else []
+        return rows
 
     def trainer(self, kind: type[DPOTrainer], rows: list[dict[str, Any]], out: Path, *,
-                packing: str = "", **settings: Any) -> DPOTrainer:
+                packing: str = "", share: str = "prompt", **settings: Any) -> DPOTrainer:
         """A trainer of the kind on a fresh model."""
         model = self.model()
         args = DPOConfig(str(out), **{**dict(
             use_cpu=True, bf16=False, report_to="none", max_length=None, save_strategy="no",
             logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
             per_device_train_batch_size=1), **settings})
-        how = {"packing": packing} if packing else {}
+        how = {"packing": packing, "share": share} if packing else {}
         trainer = kind(model, args=args, train_dataset=Dataset.from_list(rows),
                        processing_class=self.processor, peft_config=checkpoints.adapter_config(
                            model, rank=16, alpha=32, dropout=0.0), **how)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bpo.models import mixing, prefix
+from bpo.models import mixing, prefix, trees
 from bpo.models.checkpoint import Checkpoint
 
 
@@ -39,25 +39,24 @@ def weigh(checkpoint: Checkpoint, batch: dict[str, torch.Tensor], answers: Answe
                 answers, batch["attention_mask"].sum(1).tolist(), strict=True) for answer in row):
         return weigh_unpacked(checkpoint, batch, answers)
     begins = (prompt.shape[1] - batch["attention_mask"].sum(1)).tolist()
-    sequences = [(b, k, answer) for b, row in enumerate(answers) for k, answer in enumerate(row)]
-    longest = max(len(answer) for _, _, answer in sequences)
+    rows, sequences = zip(*((b, answer) for b, row in enumerate(answers) for answer in row))
+    longest = max(map(len, sequences))
     spans = [(begins[b], prompt.shape[1], prompt.shape[1] + len(answer))
-             for b, _, answer in sequences]
-    placed = prefix.layout(spans, [(b, k) for b, k, _ in sequences],
-                           width=prompt.shape[1] + longest,
-                           rows=not prefix.in_use(checkpoint.base))
-    placed = {n: v.to(checkpoint.device) if isinstance(v, torch.Tensor) else v
-              for n, v in placed.items()}
-    rows = [b for b, _, _ in sequences]
-    padded = {n: torch.nn.functional.pad(v[rows], (0, longest), value=int(n == "attention_mask"))
+             for b, answer in zip(rows, sequences, strict=True)]
+    padded = {n: torch.nn.functional.pad(v[[*rows]], (0, longest), value=int(n == "attention_mask"))
               if v.shape == prompt.shape else v for n, v in batch.items()}
     padded["input_ids"][:, prompt.shape[1]:] = torch.tensor(
-        [[*answer, *[0] * (longest - len(answer))] for _, _, answer in sequences],
+        [[*answer, *[0] * (longest - len(answer))] for answer in sequences],
         device=checkpoint.device)
+    placed = trees.layout(padded["input_ids"], spans, rows,
+                          rows=not prefix.in_use(checkpoint.base))
+    placed = {n: v.to(checkpoint.device) if isinstance(v, torch.Tensor) else v
+              for n, v in placed.items()}
     hidden = checkpoint.base.base_model(
         **prefix.inputs(checkpoint.base, placed, padded), use_cache=False).last_hidden_state
-    weighed = iter(_weighed(checkpoint, hidden.flatten(0, 1)[placed["answers"]],
-                            [answer for _, _, answer in sequences]))
+    slots = placed["slots"][placed["slots"] < len(placed["answers"])]  # answer by answer
+    weighed = iter(_weighed(checkpoint, hidden.flatten(0, 1)[placed["answers"][slots]],
+                            sequences))
     return [[next(weighed) for _ in row] for row in answers]
 
 

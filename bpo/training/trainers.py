@@ -23,7 +23,7 @@ from trl import DPOConfig, SFTConfig, SFTTrainer
 
 from bpo.data import images
 from bpo.models import checkpoint as checkpoints
-from bpo.models import encoding, generate
+from bpo.models import encoding, generate, trees
 from bpo.models.checkpoint import Checkpoint
 from bpo.models.generate import Request
 from bpo.models.weakening import View
@@ -52,7 +52,9 @@ class Rendering:
     def __init__(self, checkpoint: Checkpoint, p: DPOTraining):
         # Without the model: data sets hash what renders them.
         self.checkpoint = replace(checkpoint, model=None)
-        self.seed, self.view = p.seed, None
+        self.seed, self.view, self.folder = p.seed, None, None
+        if p.share == "image":
+            self.folder = p.path(p.image_folder)
         if objectives.damages(p.loss):
             self.view = View(p.damage, step=p.damage_step, crop_share=p.crop_share)
 
@@ -70,9 +72,12 @@ class Rendering:
         for name in {"chosen", "rejected", "completion"} & row.keys():
             out[name] = encoding.answer_text(checkpoint, row["prompt"], row[name][0]["content"])
         if self.view is not None and "chosen" in row:
-            # The row's own draw, the same in every epoch, so that its reference can be kept.
+            # The draw of the row, or of its image where rows share one: the same in every epoch, so
+            # that its reference can be kept.
             out["damaged_images"] = [generate.view_picture(
-                checkpoint.processor, Request(row["id"], tuple(row["prompt"]), f), self.view,
+                checkpoint.processor, Request(
+                    row["id"] if self.folder is None else f.relative_to(self.folder).as_posix(),
+                    tuple(row["prompt"]), f), self.view,
                 transform=checkpoint.transform, seed=self.seed) for f in files]
         return out
 
@@ -149,9 +154,11 @@ class CountedDPOTrainer(_Counted, PackedDPOTrainer):
 class CountedSFTTrainer(_Counted, SFTTrainer):
     """TRL's SFTTrainer that measures its compute and takes rows in the packed trainer's order."""
 
+    share: str
+
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-        order = packed_rows.sampler(packed_rows.positives(self.train_dataset), self.args,
-                                    batch=self._train_batch_size)
+        order = packed_rows.sampler(packed_rows.families(self.train_dataset, self.share),
+                                    self.args, batch=self._train_batch_size)
         return order or super()._get_train_sampler(train_dataset)
 
 
@@ -214,10 +221,12 @@ def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, ste
             model, args=DPOConfig(
                 **common, beta=p.beta, loss_type=list(p.loss), loss_weights=list(p.loss_weights),
                 ld_alpha=p.ld_alpha if p.ld_alpha < 1 else None, precompute_ref_log_probs=True),
-            **given, packing=p.packing, reference_folder=references, reference_from=others)
+            **given, packing=p.packing, share=p.share, reference_folder=references,
+            reference_from=others)
     else:
         trainer = CountedSFTTrainer(
             model, args=SFTConfig(**common, completion_only_loss=True), **given)
+        trainer.share = p.share
     # TRL rounds adapters of a 4-bit base to bfloat16, where steps of small rates would be lost.
     for name, weight in trainer.model.named_parameters():
         if weight.requires_grad:
@@ -241,6 +250,6 @@ def batches_key(p: DPOTraining, rows: Sequence[Sequence[dict]]) -> str:
     what else is in the batch: kept ones are those of the same batches, so that a run that reads
     them has the bytes of one that computes them."""
     decisive = [list(rows), p.seed, p.steps, p.epochs, p.batch_pairs, p.device_batch, p.packing,
-                p.damage, p.damage_step, p.crop_share, objectives.damages(p.loss),
-                processes.world(), p.variants]
+                p.share, trees.VERSION, p.damage, p.damage_step, p.crop_share,
+                objectives.damages(p.loss), processes.world(), p.variants]
     return hashlib.sha256(to_json(decisive).encode()).hexdigest()[:16]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from helpers.trees import FAULTS
 
 from bpo.data import rows as data_rows
-from bpo.models import encoding, generate, logprobs, prefix
+from bpo.models import encoding, generate, logprobs, prefix, trees
 from bpo.models.generate import Request
 from bpo.models.logprobs import Weighed
 
@@ -93,26 +94,12 @@ def test_the_packed_way_is_chosen_where_it_is_exact(asked, checkpoint, capsys):
     assert capsys.readouterr().out == ""
 
 
-def branches_see_each_other(monkeypatch):
-    right = prefix.layout
+def faulty(fault):
+    def broken(monkeypatch):
+        right = trees.layout
+        monkeypatch.setattr(trees, "layout", lambda *a, **k: fault(right(*a, **k)))
 
-    def leaking(*args, **kwargs):
-        placed = right(*args, **kwargs)
-        # Each later branch counts what lies between the prefix and itself as its prefix.
-        return {**placed, "table": [(r, begin, start, start, end)
-                                    for r, begin, _, start, end in placed["table"]]}
-
-    monkeypatch.setattr(prefix, "layout", leaking)
-
-
-def positions_run_on(monkeypatch):
-    right = prefix.layout
-
-    def running(*args, **kwargs):
-        placed = right(*args, **kwargs)
-        return {**placed, "step": (placed["step"] > 0).long().cumsum(1)}
-
-    monkeypatch.setattr(prefix, "layout", running)
+    return broken
 
 
 def the_mask_is_refused(monkeypatch):
@@ -124,7 +111,7 @@ def the_mask_is_refused(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("broken, why", [
-    (branches_see_each_other, "log-probs differ by"), (positions_run_on, "log-probs differ by"),
+    *((faulty(f), "log-probs differ by") for f in FAULTS.values()),
     (the_mask_is_refused, "this model takes no such mask")])
 def test_where_packing_is_not_exact_each_answer_gets_its_own_pass(asked, checkpoint, monkeypatch,
                                                                   capsys, broken, why):
@@ -155,42 +142,3 @@ def test_branch_attention_and_the_dense_mask_weigh_alike(asked, checkpoint):
 
 def test_what_has_no_table_is_attended_as_before(asked, checkpoint):
     assert gap_between_attentions(asked, checkpoint, logprobs.weigh_unpacked) == 0
-
-
-def test_a_position_sees_the_prefix_and_its_own_branch_before_it():
-    """Two sequences: prompt of 3, answers of 2 and 1; columns 0 to 4."""
-    placed = prefix.layout([(0, 3, 5), (0, 3, 4)], [(0, "a"), (0, "b")], width=5)
-    assert placed["source"].tolist() == [[0, 1, 2, 3, 7]]  # the last prompt token comes twice
-    assert placed["table"] == [(0, 0, 2, 2, 4), (0, 0, 2, 4, 5)]
-    assert placed["targets"].tolist() == [3, 4, 8]
-    assert placed["slots"].tolist() == [[3, 3, 0, 1], [3, 3, 2, 3]]
-    assert prefix.dense(placed)[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
-        [1, 1, 0, 0, 1]]
-
-
-def test_equal_answers_of_a_prompt_are_one_branch():
-    spans = [(0, 2, 4), (0, 2, 4), (0, 2, 3)]
-    placed = prefix.layout(spans, [(0, "a"), (0, "a"), (0, "b")], width=4)
-    assert len(placed["table"]) == 2 and placed["source"].shape == (1, 4)
-    assert placed["slots"][0].tolist() == placed["slots"][1].tolist()
-
-
-def test_groups_share_a_row_without_padding_or_have_one_each_with_it():
-    spans, owners = [(0, 2, 4), (1, 3, 5)], [(0, "a"), (1, "b")]
-    together = prefix.layout(spans, owners, width=5)
-    assert together["source"].shape == (1, 6) and together["alive"].all()
-    apart = prefix.layout(spans, owners, width=5, rows=True)
-    assert apart["source"].shape == (2, 3)
-    seen = prefix.dense(together)[0, 0]
-    assert not seen[3:, :3].any() and not seen[:3, 3:].any()
-
-
-def test_a_sliding_window_that_would_cut_a_branch_off_is_refused():
-    states = torch.zeros(1, 1, 6, 4)
-    table = torch.tensor([[0, 0, 3, 3, 6]])[None, None]
-    with pytest.raises(ValueError, match="sliding window of 4"):
-        prefix.attend(torch.nn.Module(), states, states, states, table, sliding_window=4)

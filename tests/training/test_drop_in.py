@@ -208,7 +208,7 @@ def test_kept_references_know_the_number_format_of_the_run(model_folder, tmp_pat
                        own={"reference_folder": tmp_path / "kept"}, precompute_ref_log_probs=True)
         assert not trainer.cache.answers
         trainer.train()
-    assert "another model or number format" in capsys.readouterr().out
+    assert "another model, number format or order" in capsys.readouterr().out
 
 
 def test_what_the_first_rows_do_not_show_is_tried_when_it_comes(model_folder, tmp_path, monkeypatch,
@@ -296,7 +296,7 @@ def test_pictures_turned_by_their_exif_block_are_measured_as_they_are_shown(mode
     trainer = dpo_trainer(PackedDPOTrainer, checkpoint, Dataset.from_list(rows), tmp_path,
                           max_length=1024)
     survey = trainer._surveys[trainer.train_dataset._fingerprint]
-    assert survey.longest == [1]
+    assert survey.tried == [[1]]
 
 
 def test_the_self_check_holds_little_more_than_a_step(model_folder, tmp_path):

@@ -170,5 +170,5 @@ def test_an_objective_that_cannot_weigh_pairs_says_which_can(rows, model_folder,
 
 def test_weights_do_not_part_the_pairs_of_a_positive(rows):
     weighed = [r | {"weight": float(n)} for n, r in enumerate(rows)]
-    groups = [packed_rows.positives(Dataset.from_list(k)) for k in (rows, weighed)]
-    assert groups[0] == groups[1] == [[0, 1], [2], [3], [4]]
+    groups = [packed_rows.families(Dataset.from_list(k), "prompt") for k in (rows, weighed)]
+    assert groups[0] == groups[1] == [[[0, 1]], [[2]], [[3]], [[4]]]

@@ -13,12 +13,13 @@ from datasets import Dataset
 from helpers import warm
 from helpers.models import SIDE
 from helpers.trainers import dpo_trainer
+from helpers.trees import FAULTS
 from PIL import Image
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from bpo.models import checkpoint as checkpoints
-from bpo.models import prefix
+from bpo.models import prefix, trees
 from bpo.training import objectives
 from bpo.training.objectives import OBJECTIVES
 from bpo.training.packed import check as packed_check
@@ -159,23 +160,14 @@ def test_palettes_tell_images_apart_and_a_copied_collator_works(model_folder, tm
     assert len(batch["pixel_values"]) == 2 and len(set(batch["keys"])) == 4
 
 
-def leaking(placed):
-    return {**placed, "table": [(r, begin, start, start, end)
-                                for r, begin, _, start, end in placed["table"]]}
-
-
-def running_on(placed):
-    return {**placed, "step": (placed["step"] > 0).long().cumsum(1)}
-
-
-@pytest.mark.parametrize("broken", (leaking, running_on))
+@pytest.mark.parametrize("broken", FAULTS)
 def test_a_broken_packing_shows_in_the_gradients_and_the_self_check_notices(
         model_folder, tmp_path, monkeypatch, capsys, broken):
-    """Branches that see each other, and positions that do not start again."""
+    """Branches that see each other, and wrong positions."""
     rows = made_rows(rejected=(2, 2))
     stock = gradients(made_trainer(DPOTrainer, model_folder, rows, tmp_path / "a"))
-    right = prefix.layout
-    monkeypatch.setattr(prefix, "layout", lambda *a, **k: broken(right(*a, **k)))
+    right = trees.layout
+    monkeypatch.setattr(trees, "layout", lambda *a, **k: FAULTS[broken](right(*a, **k)))
     forced = made_trainer(PackedDPOTrainer, model_folder, rows, tmp_path / "b",
                           own={"packing": "always"})
     assert packed_check.apart(stock, gradients(forced)) > 3e-3

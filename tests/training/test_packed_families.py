@@ -76,6 +76,32 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_trl(family, dense, familie
 
 
 @pytest.mark.parametrize("family", PACKED)
+def test_all_rows_of_an_image_are_a_tree_with_the_loss_and_gradients_of_trl(family, families, pairs,
+                                                                            tmp_path):
+    """Two questions about each image; about the first in turns."""
+    rows = list(pairs)
+    for n, row in enumerate(pairs):
+        before = [*row["prompt"], *row["chosen"]] if n < 2 else []
+        rows.append({**row, "prompt": [*before, {"role": "user", "content": "What else is there?"}],
+                     "chosen": [{"role": "assistant", "content": "Nothing else."}]})
+    rows = Dataset.from_list(rows)
+    stock = step(trainer(DPOTrainer, families(family), rows, tmp_path))
+    made = trainer(PackedDPOTrainer, families(family), rows, tmp_path, share="image")
+    made.get_train_dataloader()
+    assert made.data_collator.packing and made.data_collator.branched
+    for dense in (False, True):
+        if dense:
+            prefix.use_mask(made.base)
+        made.data_collator.dense = dense
+        made.model.zero_grad()
+        packed = step(made)
+        assert len(packed[2]["packed"]["first"]) == 2
+        assert packed[2]["packed"]["source"].numel() < stock[2]["input_ids"].numel() / 3
+        assert packed[0] == pytest.approx(stock[0], abs=CLOSE)
+        assert distance(stock[1], packed[1]) <= CLOSE
+
+
+@pytest.mark.parametrize("family", PACKED)
 def test_a_family_that_packs_right_is_packed_by_itself(family, families, pairs, tmp_path, capsys):
     made = trainer(PackedDPOTrainer, families(family), pairs, tmp_path)
     made.get_train_dataloader()

@@ -17,6 +17,13 @@ from bpo.training.packed import rows as packed_rows
 # Positives
 
 
+def positives(dataset):
+    """The positives, of which each is a family of its own."""
+    families = packed_rows.families(dataset, "prompt")
+    assert all(len(family) == 1 for family in families)
+    return [positive for positive, in families]
+
+
 def with_image(image, prompt, chosen, rejected):
     return {"image": image, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
@@ -31,15 +38,15 @@ def test_rows_that_share_image_prompt_and_chosen_answer_are_a_positive():
         with_image(one, "what ?", "a red", "blue"),  # another chosen answer
         with_image(two, "what ?", "red", "yellow"),
         with_image(one.copy(), "what ?", "red", "no")])
-    assert packed_rows.positives(dataset) == [[0, 2, 6], [1, 5], [3], [4]]
+    assert positives(dataset) == [[0, 2, 6], [1, 5], [3], [4]]
 
 
 def test_rows_of_messages_and_lists_of_images_are_grouped(rows):
-    assert packed_rows.positives(Dataset.from_list(rows)) == [[0, 1], [2], [3], [4]]
+    assert positives(Dataset.from_list(rows)) == [[0, 1], [2], [3], [4]]
     one, two = picture("disc", "red", 1), picture("disc", "red", 2)
     lists = [[one, two], [one], [one, two], [two, one]]
     dataset = Dataset.from_list([{**row(one), "images": i} for i in lists])
-    assert packed_rows.positives(dataset) == [[0, 2], [1], [3]]
+    assert positives(dataset) == [[0, 2], [1], [3]]
 
 
 def test_rows_of_text_are_grouped_with_their_tokens_beside_them_and_those_of_sft_by_completion():
@@ -49,9 +56,9 @@ def test_rows_of_text_are_grouped_with_their_tokens_beside_them_and_those_of_sft
          "rejected_ids": [len(r), 1]} for p, c, r in pairs])
     completions = Dataset.from_list([{"prompt": p, "completion": c} for p, c, _ in pairs])
     tokens = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-    assert packed_rows.positives(tokens) == [[0, 1, 2], [3]]
+    assert positives(tokens) == [[0, 1, 2], [3]]
     for some in (dataset, completions):
-        assert packed_rows.positives(some) == [[0, 2], [1], [3]]
+        assert positives(some) == [[0, 2], [1], [3]]
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -111,6 +118,10 @@ def test_a_data_set_of_which_nothing_is_left_is_refused():
 # The order of rows
 
 
+def sampled(groups, **settings):
+    return packed_rows.PositiveSampler([[g] for g in groups], **settings)
+
+
 def ragged(number, seed, largest=3):
     """Positives of one to `largest` rows each, which lie anywhere in the data."""
     rng = random.Random(seed)
@@ -124,9 +135,9 @@ def ragged(number, seed, largest=3):
 @pytest.mark.parametrize("batch", [3, 4, 6, 8])
 def test_rows_of_a_positive_stay_in_one_batch_but_for_what_is_left_over(batch, seed):
     groups = ragged(200, seed)
-    order = list(packed_rows.PositiveSampler(groups, batch=batch, seed=seed))
+    order = list(sampled(groups, batch=batch, seed=seed))
     assert sorted(order) == list(range(len(order)))
-    assert len(order) == len(packed_rows.PositiveSampler(groups, batch=batch, seed=seed))
+    assert len(order) == len(sampled(groups, batch=batch, seed=seed))
     place = {r: i for i, r in enumerate(order)}
     spread = [g for g in groups if place[g[0]] // batch != place[g[-1]] // batch]
     for group in groups:
@@ -142,17 +153,17 @@ def test_rows_of_a_positive_stay_in_one_batch_but_for_what_is_left_over(batch, s
 
 def test_positives_of_half_a_batch_are_never_spread():
     groups = [[2 * i, 2 * i + 1] for i in range(50)]
-    order = list(packed_rows.PositiveSampler(groups, batch=4, seed=0))
+    order = list(sampled(groups, batch=4, seed=0))
     assert all(a // 2 == b // 2 for a, b in zip(order[::2], order[1::2], strict=True))
 
 
 def test_an_epoch_changes_the_order_and_a_seed_repeats_it():
     groups = ragged(30, 1)
-    sampler = packed_rows.PositiveSampler(groups, batch=4, seed=7)
+    sampler = sampled(groups, batch=4, seed=7)
     first = list(sampler)
     assert list(sampler) == first
-    assert list(packed_rows.PositiveSampler(groups, batch=4, seed=7)) == first
-    assert list(packed_rows.PositiveSampler(groups, batch=4, seed=8)) != first
+    assert list(sampled(groups, batch=4, seed=7)) == first
+    assert list(sampled(groups, batch=4, seed=8)) != first
     sampler.set_epoch(1)
     second = list(sampler)
     assert second != first
@@ -164,7 +175,7 @@ def test_an_epoch_changes_the_order_and_a_seed_repeats_it():
 @pytest.mark.parametrize("seed", range(4))
 def test_a_positive_larger_than_a_batch_is_spread_over_several(seed):
     groups = [[0, 1, 2, 3, 4], [5], [6, 7], [8, 9, 10, 11, 12, 13, 14], [15, 16, 17]]
-    sampler = packed_rows.PositiveSampler(groups, batch=3, seed=seed)
+    sampler = sampled(groups, batch=3, seed=seed)
     order = list(itertools.islice(sampler, 100))
     assert sorted(order) == list(range(18))
 
@@ -172,7 +183,7 @@ def test_a_positive_larger_than_a_batch_is_spread_over_several(seed):
 def test_one_that_waits_goes_into_the_next_batch(monkeypatch):
     monkeypatch.setattr(torch, "randperm", lambda number, generator: torch.arange(number))
     groups = [[0, 1, 2], [3, 4], [5, 6], [7], [8, 9, 10, 11, 12], [13, 14, 15], [16], [17]]
-    order = list(packed_rows.PositiveSampler(groups, batch=4, seed=0))
+    order = list(sampled(groups, batch=4, seed=0))
     # The five rows have the third batch to begin in; the one row after them fills the fourth.
     assert order == [0, 1, 2, 7, 3, 4, 5, 6, *range(8, 18)]
 
@@ -210,7 +221,7 @@ def test_rows_that_are_longer_than_the_limit_are_left_out(processor, rows, sized
         kept = [i for i, n in enumerate(expected) if n <= limit]
         assert [r["chosen"] for r in survey.rows] == [rows[i]["chosen"] for i in kept]
         assert dropped.total() == len(rows) - len(kept)
-        longest, = survey.longest
+        [longest], = survey.tried
         assert expected[kept[longest]] == max(expected[i] for i in kept)
         too_long = packed_rows.too_long(processor, limit)
         assert [i for i, r in enumerate(rows) if not too_long(r)] == kept
@@ -227,7 +238,7 @@ def test_rows_of_tokens_are_measured_by_their_longer_answer():
         survey = packed_rows.survey(dataset, Counter(), None, limit, None)
         assert [len(p) for p in survey.rows["prompt_ids"]] == kept
     # Of those that the window holds.
-    assert packed_rows.survey(dataset, Counter(), None, None, 5).longest == [0]
+    assert packed_rows.survey(dataset, Counter(), None, None, 5).tried == [[0]]
 
 
 def test_text_with_any_number_of_images_is_measured(processor):

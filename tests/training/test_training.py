@@ -424,16 +424,23 @@ def test_packed_and_unpacked_training_have_one_loss_curve(parameters, rows, tmp_
         *((f["flops"], f["reference"]) for f in flops), strict=True))
 
 
+@pytest.mark.parametrize("share", ("prompt", "image"))
 @pytest.mark.parametrize("method", ("bpo", "bpo_weaken"))
-def test_the_control_sees_its_rows_in_the_order_of_bpo(parameters, lines, images, tmp_path, method):
+def test_the_control_sees_its_rows_in_the_order_of_bpo(parameters, lines, images, tmp_path, method,
+                                                       share):
     """Also where each positive has one rejected answer, so that torch's generator draws."""
     given = pair_rows.training_rows(method, lines, images, seed=0)
     orders = []
     for name, rows in ((method, given), ("sft_matched", pair_rows.to_completions(given))):
-        trainer = made(changed(parameters, seed=3), name, rows, tmp_path / name, steps=4)
+        trainer = made(changed(parameters, seed=3, share=share), name, rows, tmp_path / name,
+                       steps=4)
         torch.manual_seed(0)
         orders.append(list(trainer._get_train_sampler(trainer.train_dataset)))
     assert orders[0] == orders[1] != list(range(len(given)))
+    shown = [given[n]["images"][0] for n in orders[0]]
+    changes = sum(a != b for a, b in zip(shown, shown[1:], strict=False))
+    if method == "bpo_weaken":  # a row a positive: none has to wait for the next batch
+        assert (changes == len(set(shown)) - 1) == (share == "image")
 
 
 def test_mdpo_trains_through_the_stage_s_trainer(parameters, rows, tmp_path):
@@ -442,6 +449,18 @@ def test_mdpo_trains_through_the_stage_s_trainer(parameters, rows, tmp_path):
     assert history[0]["loss"] == pytest.approx(3 * math.log(2), abs=1e-5)
     assert history[0]["rewards/damaged"] == pytest.approx(0, abs=1e-6)
     assert abs(history[2]["rewards/damaged"]) > 1e-4
+
+
+@pytest.mark.parametrize("share", ("prompt", "image"))
+def test_damage_is_drawn_by_row_or_by_the_image_that_rows_share(parameters, rows, tmp_path, share):
+    p = changed(parameters, loss=["mdpo"], loss_weights=[1.0], share=share, damage="noisy")
+    trainer = made(p, "bpo", rows, tmp_path, steps=1)
+    damaged = {}
+    for n, row in enumerate(rows):
+        [picture] = trainer.train_dataset[n]["damaged_images"]
+        damaged.setdefault(row["images"][0], set()).add(picture.tobytes())
+    assert len(damaged) == 4
+    assert all((len(pictures) == 1) == (share == "image") for pictures in damaged.values())
 
 
 # --- compute ------------------------------------------------------------------------------------
@@ -550,10 +569,12 @@ def killed_at(step, monkeypatch):
     monkeypatch.setattr(trainers.Progress, "on_step_end", on_step_end)
 
 
-@pytest.mark.parametrize("method", ("bpo", "sft_matched"))
+@pytest.mark.parametrize("method, share", (
+    ("bpo", "prompt"), ("bpo", "image"), ("sft_matched", "prompt"), ("sft_matched", "image")))
 def test_interrupted_training_goes_on_to_the_same_weights(parameters, rows, tmp_path, monkeypatch,
-                                                          method):
-    p = changed(parameters, loss=["sigmoid", "sft"], loss_weights=[1.0, 1.0], lora_dropout=0.1)
+                                                          method, share):
+    p = changed(parameters, loss=["sigmoid", "sft"], loss_weights=[1.0, 1.0], lora_dropout=0.1,
+                share=share)
     rows = rows if method == "bpo" else pair_rows.to_completions(rows)
     whole = history_of(p, method, rows, tmp_path / "whole", steps=5)
     folder = tmp_path / "cut"

@@ -1,7 +1,8 @@
 """The packed step's self-check: one pair computed packed and unpacked, log-probs and gradients
-compared, and one answer changed while the other is watched.
+compared, and one answer changed while the other is watched; where prompts share an image, also two
+pairs in one tree, in which branches hang on branches.
 
-A family whose attention or positions packing does not fit gives no error but wrong gradients. One
+A family whose attention or positions packing does not fit gives no error but wrong gradients. A
 pair is enough, and no more memory than a step: what is compared is log p(chosen) - log p(rejected),
 whose gradient is that of every preference loss but for a factor.
 """
@@ -26,54 +27,57 @@ HALF = 0.01
 
 
 class Computed(NamedTuple):
-    """log p of answer tokens (2, S - 1), chosen before rejected, and the weights' gradients."""
+    """log p of all answer tokens, pair by pair, and the gradients of the weights."""
 
     logps: torch.Tensor
     gradients: list[torch.Tensor]
 
 
-def try_longest(trainer: Any, rows: Sequence[dict[str, Any]],
-                model: torch.nn.Module | None = None) -> None:
-    """Tries the longest of some rows, if it is longer than any that was tried. Leaves the trainer
-    unpacked where packing is wrong for its model, and says so. model: the wrapped one, where the
-    weights are spread over processes."""
+def try_rows(trainer: Any, rows: Sequence[dict[str, Any]],
+             model: torch.nn.Module | None = None) -> None:
+    """Tries the longest of some rows, if it is longer than any that was tried, and two that share a
+    tree, if none were. Leaves the trainer unpacked where packing is wrong for its model, and says
+    so. model: the wrapped one, where the weights are spread over processes."""
     collator = trainer.data_collator
     rows = [{n: v for n, v in r.items() if n not in ("row", "damaged_images", "weight")}
             for r in rows]
     with _bare(collator):
-        length, number = collation.longest(collator(rows))
-    pictured = collation.pictured(rows)
-    if length <= collator.tried[pictured] or length > (collator.window or math.inf):
+        batch = collator(rows)
+    length, number = collation.longest(batch)
+    if length > (collator.window or math.inf) or collator.seen(batch, rows):
         return
+    branching = [] if collator.branched else collation.mates(batch, number)
+    rows = [rows[n] for n in dict.fromkeys([number, *branching])]
     with trainer.memory():
-        why = (choose(trainer, rows[number]) if model is None
-               else compare_logps(trainer, model, rows[number]))
+        why = choose(trainer, rows) if model is None else compare_logps(trainer, model, rows)
     collator.packing = not why
-    collator.tried[pictured] = length
+    collator.branched |= bool(branching)
+    pictured = collation.pictured(rows)
+    collator.tried[pictured] = max(length, collator.tried[pictured])
     if why:
         trainer.accelerator.print(f"The batches cannot be packed with this model ({why}): the run "
                                   "goes on unpacked, which is slower and right.")
 
 
-def choose(trainer: Any, row: dict[str, Any]) -> str:
+def choose(trainer: Any, rows: Sequence[dict[str, Any]]) -> str:
     """Leaves the trainer's batches packed with branch attention, else with a dense mask: the first
-    that agrees with unpacked on this pair; why neither does, or empty. The adapters are as they
+    that agrees with unpacked on these pairs; why neither does, or empty. The adapters are as they
     were afterwards."""
     bases = trainer.bases
     with _tried(trainer), trainer.accelerator.autocast():
         with mixing.watched(trainer.base) as reasons:
-            plain = _compute(trainer, _batch(trainer, row, packing=False))
+            plain = _unpacked(trainer, rows)
         if reasons:
             return reasons[0]
         bound, still = FLOAT32, FLOAT32
         if (half := _half(trainer)) is not None:
             with _rounded_anew(trainer.base, half):
-                moved = _compute(trainer, _batch(trainer, row, packing=False))
+                moved = _unpacked(trainer, rows)
             bound, still = max(HALF, 3 * apart(plain, moved)), _gap(plain.logps, moved.logps)
 
         def off() -> float:
             trainer.data_collator.dense = not all(map(prefix.in_use, bases))
-            batch = _batch(trainer, row, packing=True)
+            batch = _batch(trainer, rows, packing=True)
             packed = _compute(trainer, batch)
             if _leak(trainer, batch) > still:
                 raise ValueError("another answer's words move an answer's log-probs")
@@ -83,13 +87,13 @@ def choose(trainer: Any, row: dict[str, Any]) -> str:
                              words="its log-probs or gradients would be off by {:.1%}")
 
 
-def compare_logps(trainer: Any, model: torch.nn.Module, row: dict[str, Any]) -> str:
+def compare_logps(trainer: Any, model: torch.nn.Module, rows: Sequence[dict[str, Any]]) -> str:
     """The check where no process holds all weights (FSDP, DeepSpeed): log-probs alone, through the
     wrapped model, on all processes at once. Why packing is wrong, or empty."""
     with _tried(trainer), torch.no_grad():
         with mixing.watched(trainer.base) as reasons:
-            plain = trainer.answer_tokens(model, _batch(trainer, row, packing=False))
-        packed = trainer.answer_tokens(model, _batch(trainer, row, packing=True))
+            plain = trainer.answer_tokens(model, _batch(trainer, rows, packing=False))
+        packed = trainer.answer_tokens(model, _batch(trainer, rows, packing=True))
     gap = torch.tensor(_gap(plain, packed), device=trainer.accelerator.device)
     off = trainer.accelerator.gather(gap).max().item()
     if reasons:
@@ -120,9 +124,16 @@ def _gap(first: torch.Tensor, second: torch.Tensor) -> float:
     return (first - second).abs().max().item()
 
 
-def _batch(trainer: Any, row: dict[str, Any], *, packing: bool) -> dict[str, Any]:
+def _batch(trainer: Any, rows: Sequence[dict[str, Any]], *, packing: bool) -> dict[str, Any]:
     trainer.data_collator.packing = packing
-    return trainer._prepare_inputs(trainer.data_collator([row]))
+    return trainer._prepare_inputs(trainer.data_collator(rows))
+
+
+def _unpacked(trainer: Any, rows: Sequence[dict[str, Any]]) -> Computed:
+    """Each pair in a batch of its own: no more memory than TRL's step of it."""
+    parts = [_compute(trainer, _batch(trainer, [row], packing=False)) for row in rows]
+    return Computed(torch.cat([p.logps for p in parts]), [
+        sum(g) for g in zip(*(p.gradients for p in parts), strict=True)])
 
 
 def _compute(trainer: Any, batch: dict[str, Any]) -> Computed:
@@ -133,26 +144,32 @@ def _compute(trainer: Any, batch: dict[str, Any]) -> Computed:
     with (disable_gradient_checkpointing(trainer.model, how) if how.get("use_reentrant")
           else nullcontext()):  # the reentrant kind knows backward() alone
         logps = trainer.answer_tokens(trainer.model, batch)
-        chosen, rejected = logps.sum(1)
-        gradients = torch.autograd.grad(chosen - rejected, moving, allow_unused=True)
+        chosen, rejected = logps.sum(1).chunk(2)
+        gradients = torch.autograd.grad((chosen - rejected).sum(), moving, allow_unused=True)
     trainer.forget()
-    return Computed(logps.detach().float(), [torch.zeros(()) if g is None else g.float().cpu()
-                                             for g in gradients])
+    answered = batch["completion_mask"][:, 1:].bool()
+    pairs = [logps[n::len(logps) // 2][answered[n::len(logps) // 2]]
+             for n in range(len(logps) // 2)]
+    return Computed(torch.cat(pairs).detach().float(), [
+        torch.zeros(()) if g is None else g.float().cpu() for g in gradients])
 
 
 @torch.no_grad()
 def _leak(trainer: Any, batch: dict[str, Any]) -> float:
-    """How far an answer's log-probs move, in nats, when the words of the other one are changed."""
+    """How far answers' log-probs move, in nats, when those words of another one are changed that
+    are its own: no other sequence has the place where they stand."""
     before = trainer.answer_tokens(trainer.model, batch)
-    answered = batch["completion_mask"].bool()
-    furthest = 0.0
-    for one, other in ((0, 1), (1, 0)):
-        places = answered[one].nonzero()[:, 0]
+    answered, places = batch["completion_mask"].bool(), batch["packed"]["places"]
+    count, furthest = len(answered), 0.0
+    for one in range(count):
+        others = [n for n in range(count) if n != one]
+        own = answered[one] & (places[one] >= 0) & ~torch.isin(places[one], places[others])
+        other = (one + count // 2) % count
         words = batch["input_ids"][other][answered[other]]
         ids = batch["input_ids"].clone()
-        ids[one, places] = words[torch.arange(len(places), device=words.device) % len(words)]
+        ids[one, own] = words[torch.arange(int(own.sum()), device=words.device) % len(words)]
         after = trainer.answer_tokens(trainer.model, {**batch, "input_ids": ids})
-        furthest = max(furthest, _gap(before[other], after[other]))
+        furthest = max(furthest, _gap(before[others], after[others]))
     trainer.forget()
     return furthest
 
@@ -207,6 +224,20 @@ def _tried(trainer: Any) -> Iterator[None]:
             for w in zero:
                 w.zero_()
         model.train(training)
+
+
+@torch.no_grad()
+def not_finite(trainer: Any, model: torch.nn.Module, inputs: dict[str, Any]) -> Sequence[Any]:
+    """The rows of a batch whose log-probs are no numbers; all where it is their sum. Each is
+    computed alone, if it is known which they are: in a tree one spoils the others."""
+    rows = inputs.get("row")
+    with trainer.unpacked():
+        batches = [inputs] if rows is None else (
+            trainer.data_collator([trainer.train_dataset[r]]) for r in rows)
+        tokens = [trainer.answer_tokens(model, trainer._prepare_inputs(b)) for b in batches]
+    bad = [b for t in tokens for b in (~torch.isfinite(t)).any(1).view(2, -1).any(0).tolist()]
+    rows = rows or [f"{i} of this batch" for i in range(len(bad))]
+    return [r for r, wrong in zip(rows, bad, strict=True) if wrong] or rows
 
 
 def lower(args: Any) -> str:

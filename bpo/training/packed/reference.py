@@ -23,6 +23,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import use_adapter
 
+from bpo.models import trees
 from bpo.study import progress
 
 SUFFIX = ".safetensors"
@@ -131,14 +132,16 @@ class KeepsReferences(DPOTrainer):
         """Reads log-probs that were kept, and keeps what is computed; all at once where training
         moves the reference."""
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
-        # What runs in half precision under float32 weights has other log-probs.
-        key = f"{model_key(model)} {self.accelerator.mixed_precision}"
+        # What runs in half precision under float32 weights has other log-probs; what shares a tree
+        # with other rows has other last bits.
+        key = (f"{model_key(model)} {self.accelerator.mixed_precision} {self.share} "
+               f"{trees.VERSION}")
         self.cache = Cache(Path(folder or Path(self.args.output_dir) / "reference"), key)
         self.cache.read(others)
         if self.cache.others:
             self.accelerator.print(
                 f"{self.cache.others} reference log-probs in {self.cache.folder} are those of "
-                "another model or number format: they are computed anew for this one")
+                "another model, number format or order of rows: they are computed anew")
         self.data_collator.keyed = True
         self.add_callback(Keeper(self.cache, self.accelerator))
         if not self._moves:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import pickle
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,16 +30,17 @@ TEXTS = ("prompt", "chosen", "rejected")
 
 
 class Survey(NamedTuple):
-    """Of a data set: the rows that fit, the rows of each positive among them, and the number of the
-    longest without and with pictures (if there are such) that the decoder's window holds."""
+    """Of a data set: the rows that fit, the `families` among them, and the numbers of the rows to
+    try packing with: of those that the decoder's window holds the longest without and with pictures
+    (if there are such), and two rows of different positives in a family (if there are such)."""
 
     rows: Dataset
-    positives: list[list[int]]
-    longest: list[int]
+    families: list[list[list[int]]]
+    tried: list[list[int]]
 
 
 def survey(dataset: Dataset, dropped: Counter, processor: Any, limit: int | None,
-           window: int | None) -> Survey:
+           window: int | None, share: str = "prompt") -> Survey:
     """processor: that of a vision-language model; None for a data set that TRL tokenized. Without a
     limit in tokens the longest row is that of the most stored characters, which are at hand."""
     if processor is None:
@@ -59,13 +60,22 @@ def survey(dataset: Dataset, dropped: Counter, processor: Any, limit: int | None
     kept = [n for n, size in enumerate(sizes) if limit is None or size.length <= limit]
     rows = _taken(dataset, kept, Counter({_too_long(limit): len(sizes) - len(kept)}), dropped)
     in_tokens = processor is None or limit is not None
-    most = {}
-    for place, n in enumerate(kept):
-        size = sizes[n]
-        if (window is None or not in_tokens or size.length <= window) and (
-                size.pictured not in most or size.length > most[size.pictured][0]):
-            most[size.pictured] = size.length, place
-    return Survey(rows, positives(rows), [place for _, place in most.values()])
+    sizes = [sizes[n] for n in kept]
+    held = {n for n, size in enumerate(sizes)
+            if window is None or not in_tokens or size.length <= window}
+
+    def longest(numbers: Iterable[int]) -> list[int]:
+        held_ones = sorted(held.intersection(numbers))
+        return [max(held_ones, key=lambda n: sizes[n].length)] if held_ones else []
+
+    def pictured(kind: bool) -> list[int]:
+        return longest(n for n, size in enumerate(sizes) if size.pictured == kind)
+
+    found = families(rows, share)
+    pairs = ([n for positive in family for n in longest(positive)][:2]
+             for family in found if len(family) > 1)
+    tried = pictured(False), pictured(True), next((p for p in pairs if len(p) == 2), [])
+    return Survey(rows, found, list(filter(None, tried)))
 
 
 def without(dataset: Dataset | IterableDataset, why: Callable[[Mapping[str, Any]], str],
@@ -215,18 +225,21 @@ def _size(picture: Any) -> tuple[int, int]:
         return upright_size(image)
 
 
-def positives(dataset: Dataset) -> list[list[int]]:
-    """The rows of each positive: those that share image, prompt and chosen answer, in their order.
+def families(dataset: Dataset, share: str) -> list[list[list[int]]]:
+    """The rows of each positive: those that share image, prompt and chosen answer, in their order;
+    with share "image" the positives of one image together, else each alone.
 
     Compared as they are stored: an image by its file's name and bytes, not by its pixels. Rows for
     SFT, which have a completion in place of both answers, are told apart by it.
     """
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, dict[str, list[int]]] = {}
     for number, row in enumerate(_stored(dataset)):
         for name in ("rejected", "rejected_ids"):
             row.pop(name, None)
-        groups.setdefault(digest(list(row.items())), []).append(number)
-    return list(groups.values())
+        positive, shown = digest(list(row.items())), list(pictures(row))
+        family = digest(shown) if share == "image" and shown else positive
+        groups.setdefault(family, {}).setdefault(positive, []).append(number)
+    return [list(family.values()) for family in groups.values()]
 
 
 def _stored(dataset: Dataset) -> Iterator[dict[str, Any]]:
@@ -245,22 +258,23 @@ def _messages(value: Any) -> Any:
 
 
 class PositiveSampler(Sampler[int]):
-    """Positives in random order, the rows of each within one batch. One that does not fit into what
-    is left of a batch waits for the next; only one larger than a batch, and what is left over at
-    the end, is spread over several."""
+    """Families in random order, their positives in turn, the rows of each within one batch. One
+    that does not fit into what is left of a batch waits for the next; only one larger than a batch,
+    and what is left over at the end, is spread over several."""
 
-    def __init__(self, groups: Sequence[Sequence[int]], *, batch: int, seed: int):
-        self.groups, self.batch, self.seed, self.epoch = groups, batch, seed, 0
+    def __init__(self, families: Sequence[Sequence[Sequence[int]]], *, batch: int, seed: int):
+        self.families, self.batch, self.seed, self.epoch = families, batch, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return sum(map(len, self.groups))
+        return sum(len(positive) for family in self.families for positive in family)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = deque(self.groups[i] for i in torch.randperm(len(self.groups), generator=generator))
+        order = deque(positive for i in torch.randperm(len(self.families), generator=generator)
+                      for positive in self.families[i])
         waiting: deque[Sequence[int]] = deque()
         room = self.batch
         while order or waiting:
@@ -279,11 +293,12 @@ class PositiveSampler(Sampler[int]):
             room = (room - len(group) - 1) % self.batch + 1
 
 
-def sampler(groups: Sequence[Sequence[int]], args: TrainingArguments, *, batch: int
+def sampler(families: Sequence[Sequence[Sequence[int]]], args: TrainingArguments, *, batch: int
             ) -> PositiveSampler | None:
-    """The order of training rows that keeps positives together; None where the trainer's own does:
-    all stand alone, or the order is not to be random."""
-    if args.train_sampling_strategy != "random" or all(len(g) == 1 for g in groups):
+    """The order of training rows that keeps families together; None where the trainer's own does:
+    all rows stand alone, or the order is not to be random."""
+    if args.train_sampling_strategy != "random" or all(
+            len(family) == len(family[0]) == 1 for family in families):
         return None
-    return PositiveSampler(groups, batch=batch,
+    return PositiveSampler(families, batch=batch,
                            seed=args.seed if args.data_seed is None else args.data_seed)

@@ -1,10 +1,9 @@
-"""TRL's DPOTrainer with the rows of one positive packed into one sequence.
+"""TRL's DPOTrainer with the rows of one positive, or of one image, packed into one tree.
 
 Stock DPO on images encodes an image four times a pair and runs the prompt once for every answer,
-and again for the reference. Here a positive with its K rejected answers is one row [prompt | chosen
-| rejected 1 | ... | rejected K] (`prefix`): the image is encoded once, the prompt runs once, and
-answers alone go through the output layer. The log-probs go back into TRL's layout, so that its own
-losses and metrics run on them unchanged. Reference log-probs are kept (`reference`).
+and again for the reference. Here answers are branches of their prompt, and prompts of their image
+(`trees`): each token runs once, and answers alone go through the output layer. The log-probs go
+back into TRL's layout: its losses run on them unchanged. Those of the reference are kept.
 """
 
 import contextlib
@@ -55,9 +54,11 @@ class PackedDPOTrainer(KeepsReferences):
     `per_device_train_batch_size` counts rows (pairs), as in TRL. Differences:
 
     packing: "auto" looks at the decoder and computes the longest pair, with pictures and without,
-        packed and unpacked; where packing is wrong it says so and goes on unpacked. A later pair
-        that is longer is tried likewise. "always" and "never" force it. A batch with a sequence
-        beyond the decoder's window is computed unpacked.
+        packed and unpacked, and two pairs in one tree; where packing is wrong it says so and goes
+        on unpacked. A later pair that is longer is tried likewise. "always" and "never" force it.
+        A batch with a sequence beyond the decoder's window is computed unpacked.
+    share: "prompt": rows of one image and prompt make a tree; "image": all rows of an image, which
+        are then drawn together (`collation.TREE_TOKENS` at most; a batch should hold several).
     reference_folder: where reference log-probs are kept when `args.precompute_ref_log_probs`, which
         works for images too. With adapters they are computed when an answer first comes up, each
         process its share, then read; with full fine-tuning before the first step, without a second
@@ -72,10 +73,14 @@ class PackedDPOTrainer(KeepsReferences):
     MemoryError with what to lower when memory runs out (not with `auto_find_batch_size`).
     """
 
-    def __init__(self, *args: Any, packing: str = "auto", reference_folder: Path | None = None,
-                 reference_from: Iterable[Path] = (), **kwargs: Any):
-        if packing not in ("auto", "always", "never"):
-            raise ValueError(f"packing must be auto, always or never, is {packing!r}")
+    def __init__(self, *args: Any, packing: str = "auto", share: str = "prompt",
+                 reference_folder: Path | None = None, reference_from: Iterable[Path] = (),
+                 **kwargs: Any):
+        for name, value, known in (("packing", packing, ("auto", "always", "never")),
+                                   ("share", share, ("prompt", "image"))):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, is {value!r}")
+        self.share = share
         given = inspect.signature(DPOTrainer.__init__).bind(None, *args, **kwargs).arguments
         given.pop("self")
         config = given.get("args")
@@ -106,11 +111,11 @@ class PackedDPOTrainer(KeepsReferences):
                 self.accelerator.print("Reference log-probs are not kept but computed in every "
                                        "step: that wants TRL's own collators.")
             return
-        self.data_collator = collation.PackedCollator(self.data_collator)
+        self.data_collator = collation.PackedCollator(self.data_collator, share)
         self.data_collator.packing = packing != "never" and not why
         self.data_collator.window = mixing.window(self.base)
         if packing == "auto":
-            self.data_collator.tried = {False: 0, True: 0}
+            self.data_collator.tried, self.data_collator.branched = {False: 0, True: 0}, False
         self.data_collator.damaged = objectives.damages(n for n, _ in self.added_losses)
         if isinstance(self.train_dataset, Dataset):
             self.train_dataset = self._fitting(self.train_dataset)
@@ -165,7 +170,7 @@ class PackedDPOTrainer(KeepsReferences):
             return dataset if limit is None else packed_rows.without(
                 dataset, packed_rows.too_long(processor, limit), self.dropped)
         survey = self._surveys.get(dataset._fingerprint) or packed_rows.survey(
-            dataset, self.dropped, processor, limit, collator.window)
+            dataset, self.dropped, processor, limit, collator.window, self.share)
         self._surveys |= dict.fromkeys((dataset._fingerprint, survey.rows._fingerprint), survey)
         return survey.rows
 
@@ -177,7 +182,7 @@ class PackedDPOTrainer(KeepsReferences):
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         survey = self._surveys.get(getattr(dataset, "_fingerprint", None))
-        order = survey and packed_rows.sampler(survey.positives, self.args,
+        order = survey and packed_rows.sampler(survey.families, self.args,
                                                batch=self._train_batch_size)
         return order or super()._get_train_sampler(train_dataset)
 
@@ -188,8 +193,8 @@ class PackedDPOTrainer(KeepsReferences):
         dataset = self._fitting(dataset)
         if isinstance(dataset, Dataset):
             if self.data_collator.packing and not self._sharded:
-                for number in self._surveys[dataset._fingerprint].longest:
-                    packed_check.try_longest(self, [dataset[number]])
+                for numbers in self._surveys[dataset._fingerprint].tried:
+                    packed_check.try_rows(self, [dataset[n] for n in numbers])
             order, rows = sampler_fn, dataset
             sampler_fn = order and (lambda numbered: order(rows))  # it looks at columns
             dataset = collation.Numbered(dataset)
@@ -208,15 +213,14 @@ class PackedDPOTrainer(KeepsReferences):
         if rows is None:
             return inputs
         if collator.packing and not (self._sharded and any(collator.tried.values())):
-            packed_check.try_longest(self, rows, model if self._sharded else None)
-        if collator.packing and collation.longest(inputs)[0] <= collator.tried[
-                collation.pictured(rows)]:
+            packed_check.try_rows(self, rows, model if self._sharded else None)
+        if collator.packing and collator.seen(inputs, rows):
             return inputs
-        with self._unpacked():
+        with self.unpacked():
             return self._prepare_inputs(collator(rows))
 
     @contextlib.contextmanager
-    def _unpacked(self) -> Iterator[None]:
+    def unpacked(self) -> Iterator[None]:
         collator = self.data_collator
         packing, collator.packing = getattr(collator, "packing", False), False
         try:
@@ -231,7 +235,7 @@ class PackedDPOTrainer(KeepsReferences):
             loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise NotFinite(self.state.global_step + 1, loss.item(),
-                            self._bad(model, inputs, inputs.get("row")))
+                            packed_check.not_finite(self, model, inputs))
         return loss
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -239,7 +243,7 @@ class PackedDPOTrainer(KeepsReferences):
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's: the logits of whole sequences, which packed rows have not."""
-        with self._unpacked():
+        with self.unpacked():
             return super().predict(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -255,15 +259,6 @@ class PackedDPOTrainer(KeepsReferences):
             if not full or self.args.auto_find_batch_size:
                 raise
             raise MemoryError(packed_check.lower(self.args)) from error
-
-    def _bad(self, model: torch.nn.Module, inputs: dict[str, Any], rows: Sequence[int] | None
-             ) -> Sequence[Any]:
-        """The rows whose log-probs are no numbers; all of the batch where it is their sum."""
-        with torch.no_grad():
-            tokens = self.answer_tokens(model, self._prepare_inputs(inputs))
-        pairs = (~torch.isfinite(tokens)).any(1).view(2, -1).any(0).tolist()
-        rows = rows or [f"{i} of this batch" for i in range(len(pairs))]
-        return [r for r, bad in zip(rows, pairs, strict=True) if bad] or rows
 
     def answer_tokens(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """(N, S - 1) log p of every answer token in TRL's layout, 0 elsewhere."""
