@@ -295,6 +295,8 @@ def merge(folder: Path, adapter: Path, out: Path, *, precision: str = "float32")
     shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was interrupted
     tuned.to(dtype(precision)).save_pretrained(temporary)
     whole.processor.save_pretrained(temporary)
+    for file in folder.glob("*processor_config.json"):  # with the video side, if it was left out
+        shutil.copyfile(file, temporary / file.name)
     # config.json is last: a folder without it is no checkpoint, so half of one is never loaded.
     for file in sorted(temporary.iterdir(), key=lambda f: (f.name == "config.json", f.name)):
         file.replace(out / file.name)
