@@ -218,6 +218,16 @@ def larger(metrics: Metrics, measure: str) -> str:
     return f"{mover} it more{', on every seed' if len(text) > 1 else ''}"
 
 
+def towers(metrics: Metrics) -> cards.Shown:
+    """Whether each seed's eye sees well; one that does not makes mistakes that are no prior."""
+    return page.say(
+        "The eye names {values} of the objects right, a number a seed; required {bound:.0%}. Gate "
+        "**{verdict}**.", values=", ".join(f"{g['value']:.1%}" for g in metrics["gates"]),
+        bound=metrics["gates"][0]["bound"],
+        verdict="passed" if all(g["passed"] for g in metrics["gates"]) else
+        "NOT passed: mistakes above are partly bad sight")
+
+
 def prior_headline(metrics: Metrics) -> cards.Shown:
     """What each factor does to each measure, averaged over the other factor's levels."""
     said = {f"{factor}_{measure}_{part.__name__}": part(effect(metrics, factor, measure))
@@ -256,8 +266,8 @@ def prior_worlds(frame: DataFrame, steps: Sequence[int]) -> Figure:
     for number, text in enumerate(texts):
         panels[number].sharey(panels[0])
         panels[number].tick_params(labelleft=number == 0)
-        panels[number].set(title=visible(f"text: {text}"), xmargin=0.02,
-                           xlabel="noise step (0 is the clean image)")
+        panels[number].set(title=visible(f"text: {text}"), xlim=(-20, 1020),
+                           xticks=range(0, 1001, 250), xlabel="noise step (0 is the clean image)")
         for level, style in styles.items():
             same = (frame["text"] == text) & (frame["images"] == level)
             curves = np.array(frame.loc[same, "curve"].tolist())  # (seeds, steps)

@@ -154,6 +154,8 @@ def test_the_study_holds_every_world_with_its_intervals(study):
         first, last = (e["value"] for e in cell["curve"]["p_prior"])
         assert cell["rise"]["value"] == pytest.approx(last - first, abs=2e-6)
     gate, = study.metrics["gates"]
+    assert f"names {gate['value']:.1%} of" in tables.towers(study.metrics).plain
+    assert "required 95%. Gate NOT passed" in tables.towers(study.metrics).plain
     assert gate["passed"] is False  # two steps teach nothing
 
 

@@ -151,11 +151,8 @@ def ways(result: stages.Result) -> Shown:
         return page.say("This run has no answers from weakened images.")
     rows = rows.assign(label=rows["method"].str.removeprefix("weakened "),
                        side=rows["split_or_benchmark"])
-    if rows["label"].nunique() == 1:
-        return page.say("This run weakened in one way, {w}: the audit above tells of it.",
-                        w=rows["label"].iloc[0])
     measured = dict(list(rows.groupby("metric", sort=False)))
-    return page.figure(
+    drawn = page.figure(
         figures.made_and_kept({CHECKS[m]: measured[m] for m in DRAWN if m in measured}),
         alt="Measures of weakened answers as made and as kept, by way of weakening and step",
         caption=f"Weakened answers by way and step, of {result.metrics['audited']} positives with "
@@ -163,6 +160,10 @@ def ways(result: stages.Result) -> Shown:
                 "answer, seldom right, silent about the noise, and near 0 in length and style. "
                 "Compare steps as made: without select, what is kept of a later step comes from "
                 "rows whose earlier ones gave nothing. What is not drawn needs a truth file.")
+    if rows["label"].nunique() > 1:
+        return drawn
+    return page.folded(f"This run weakened in one way, {rows['label'].iloc[0]}: its audit as a "
+                       "figure", drawn)
 
 
 def prior_shares(found: dict[str, Any]) -> list[str]:
