@@ -79,6 +79,9 @@ def test_a_variant_is_its_method_with_other_settings(run):
     assert not same(adapter(result, "bpo"), adapter(result, "bpo_short"))
     assert facts["bpo_alone"]["loss_first"] == pytest.approx(0.693147, abs=1e-5)
     assert facts["bpo_long"]["steps"] == 3 and facts["bpo_long"]["rows"] == 12
+    # How packed rows were attended to, and why, in the manifest and on the page.
+    way = "branches by mask: no CUDA but cpu"
+    assert way in result.manifest["attention"].split(", ") and way in result.facts()["kernels"]
 
 
 @pytest.mark.parametrize("variants, words", [

@@ -770,7 +770,7 @@ def test_two_launched_processes_give_the_curves_of_one(parameters, lines, tmp_pa
         assert first.keys() == second.keys()
     for name in ("flops", "flops_per_step"):
         one, two = (r.metrics["methods"]["bpo"][name] for r in (alone, both))
-        assert two == pytest.approx(one, rel=0.1)
+        assert two == pytest.approx(one, rel=0.15)  # of the first process's batches alone
 
 
 @pytest.mark.slow

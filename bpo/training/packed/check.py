@@ -37,8 +37,11 @@ def try_rows(trainer: Any, rows: Sequence[dict[str, Any]],
              model: torch.nn.Module | None = None) -> None:
     """Tries the longest of some rows, if it is longer than any that was tried, and two that share a
     tree, if none were. Leaves the trainer unpacked where packing is wrong for its model, and says
-    so. model: the wrapped one, where the weights are spread over processes."""
+    so; once it is, nothing more is tried. model: the wrapped one, where the weights are spread over
+    processes."""
     collator = trainer.data_collator
+    if not collator.packing:
+        return
     rows = [{n: v for n, v in r.items() if n not in ("row", "damaged_images", "weight")}
             for r in rows]
     with _bare(collator):

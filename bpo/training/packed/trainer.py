@@ -212,7 +212,7 @@ class PackedDPOTrainer(KeepsReferences):
         rows, collator = inputs.pop("examples", None), self.data_collator
         if rows is None:
             return inputs
-        if collator.packing and not (self._sharded and any(collator.tried.values())):
+        if not (self._sharded and any(collator.tried.values())):
             packed_check.try_rows(self, rows, model if self._sharded else None)
         if collator.packing and collator.seen(inputs, rows):
             return inputs
