@@ -39,7 +39,7 @@ from trl import DPOTrainer
 
 from bpo import params
 from bpo.models import checkpoint as checkpoints
-from bpo.models import encoding, generate
+from bpo.models import generate
 from bpo.models.generate import Request
 from bpo.models.weakening import View
 from bpo.reports import readme
@@ -66,8 +66,8 @@ class Shape:
     own: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return (f"{self.images} images, {self.questions} question{'s' * (self.questions > 1)} each, "
-                f"{self.rejected} rejected, {self.answer} tokens"
+        return (f"images: {self.images}, questions of each: {self.questions}, rejected answers: "
+                f"{self.rejected}, tokens of an answer: {self.answer}"
                 + "".join(f", {n} = {v}" for n, v in self.own.items()))
 
     def rows(self, made: Sized) -> list[dict[str, Any]]:
@@ -148,13 +148,17 @@ def processor() -> LlavaProcessor:
 
 def held(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `work` measured; {"failed": out of memory} where the memory does not hold it."""
+    free()
     try:
         return work()
     except (torch.OutOfMemoryError, MemoryError):
         return {"failed": NO_MEMORY}
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
+
+
+def free() -> None:
+    """Gives back what the work before held: trainers hold themselves in circles."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def now(device: str) -> float:
@@ -231,7 +235,7 @@ def parity(made: Callable[..., Sized], size: tuple, one: tuple[str, str], other:
             w.grad.flatten().double().cpu() for w in trainer.model.parameters()
             if w.grad is not None])))
         del trainer, inputs, loss
-        held(dict)  # two models need not be in memory at once
+        free()  # two models need not be in memory at once
     (loss, gradients), (other_loss, other_gradients) = found
     return {"loss": other_loss, "loss_differs": abs(loss - other_loss), "gradients_differ": (
         (gradients - other_gradients).norm() / other_gradients.norm()).item()}
