@@ -15,7 +15,7 @@ PRINT = $(CHROMIUM) --headless --disable-gpu --no-pdf-header-footer --log-level=
 	$(if $(filter 0,$(shell id -u)),--no-sandbox)
 PAGES = $(wildcard outputs/$(STUDY)/*.html)
 
-.PHONY: help report replicate test families vllm lab pdf gallery bench
+.PHONY: help report replicate test families vllm lab pdf gallery bench bench-gpu
 
 help:
 	@echo "make report     install, run the tiny study, write outputs/tiny/index.html"
@@ -27,6 +27,7 @@ help:
 	@echo "make pdf        print the reports of a study (STUDY=tiny) to outputs/tiny/pdf/, needs Chromium"
 	@echo "make gallery    take the README's pictures of a study (STUDY=tiny) into outputs/gallery/, needs Chromium"
 	@echo "make bench      install, measure the speed ratios, write them into outputs/README.md (make bench ARGS=probing for one group)"
+	@echo "make bench-gpu  install, measure steps, memory and generation on a CUDA GPU with random weights in LLaVA-1.5-7B's shape (ARGS=--quick: smaller)"
 
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 $(VENV)/.report: requirements.lock pyproject.toml
@@ -77,3 +78,6 @@ gallery: $(VENV)/.report
 
 bench: $(VENV)/.report
 	$(VENV)/bin/python tests/bench.py $(ARGS)
+
+bench-gpu: $(VENV)/.report
+	$(VENV)/bin/python tests/bench_gpu.py $(ARGS)

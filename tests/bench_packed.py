@@ -8,9 +8,10 @@ LLaVA-1.5-7B, and the tiny study's.
 
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from datasets import Dataset
 from helpers.trainers import peak
 from PIL import Image
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -71,7 +73,7 @@ def trees(world: Path) -> list[Row]:
             rows = made.rows(USUAL, k, questions=questions, turns=turns)
             trl = made.trainer(DPOTrainer, rows, Path(folder))
             prompt, image = (made.trainer(
-                PackedDPOTrainer, rows, Path(folder), packing="always", share=share,
+                PackedDPOTrainer, rows, Path(folder), packing="always", own={"share": share},
                 precompute_ref_log_probs=True) for share in ("prompt", "image"))
             works = {
                 "TRL's steps of the same pairs": lambda: [step(trl, [r]) for r in rows],
@@ -98,7 +100,7 @@ def training(world: Path) -> list[Row]:
 def _steps(world: Path, out: Path) -> Iterator[Row]:
     """A packed step of one positive with one or two rejected answers against TRL's steps of as many
     pairs; of the usual length with two also memory and operations."""
-    made = Sized(world, *STEP)
+    made = Sized(_processor(world), *STEP)
     rows = {n: made.rows(n, 2) for n in LENGTHS}
     given = [r for both in rows.values() for r in both]
     trl = made.trainer(DPOTrainer, given, out)
@@ -152,7 +154,7 @@ def _operations(works: dict[str, Callable[[], object]], cpu: dict[str, Any]) -> 
 def _objective(world: Path, out: Path) -> Iterator[Row]:
     """mDPO. TRL has none, so the baseline is this trainer unpacked; it computes the chosen answer
     with the damaged image twice a pair, where once would do."""
-    made = Sized(world, *LONG)
+    made = Sized(_processor(world), *LONG)
     damaged = made.picture()
     rows = [{**r, "damaged_images": [damaged]} for r in made.rows(USUAL, 2)]
     ways = {n: made.trainer(PackedDPOTrainer, rows, out, packing=n, loss_type=["mdpo"],
@@ -170,7 +172,7 @@ def _runs(world: Path, out: Path) -> Iterator[Row]:
     """A run of two epochs from the making of model and trainer to its end, the cost of the kept
     log-probs in it, against TRL's with the same arguments. The comparison that packing = "auto"
     makes once a run is not in it."""
-    made = Sized(world, *LONG)
+    made = Sized(_processor(world), *LONG)
     for k in REJECTED:
         rows = [r for _ in range(POSITIVES) for r in made.rows(USUAL, k)]
 
@@ -218,49 +220,64 @@ def _tiny(world: Path, out: Path) -> Iterator[Row]:
 # Models, rows and steps
 
 
-class Sized:
-    """Random LLaVAs of one size, each with a fresh adapter, and rows for them."""
+def _processor(world: Path) -> Any:
+    return checkpoints.load_processor(world / "model")
 
-    def __init__(self, world: Path, text: Sequence[int], vision: Sequence[int]):
+
+class Sized:
+    """Random LLaVAs of one size, each with a fresh adapter, and rows for them.
+
+    vocabulary: of the model; 0 gives the output layer the share that it has in the 7B model,
+    whatever words there are. side: of a picture, in pixels.
+    """
+
+    def __init__(self, processor: Any, text: Sequence[int], vision: Sequence[int], *,
+                 vocabulary: int = 0, side: int = SIDE, device: str = "cpu",
+                 dtype: torch.dtype = torch.float32):
         self.text, self.vision, self.draw = text, vision, random.Random(0)
-        self.processor = checkpoints.load_processor(world / "model")
-        self.processor.image_processor.size = {"shortest_edge": SIDE}
-        self.processor.image_processor.crop_size = {"height": SIDE, "width": SIDE}
+        self.vocabulary, self.side = vocabulary or text[0] * 2 // 3, side
+        self.device, self.dtype = device, dtype
+        self.processor = processor
+        self.processor.image_processor.size = {"shortest_edge": side}
+        self.processor.image_processor.crop_size = {"height": side, "width": side}
         self.processor.patch_size = PATCH
         tokenizer = self.processor.tokenizer
         tokenizer.model_max_length = 4096
         self.words = sorted(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens))
 
     def model(self) -> LlavaForConditionalGeneration:
-        """The output layer has the share that it has in the 7B model, whatever words there are."""
         tokenizer = self.processor.tokenizer
         width, inner, layers, heads = self.text
         text = LlamaConfig(
-            vocab_size=width * 2 // 3, hidden_size=width, intermediate_size=inner,
+            vocab_size=self.vocabulary, hidden_size=width, intermediate_size=inner,
             num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
             pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=False)
         width, inner, layers, heads = self.vision
         vision = CLIPVisionConfig(
             hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-            num_attention_heads=heads, image_size=SIDE, patch_size=PATCH)
+            num_attention_heads=heads, image_size=self.side, patch_size=PATCH)
         torch.manual_seed(0)
-        return LlavaForConditionalGeneration(LlavaConfig(
-            text_config=text, vision_config=vision, image_seq_length=(SIDE // PATCH) ** 2,
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>")))
+        with torch.device(self.device):
+            return AutoModelForImageTextToText.from_config(LlavaConfig(
+                text_config=text, vision_config=vision,
+                image_seq_length=(self.side // PATCH) ** 2,
+                image_token_index=tokenizer.convert_tokens_to_ids("<image>")), dtype=self.dtype)
 
     def picture(self) -> Image.Image:
-        return Image.frombytes("RGB", (SIDE, SIDE), self.draw.randbytes(SIDE * SIDE * 3))
+        side = self.side
+        return Image.frombytes("RGB", (side, side), self.draw.randbytes(side * side * 3))
 
-    def rows(self, length: int, k: int, *, questions: int = 1, turns: bool = False
-             ) -> list[dict[str, Any]]:
-        """Positives about one picture with k rejected answers each, all of `length` tokens with the
-        end token. turns: each follows the last one and its chosen answer."""
+    def rows(self, length: int, k: int, picture: Image.Image | None = None, *,
+             questions: int = 1, turns: bool = False) -> list[dict[str, Any]]:
+        """Positives about one picture, a new one if none is given, with k rejected answers each,
+        all of `length` tokens with the end token. turns: each follows the last one and its chosen
+        answer."""
         def sentence(words: int) -> str:
             return " ".join(self.draw.choices(self.words, k=words))
 
         reader = checkpoints.Checkpoint(None, self.processor)
-        picture, before, rows = self.picture(), [], []
+        picture, before, rows = picture or self.picture(), [], []
         for _ in range(questions):
             asked = [*before, {"role": "user", "content": sentence(QUESTION)}]
             prompt = encoding.prompt_text(reader, asked, image=True)
@@ -272,14 +289,16 @@ class Sized:
         return rows
 
     def trainer(self, kind: type[DPOTrainer], rows: list[dict[str, Any]], out: Path, *,
-                packing: str = "", share: str = "prompt", **settings: Any) -> DPOTrainer:
-        """A trainer of the kind on a fresh model."""
+                packing: str = "", own: Mapping[str, Any] = MappingProxyType({}), **settings: Any
+                ) -> DPOTrainer:
+        """A trainer of the kind on a fresh model. packing, own: what the packed one alone takes;
+        settings: TRL's."""
         model = self.model()
         args = DPOConfig(str(out), **{**dict(
             use_cpu=True, bf16=False, report_to="none", max_length=None, save_strategy="no",
             logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
             per_device_train_batch_size=1), **settings})
-        how = {"packing": packing, "share": share} if packing else {}
+        how = {**own, **({"packing": packing} if packing else {})}
         trainer = kind(model, args=args, train_dataset=Dataset.from_list(rows),
                        processing_class=self.processor, peft_config=checkpoints.adapter_config(
                            model, rank=16, alpha=32, dropout=0.0), **how)

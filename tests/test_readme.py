@@ -82,7 +82,7 @@ def test_the_gallery_says_what_is_stored():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_exists(command, monkeypatch, tmp_path):
     if command.startswith("make "):
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert shlex.split(command)[1] in targets
         return
     if command.startswith("hf "):  # offline it stops at its first request, not at an option
@@ -150,6 +150,7 @@ def test_its_trainer_is_imported_as_it_says():
 @pytest.mark.study
 @pytest.mark.parametrize("target, does", [
     ("report", "-m bpo run tiny\n"), ("test", "-m pytest"), ("bench", "tests/bench.py"),
+    ("bench-gpu", "tests/bench_gpu.py"),
     ("lab", "-m jupyterlab --config=bpo/reports/template/lab_config.py"),
     ("replicate", "-m bpo replicate tiny --seeds 100-111"), ("help", "outputs/tiny/index.html")])
 def test_make_does_what_the_readme_says(target, does):
