@@ -101,7 +101,7 @@ def write_joined(studies: Sequence[str]) -> Path:
         frame = replication.stored(study)
         mean = replication.over_seeds(frame)
         base = numbers(mean, Replication(study=study)).set_index("metric")["base"]
-        level = ", ".join(f"{m} {v}" for m, v in base.head(4).items())
+        level = ", ".join(f"{m.split(': ')[-1]} {v}" for m, v in base.head(4).items())
         tables += [DataFrame({"method": [f"*{study}, {_seeds(frame)}: base {level}*"]}),
                    summary.by_method(mean)]
     table = pandas.concat(tables, ignore_index=True).fillna("")

@@ -191,5 +191,5 @@ def test_the_families_of_the_readme_are_these():
                     **{n: f"untrained: {why}" for n, why in UNTRAINED.items()}}
     assert f"The processors of {', '.join(sorted(TORCHVISION))} need torchvision" in table
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert (f"the {len(WRITERS)} [families](params/README.md#families) of vision-language models "
-            f"there, {len(PACKED)} of which pack") in readme
+    assert (f"of {len(WRITERS)} [families](params/README.md#families), {len(PACKED)} of which "
+            "pack") in readme
