@@ -45,6 +45,7 @@ def layout(ids: torch.Tensor, spans: Sequence[Span], owners: Sequence[Hashable],
     table: a `Branch` for each, by columns; the first of a tree hangs on nothing.
     """
     tokens, width = ids.cpu().numpy(), ids.shape[1]
+    sequences = [t[begin:end] for t, (begin, _, end) in zip(tokens, spans, strict=True)]
     groups: dict[Hashable, list[int]] = {}
     for n, owner in enumerate(owners):
         groups.setdefault(owner, []).append(n)
@@ -55,9 +56,8 @@ def layout(ids: torch.Tensor, spans: Sequence[Span], owners: Sequence[Hashable],
         paths: dict[int, list[int]] = {}  # of the open tree: each sequence's columns
         head = start = 0  # its longest sequence and its first column
         for n in sorted(members, key=lambda n: spans[n][0] - spans[n][2]):  # the longest first
-            begin, _, end = spans[n]
-            own = tokens[n, begin:end]
-            shared, parent = max(((min(_common(own, _cut(tokens, spans, m)), len(p)), -m)
+            begin, own = spans[n][0], sequences[n]
+            shared, parent = max(((min(_common(own, sequences[m]), len(p)), -m)
                                   for m, p in paths.items()), default=(0, 0))
             if not paths or len(packed[-1]) - start + len(own) - shared > limit:
                 if rows or not packed:
@@ -65,7 +65,7 @@ def layout(ids: torch.Tensor, spans: Sequence[Span], owners: Sequence[Hashable],
                 paths, shared, head, start = {}, 0, n, len(packed[-1])
                 first.append(n)
             row, at = packed[-1], len(packed[-1])
-            parted = _common(own, _cut(tokens, spans, head))
+            parted = _common(own, sequences[head])
             row += [(n * width + begin + i, head * width + spans[head][0] + min(i, parted),
                      max(i - parted, 0)) for i in range(shared, len(own) - 1)]
             above = paths[-parent][:shared] if shared else []
@@ -92,11 +92,6 @@ def layout(ids: torch.Tensor, spans: Sequence[Span], owners: Sequence[Hashable],
     return {"source": source, "anchor": anchor, "step": step, "table": table, "places": places,
             "alive": torch.arange(longest) < torch.tensor([len(r) for r in packed])[:, None],
             "first": torch.tensor(first), "answers": pairs[0], "targets": targets, "slots": slots}
-
-
-def _cut(tokens: np.ndarray, spans: Sequence[Span], n: int) -> np.ndarray:
-    begin, _, end = spans[n]
-    return tokens[n, begin:end]
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:

@@ -138,9 +138,9 @@ def checks(found: dict[str, Any]) -> Shown:
                  "positives that have answers of several.")
     short = frame[frame["measure"].isin([CHECKS[name] for name in TELLING])]
     whole = page.table(frame, "The whole audit", note)
-    return Shown(page.table(short.reset_index(drop=True), "Audit of the rejected answers: as made "
-                            "by the model, and as kept for training", note).html
-                 + page.folded(f"All {len(frame)} measures", whole).html, plain=whole.plain)
+    return _shortened(page.table(
+        short.reset_index(drop=True), "Audit of the rejected answers: as made by the model, and as "
+        "kept for training", note), f"All {len(frame)} measures", whole)
 
 
 def ways(result: stages.Result) -> Shown:
@@ -216,7 +216,7 @@ def shortcuts(found: dict[str, Any]) -> Shown:
         "intervals over images"))
     short = page.table(DataFrame(rows).query("category == 'all'").drop(columns="category")
                        .reset_index(drop=True), title, note)
-    return Shown(short.html + page.folded("By category", whole).html, plain=whole.plain)
+    return _shortened(short, "By category", whole)
 
 
 def displacement(found: dict[str, Any]) -> Shown:
@@ -238,6 +238,11 @@ def headline(found: dict[str, Any]) -> Shown:
     return page.say(prior + "{long}: where that is common, training also teaches length. **{n} "
                     "pairs** from {rows} annotated rows: {parts}.", n=found["pairs"], long=long,
                     rows=found["rows"], parts=", ".join(parts), shares=" and ".join(known))
+
+
+def _shortened(short: Shown, title: str, whole: Shown) -> Shown:
+    """A table of what matters most, the whole one folded behind it; in plain text the whole."""
+    return Shown(short.html + page.folded(title, whole).html, plain=whole.plain)
 
 
 def _counted(share: dict[str, Any]) -> str:
