@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from bpo import check, params
-from bpo.measure import STAGES
 from bpo.params import Refusal, short
 from bpo.reports import index as studies
 from bpo.reports import page as report
+from bpo.reports.measure import STAGES
 from bpo.study import processes, progress
 from bpo.study import stage as stages
 
@@ -24,7 +24,7 @@ TINY_STAGES = {0: "tiny.stage", 6: "tiny.prior", 8: "tiny.dose"}
 # command -> its module (`add_arguments`, `run`), imported for it alone, and what it does
 MODULES = {
     "new": ("new", "write the parameters of a study of your own model and data"),
-    "check": ("measure", "read a study's parameters, say what is missing, and the memory"),
+    "check": ("check", "read a study's parameters, say what is missing, and the memory"),
     "verify": ("study.verify", "name what in a study or its zip is not as in SHA256SUMS"),
     "pack": ("reports.pack", "make one zip file of a study's reports, parameters and adapters"),
     "export": ("pairs.export", "write a study's pairs in another tool's layout"),
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     compare = add("compare", _compare, "write a page of what differs between two studies")
     pages.add_argument("--address", default="", help="the folder's URL, for previews of links")
     for command in (run, stage, replicate):
-        check.add_arguments(command)
+        check.add_study(command)
     for command in (pages, tables, power, compare):
         command.add_argument("study")
     for command in (run, stage):

@@ -17,21 +17,25 @@ import yaml
 from bpo import params
 from bpo.data import rows as data_rows
 from bpo.params import NF4, DPOTraining, PairGeneration, Parameters, Refusal
+from bpo.reports import measure
 from bpo.study import hub, sources
 from bpo.study import stage as stages
 
-PATHS = ("model", "text_model", "data", "image_folder", "describe_prompt", "question_prompt",
-         "noise_words", "pairs", "adapters", "rival", "splits", "calibration_data", "folders",
-         "probe_data")
 ANNOTATED = ("data", "splits", "calibration_data", "probe_data")
 ROWS = 100  # of annotated data that are read and whose images are opened
 WIDTH = {"float32": 4, "bfloat16": 2, NF4: 2}  # bytes of a number in computing
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_study(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study")
     parser.add_argument("-p", nargs=2, action="append", default=[], dest="overrides",
                         metavar=("NAME", "VALUE"), help="override a parameter wherever it is")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_study(parser)
+    parser.add_argument("--measure", action="store_true", help=f"run {measure.ROWS} rows and "
+                        f"{measure.STEPS} steps of each stage, and say what the whole takes")
 
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:
@@ -41,10 +45,13 @@ def overrides(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints every file of a study with its paths; returns 1 if one of them is missing. Nothing is
-    fetched from the hub."""
+    """Prints every file of a study with its paths, then, if asked, what was measured; returns 1 if
+    one of them is missing. Nothing is fetched from the hub."""
     with hub.cache_only():
-        return _checked(options)
+        missing = _checked(options)
+        if options.measure and not missing:
+            print("\n".join(measure.table(params.read_study(options.study, overrides(options)))))
+    return missing
 
 
 def _checked(options: argparse.Namespace) -> int:
@@ -71,7 +78,7 @@ def _checked(options: argparse.Namespace) -> int:
 
 def paths(p: Parameters) -> Iterator[tuple[str, str]]:
     """(parameter, value) of every path that a notebook reads; empty ones are left out."""
-    for name in PATHS:
+    for name in params.PATHS:
         value = getattr(p, name, "")
         if name == "text_model" and value and p.endpoint:
             continue

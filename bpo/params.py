@@ -23,6 +23,10 @@ SCORES = ("similarity", "length", "image")
 # What a variant of a training method may change.
 VARIED = {"steps", "epochs", "learning_rate", "beta", "loss", "loss_weights", "ld_alpha",
           "reference", "noise_step"}
+# Parameters that name files or folders which a stage reads.
+PATHS = ("model", "text_model", "data", "image_folder", "describe_prompt", "question_prompt",
+         "noise_words", "pairs", "adapters", "rival", "splits", "calibration_data", "folders",
+         "probe_data")
 NF4 = "nf4"  # the precision of 4-bit weights that compute in bfloat16
 TRACKERS = ("tensorboard", "wandb", "trackio")
 BULLET = "\n  - "  # before each problem of a refusal

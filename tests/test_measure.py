@@ -7,9 +7,9 @@ import shutil
 import pytest
 from helpers.study import LITTLE
 
-from bpo import measure
 from bpo.__main__ import main
 from bpo.params import DPOTraining
+from bpo.reports import measure
 from bpo.study.files import file_hash
 
 

@@ -6,7 +6,6 @@ that it counts (`progress.ended`): rows and steps alone are multiplied. The run 
 folder of its own, which goes away, so results of the study stay as they are.
 """
 
-import argparse
 import importlib
 import json
 import math
@@ -21,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from bpo import check, params
+from bpo import params
 from bpo.params import (
     Benchmarks,
     DPOTraining,
@@ -30,7 +29,7 @@ from bpo.params import (
     Parameters,
     Refusal,
 )
-from bpo.study import environment, hub, progress, sources
+from bpo.study import environment, progress, sources
 from bpo.study.files import to_json, write_whole
 from bpo.study.text import duration
 
@@ -40,21 +39,6 @@ STAGES = {1: "evaluation.probe", 2: "pairs.stage", 3: "training.stage",
 ROWS, STEPS = 8, 3  # of the steps the first warms up, and counts its operations
 FITS = 0.9  # the share of a device's memory that what is advised may take
 ONCE = ("drawing rows", "checking rows")  # parts that read all data, however few rows are used
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    check.add_arguments(parser)
-    parser.add_argument("--measure", action="store_true", help=f"run {ROWS} rows and {STEPS} steps "
-                        "of each stage, and say what the whole takes")
-
-
-def run(options: argparse.Namespace) -> int:
-    """Prints what `check` says; then, if nothing is missing, what was measured."""
-    missing = check.run(options)
-    if options.measure and not missing:
-        with hub.cache_only():
-            print("\n".join(table(params.read_study(options.study, check.overrides(options)))))
-    return missing
 
 
 def table(read: dict[str, Parameters]) -> list[str]:
@@ -96,7 +80,7 @@ def shortened(p: Parameters, stages: list[str], rows: int) -> dict[str, Any]:
         return str(path) if path.exists() else value  # a name of the hub stays one
 
     values = p.model_dump(mode="json")
-    for n in (n for n in (*check.PATHS, "probe_image_folder") if n in values):
+    for n in (n for n in (*params.PATHS, "probe_image_folder") if n in values):
         several = n == "data" and isinstance(values[n], dict)  # file -> folder below image_folder
         values[n] = ({rooted(file): below for file, below in values[n].items()} if several
                      else rooted(values[n]))
@@ -117,7 +101,7 @@ def _ran(name: str, values: dict[str, Any], root: Path) -> dict[str, Any]:
     root.mkdir(exist_ok=True)
     write_whole(file, yaml.safe_dump(values))
     done = subprocess.run(
-        [sys.executable, "-m", "bpo.measure", str(file)], cwd=params.ROOT, text=True,
+        [sys.executable, "-m", "bpo.reports.measure", str(file)], cwd=params.ROOT, text=True,
         capture_output=True, env=os.environ | {"BPO_OUTPUTS": str(root), "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1:] or [f"ended with exit code {done.returncode}"]
