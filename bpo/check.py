@@ -8,7 +8,7 @@ import importlib.util
 import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +45,22 @@ def overrides(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints every file of a study with its paths, then, if asked, what was measured; returns 1 if
-    one of them is missing. Nothing is fetched from the hub."""
-    with hub.cache_only():
-        missing = _checked(options)
-        if options.measure and not missing:
-            print("\n".join(measure.table(params.read_study(options.study, overrides(options)))))
+    """`show`, and what was measured if that is asked for and nothing is missing."""
+    changed = overrides(options)
+    missing = show(options.study, changed)
+    if options.measure and not missing:
+        with hub.cache_only():
+            print("\n".join(measure.table(params.read_study(options.study, changed))))
     return missing
 
 
-def _checked(options: argparse.Namespace) -> int:
-    read, missing = params.read_study(options.study, overrides(options)), 0
+@hub.cache_only()
+def show(study: str, changed: Mapping[str, Any]) -> int:
+    """Prints every file of a study with its paths; returns 1 if one of them is missing. Nothing is
+    fetched from the hub. changed: parameters to override."""
+    read, missing = params.read_study(study, changed), 0
     for name, p in read.items():
-        print(f"params/{options.study}/{name}.yaml: {len(type(p).model_fields)} parameters are "
-              "good")
+        print(f"params/{study}/{name}.yaml: {len(type(p).model_fields)} parameters are good")
         for field, path, note, lost in findings(p, read):
             if not note and field.partition(".")[0] in ANNOTATED:
                 note, lost = rows_there(p, field, path)
@@ -68,7 +70,7 @@ def _checked(options: argparse.Namespace) -> int:
             text, lost = decoder(p)
             print(f"  {'decoder':24} {p.decoder}  {text}")
             missing += lost
-    for name, text in memory(options.study, read).items():
+    for name, text in memory(study, read).items():
         print(f"{name:10}{text}")
     if missing:
         print(f"{missing} of the paths are missing or hold nothing that can be used: get them, or "

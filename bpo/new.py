@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         for path in (options.data, options.image_folder, options.held_out))
     print(*make(options.name, options.model, data, image_folder=pictures, held_out=held_out),
           sep="\n")
-    code = check.run(argparse.Namespace(study=options.name, overrides=[]))
+    code = check.show(options.name, {})
     if not code:
         print(f"next: python -m bpo run {options.name}")
     return code

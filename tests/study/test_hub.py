@@ -79,8 +79,7 @@ def test_what_is_not_there_is_refused_with_what_fetches_it(name, sentence, model
 
 
 def test_a_study_s_check_says_what_is_missing(outputs, capsys):
-    assert check.run(check.argparse.Namespace(
-        study="llava-1.5-7b", overrides=[["model", "team/nowhere"]])) == 1
+    assert check.show("llava-1.5-7b", {"model": "team/nowhere"}) == 1
     told = capsys.readouterr().out
     assert "team/nowhere  MISSING: team/nowhere: neither is there such a folder" in told
 
