@@ -22,7 +22,7 @@ SOURCES = ("weakened", "injected", "given")
 SCORES = ("similarity", "length", "image")
 # What a variant of a training method may change.
 VARIED = {"steps", "epochs", "learning_rate", "beta", "loss", "loss_weights", "ld_alpha",
-          "reference", "noise_step"}
+          "reference", "noise_step", "batch_pairs", "share"}
 # Parameters that name files or folders which a stage reads.
 PATHS = ("model", "text_model", "data", "image_folder", "describe_prompt", "question_prompt",
          "noise_words", "pairs", "adapters", "rival", "splits", "calibration_data", "folders",
@@ -478,9 +478,9 @@ class DPOTraining(Checkpoint):
     packing: Literal["auto", "always", "never"] = field(
         "auto", "the answers to a prompt in one sequence; auto: if the first batch then has the "
         "same loss and gradients")
-    share: Literal["prompt", "image"] = field(
-        "prompt", "what stands once in it: a prompt with its image, or an image for all questions "
-        "about it, whose rows are then drawn together; device_batch should hold several images")
+    share: Literal["row", "prompt", "image"] = field(
+        "prompt", "rows that are drawn together, so that what they share stands once: of a prompt, "
+        "or of an image (device_batch should hold several); row: none are")
     lora_rank: Count = field(16, "rank of the adapters")
     lora_alpha: Count = field(32, "scale of the adapters: alpha / rank")
     lora_dropout: float = field(0.0, "dropout in front of the adapters", ge=0, lt=1)

@@ -90,7 +90,7 @@ def shortened(p: Parameters, stages: list[str], rows: int) -> dict[str, Any]:
             "trackers": []}
     if isinstance(p, DPOTraining):
         few |= {"steps": STEPS, "batch_pairs": p.device_batch, "save_every": 1, "variants": {
-            name: {n: v for n, v in changes.items() if n not in ("steps", "epochs")}
+            name: {n: v for n, v in changes.items() if n not in ("steps", "epochs", "batch_pairs")}
             for name, changes in p.variants.items()}}
     return values | {n: v for n, v in few.items() if n in values}
 
@@ -141,13 +141,14 @@ def _grown(p: Parameters, short: Parameters, took: dict[str, Any], made: dict[st
     if isinstance(p, DPOTraining):
         methods = took["metrics"]["methods"]
         pairs = made.setdefault("pairs", 1.0) * max(m["rows"] for m in methods.values())
-        steps = {n: v.steps or math.ceil(v.epochs * pairs / p.batch_pairs)
-                 for n in methods for v in [p.varied(n)]}
+        varied = {n: p.varied(n) for n in methods}
+        steps = {n: v.steps or math.ceil(v.epochs * pairs / v.batch_pairs)
+                 for n, v in varied.items()}
         if "sft_compute" in steps:  # it spends what bpo spends
             steps["sft_compute"] = round(
                 steps["bpo"] * methods["sft_compute"]["steps"] / methods["bpo"]["steps"])
         batch = {n: min(p.device_batch, m["rows"]) for n, m in methods.items()}
-        return ({n: steps[n] * p.batch_pairs / batch[n] / units[n] for n in steps},
+        return ({n: steps[n] * varied[n].batch_pairs / batch[n] / units[n] for n in steps},
                 f"{STEPS} batches of {max(batch.values())} pairs a method, {as_long}; the study "
                 f"has up to {max(steps.values()):,} steps of {p.batch_pairs}")
     if isinstance(p, Benchmarks):

@@ -49,9 +49,10 @@ def run(p: DPOTraining) -> stages.Result:
 
 
 def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
-    if p.batch_pairs % (p.device_batch * processes.world()):
-        raise Refusal(f"batch_pairs ({p.batch_pairs}) must be a multiple of device_batch "
-                      f"({p.device_batch}) times the {processes.world()} processes")
+    for pairs in (p.varied(name).batch_pairs for name in p.runs()):
+        if pairs % (p.device_batch * processes.world()):
+            raise Refusal(f"batch_pairs ({pairs}) must be a multiple of device_batch "
+                          f"({p.device_batch}) times the {processes.world()} processes")
     for kind in ("FSDP", "DEEPSPEED"):
         if p.precision == NF4 and os.environ.get(f"ACCELERATE_USE_{kind}") == "true":
             raise Refusal(f"precision: {NF4} weights cannot be spread by {kind}; launch with "
@@ -81,7 +82,7 @@ def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
             raise Refusal(f"{name} starts from its matched SFT, which is not among the methods; "
                           f"add sft_matched{runs[name].removeprefix('bpo')} to methods")
     # A pair has two answers, and the reference's; sft_compute spends what bpo does.
-    steps = {n: v.steps or math.ceil(v.epochs * pairs / p.batch_pairs)
+    steps = {n: v.steps or math.ceil(v.epochs * pairs / v.batch_pairs)
              for n in runs for v in [p.varied(n)]}
     progress.announce((n, steps[n] * (2 if learns_pairs(n) or n == "sft_compute" else 1))
                       for n in runs if not (folder / n / "history.json").is_file())

@@ -61,6 +61,7 @@ def budgets(p: DPOTraining, result: stages.Result) -> Shown:
     """A row a method: its rows, steps and floating point operations."""
     rows = DataFrame([
         {"method": method, "rows": m["rows"], "steps": m["steps"],
+         "rows a step": p.varied(method).batch_pairs,
          "packed": {True: "yes", False: "no"}.get(m.get("packed"), "–"),
          "GFLOP a step": f"{m['flops_per_step'] / 1e9:.1f}",
          "TFLOP in all": f"{m['flops'] / 1e12:.2f}",
@@ -68,9 +69,9 @@ def budgets(p: DPOTraining, result: stages.Result) -> Shown:
         for method, m in result.metrics["methods"].items()])
     return report.table(
         rows, "What each method was given",
-        f"{p.batch_pairs} rows a step; floating point operations counted over the first steps, "
-        "forward and backward, the reference apart and once for each row; seconds on the machine "
-        "named in the facts at the top")
+        "floating point operations are counted over the first steps, forward and backward, the "
+        "reference apart and once for each row; seconds on the machine named in the facts at the "
+        "top")
 
 
 ENDS = {"loss_first": ("loss, first step", 2, ""), "loss_last": ("loss, end", 2, ""),

@@ -227,7 +227,8 @@ def _size(picture: Any) -> tuple[int, int]:
 
 def families(dataset: Dataset, share: str) -> list[list[list[int]]]:
     """The rows of each positive: those that share image, prompt and chosen answer, in their order;
-    with share "image" the positives of one image together, else each alone.
+    with share "image" the positives of one image together, else each alone. With "row" every row
+    is a positive by itself.
 
     Compared as they are stored: an image by its file's name and bytes, not by its pixels. Rows for
     SFT, which have a completion in place of both answers, are told apart by it.
@@ -236,7 +237,8 @@ def families(dataset: Dataset, share: str) -> list[list[list[int]]]:
     for number, row in enumerate(_stored(dataset)):
         for name in ("rejected", "rejected_ids"):
             row.pop(name, None)
-        positive, shown = digest(list(row.items())), list(pictures(row))
+        shown = list(pictures(row))
+        positive = str(number) if share == "row" else digest(list(row.items()))
         family = digest(shown) if share == "image" and shown else positive
         groups.setdefault(family, {}).setdefault(positive, []).append(number)
     return [list(family.values()) for family in groups.values()]

@@ -50,15 +50,16 @@ class NotFinite(FloatingPointError):
 class PackedDPOTrainer(KeepsReferences):
     """A drop-in for TRL's DPOTrainer: same arguments, columns, losses, logs and checkpoints.
 
-    Rows that share image, prompt and chosen answer are found by themselves and kept in one batch;
     `per_device_train_batch_size` counts rows (pairs), as in TRL. Differences:
 
     packing: "auto" looks at the decoder and computes the longest pair, with pictures and without,
         packed and unpacked, and two pairs in one tree; where packing is wrong it says so and goes
         on unpacked. A later pair that is longer is tried likewise. "always" and "never" force it.
         A batch with a sequence beyond the decoder's window is computed unpacked.
-    share: "prompt": rows of one image and prompt make a tree; "image": all rows of an image, which
-        are then drawn together (`collation.TREE_TOKENS` at most; a batch should hold several).
+    share: "prompt": rows that share image, prompt and chosen answer are found by themselves and
+        kept in one batch, and those of one image and prompt make a tree; "image": all rows of an
+        image make one, and are drawn together (`collation.TREE_TOKENS` at most; a batch should
+        hold several); "row": rows come in the trainer's own random order.
     reference_folder: where reference log-probs are kept when `args.precompute_ref_log_probs`, which
         works for images too. With adapters they are computed when an answer first comes up, each
         process its share, then read; with full fine-tuning before the first step, without a second
@@ -77,7 +78,7 @@ class PackedDPOTrainer(KeepsReferences):
                  reference_folder: Path | None = None, reference_from: Iterable[Path] = (),
                  **kwargs: Any):
         for name, value, known in (("packing", packing, ("auto", "always", "never")),
-                                   ("share", share, ("prompt", "image"))):
+                                   ("share", share, ("row", "prompt", "image"))):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, is {value!r}")
         self.share = share
