@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--from", type=int, dest="first", metavar="N", help="start at notebook N")
     compare.add_argument("other", help="the second study")
     tables.add_argument("others", nargs="*", metavar="OTHER", help="further ones: in one table")
+    tables.add_argument("--against", default="", metavar="METHOD", help="compare with this one")
     replicate.add_argument("--seeds", default="5", metavar="SEEDS", help="a count from the study's "
                            "own seed upwards (default: 5), a range (100-111) or a list (100,103)")
     replicate.add_argument("--jobs", type=int, default=1, metavar="N",
@@ -253,7 +254,8 @@ def _at_once(options: argparse.Namespace, names: dict[int, str]) -> None:
 def _results(options: argparse.Namespace) -> int:
     dosed = params.params_root() / options.study / f"{params.DoseResponse.notebook}.yaml"
     module = importlib.import_module("bpo.tiny.dose" if dosed.is_file() else "bpo.reports.readme")
-    file = (module.write_joined([options.study, *options.others]) if options.others
+    joined = options.others or options.against
+    file = (module.write_joined([options.study, *options.others], options.against) if joined
             else module.write_results(options.study))
     print(f"the tables over seeds are in {short(file)}")
     return 0

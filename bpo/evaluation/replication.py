@@ -20,9 +20,10 @@ VALUES = ["value", "low", "high", "n", "p", "more_is_better"]
 FEWEST = 3  # seeds: two give an interval that says nothing
 MOST = 1000  # seeds that a power is looked for in
 TABLE = "replication.csv"
+WORK = "flops_per_step"
 # The metrics that tables over seeds use, with the first of each benchmark that a judge scores.
 STORED = {"chair_i", "cover", "colour_accuracy", "p_true", "p_prior", "prior_rate",
-          "pope_adversarial", "pope_random", "words", "wins", "brier",
+          "pope_adversarial", "pope_random", "words", "wins", "brier", WORK,
           *(claims.deciding(n)[0] for n in benchmarks.KNOWN)}
 # Categories that pages over several seeds leave to the table.
 ASIDE = ("kind", "reading", "calibration", "sharpening", "noise")
@@ -141,6 +142,19 @@ def kept(file: Path, command: str) -> DataFrame:
     if not file.is_file():
         raise Refusal(f"{file}: nothing is stored; python -m {command} writes it")
     return results.frame(file)
+
+
+def against(frame: DataFrame, method: str) -> DataFrame:
+    """`read`'s levels as differences to those of a method in the same seed, which tell methods
+    apart that no study compares by itself. Raises Refusal where the method is not there."""
+    levels, at = frame[frame["against"] == ""], ["seed", *(k for k in KEYS if k != "method")]
+    of = levels.loc[levels["method"] == method, [*at, "value"]]
+    if of.empty:
+        raise Refusal(f"--against {method}: no such method is stored; there is: "
+                      f"{', '.join(levels['method'].unique())}")
+    rows = levels[levels["method"] != method].merge(of, on=at, suffixes=("", "_of"))
+    rows["value"] -= rows.pop("value_of")
+    return rows.assign(against=method)
 
 
 def over_seeds(frame: DataFrame) -> DataFrame:

@@ -12,6 +12,7 @@ from bpo.evaluation import claims, comparison, replication
 from bpo.params import Refusal, Replication, outputs_root
 from bpo.reports import seen
 from bpo.reports.tables import summary
+from bpo.study import results
 from bpo.study.files import write_whole
 from bpo.study.text import number
 
@@ -93,19 +94,31 @@ def _picture(study: str, mean: DataFrame) -> list[str]:
             f"*Answers in per cent of {seen.population(mean)}, means over seeds.*"]
 
 
-def write_joined(studies: Sequence[str]) -> Path:
+def write_joined(studies: Sequence[str], against: str = "") -> Path:
     """Writes the section `results FIRST OTHER ...`: the DPO methods of several stored replications
-    in one table, with what the untuned model of each does."""
+    in one table, with what the untuned model of each does. against: a method that the others are
+    compared with, in place of the untuned model and their own SFT."""
     tables = []
     for study in studies:
-        frame = replication.stored(study)
-        mean = replication.over_seeds(frame)
-        base = numbers(mean, Replication(study=study)).set_index("metric")["base"]
-        level = ", ".join(f"{m.split(': ')[-1]} {v}" for m, v in base.head(4).items())
-        tables += [DataFrame({"method": [f"*{study}, {_seeds(frame)}: base {level}*"]}),
-                   summary.by_method(mean)]
+        frame, p = replication.stored(study), Replication(study=study)
+        mean, of = replication.over_seeds(frame), against or "base"
+        rows = _compared(frame, mean, p, against) if against else summary.by_method(mean)
+        level = ", ".join(f"{m.split(': ')[-1]} {v}" for m, v in numbers(mean, p).set_index(
+            "metric")[of].head(4).items())
+        head = f"*{study}, {_seeds(frame)}: {of} {level}*"
+        tables += [DataFrame({rows.columns[0]: [head]}), rows]
     table = pandas.concat(tables, ignore_index=True).fillna("")
-    return write_section(f"results {' '.join(studies)}", markdown(table))
+    name = f"results {' '.join(studies)}" + (f" --against {against}" if against else "")
+    return write_section(name, markdown(table))
+
+
+def _compared(frame: DataFrame, mean: DataFrame, p: Replication, against: str) -> DataFrame:
+    """Methods against another one, a row a metric, and above them what a step of each computes."""
+    rows = numbers(replication.over_seeds(replication.against(frame, against)), p, against)
+    work = mean[mean["metric"] == replication.WORK].set_index("method")["value"]
+    first = DataFrame([{"metric": f"work of a step / that of {against}"} | {
+        m: f"{value / work[against]:.2f}" for m, value in work.items() if m != against}])
+    return pandas.concat([first, rows.drop(columns="base")])
 
 
 def _seeds(frame: DataFrame) -> str:
@@ -146,17 +159,17 @@ def found(mean: DataFrame, seeds: str) -> str:
             ((what, text) for what, text in items.items() if text), 1))
 
 
-def numbers(mean: DataFrame, p: Replication) -> DataFrame:
-    """Levels of every method: a row a metric of `p.metrics` on the main split, and of what decides
-    each benchmark. mean: `replication.over_seeds`'s."""
+def numbers(mean: DataFrame, p: Replication, against: str = "") -> DataFrame:
+    """Levels of every method, or differences `against` one: a row a metric of `p.metrics` on the
+    main split, and of what decides each benchmark. mean: `replication.over_seeds`'s."""
     main, keys = comparison.main_split(mean), ["split_or_benchmark", "metric"]
     shown = [(main, metric) for metric in p.metrics] + [
         (name, metric) for name in mean["split_or_benchmark"].unique()
         if name in claims.BENCHMARKS for metric in claims.BENCHMARKS[name][:2] if metric]
-    rows = DataFrame(shown, columns=keys).merge(mean[mean["against"] == ""], on=keys)
+    rows = DataFrame(shown, columns=keys).merge(mean[mean["against"] == against], on=keys)
     rows = rows.assign(
         metric=list(map(claims.label, rows["split_or_benchmark"], rows["metric"])),
-        value=rows["value"].map(number))
+        value=results.texts(rows) if against else rows["value"].map(number))
     return rows.pivot(index="metric", columns="method", values="value").reindex(
         index=rows["metric"].unique(), columns=rows["method"].unique()).fillna("–").reset_index()
 

@@ -242,6 +242,25 @@ def test_what_is_stored_makes_the_readmes_tables(three, outputs):
     assert main(["results", "other"]) == 1
 
 
+def test_methods_are_compared_with_any_other_one(three, outputs):
+    frame = replication.read(three)
+    levels = frame[(frame["method"] == "bpo") & (frame["against"] == "")]
+    other = levels.assign(method="bpo_other", value=levels["value"] - (levels["seed"] + 1) / 10)
+    base = levels.assign(method="base")
+    work = [levels.drop_duplicates("seed").assign(
+        notebook="3_dpo_training", split_or_benchmark="training", category="", method=method,
+        metric=replication.WORK, value=value) for method, value in (("bpo", 4e9), ("bpo_other", 1e9))]
+    replication.store("mine", pandas.concat([frame, base, other, *work]))
+    assert main(["results", "mine", "--against", "bpo"]) == 0
+    text = (outputs / "README.md").read_text(encoding="utf-8")
+    assert "<!-- results mine --against bpo -->\n| metric | bpo_other |\n" in text
+    assert "| *mine, 3 seeds, 0 to 2: bpo CHAIRi 0.470, cover 0.530, " in text
+    assert "| work of a step / that of bpo | 0.25 |" in text
+    # -.1, -.2, -.3: s = .1, t(0.975, 2) = 4.3027, so +- .248
+    assert "| counterfactual: cover | −0.200 [−0.448, +0.048] |" in text
+    assert main(["results", "mine", "--against", "bpo_third"]) == 1
+
+
 def test_words_follow_the_intervals(outputs):
     for seed, gain in enumerate((0.1, 0.11, 0.12)):
         seeded(f"s{seed}", gain, seed=seed)

@@ -68,6 +68,24 @@ def test_a_study_of_pairs_runs_whole(name, outputs, little_study, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name, world", (
+    ("tiny-orders", "tiny"), ("tiny-alignment-orders", "tiny-alignment-rows")))
+def test_a_study_of_orders_trains_on_another_study_s_pairs(name, world, outputs, little_study,
+                                                           monkeypatch):
+    for stage in ("0_tiny_world", "2_pair_generation"):
+        shutil.copytree(little_study / stage, outputs / world / stage)
+    monkeypatch.setattr(__main__, "_execute", without_a_kernel)
+    assert __main__.main(["run", name, "-p", "steps", "1", "-p", "lora_rank", "4"]) == 0
+    facts = json.loads((outputs / name / "3_dpo_training/manifest.json").read_text()
+                       )["metrics"]["methods"]
+    assert list(facts) == ["bpo", "bpo_rows", "bpo_images", "bpo_as_dear", "bpo_images_as_dear"]
+    work = {n: m["flops_per_step"] for n, m in facts.items()}
+    assert work["bpo_images"] < work["bpo"] < work["bpo_rows"]
+    assert 1.2 < work["bpo_as_dear"] / work["bpo"] < 1.8  # 48 rows a step, not 32
+    assert (outputs / name / "4_qualitative_comparison/results.csv").is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("tiny-alignment-rows", "tiny-large", "tiny-aligned-2x"))
 def test_a_study_beside_the_tiny_one_runs_whole(name, outputs, little_study, monkeypatch):
     shutil.copytree(little_study, outputs / "tiny")  # whose methods tiny-large sets beside a rival

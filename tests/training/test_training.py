@@ -424,7 +424,7 @@ def test_packed_and_unpacked_training_have_one_loss_curve(parameters, rows, tmp_
         *((f["flops"], f["reference"]) for f in flops), strict=True))
 
 
-@pytest.mark.parametrize("share", ("prompt", "image"))
+@pytest.mark.parametrize("share", ("row", "prompt", "image"))
 @pytest.mark.parametrize("method", ("bpo", "bpo_weaken"))
 def test_the_control_sees_its_rows_in_the_order_of_bpo(parameters, lines, images, tmp_path, method,
                                                        share):
@@ -439,6 +439,10 @@ def test_the_control_sees_its_rows_in_the_order_of_bpo(parameters, lines, images
     assert orders[0] == orders[1] != list(range(len(given)))
     shown = [given[n]["images"][0] for n in orders[0]]
     changes = sum(a != b for a, b in zip(shown, shown[1:], strict=False))
+    if method == "bpo":  # up to two rows a positive, one behind the other
+        positives = [(given[n]["images"], given[n]["prompt"]) for n in orders[0]]
+        repeats = sum(a == b for a, b in zip(positives, positives[1:], strict=False))
+        assert (repeats == len(given) - len({str(p) for p in positives})) == (share != "row")
     if method == "bpo_weaken":  # a row a positive: none has to wait for the next batch
         assert (changes == len(set(shown)) - 1) == (share == "image")
 
@@ -570,7 +574,8 @@ def killed_at(step, monkeypatch):
 
 
 @pytest.mark.parametrize("method, share", (
-    ("bpo", "prompt"), ("bpo", "image"), ("sft_matched", "prompt"), ("sft_matched", "image")))
+    ("bpo", "row"), ("bpo", "prompt"), ("bpo", "image"), ("sft_matched", "prompt"),
+    ("sft_matched", "image")))
 def test_interrupted_training_goes_on_to_the_same_weights(parameters, rows, tmp_path, monkeypatch,
                                                           method, share):
     p = changed(parameters, loss=["sigmoid", "sft"], loss_weights=[1.0, 1.0], lora_dropout=0.1,
