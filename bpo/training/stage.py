@@ -63,6 +63,12 @@ def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
                           "trackers empty")
     # The processor is enough to count tokens: no weights lie in memory while others train.
     checkpoint = checkpoints.load_without_weights(p.path(p.model), transform=p.image_transform)
+    try:
+        checkpoint.processor(text=["a"])
+    except ValueError as error:
+        raise Refusal(f"{p.model}: its processor takes no text without an image, and TRL tokenizes "
+                      "answers alone; this family can be probed and give pairs, but not be trained"
+                      ) from error
     image_folder = p.path(p.image_folder)
     lines, skipped = processes.first(lambda: usable(
         checkpoint, pair_rows.read_pairs(p.path(p.pairs)), image_folder, max_tokens=p.max_tokens))

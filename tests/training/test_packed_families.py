@@ -14,7 +14,8 @@ from trl import DPOTrainer
 
 from bpo.models import checkpoint as checkpoints
 from bpo.models import prefix
-from bpo.params import ROOT
+from bpo.params import ROOT, DPOTraining, Refusal
+from bpo.training import stage
 from bpo.training.packed.rows import Sizes
 from bpo.training.packed.trainer import PackedDPOTrainer
 
@@ -181,6 +182,9 @@ def test_rows_are_measured_in_every_family(family, families, pairs, tmp_path):
 def test_a_family_that_trl_does_not_train_still_does_not(family, families, pairs, tmp_path):
     with pytest.raises(ValueError, match="`images` are expected"):
         step(trainer(DPOTrainer, families(family), pairs, tmp_path))
+    p = DPOTraining(study="s", model=str(families(family)), pairs="none.jsonl", variants={})
+    with pytest.raises(Refusal, match="takes no text without an image, and TRL tokenizes answers"):
+        stage._work(p, tmp_path)
 
 
 def test_the_families_of_the_readme_are_these():
