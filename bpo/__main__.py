@@ -21,6 +21,7 @@ from bpo.study import stage as stages
 
 # Those of the tiny world are for its notebooks alone: no command computes them without a kernel.
 TINY_STAGES = {0: "tiny.stage", 6: "tiny.prior", 8: "tiny.dose"}
+WRITERS = {6: "tiny.tables", 8: "tiny.dose"}  # of sections on studies of several worlds
 # command -> its module (`add_arguments`, `run`), imported for it alone, and what it does
 MODULES = {
     "new": ("new", "write the parameters of a study of your own model and data"),
@@ -204,9 +205,8 @@ def _replicate(options: argparse.Namespace) -> int:
     read = params.read_study(study, overrides)
     compared = read.get(params.QualitativeComparison.notebook)
     if compared is None:
-        raise Refusal(f"study {study} has no {params.QualitativeComparison.notebook}.yaml, and a "
-                      "replication tells over seeds what that notebook compares; write one, or "
-                      "run the study for each seed")
+        raise Refusal(f"study {study} has no {params.QualitativeComparison.notebook}.yaml, which "
+                      "a replication is about; write one, or run the study for each seed")
     from bpo.evaluation import replication  # here, since transformers comes with them
     from bpo.reports import readme
 
@@ -252,11 +252,11 @@ def _at_once(options: argparse.Namespace, names: dict[int, str]) -> None:
 
 
 def _results(options: argparse.Namespace) -> int:
-    dosed = params.params_root() / options.study / f"{params.DoseResponse.notebook}.yaml"
-    module = importlib.import_module("bpo.tiny.dose" if dosed.is_file() else "bpo.reports.readme")
-    joined = options.others or options.against
-    file = (module.write_joined([options.study, *options.others], options.against) if joined
-            else module.write_results(options.study))
+    folder = params.params_root() / options.study
+    module = importlib.import_module("bpo." + next(
+        (m for n, m in WRITERS.items() if [*folder.glob(f"{n}_*.yaml")]), "reports.readme"))
+    file = (module.write_joined([options.study, *options.others], options.against)
+            if options.others or options.against else module.write_results(options.study))
     print(f"the tables over seeds are in {short(file)}")
     return 0
 

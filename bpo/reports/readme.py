@@ -1,11 +1,14 @@
 """Result tables in Markdown: the sections of outputs/README.md, and of the README beside it, that
 commands write from stored replications."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas
+from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from bpo.evaluation import claims, comparison, replication
@@ -13,7 +16,8 @@ from bpo.params import Refusal, Replication, outputs_root
 from bpo.reports import seen
 from bpo.reports.tables import summary
 from bpo.study import results
-from bpo.study.files import write_whole
+from bpo.study import stage as stages
+from bpo.study.files import to_json, write_whole
 from bpo.study.text import number
 
 
@@ -87,11 +91,29 @@ def _picture(study: str, mean: DataFrame) -> list[str]:
     numbers stand in the text too. Nothing where no truth file tells."""
     if not (shares := seen.shares(mean)):
         return []
-    file = replication.stored_file(study).with_name(f"{study}.svg")
-    file.write_bytes(seen.saved(seen.drawing(shares), "svg"))
     said = seen.bars(shares, "").plain.replace("\n", "; ")
-    return [f"![{said}]({file.relative_to(outputs_root())})",
+    return [picture(study, seen.drawing(shares), said),
             f"*Answers in per cent of {seen.population(mean)}, means over seeds.*"]
+
+
+def picture(study: str, fig: Figure, said: str) -> str:
+    """A figure in a file beside what is stored of a study, and the Markdown that shows it."""
+    file = replication.stored_file(study).with_name(f"{study}.svg")
+    file.write_bytes(seen.saved(fig, "svg"))
+    return f"![{said}]({file.relative_to(outputs_root())})"
+
+
+def kept_metrics(study: str, notebook: str) -> dict[str, Any]:
+    """What a notebook of a study found, kept where the repository keeps results, once it is done.
+    Raises Refusal where nothing is kept."""
+    folder, file = stages.stage_folder(study, notebook), replication.stored_file(study)
+    file = file.with_name(f"{study}.json")
+    if (folder / stages.MANIFEST).is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, to_json(stages.read_manifest(folder)["metrics"]) + "\n")
+    if not file.is_file():
+        raise Refusal(f"{file}: nothing is stored; python -m bpo run {study} makes it")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write_joined(studies: Sequence[str], against: str = "") -> Path:

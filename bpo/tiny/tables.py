@@ -6,6 +6,7 @@ Everything is read from metrics and from what the stages wrote; nothing is compu
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 
 from bpo.params import PriorOrigin, TinyWorld
-from bpo.reports import cards, figures, page
+from bpo.reports import cards, figures, page, readme
 from bpo.study import stage as stages
 from bpo.study.results import Estimate
 from bpo.study.text import signed, visible
@@ -28,6 +29,8 @@ BASE = {"colour_accuracy": "colour accuracy ↑", "p_true": "P(true colour) ↑"
         "pope_popular": "presence, popular ↑", "pope_adversarial": "presence, adversarial ↑",
         "chair_i": "CHAIRi of captions ↓", "cover": "cover ↑"}
 FACTORS = {"text": "text", "images": "alignment images"}
+DRAWN = ("P(prior) against the noise step for each text and image level; below, its clean value "
+         "and its rise")
 MEASURES = {"clean": "P(prior), clean", "rise": "its rise"}
 
 # Notebook 0
@@ -244,11 +247,19 @@ def prior_headline(metrics: Metrics) -> cards.Shown:
         more_rise=larger(metrics, "rise"), **said)
 
 
+def write_results(study: str) -> Path:
+    """Stores notebook 6's metrics of a finished study, and writes the section `results STUDY` of
+    outputs/README.md from what is stored."""
+    metrics = readme.kept_metrics(study, PriorOrigin.notebook)
+    fig = prior_worlds(worlds(metrics), metrics["noise_steps"])
+    return readme.write_section(f"results {study}", "\n\n".join([
+        prior_headline(metrics).plain, readme.picture(study, fig, DRAWN),
+        readme.markdown(cells(metrics))]))
+
+
 def worlds_figure(metrics: Metrics, p: PriorOrigin) -> cards.Shown:
     return page.figure(
-        prior_worlds(worlds(metrics), metrics["noise_steps"]),
-        alt="P(prior) against the noise step for each text and image level; "
-        "below, its clean value and its rise", caption="Probability of the typical colour on "
+        prior_worlds(worlds(metrics), metrics["noise_steps"]), alt=DRAWN, caption="Probability of the typical colour on "
         f"{p.images} counterfactual images a seed, which never show it. Thin lines and open "
         f"markers: single seeds ({p.repeats}); thick lines and bars: their mean.")
 

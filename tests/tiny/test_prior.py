@@ -3,6 +3,8 @@ was, and effects computed by hand."""
 
 import json
 import os
+import re
+import shutil
 import subprocess
 
 import nbformat
@@ -11,6 +13,7 @@ import pytest
 from helpers import warm
 
 from bpo import params
+from bpo.__main__ import main
 from bpo.reports import page as report
 from bpo.tiny import dose, language, prior, tables, training, world
 
@@ -270,6 +273,23 @@ def test_what_the_notebook_shows(study):
     for factor in ("text", "images"):
         for measure in ("clean", "rise"):
             assert tables.numbers(tables.effect(study.metrics, factor, measure)) in said
+
+
+def test_its_section_is_written_from_what_is_stored(study, outputs):
+    shutil.copytree(study.folder, outputs / "tiny-prior" / NOTEBOOK)
+    assert main(["results", "tiny-prior"]) == 0
+    first = (outputs / "README.md").read_text(encoding="utf-8")
+    for factor in ("text", "images"):
+        assert tables.numbers(tables.effect(study.metrics, factor, "rise")).replace(
+            "-", "−") in first
+    assert len(re.findall(r"^\| (?:uniform|biased) \|", first, re.MULTILINE)) == 4
+    picture = outputs / re.search(r"\]\((.*\.svg)\)", first)[1]
+    drawn = picture.read_bytes()
+    shutil.rmtree(outputs / "tiny-prior")  # what is stored is enough
+    picture.unlink()
+    assert main(["results", "tiny-prior"]) == 0
+    assert (outputs / "README.md").read_text(encoding="utf-8") == first
+    assert picture.read_bytes() == drawn
 
 
 def test_the_figure_draws_every_seed_and_the_mean():
