@@ -154,7 +154,9 @@ class CountedDPOTrainer(_Counted, PackedDPOTrainer):
 class CountedSFTTrainer(_Counted, SFTTrainer):
     """TRL's SFTTrainer that measures its compute and takes rows in the packed trainer's order."""
 
-    share: str
+    def __init__(self, *args: Any, share: str, **kwargs: Any):
+        self.share = share
+        super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         order = packed_rows.sampler(packed_rows.families(self.train_dataset, self.share),
@@ -225,8 +227,7 @@ def make(p: DPOTraining, method: str, rows: Sequence[dict], folder: Path, *, ste
             reference_from=others)
     else:
         trainer = CountedSFTTrainer(
-            model, args=SFTConfig(**common, completion_only_loss=True), **given)
-        trainer.share = p.share
+            model, args=SFTConfig(**common, completion_only_loss=True), **given, share=p.share)
     # TRL rounds adapters of a 4-bit base to bfloat16, where steps of small rates would be lost.
     for name, weight in trainer.model.named_parameters():
         if weight.requires_grad:
