@@ -78,10 +78,10 @@ def test_a_study_of_orders_trains_on_another_study_s_pairs(name, world, outputs,
     assert __main__.main(["run", name, "-p", "steps", "1", "-p", "lora_rank", "4"]) == 0
     facts = json.loads((outputs / name / "3_dpo_training/manifest.json").read_text()
                        )["metrics"]["methods"]
-    assert list(facts) == ["bpo", "bpo_rows", "bpo_images", "bpo_as_dear", "bpo_images_as_dear"]
+    assert list(facts) == ["bpo", "bpo_rows", "bpo_images", "bpo_equal_cost", "bpo_images_equal_cost"]
     work = {n: m["flops_per_step"] for n, m in facts.items()}
     assert work["bpo_images"] < work["bpo"] < work["bpo_rows"]
-    assert 1.2 < work["bpo_as_dear"] / work["bpo"] < 1.8  # 48 rows a step, not 32
+    assert 1.2 < work["bpo_equal_cost"] / work["bpo"] < 1.8  # 48 rows a step, not 32
     assert (outputs / name / "4_qualitative_comparison/results.csv").is_file()
 
 
