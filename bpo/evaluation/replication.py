@@ -132,6 +132,14 @@ def keep(file: Path, frame: DataFrame) -> Path:
     return file
 
 
+def store_alone(study: str) -> None:
+    """Stores a finished study as the one run that it is, unless several seeds of it are stored."""
+    known = stored_file(study).is_file() and stored(study)["seed"].nunique() > 1
+    if _compared(study) and not known:
+        seed = stages.read_manifest(_comparison(study))["parameters"]["seed"]
+        store(study, read({seed: study}))
+
+
 def stored(study: str) -> DataFrame:
     """What `store` wrote, as `read` gives it."""
     return kept(stored_file(study), f"bpo replicate {study}")

@@ -49,30 +49,34 @@ def _replaced(file: Path, name: str, text: str) -> bool:
 
 
 def write_results(study: str) -> Path:
-    """Writes the stored replication of a study as the section `results STUDY` of outputs/README.md,
-    and, where the README beside outputs/ has such a section, what was found there. Returns the
-    first file."""
+    """Writes the stored replication of a study, or its one run, as the section `results STUDY` of
+    outputs/README.md, and, where the README beside outputs/ has such a section, what was found
+    there. Returns the first file."""
+    replication.store_alone(study)
     frame, p = replication.stored(study), Replication(study=study)
-    mean = replication.over_seeds(frame)
-    seeds = _seeds(frame)
+    seeds, alone = _seeds(frame), frame["seed"].nunique() == 1
+    mean = frame if alone else replication.over_seeds(frame)
     _replaced(outputs_root().parent / "README.md", f"results {study}", found(mean, seeds))
     word, sentence = summary.answer(summary.on_main(claims.decided(mean),
                                                     comparison.main_split(mean)))
-    verdicts = replication.claims_over(frame)
+    verdicts = (claims.decided(frame).drop(columns="p") if alone
+                else replication.claims_over(frame))
     left_out = verdicts["verdict"] == claims.UNMEASURED
     unmeasured = "; ".join(
         says + f" ({', '.join(dict.fromkeys(named))})".replace(" (–)", "")
         for says, named in verdicts[left_out].groupby("says", sort=False)["against"])
-    parts = [f"### `bpo replicate {study}`: {seeds}",
+    parts = [f"### `bpo {'run' if alone else 'replicate'} {study}`: {seeds}",
              *([f"**{summary.QUESTION} {word}.** {sentence}"] if word else []),
              *_picture(study, mean), *filter(None, [claims.ruler(mean)]),
-             "A row a claim; seeds in their order: + holds, o no verdict, − does not hold, · not "
-             "measured; then the mean difference over seeds with its 95 % t interval, and what it "
-             f"says. {claims.RULE}",
+             ("A row a claim: the difference with its 95 % interval over the images of this one "
+              "run, which another seed can turn round. " if alone else
+              "A row a claim; seeds in their order: + holds, o no verdict, − does not hold, · not "
+              "measured; then the mean difference over seeds with its 95 % t interval, and what it "
+              "says. ") + claims.RULE,
              markdown(summary.claims_table(verdicts[~left_out])),
-             f"Over seeds, {claims.looks(claims.decided(mean))}."
+             f"{'' if alone else 'Over seeds, '}{claims.looks(claims.decided(mean))}."
              + (f" Not measured: {unmeasured}." if left_out.any() else ""),
-             "Means over seeds:", markdown(numbers(mean, p))]
+             "Levels:" if alone else "Means over seeds:", markdown(numbers(mean, p))]
     parts += ["Every DPO method against the untuned model, and against the SFT that trained on its "
               "own positives as often:", markdown(summary.by_method(mean))]
     if len(table := summary.steps(mean)):
@@ -146,6 +150,8 @@ def _compared(frame: DataFrame, mean: DataFrame, p: Replication, against: str) -
 def _seeds(frame: DataFrame) -> str:
     """"12 seeds, 100 to 111", or each named."""
     found = sorted(frame["seed"].unique())
+    if len(found) == 1:
+        return f"one run, seed {found[0]}"
     whole = found == list(range(found[0], found[-1] + 1))
     return f"{len(found)} seeds, " + (f"{found[0]} to {found[-1]}" if whole
                                       else ", ".join(map(str, found)))

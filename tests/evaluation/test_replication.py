@@ -242,6 +242,22 @@ def test_what_is_stored_makes_the_readmes_tables(three, outputs):
     assert main(["results", "other"]) == 1
 
 
+def test_one_run_is_stored_and_told_with_its_own_intervals(outputs):
+    seeded("mine", 0.1, seed=7)
+    assert main(["results", "mine"]) == 0
+    text = (outputs / "README.md").read_text(encoding="utf-8")
+    assert "### `bpo run mine`: one run, seed 7\n" in text
+    assert ("| 2 | Says as much | bpo − base | counterfactual: cover, n=40 | "
+            "+0.100 [+0.080, +0.120] | holds |") in text
+    seeded("mine", -0.1, seed=7)  # it ran again
+    assert main(["results", "mine"]) == 0
+    assert "−0.100 [−0.120, −0.080] | does not hold |" in (outputs / "README.md").read_text()
+    seeded("mine-seed8", 0.1, seed=8)
+    replication.store("mine", replication.read({7: "mine", 8: "mine-seed8"}))
+    assert main(["results", "mine"]) == 0  # a run leaves what several seeds stored
+    assert "### `bpo replicate mine`: 2 seeds, 7 to 8" in (outputs / "README.md").read_text()
+
+
 def test_methods_are_compared_with_any_other_one(three, outputs):
     frame = replication.read(three)
     levels = frame[(frame["method"] == "bpo") & (frame["against"] == "")]
