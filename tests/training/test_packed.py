@@ -303,17 +303,22 @@ from torch.distributed.fsdp import fully_shard
 from bpo.study import processes
 sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/.."]
 import test_packed as t
+from helpers.trees import questions
 
-trainer = t.made_trainer(t.PackedDPOTrainer, t.Path(sys.argv[2]), t.made_rows((2, 2)),
-                         t.Path(sys.argv[3]), own={"packing": "always"})
+share = sys.argv[4]
+rows = {"prompt": t.made_rows((2, 2)),
+        "image": [*questions((1, 1)), *questions((1, 1), number=1)]}[share]
+trainer = t.made_trainer(t.PackedDPOTrainer, t.Path(sys.argv[2]), rows, t.Path(sys.argv[3]),
+                         own={"packing": "always", "share": share})
 rows = [trainer.train_dataset[i] for i in range(4)]
 halves = rows[:2], rows[2:]
 
 
 def loss(rows, packing=True):
     trainer.data_collator.packing = packing
-    return trainer._compute_loss(
-        trainer.model, trainer._prepare_inputs(trainer.data_collator(rows)), False)
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    assert not packing or len(batch["packed"]["first"]) == 1
+    return trainer._compute_loss(trainer.model, batch, False)
 
 
 wanted = [loss(half, packing=False).item() for half in halves][processes.rank()]
@@ -338,13 +343,14 @@ processes.leave()
 
 
 @pytest.mark.slow
-def test_a_model_in_shards_has_the_loss_and_gradients_of_the_whole(model_folder, tmp_path):
+@pytest.mark.parametrize("share", ("prompt", "image"))
+def test_a_model_in_shards_has_the_loss_and_gradients_of_the_whole(share, model_folder, tmp_path):
     """Torch's own sharding (FSDP2) in two processes: accelerate starts none without a GPU."""
     script = tmp_path / "run.py"
     script.write_text(SHARDED)
     done = subprocess.run(
         [warm.python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(script), str(Path(__file__).parent), str(model_folder), str(tmp_path / "out")],
+         str(script), str(Path(__file__).parent), str(model_folder), str(tmp_path / "out"), share],
         capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
