@@ -81,7 +81,6 @@ def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
             raise Refusal(f"{p.path(p.pairs)}: there is no row to train {name} on{needs}")
     pairs = len(pair_rows.to_preferences(lines, image_folder))
     references = Path("reference", trainers.batches_key(p, list(rows.values())))
-    others = sorted(folder.parent.glob(f"{folder.name}.old-*/{references}"))
     matched = {name: _matched(name, rows) for name in runs if learns_pairs(name)}
     for name in matched:
         if p.varied(name).reference == "sft" and not matched[name]:
@@ -101,6 +100,9 @@ def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
         start, kept = None, references
         if varied.reference == "sft" and learns_pairs(name):
             start, kept = folder / matched[name] / "adapter", references / matched[name]
+        if varied.share != p.share:  # another order of rows has other last bits
+            kept /= varied.share
+        others = sorted(folder.parent.glob(f"{folder.name}.old-*/{kept}"))
         history = train_method(varied, name, rows[name], folder / name, steps=count,
                                references=folder / kept, others=others, start=start)
         out[name] = _facts(varied, rows[name], folder / name, history, steps=count)

@@ -71,7 +71,7 @@ def test_a_study_of_pairs_runs_whole(name, outputs, little_study, monkeypatch):
 @pytest.mark.parametrize("name, world", (
     ("tiny-orders", "tiny"), ("tiny-alignment-orders", "tiny-alignment-rows")))
 def test_a_study_of_orders_trains_on_another_study_s_pairs(name, world, outputs, little_study,
-                                                           monkeypatch):
+                                                           monkeypatch, capsys):
     for stage in ("0_tiny_world", "2_pair_generation"):
         shutil.copytree(little_study / stage, outputs / world / stage)
     monkeypatch.setattr(__main__, "_execute", without_a_kernel)
@@ -82,6 +82,9 @@ def test_a_study_of_orders_trains_on_another_study_s_pairs(name, world, outputs,
     work = {n: m["flops_per_step"] for n, m in facts.items()}
     assert work["bpo_images"] < work["bpo"] < work["bpo_rows"]
     assert 1.2 < work["bpo_equal_cost"] / work["bpo"] < 1.8  # 48 rows a step, not 32
+    kept = outputs / name / "3_dpo_training/reference"
+    assert {f.name for f in kept.glob("*/*") if f.is_dir()} == {"row", "image"}  # beside bpo's own
+    assert "computed anew" not in capsys.readouterr().out
     assert (outputs / name / "4_qualitative_comparison/results.csv").is_file()
 
 
