@@ -34,7 +34,8 @@ class Parsed(Exception):
 
 MARKED = re.compile(r"<!-- results ([\w-]+) -->\n(.*?)<!-- /results \1 -->", re.DOTALL)
 JOINED = [names.split() for names in re.findall(r"<!-- results (.* .*) -->", TEXTS[FILES[2]])]
-STORED = sorted((ROOT / "outputs" / "results").rglob("*.csv.gz"))
+STORED = sorted(f for kind in ("csv.gz", "json")
+                for f in (ROOT / "outputs" / "results").rglob(f"*.{kind}"))
 
 
 def test_the_readme_is_short():
@@ -48,7 +49,7 @@ def test_results_are_written_from_what_is_stored_and_not_typed(tmp_path, monkeyp
     for file, copy in (*files.items(), *((f, tmp_path / f.relative_to(ROOT)) for f in STORED)):
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
-    studies = {f.name.removesuffix(".csv.gz") for f in STORED}
+    studies = {f.name.partition(".")[0] for f in STORED}
     alone = studies.difference(*JOINED)
     for names in (*([study] for study in alone), *JOINED):
         assert main(["results", *names]) == 0
