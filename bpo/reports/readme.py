@@ -56,7 +56,8 @@ def write_results(study: str) -> Path:
     frame, p = replication.stored(study), Replication(study=study)
     seeds, alone = _seeds(frame), frame["seed"].nunique() == 1
     mean = frame if alone else replication.over_seeds(frame)
-    _replaced(outputs_root().parent / "README.md", f"results {study}", found(mean, seeds))
+    if not alone:
+        _replaced(outputs_root().parent / "README.md", f"results {study}", found(mean, seeds))
     word, sentence = summary.answer(summary.on_main(claims.decided(mean),
                                                     comparison.main_split(mean)))
     verdicts = (claims.decided(frame).drop(columns="p") if alone
@@ -67,7 +68,7 @@ def write_results(study: str) -> Path:
         for says, named in verdicts[left_out].groupby("says", sort=False)["against"])
     parts = [f"### `bpo {'run' if alone else 'replicate'} {study}`: {seeds}",
              *([f"**{summary.QUESTION} {word}.** {sentence}"] if word else []),
-             *_picture(study, mean), *filter(None, [claims.ruler(mean)]),
+             *_picture(study, mean, "" if alone else ", means over seeds"), *filter(None, [claims.ruler(mean)]),
              ("A row a claim: the difference with its 95 % interval over the images of this one "
               "run, which another seed can turn round. " if alone else
               "A row a claim; seeds in their order: + holds, o no verdict, − does not hold, · not "
@@ -83,21 +84,22 @@ def write_results(study: str) -> Path:
         parts += ["From base to method in three steps; a change is against the row above:",
                   markdown(table)]
     try:
-        parts += [f"Seeds that a true difference of {p.difference:g} needs for a power of .8:",
-                  markdown(summary.power(frame, p))]
+        parts += [] if alone else [
+            f"Seeds that a true difference of {p.difference:g} needs for a power of .8:",
+            markdown(summary.power(frame, p))]
     except Refusal as refusal:
-        parts[-1] = f"{refusal}."
+        parts += [f"{refusal}."]
     return write_section(f"results {study}", "\n\n".join(parts))
 
 
-def _picture(study: str, mean: DataFrame) -> list[str]:
+def _picture(study: str, mean: DataFrame, over: str) -> list[str]:
     """What the methods' answers come from, drawn into a file beside the stored replication; its
     numbers stand in the text too. Nothing where no truth file tells."""
     if not (shares := seen.shares(mean)):
         return []
     said = seen.bars(shares, "").plain.replace("\n", "; ")
     return [picture(study, seen.drawing(shares), said),
-            f"*Answers in per cent of {seen.population(mean)}, means over seeds.*"]
+            f"*Answers in per cent of {seen.population(mean)}{over}.*"]
 
 
 def picture(study: str, fig: Figure, said: str) -> str:

@@ -255,7 +255,9 @@ def test_one_run_is_stored_and_told_with_its_own_intervals(outputs):
     seeded("mine-seed8", 0.1, seed=8)
     replication.store("mine", replication.read({7: "mine", 8: "mine-seed8"}))
     assert main(["results", "mine"]) == 0  # a run leaves what several seeds stored
-    assert "### `bpo replicate mine`: 2 seeds, 7 to 8" in (outputs / "README.md").read_text()
+    text = (outputs / "README.md").read_text(encoding="utf-8")
+    assert "### `bpo replicate mine`: 2 seeds, 7 to 8" in text
+    assert "a spread between seeds needs 3" in text and "| bpo | " in text  # beside the last table
 
 
 def test_methods_are_compared_with_any_other_one(three, outputs):
