@@ -257,7 +257,7 @@ def test_one_run_is_stored_and_told_with_its_own_intervals(outputs):
     assert main(["results", "mine"]) == 0  # a run leaves what several seeds stored
     text = (outputs / "README.md").read_text(encoding="utf-8")
     assert "### `bpo replicate mine`: 2 seeds, 7 to 8" in text
-    assert "a spread between seeds needs 3" in text and "| bpo | " in text  # beside the last table
+    assert "a spread between seeds needs 3" in text and "| method | CHAIRi, − base |" in text
 
 
 def test_methods_are_compared_with_any_other_one(three, outputs):
