@@ -68,7 +68,8 @@ def write_results(study: str) -> Path:
         for says, named in verdicts[left_out].groupby("says", sort=False)["against"])
     parts = [f"### `bpo {'run' if alone else 'replicate'} {study}`: {seeds}",
              *([f"**{summary.QUESTION} {word}.** {sentence}"] if word else []),
-             *_picture(study, mean, "" if alone else ", means over seeds"), *filter(None, [claims.ruler(mean)]),
+             *_picture(study, mean, "" if alone else ", means over seeds"),
+             *filter(None, [claims.ruler(mean)]),
              ("A row a claim: the difference with its 95 % interval over the images of this one "
               "run, which another seed can turn round. " if alone else
               "A row a claim; seeds in their order: + holds, o no verdict, − does not hold, · not "

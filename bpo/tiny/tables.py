@@ -259,9 +259,10 @@ def write_results(study: str) -> Path:
 
 def worlds_figure(metrics: Metrics, p: PriorOrigin) -> cards.Shown:
     return page.figure(
-        prior_worlds(worlds(metrics), metrics["noise_steps"]), alt=DRAWN, caption="Probability of the typical colour on "
-        f"{p.images} counterfactual images a seed, which never show it. Thin lines and open "
-        f"markers: single seeds ({p.repeats}); thick lines and bars: their mean.")
+        prior_worlds(worlds(metrics), metrics["noise_steps"]), alt=DRAWN, caption="Probability "
+        f"of the typical colour on {p.images} counterfactual images a seed, which never show it. "
+        f"Thin lines and open markers: single seeds ({p.repeats}); thick lines and bars: their "
+        "mean.")
 
 
 def prior_worlds(frame: DataFrame, steps: Sequence[int]) -> Figure:

@@ -257,7 +257,7 @@ def test_one_run_is_stored_and_told_with_its_own_intervals(outputs):
     assert main(["results", "mine"]) == 0  # a run leaves what several seeds stored
     text = (outputs / "README.md").read_text(encoding="utf-8")
     assert "### `bpo replicate mine`: 2 seeds, 7 to 8" in text
-    assert "a spread between seeds needs 3" in text and "| method | CHAIRi, − base |" in text
+    assert "a spread between seeds needs 3" in text and "| contrast: bpo | 0.500 |" in text
 
 
 def test_methods_are_compared_with_any_other_one(three, outputs):
@@ -267,7 +267,8 @@ def test_methods_are_compared_with_any_other_one(three, outputs):
     base = levels.assign(method="base")
     work = [levels.drop_duplicates("seed").assign(
         notebook="3_dpo_training", split_or_benchmark="training", category="", method=method,
-        metric=replication.WORK, value=value) for method, value in (("bpo", 4e9), ("bpo_other", 1e9))]
+        metric=replication.WORK, value=value)
+        for method, value in (("bpo", 4e9), ("bpo_other", 1e9))]
     replication.store("mine", pandas.concat([frame, base, other, *work]))
     assert main(["results", "mine", "--against", "bpo"]) == 0
     text = (outputs / "README.md").read_text(encoding="utf-8")
