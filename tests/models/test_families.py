@@ -86,6 +86,15 @@ def test_both_branches_of_a_contrast_read_their_own_images(family, families, req
 
 
 @pytest.mark.parametrize("family", WRITERS)
+def test_adapters_lie_on_the_linear_layers_of_the_language_model_alone(family, families):
+    model = checkpoints.load(families(family)).model
+    prefix, layers = checkpoints.linear_layers(model)
+    tuned = get_peft_model(model, checkpoints.adapter_config(model, rank=2, alpha=4, dropout=0.0))
+    assert {n.split(".lora_A")[0] for n, _ in tuned.named_modules() if n.endswith(".lora_A")} == {
+        f"base_model.model.{prefix}.{n}" for n in layers}
+
+
+@pytest.mark.parametrize("family", WRITERS)
 def test_a_merged_checkpoint_has_the_log_probs_of_the_adapter(family, families, requests, tmp_path):
     folder = families(family)
     checkpoint = checkpoints.load(folder)

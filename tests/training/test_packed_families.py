@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from helpers.data import picture
-from helpers.families import REFUSED, TORCHVISION, UNTRAINED, WRITERS
+from helpers.families import REFUSED, TIMM, TORCHVISION, UNTRAINED, WRITERS
 from helpers.trainers import dpo_trainer
 from trl import DPOTrainer
 
@@ -194,6 +194,7 @@ def test_the_families_of_the_readme_are_these():
                     **{n: f"refused: {why}" for n, why in REFUSED.items()},
                     **{n: f"untrained: {why}" for n, why in UNTRAINED.items()}}
     assert f"The processors of {', '.join(sorted(TORCHVISION))} need torchvision" in table
+    assert f"the tower of {', '.join(sorted(TIMM))} needs timm" in table
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert (f"of {len(WRITERS)} [families](params/README.md#families), {len(PACKED)} of which "
             "pack") in readme
