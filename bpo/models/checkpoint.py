@@ -277,7 +277,7 @@ def _without_video(folder: Path) -> Any | None:
 
 def adapter_config(model: PreTrainedModel, *, rank: int, alpha: int, dropout: float) -> LoraConfig:
     """LoRA on the linear layers of the language model: no tower, projector or head. PEFT's own
-    "all-linear" and lists of names match others too; whole names do not, with any number in them."""
+    "all-linear" and lists of names match others too; whole names with any number in them do not."""
     prefix, layers = linear_layers(model)
     names = {re.sub(r"\b\d+\b", r"\\d+", re.escape(n)) for n in layers}
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM",
