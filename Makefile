@@ -46,13 +46,14 @@ test: $(VENV)/.report
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # torchvision has no CPU build, so the tests that take it declare two of its operators first, which
-# is no way to treat a user's environment. Only its Python is used; num2words is for SmolVLM's.
+# is no way to treat a user's environment. Only its Python is used; num2words is for SmolVLM's, timm
+# for Gemma 3n's tower.
 families: $(VENV)/.report .torchvision
 	BPO_TORCHVISION=$(CURDIR)/.torchvision $(VENV)/bin/python -m pytest \
 		tests/models/test_families.py tests/training/test_packed_families.py $(ARGS)
 
 .torchvision:
-	$(PIP) --no-deps --target $@ torchvision==0.28.0 num2words==0.5.14
+	$(PIP) --no-deps --target $@ torchvision==0.28.0 num2words==0.5.14 timm==1.0.31
 
 # An environment of its own: it wants other versions than the kit. torchvision has no CPU build.
 vllm:

@@ -232,9 +232,11 @@ def generation_bytes(model: Any, p: PairGeneration) -> int:
 
 
 def adapter_weights(model: Any, rank: int) -> int:
-    """LoRA weights: `rank` for each input and output of the decoder's linear layers."""
-    return rank * sum(m.in_features + m.out_features for m in model.get_decoder().modules()
-                      if hasattr(m, "in_features"))
+    """LoRA weights: `rank` for each input and output of the layers that have an adapter."""
+    from bpo.models import checkpoint as checkpoints  # here, since it brings torch
+
+    return rank * sum(m.in_features + m.out_features
+                      for m in checkpoints.linear_layers(model)[1].values())
 
 
 def training_bytes(model: Any, p: DPOTraining) -> int:

@@ -130,14 +130,15 @@ def model_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def families(tmp_path_factory):
     """The folder of a family's random checkpoint, by its name, written when first asked for."""
-    from helpers.families import TORCHVISION, WRITERS
+    from helpers.families import TIMM, TORCHVISION, WRITERS
 
     written = {}
 
     def folder(family: str) -> Path:
-        if family in TORCHVISION and importlib.util.find_spec("torchvision") is None:
-            pytest.skip("its processor needs torchvision: `make families` installs it for the "
-                        "tests and runs them")
+        for package, needing in (("torchvision", TORCHVISION | TIMM), ("timm", TIMM)):
+            if family in needing and importlib.util.find_spec(package) is None:
+                pytest.skip(f"it needs {package}: `make families` installs it for the tests and "
+                            "runs them")
         if family not in written:
             written[family] = tmp_path_factory.mktemp(family)
             torch.manual_seed(3)

@@ -92,7 +92,6 @@ def using(checkpoint: Checkpoint, name: str) -> Iterator[None]:
 def load(folder: Path, *, precision: str = "float32", transform: str = "processor") -> Checkpoint:
     """The vision-language checkpoint of a folder, in evaluation mode, on a GPU if there is one. No
     remote code, safetensors only; transform: see `encoding.transformed`.
-
     Raises Refusal when the folder is not such a checkpoint, or of a training that ran again since.
     """
     model = _load(AutoModelForImageTextToText, folder, precision)
@@ -100,8 +99,7 @@ def load(folder: Path, *, precision: str = "float32", transform: str = "processo
 
 
 def family(folder: Path) -> str:
-    """transformers' name of the architecture, such as "llava"; "pixtral" of a LLaVA with Pixtral's
-    tower."""
+    """transformers' name of the architecture ("llava"); "pixtral" of a LLaVA with such a tower."""
     _require_config(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tower = config.get("vision_config", {}).get("model_type")
@@ -147,6 +145,8 @@ def _load(auto: Any, folder: Path, precision: str, *, device: str = "") -> PreTr
     how = _in_4_bits(auto, folder, placed) if precision == NF4 else {}
     try:
         model = auto.from_pretrained(folder, dtype=dtype(precision), use_safetensors=True, **how)
+    except ImportError as error:  # the tower's, of Gemma 3n
+        raise _absent(folder, error) from None
     except (OSError, ValueError) as error:
         raise Refusal(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
     return environment.noted(model if how else model.to(placed))
@@ -164,9 +164,9 @@ def _in_4_bits(auto: Any, folder: Path, device: torch.device) -> dict[str, Any]:
         raise Refusal(f"precision: {NF4} needs bitsandbytes, which is not installed; "
                       "pip install -e '.[nf4]', or set it to bfloat16")
     whole = skeleton(folder, auto)
-    prefix, _ = linear_layers(whole)
-    others = [n for n, m in whole.named_modules()
-              if isinstance(m, torch.nn.Linear) and not n.startswith(f"{prefix}.")]
+    prefix, layers = linear_layers(whole)
+    others = [n for n, m in whole.named_modules() if isinstance(m, torch.nn.Linear)
+              and n.removeprefix(f"{prefix}.") not in layers]
     # With a number, since training compares it with the one that it runs on.
     placed = device if device.type == "cpu" else torch.device(device.type, device.index or 0)
     return {"device_map": {"": placed}, "quantization_config": BitsAndBytesConfig(
@@ -176,10 +176,12 @@ def _in_4_bits(auto: Any, folder: Path, device: torch.device) -> dict[str, Any]:
 
 def linear_layers(model: PreTrainedModel) -> tuple[str, dict[str, torch.nn.Linear]]:
     """Where the decoder is, and by their names in it its linear layers: adapters are laid on them,
-    and precision nf4 keeps them in 4 bits."""
+    and precision nf4 keeps them in 4 bits. Those with a side below 8 are left out: they are
+    coefficients, whose numbers the model may read itself (Gemma 3n, in training)."""
     decoder = model.get_decoder()
     return next(n for n, m in model.named_modules() if m is decoder), {
-        n: m for n, m in decoder.named_modules() if isinstance(m, torch.nn.Linear)}
+        n: m for n, m in decoder.named_modules()
+        if isinstance(m, torch.nn.Linear) and min(m.in_features, m.out_features) >= 8}
 
 
 def skeleton(folder: Path, auto: Any = AutoModelForImageTextToText) -> PreTrainedModel:
@@ -189,6 +191,8 @@ def skeleton(folder: Path, auto: Any = AutoModelForImageTextToText) -> PreTraine
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             return auto.from_config(config, trust_remote_code=False)
+    except ImportError as error:
+        raise _absent(folder, error) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refusal(f"{folder}: config.json is not that of a vision-language model that "
                       f"transformers knows: {str(error).splitlines()[0]}; give another") from None
@@ -248,12 +252,15 @@ def load_processor(folder: Path) -> Any:
     try:
         return AutoProcessor.from_pretrained(folder)
     except ImportError as error:
-        processor = _without_video(folder)
-        if processor is not None:
+        if (processor := _without_video(folder)) is not None:
             return processor
-        raise Refusal(f"{folder}: the processor needs a package that is not installed "
-                      f"({str(error).strip().splitlines()[0]}); install the extra for other "
-                      "families: pip install -e '.[families]'") from None
+        raise _absent(folder, error) from None
+
+
+def _absent(folder: Path, error: ImportError) -> Refusal:
+    return Refusal(f"{folder}: the checkpoint needs a package that is not installed "
+                   f"({str(error).strip().splitlines()[0]}); install the extra for other families: "
+                   "pip install -e '.[families]'")
 
 
 def _without_video(folder: Path) -> Any | None:
@@ -270,11 +277,11 @@ def _without_video(folder: Path) -> Any | None:
 
 def adapter_config(model: PreTrainedModel, *, rank: int, alpha: int, dropout: float) -> LoraConfig:
     """LoRA on the linear layers of the language model: no tower, projector or head. PEFT's own
-    "all-linear" and lists of names also match the vision tower, so a regular expression does it."""
+    "all-linear" and lists of names match others too; whole names with any number in them do not."""
     prefix, layers = linear_layers(model)
-    names = {n.rsplit(".", 1)[-1] for n in layers}
+    names = {re.sub(r"\b\d+\b", r"\\d+", re.escape(n)) for n in layers}
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM",
-                      target_modules=rf"{re.escape(prefix)}\..*\.({'|'.join(sorted(names))})")
+                      target_modules=rf"{re.escape(prefix)}\.({'|'.join(sorted(names))})")
 
 
 @quietly()

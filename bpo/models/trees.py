@@ -119,11 +119,14 @@ def read(mask: torch.Tensor) -> Table:
 
 
 def dense(placed: Mapping[str, Any]) -> torch.Tensor:
-    """(R, 1, W, W) bool: what each packed place may see. Padding sees itself alone, so that no row
-    of the softmax is empty."""
+    """(R, 1, W, W) bool: what each packed place may see. Padding sees itself and its row's first
+    token: no row of the softmax is empty, and no hidden state is zero where padding is embedded as
+    zero, which in a norm without an epsilon (Gemma 3n's) makes all gradients NaN."""
     count, width = placed["alive"].shape
-    return torch.stack([_seen([b for b in placed["table"] if b[0] == row], 0, width)
-                        for row in range(count)])[:, None]
+    seen = torch.stack([_seen([b for b in placed["table"] if b[0] == row], 0, width)
+                        for row in range(count)])
+    seen[:, :, 0] |= ~placed["alive"].to(seen.device)
+    return seen[:, None]
 
 
 def _seen(branches: Sequence[Branch], begin: int, end: int) -> torch.Tensor:

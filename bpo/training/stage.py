@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from pandas import DataFrame
+from transformers import AutoConfig
 
 from bpo.data import images, turns
 from bpo.evaluation import metrics
@@ -69,6 +70,13 @@ def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
         raise Refusal(f"{p.model}: its processor takes no text without an image, and TRL tokenizes "
                       "answers alone; this family can be probed and give pairs, but not be trained"
                       ) from error
+    words = AutoConfig.from_pretrained(p.path(p.model)).get_text_config()
+    if p.gradient_checkpointing and getattr(words, "num_kv_shared_layers", 0) and (
+            os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"):
+        # There TRL takes the reentrant kind, through which no gradient of shared keys comes back.
+        raise Refusal("gradient_checkpointing: under DeepSpeed it would give wrong gradients for "
+                      f"{p.model}, whose layers share keys and values; turn it off, or launch "
+                      "with FSDP or --multi_gpu")
     image_folder = p.path(p.image_folder)
     lines, skipped = processes.first(lambda: usable(
         checkpoint, pair_rows.read_pairs(p.path(p.pairs)), image_folder, max_tokens=p.max_tokens))

@@ -11,6 +11,10 @@ from transformers import (
     Cohere2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma3nAudioFeatureExtractor,
+    Gemma3nConfig,
+    Gemma3nForConditionalGeneration,
+    Gemma3nProcessor,
     Gemma3Processor,
     Gemma4Config,
     Gemma4ForConditionalGeneration,
@@ -95,9 +99,11 @@ def chat(image: str) -> str:
             "{% if add_generation_prompt %}assistant: {% endif %}")
 
 
-def tokenizer(*extra: str, **named: str) -> PreTrainedTokenizerFast:
+def tokenizer(*extra: str, behind: bool = False, **named: str) -> PreTrainedTokenizerFast:
+    """behind: the named tokens that are not among `extra` come after all words."""
+    first = [*extra, *([] if behind else named.values())]
     return PreTrainedTokenizerFast(
-        tokenizer_object=trained_tokenizer([*SPECIAL, *extra, *named.values()]),
+        tokenizer_object=trained_tokenizer([*SPECIAL, *first]),
         **dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=True)),
         extra_special_tokens=named or None)
 
@@ -381,6 +387,37 @@ def write_large_gemma4(folder):
     write_gemma4(folder, looks_ahead="vision")
 
 
+def write_gemma3n(folder):
+    """Its own kind of tower, thinner; four states a token that mix (AltUp), layers with embeddings
+    of their own, the last two with the keys and values of earlier ones, capped logits. Tokens of
+    images and sounds come behind the words, with tables of their own."""
+    starts = {"boi_token": "<start_of_image>", "boa_token": "<start_of_audio>"}
+    words = tokenizer(*starts.values(), **starts, behind=True, eoi_token="<end_of_image>",
+                      image_token="<image_soft_token>", eoa_token="<end_of_audio>",
+                      audio_token="<audio_soft_token>")
+    text = words.eoi_token_id
+    model = Gemma3nForConditionalGeneration(Gemma3nConfig(
+        text_config={**sizes(words), "head_dim": 24, "sliding_window": 512,
+                     "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+                     "layer_types": ["sliding_attention", "full_attention"] * 2,
+                     "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": text,
+                     "laurel_rank": 16, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+        vision_config={"model_args": {"channel_multiplier": 0.02, "msfa_output_resolution": 2,
+                                      "layer_scale_init_value": 1.0},
+                       "vocab_offset": text, "vocab_size": 2, "initializer_range": 0.2},
+        audio_config={"hidden_size": 16, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1,
+                      "sscp_conv_channel_size": [8, 8], "vocab_offset": text + 2, "vocab_size": 2},
+        vision_soft_tokens_per_image=4, audio_soft_tokens_per_image=4, initializer_range=0.2,
+        **{f"{n}_token_id": getattr(words, f"{n}_token_id")
+           for n in ("boi", "eoi", "image", "boa", "eoa", "audio")}))
+    with torch.no_grad():  # they start at zero, which makes the layers' own embeddings no matter
+        for layer in model.get_decoder().layers:
+            layer.altup.correct_output_scale.normal_()
+    write(folder, model, Gemma3nProcessor(
+        Gemma3nAudioFeatureExtractor(), SiglipImageProcessorPil(size={"height": 32, "width": 32}),
+        words, audio_seq_length=4, image_seq_length=4, chat_template=chat("<image_soft_token>")))
+
+
 def write_lfm2_vl(folder):
     """One of two layers is a convolution along the row; images as patches, padded to one number."""
     marks = ["<|image_start|>", "<|image_end|>", "<|img_thumbnail|>",
@@ -454,10 +491,13 @@ WRITERS = {"llava": write_llava, "llava-next": write_llava_next, "idefics3": wri
            "llava-onevision": write_llava_onevision, "pixtral": write_pixtral,
            "mistral3": write_mistral3, "aya-vision": write_aya_vision, "qwen2-vl": write_qwen2_vl,
            "qwen3-vl": write_qwen3_vl, "glm4v": write_glm4v, "gemma4": write_gemma4,
-           "gemma4-large": write_large_gemma4, "gemma3": write_gemma3, "qwen3.5": write_qwen3_5,
+           "gemma4-large": write_large_gemma4, "gemma3": write_gemma3, "gemma3n": write_gemma3n,
+           "qwen3.5": write_qwen3_5,
            "lfm2-vl": write_lfm2_vl, "paligemma": write_paligemma, "molmo2": write_molmo2}
 # Their processors do not load without torchvision.
 TORCHVISION = {"smolvlm", "pixtral", "mistral3", "gemma4", "gemma4-large", "lfm2-vl", "molmo2"}
+# Their towers are timm's, which does not load without torchvision either.
+TIMM = {"gemma3n"}
 # What a run says where it trains unpacked.
 REFUSED = {"gemma4-large": "its attention looks ahead within the prompt",
            "gemma3": "its attention looks ahead within the prompt",

@@ -2,16 +2,23 @@
 from a folder, weighs answers, answers a noised image, and merges. (Packed training:
 tests/training/test_packed_families.py.)"""
 
+import importlib.util
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.data import picture
 from helpers.families import WRITERS
 from peft import get_peft_model
+from safetensors.torch import save_file
 
+from bpo import check
 from bpo.models import checkpoint as checkpoints
 from bpo.models import encoding, generate, logprobs
 from bpo.models.generate import Request
 from bpo.models.weakening import View
+from bpo.params import Refusal
 
 pytestmark = pytest.mark.study  # a model of each family
 
@@ -86,6 +93,17 @@ def test_both_branches_of_a_contrast_read_their_own_images(family, families, req
 
 
 @pytest.mark.parametrize("family", WRITERS)
+def test_adapters_lie_on_the_linear_layers_of_the_language_model_alone(family, families):
+    model = checkpoints.load(families(family)).model
+    prefix, layers = checkpoints.linear_layers(model)
+    tuned = get_peft_model(model, checkpoints.adapter_config(model, rank=2, alpha=4, dropout=0.0))
+    assert {n.split(".lora_A")[0] for n, _ in tuned.named_modules() if n.endswith(".lora_A")} == {
+        f"base_model.model.{prefix}.{n}" for n in layers}
+    assert check.adapter_weights(checkpoints.skeleton(families(family)), 2) == sum(
+        w.numel() for w in tuned.parameters() if w.requires_grad)
+
+
+@pytest.mark.parametrize("family", WRITERS)
 def test_a_merged_checkpoint_has_the_log_probs_of_the_adapter(family, families, requests, tmp_path):
     folder = families(family)
     checkpoint = checkpoints.load(folder)
@@ -105,3 +123,13 @@ def test_a_merged_checkpoint_has_the_log_probs_of_the_adapter(family, families, 
     whole = weighed(checkpoints.load(tmp_path / "merged"), requests[:1])[0]
     assert torch.allclose(whole, laid, atol=1e-4)
     assert (laid - before).abs().max() > 1e-2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
+@pytest.mark.parametrize("load", [checkpoints.load, checkpoints.skeleton])
+def test_a_package_that_a_tower_needs_is_named_with_the_extra(load, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "gemma3n", "vision_config": {"label_names": ["cat"]}}))
+    save_file({}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Refusal, match=r"requires the timm library.*pip install -e '.\[families\]'"):
+        load(tmp_path)

@@ -68,6 +68,15 @@ def test_trees_share_a_row_without_padding_or_have_one_each_with_it():
     assert not seen[3:, :3].any() and not seen[:3, 3:].any()
 
 
+def test_padding_sees_a_token_of_its_row_and_no_token_sees_padding():
+    """A hidden state that sees nothing is zero where the padding token is embedded as zero."""
+    placed = trees.layout(torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]]),
+                          [(0, 2, 5), (0, 2, 3)], [0, 1], rows=True)
+    assert placed["alive"].sum(1).tolist() == [4, 2]
+    assert trees.dense(placed)[1, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0],
+                                                        [1, 0, 0, 1]]
+
+
 def test_a_tree_holds_no_more_tokens_than_its_limit():
     whole = trees.layout(IDS, SPANS, [0] * 5)
     for limit in range(1, 13):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from helpers.data import picture
-from helpers.families import REFUSED, TORCHVISION, UNTRAINED, WRITERS
+from helpers.families import REFUSED, TIMM, TORCHVISION, UNTRAINED, WRITERS
 from helpers.trainers import dpo_trainer
 from trl import DPOTrainer
 
@@ -187,6 +187,29 @@ def test_a_family_that_trl_does_not_train_still_does_not(family, families, pairs
         stage._work(p, tmp_path)
 
 
+def test_layers_that_share_keys_are_not_recomputed_under_deepspeed(families, tmp_path, monkeypatch):
+    """With the reentrant kind, which TRL takes there, a step's gradients are not those without."""
+    p = DPOTraining(study="s", model=str(families("gemma3n")), pairs="none.jsonl", variants={},
+                    gradient_checkpointing=True)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(Refusal, match="gradient_checkpointing: .* share keys and values; turn it"):
+        stage._work(p, tmp_path)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_layers_that_share_keys_have_their_gradients_but_for_the_reentrant_kind(
+        reentrant, families, pairs, tmp_path):
+    def gradients(recomputed):
+        made = trainer(DPOTrainer, families("gemma3n"), pairs.select(range(1)), tmp_path)
+        made.model.train()
+        if recomputed:
+            made.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            made.model.enable_input_require_grads()
+        return step(made)[1]
+
+    assert (distance(gradients(False), gradients(True)) > 0.01) == reentrant
+
+
 def test_the_families_of_the_readme_are_these():
     table = (ROOT / "params" / "README.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| ([\w.-]+) \| (packs|\w+: .*) \|$", table, re.MULTILINE))
@@ -194,6 +217,7 @@ def test_the_families_of_the_readme_are_these():
                     **{n: f"refused: {why}" for n, why in REFUSED.items()},
                     **{n: f"untrained: {why}" for n, why in UNTRAINED.items()}}
     assert f"The processors of {', '.join(sorted(TORCHVISION))} need torchvision" in table
+    assert f"the tower of {', '.join(sorted(TIMM))} needs timm" in table
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert (f"of {len(WRITERS)} [families](params/README.md#families), {len(PACKED)} of which "
             "pack") in readme
