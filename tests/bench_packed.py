@@ -67,7 +67,7 @@ def packed(world: Path) -> list[Row]:
 def trees(world: Path) -> list[Row]:
     """A step of all rows of an image as one tree, against TRL's steps of each pair and against
     packed steps of each positive: time, and the memory that a step adds."""
-    made, table = Sized(world, *STEP), []
+    made, table = Sized(_processor(world), *STEP), []
     with tempfile.TemporaryDirectory() as folder, checkpoints.quietly():
         for name, (questions, k, turns) in TREES.items():
             rows = made.rows(USUAL, k, questions=questions, turns=turns)
