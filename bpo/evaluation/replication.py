@@ -3,8 +3,9 @@
 import bisect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pandas
@@ -136,8 +137,7 @@ def store_alone(study: str) -> None:
     """Stores a finished study as the one run that it is, unless several seeds of it are stored."""
     known = stored_file(study).is_file() and stored(study)["seed"].nunique() > 1
     if _compared(study) and not known:
-        seed = stages.read_manifest(_comparison(study))["parameters"]["seed"]
-        store(study, read({seed: study}))
+        store(study, read(by_seed(Replication(study=study, studies=[study]))))
 
 
 def stored(study: str) -> DataFrame:
@@ -145,11 +145,12 @@ def stored(study: str) -> DataFrame:
     return kept(stored_file(study), f"bpo replicate {study}")
 
 
-def kept(file: Path, command: str) -> DataFrame:
-    """What `keep` wrote; raises Refusal where it did not."""
+def kept(file: Path, command: str, read: Callable[[Path], Any] = results.frame) -> Any:
+    """What a command has stored, a table that `keep` wrote by default. Raises Refusal where it has
+    not."""
     if not file.is_file():
         raise Refusal(f"{file}: nothing is stored; python -m {command} writes it")
-    return results.frame(file)
+    return read(file)
 
 
 def against(frame: DataFrame, method: str) -> DataFrame:

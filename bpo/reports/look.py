@@ -14,6 +14,7 @@ LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2))
 LOOKS = {"base": (5, 0, 0), "sft": (2, 6, 3), "sft_matched": (1, 1, 1),
          "sft_matched_weaken": (7, 3, 4), "sft_compute": (6, 5, 6), "bpo": (0, 2, 0),
          "bpo_weaken": (3, 4, 2), "bpo_dpo_alone": (4, 8, 5),
+         "bpo_images": (6, 4, 2), "bpo_images_equal_cost": (4, 1, 2),  # by hash as two others
          "true answer": (0, 0, 0), "prior's answer": (1, 1, 1)}
 QUIET = "#6b7178"
 # What is not a method's colour, on a dark page; SVG that is a picture follows its page.

@@ -55,13 +55,18 @@ def write_results(study: str) -> Path:
     replication.store_alone(study)
     frame, p = replication.stored(study), Replication(study=study)
     seeds, alone = _seeds(frame), frame["seed"].nunique() == 1
-    mean = frame if alone else replication.over_seeds(frame)
-    if not alone:
+    if alone:
+        mean, verdicts = frame, claims.decided(frame).drop(columns="p")
+        rule = ("A row a claim: the difference with its 95 % interval over the images of this one "
+                "run, which another seed can turn round.")
+    else:
+        mean, verdicts = replication.over_seeds(frame), replication.claims_over(frame)
+        rule = ("A row a claim; seeds in their order: + holds, o no verdict, − does not hold, · "
+                "not measured; then the mean difference over seeds with its 95 % t interval, and "
+                "what it says.")
         _replaced(outputs_root().parent / "README.md", f"results {study}", found(mean, seeds))
     word, sentence = summary.answer(summary.on_main(claims.decided(mean),
                                                     comparison.main_split(mean)))
-    verdicts = (claims.decided(frame).drop(columns="p") if alone
-                else replication.claims_over(frame))
     left_out = verdicts["verdict"] == claims.UNMEASURED
     unmeasured = "; ".join(
         says + f" ({', '.join(dict.fromkeys(named))})".replace(" (–)", "")
@@ -69,12 +74,7 @@ def write_results(study: str) -> Path:
     parts = [f"### `bpo {'run' if alone else 'replicate'} {study}`: {seeds}",
              *([f"**{summary.QUESTION} {word}.** {sentence}"] if word else []),
              *_picture(study, mean, "" if alone else ", means over seeds"),
-             *filter(None, [claims.ruler(mean)]),
-             ("A row a claim: the difference with its 95 % interval over the images of this one "
-              "run, which another seed can turn round. " if alone else
-              "A row a claim; seeds in their order: + holds, o no verdict, − does not hold, · not "
-              "measured; then the mean difference over seeds with its 95 % t interval, and what it "
-              "says. ") + claims.RULE,
+             *filter(None, [claims.ruler(mean)]), f"{rule} {claims.RULE}",
              markdown(summary.claims_table(verdicts[~left_out])),
              f"{'' if alone else 'Over seeds, '}{claims.looks(claims.decided(mean))}."
              + (f" Not measured: {unmeasured}." if left_out.any() else ""),
@@ -118,9 +118,7 @@ def kept_metrics(study: str, notebook: str) -> dict[str, Any]:
     if (folder / stages.MANIFEST).is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, to_json(stages.read_manifest(folder)["metrics"]) + "\n")
-    if not file.is_file():
-        raise Refusal(f"{file}: nothing is stored; python -m bpo run {study} makes it")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return replication.kept(file, f"bpo run {study}", lambda f: json.loads(f.read_text("utf-8")))
 
 
 def write_joined(studies: Sequence[str], against: str = "") -> Path:

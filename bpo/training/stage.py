@@ -50,14 +50,17 @@ def run(p: DPOTraining) -> stages.Result:
 
 
 def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
-    for pairs in (p.varied(name).batch_pairs for name in p.runs()):
-        if pairs % (p.device_batch * processes.world()):
-            raise Refusal(f"batch_pairs ({pairs}) must be a multiple of device_batch "
+    runs, rows = p.runs(), {}
+    varied = {name: p.varied(name) for name in runs}
+    for v in varied.values():
+        if v.batch_pairs % (p.device_batch * processes.world()):
+            raise Refusal(f"batch_pairs ({v.batch_pairs}) must be a multiple of device_batch "
                           f"({p.device_batch}) times the {processes.world()} processes")
-    for kind in ("FSDP", "DEEPSPEED"):
-        if p.precision == NF4 and os.environ.get(f"ACCELERATE_USE_{kind}") == "true":
-            raise Refusal(f"precision: {NF4} weights cannot be spread by {kind}; launch with "
-                          "--multi_gpu, where each process holds them all, or set bfloat16")
+    launched = [kind for kind in ("FSDP", "DEEPSPEED")
+                if os.environ.get(f"ACCELERATE_USE_{kind}") == "true"]
+    if p.precision == NF4 and launched:
+        raise Refusal(f"precision: {NF4} weights cannot be spread by {launched[0]}; launch with "
+                      "--multi_gpu, where each process holds them all, or set bfloat16")
     for name in p.trackers:
         if importlib.util.find_spec(name) is None:
             raise Refusal(f"trackers: {name} is not installed; pip install {name}, or leave "
@@ -70,20 +73,19 @@ def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
         raise Refusal(f"{p.model}: its processor takes no text without an image, and TRL tokenizes "
                       "answers alone; this family can be probed and give pairs, but not be trained"
                       ) from error
-    words = AutoConfig.from_pretrained(p.path(p.model)).get_text_config()
-    if p.gradient_checkpointing and getattr(words, "num_kv_shared_layers", 0) and (
-            os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"):
+    if p.gradient_checkpointing and "DEEPSPEED" in launched:
         # There TRL takes the reentrant kind, through which no gradient of shared keys comes back.
-        raise Refusal("gradient_checkpointing: under DeepSpeed it would give wrong gradients for "
-                      f"{p.model}, whose layers share keys and values; turn it off, or launch "
-                      "with FSDP or --multi_gpu")
+        config = AutoConfig.from_pretrained(p.path(p.model), trust_remote_code=False)
+        if getattr(config.get_text_config(), "num_kv_shared_layers", 0):
+            raise Refusal("gradient_checkpointing: under DeepSpeed it would give wrong gradients "
+                          f"for {p.model}, whose layers share keys and values; turn it off, or "
+                          "launch with FSDP or --multi_gpu")
     image_folder = p.path(p.image_folder)
     lines, skipped = processes.first(lambda: usable(
         checkpoint, pair_rows.read_pairs(p.path(p.pairs)), image_folder, max_tokens=p.max_tokens))
-    runs, rows = p.runs(), {}
     for name, method in runs.items():
         rows[name] = pair_rows.training_rows(method, lines, image_folder, seed=p.seed,
-                                             noise_step=p.varied(name).noise_step)
+                                             noise_step=varied[name].noise_step)
         if not rows[name]:
             needs = "; set clean_answers in notebook 2" if method == "bpo_own" else ""
             raise Refusal(f"{p.path(p.pairs)}: there is no row to train {name} on{needs}")
@@ -91,29 +93,29 @@ def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
     references = Path("reference", trainers.batches_key(p, list(rows.values())))
     matched = {name: _matched(name, rows) for name in runs if learns_pairs(name)}
     for name in matched:
-        if p.varied(name).reference == "sft" and not matched[name]:
+        if varied[name].reference == "sft" and not matched[name]:
             raise Refusal(f"{name} starts from its matched SFT, which is not among the methods; "
                           f"add sft_matched{runs[name].removeprefix('bpo')} to methods")
     # A pair has two answers, and the reference's; sft_compute spends what bpo does.
     steps = {n: v.steps or math.ceil(v.epochs * pairs / v.batch_pairs)
-             for n in runs for v in [p.varied(n)]}
+             for n, v in varied.items()}
     progress.announce((n, steps[n] * (2 if learns_pairs(n) or n == "sft_compute" else 1))
                       for n in runs if not (folder / n / "history.json").is_file())
     out = {}
     # First what others start from; last sft_compute, which spends what bpo spent.
     for name in sorted(runs, key=lambda n: (n == "sft_compute", learns_pairs(n))):
-        varied = p.varied(name)
+        v = varied[name]
         count = max(steps[name] if name != "sft_compute" else round(
             out["bpo"]["flops"] / out["sft_matched"]["flops_per_step"]), 1)
         start, kept = None, references
-        if varied.reference == "sft" and learns_pairs(name):
+        if v.reference == "sft" and learns_pairs(name):
             start, kept = folder / matched[name] / "adapter", references / matched[name]
-        if varied.share != p.share:  # another order of rows has other last bits
-            kept /= varied.share
+        if v.share != p.share:  # another order of rows has other last bits
+            kept /= v.share
         others = sorted(folder.parent.glob(f"{folder.name}.old-*/{kept}"))
-        history = train_method(varied, name, rows[name], folder / name, steps=count,
+        history = train_method(v, name, rows[name], folder / name, steps=count,
                                references=folder / kept, others=others, start=start)
-        out[name] = _facts(varied, rows[name], folder / name, history, steps=count)
+        out[name] = _facts(v, rows[name], folder / name, history, steps=count)
         if matched.get(name):
             out[name]["matched"] = matched[name]
     if processes.rank() == 0:
