@@ -779,10 +779,14 @@ def test_two_launched_processes_give_the_curves_of_one(parameters, lines, tmp_pa
 
 
 @pytest.mark.slow
-def test_launched_processes_that_fail_say_why(parameters, lines, tmp_path, outputs, warm_launches):
-    p = with_pairs(parameters, lines, tmp_path, methods=["bpo"], device_batch=4, launch=TWO)
-    with pytest.raises(Refusal, match=r"exit code 1(.|\n)*must be a multiple of device_batch \(4\) "
-                                      "times the 2 processes"):
+@pytest.mark.parametrize("pairs, each, settings", (
+    (4, 4, {"device_batch": 4}), (2, 2, {"variants": {"bpo_few": {"method": "bpo",
+                                                                  "batch_pairs": 2}}})))
+def test_launched_processes_that_fail_say_why(pairs, each, settings, parameters, lines, tmp_path,
+                                              outputs, warm_launches):
+    p = with_pairs(parameters, lines, tmp_path, methods=["bpo"], launch=TWO, **settings)
+    with pytest.raises(Refusal, match=rf"exit code 1(.|\n)*batch_pairs \({pairs}\) must be a "
+                                      rf"multiple of device_batch \({each}\) times the 2 processes"):
         train.run(p)
     assert not (outputs / "s" / "3_dpo_training" / "manifest.json").exists()
 
