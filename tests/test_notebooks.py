@@ -20,6 +20,9 @@ from helpers import warm
 from helpers.study import LITTLE, command, environment, run_little
 
 from bpo import params
+from bpo.evaluation import replication
+from bpo.reports import page
+from bpo.reports.tables import benchmark_tables, score_tables
 
 NOTEBOOKS = sorted((params.ROOT / "notebooks").glob("*.ipynb"))
 STUDY = params.study_files("tiny")  # the notebooks of the study
@@ -356,3 +359,22 @@ def test_a_failed_run_leaves_a_readable_page_and_a_non_zero_exit(tmp_path):
     page = (tmp_path / "tiny" / "2_pair_generation.html").read_text()
     assert "This run failed" in page and "run notebooks/0_tiny_world.ipynb first" in page
     assert "failed" in (tmp_path / "tiny" / "index.html").read_text()
+
+
+@pytest.mark.parametrize("notebook", ("4_qualitative_comparison", "5_benchmarks"))
+def test_the_headline_of_a_study_without_sft_says_each_comparison_once(notebook):
+    stored = replication.stored("tiny").query("seed == 100")
+    source = next(c.source for c in cells(params.ROOT / "notebooks" / f"{notebook}.ipynb")
+                  if "headline" in tags(c))
+    found = []
+    for frame in (stored, stored[~stored["method"].str.startswith("sft")
+                                 & ~stored["against"].str.startswith("sft")]):
+        *before, last = ast.parse(source).body
+        names = {"report": page, "score_tables": score_tables, "frame": frame, "method": "bpo",
+                 "benchmark_tables": benchmark_tables, "split": "counterfactual",
+                 "against": score_tables.rivals(frame)}
+        exec(compile(ast.Module(before, []), notebook, "exec"), names)
+        found.append(eval(compile(ast.Expression(last.value), notebook, "eval"), names).plain)
+    both, alone = found
+    assert "Against sft_matched" in both and both.startswith(alone.split(".")[0])
+    assert "gainst base" in alone and "Against" not in alone
