@@ -245,10 +245,12 @@ def decide(model: Any, reader: checkpoints.Checkpoint, data: Data, compared: Dat
 
 def schedule(pairs: int) -> dict[str, Any]:
     """Eight batches an epoch, of at most 32 pairs as in the paper; epochs for 40 steps, at most 10
-    since few pairs would be learnt by heart; a higher learning rate below 1000 steps."""
+    since few pairs would be learnt by heart; a higher learning rate below 1000 steps. So few rows
+    a step come from several images: only a positive's are drawn together."""
     batch = 2 ** int(math.log2(min(32, max(2, pairs / 8))))
     epochs = min(10, max(2, math.ceil(40 * batch / pairs)))
-    return {"batch_pairs": batch, "device_batch": min(4, batch), "epochs": float(epochs),
+    return {"batch_pairs": batch, "device_batch": min(4, batch), "share": "prompt",
+            "epochs": float(epochs),
             "learning_rate": 2e-6 if epochs * pairs >= 1000 * batch else 2e-5}
 
 

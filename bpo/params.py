@@ -454,8 +454,8 @@ class DPOTraining(Checkpoint):
         "as {bpo_strict: {method: bpo, beta: 0.3}}")
     steps: Natural = field(80, "optimizer steps of every method; 0: what epochs gives")
     epochs: Positive = field(2.0, "passes over the pairs of bpo, used when steps is 0")
-    batch_pairs: Count = field(32, "pairs (SFT: positives) an optimizer step, in all")
-    device_batch: Count = field(32, "pairs in one forward pass on one device")
+    batch_pairs: Count = field(80, "pairs (SFT: positives) an optimizer step, in all")
+    device_batch: Count = field(80, "pairs in one forward pass on one device")
     learning_rate: OpenFraction = field(2e-3, "peak learning rate")
     warmup_ratio: Fraction = field(0.03, "share of the steps that warm up")
     beta: float = field(0.1, "strength of the pull to the reference in DPO", gt=0, le=10)
@@ -479,7 +479,7 @@ class DPOTraining(Checkpoint):
         "auto", "the answers to a prompt in one sequence; auto: if the first batch then has the "
         "same loss and gradients")
     share: Literal["row", "prompt", "image"] = field(
-        "prompt", "rows that are drawn together, so that what they share stands once: of a prompt, "
+        "image", "rows that are drawn together, so that what they share stands once: of a prompt, "
         "or of an image (device_batch should hold several); row: none are")
     lora_rank: Count = field(16, "rank of the adapters")
     lora_alpha: Count = field(32, "scale of the adapters: alpha / rank")
