@@ -22,9 +22,10 @@ FEWEST = 3  # seeds: two give an interval that says nothing
 MOST = 1000  # seeds that a power is looked for in
 TABLE = "replication.csv"
 WORK = "flops_per_step"
+CHANGES = "chosen_change", "rejected_change"  # of the answers' log-probs by training, nats
 # The metrics that tables over seeds use, with the first of each benchmark that a judge scores.
 STORED = {"chair_i", "cover", "colour_accuracy", "p_true", "p_prior", "prior_rate",
-          "pope_adversarial", "pope_random", "words", "wins", "brier", WORK,
+          "pope_adversarial", "pope_random", "words", "wins", "brier", WORK, *CHANGES,
           *(claims.deciding(n)[0] for n in benchmarks.KNOWN)}
 # Categories that pages over several seeds leave to the table.
 ASIDE = ("kind", "reading", "calibration", "sharpening", "noise")

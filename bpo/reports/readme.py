@@ -11,7 +11,7 @@ import pandas
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from bpo.evaluation import claims, comparison, replication
+from bpo.evaluation import benchmarks, claims, comparison, replication
 from bpo.params import Refusal, Replication, outputs_root
 from bpo.reports import seen
 from bpo.reports.tables import summary
@@ -80,7 +80,7 @@ def write_results(study: str) -> Path:
              + (f" Not measured: {unmeasured}." if left_out.any() else ""),
              "Levels:" if alone else "Means over seeds:", markdown(numbers(mean, p))]
     parts += ["Every DPO method against the untuned model, and against the SFT that trained on its "
-              "own positives as often:", markdown(summary.by_method(mean))]
+              "own positives as often:", markdown(by_method(mean))]
     if len(table := summary.steps(mean)):
         parts += ["From base to method in three steps; a change is against the row above:",
                   markdown(table)]
@@ -129,7 +129,7 @@ def write_joined(studies: Sequence[str], against: str = "") -> Path:
     for study in studies:
         frame, p = replication.stored(study), Replication(study=study)
         mean, of = replication.over_seeds(frame), against or "base"
-        rows = _compared(frame, mean, p, against) if against else summary.by_method(mean)
+        rows = _compared(frame, mean, p, against) if against else by_method(mean)
         level = ", ".join(f"{m.split(': ')[-1]} {v}" for m, v in numbers(mean, p).set_index(
             "metric")[of].head(4).items())
         head = f"*{study}, {_seeds(frame)}: {of} {level}*"
@@ -201,6 +201,31 @@ def numbers(mean: DataFrame, p: Replication, against: str = "") -> DataFrame:
         value=results.texts(rows) if against else rows["value"].map(number))
     return rows.pivot(index="metric", columns="method", values="value").reindex(
         index=rows["metric"].unique(), columns=rows["method"].unique()).fillna("–").reset_index()
+
+
+def by_method(mean: DataFrame) -> DataFrame:
+    """A row a DPO method: its differences to the base and to the SFT on its own positives, which
+    the contrast alone makes, and, where it is stored, by how many nats training widened the gap
+    between the log-probs of chosen and rejected answers. mean: `replication.over_seeds`'s."""
+    main = comparison.main_split(mean)
+    rows = mean[(mean["split_or_benchmark"] == main) & (mean["against"] != "")
+                & mean["metric"].isin(("chair_i", "cover", *summary.STEPS[:2]))
+                & mean["method"].str.startswith(claims.METHOD)]
+    others = {*comparison.BASELINES, claims.SHARPENED, claims.RIVAL} - {"base", "sft_matched"}
+    rows = rows[~rows["against"].isin(others)]
+    rows = rows.assign(text=results.texts(rows), number=[
+        f"{benchmarks.label(main, m)}, − {'base' if a == 'base' else 'own SFT'}"
+        for m, a in zip(rows["metric"], rows["against"], strict=True)])
+    rows = rows.drop_duplicates(["method", "number"], keep="last")
+    table = rows.pivot(index="method", columns="number", values="text").reindex(
+        index=rows["method"].unique(), columns=sorted(rows["number"].unique(), key=lambda n: (
+            not n.endswith("base"), n)))
+    change = mean[mean["metric"].isin(replication.CHANGES)].pivot(
+        index="method", columns="metric", values="value")
+    if len(change):
+        chosen, rejected = replication.CHANGES
+        table["margin growth, nats"] = (change[chosen] - change[rejected]).map("{:.1f}".format)
+    return table.fillna("–").reset_index()
 
 
 def markdown(rows: DataFrame) -> str:

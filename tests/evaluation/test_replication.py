@@ -329,13 +329,19 @@ def test_every_dpo_method_is_set_beside_the_base_and_its_own_sft(outputs):
                 ("bpo", "sft_matched", 0.02), ("bpo_noise_9", "base", 0.2),
                 ("bpo_noise_9", "sft_noise_9", -0.03), ("bpo_noise_9", claims.SHARPENED, 0.4),
                 ("sft_matched", "base", 0.08))]
-    table = summary.by_method(pandas.DataFrame(rows))
-    assert table.to_dict("list") == {
+    table = {
         "method": ["bpo", "bpo_noise_9"],
         "P(true answer), − base": ["+0.100 [+0.090, +0.110] better",
                                    "+0.200 [+0.190, +0.210] better"],
         "P(true answer), − own SFT": ["+0.020 [+0.010, +0.030] better",
                                       "−0.030 [−0.040, −0.020] worse"]}
+    assert readme.by_method(pandas.DataFrame(rows)).to_dict("list") == table
+    # by how much training widened the gap between chosen and rejected, where that is stored
+    rows += [{"split_or_benchmark": "training", "notebook": "3_dpo_training", "category": "",
+              "method": "bpo", "against": "", "metric": metric, "value": value}
+             for metric, value in (("chosen_change", 0.5), ("rejected_change", -6.25))]
+    assert readme.by_method(pandas.DataFrame(rows)).to_dict("list") == table | {
+        "margin growth, nats": ["6.8", "–"]}
 
 
 # --- the commands -------------------------------------------------------------------------------

@@ -204,24 +204,6 @@ def steps(frame: DataFrame) -> DataFrame:
     return DataFrame(table)
 
 
-def by_method(mean: DataFrame) -> DataFrame:
-    """A row a DPO method: its differences to the base and to the SFT on its own positives, which
-    the contrast alone makes. mean: `replication.over_seeds`'s."""
-    main = comparison.main_split(mean)
-    rows = mean[(mean["split_or_benchmark"] == main) & (mean["against"] != "")
-                & mean["metric"].isin(("chair_i", "cover", *STEPS[:2]))
-                & mean["method"].str.startswith(claims.METHOD)]
-    others = {*comparison.BASELINES, claims.SHARPENED, claims.RIVAL} - {"base", "sft_matched"}
-    rows = rows[~rows["against"].isin(others)]
-    rows = rows.assign(text=results.texts(rows), number=[
-        f"{benchmarks.label(main, m)}, − {'base' if a == 'base' else 'own SFT'}"
-        for m, a in zip(rows["metric"], rows["against"], strict=True)])
-    rows = rows.drop_duplicates(["method", "number"], keep="last")
-    return rows.pivot(index="method", columns="number", values="text").reindex(
-        index=rows["method"].unique(), columns=sorted(rows["number"].unique(), key=lambda n: (
-            not n.endswith("base"), n))).fillna("–").reset_index()
-
-
 def steps_table(frame: DataFrame, intervals: str) -> Shown:
     """`steps` on a page, or why there is none."""
     table = steps(frame)
