@@ -82,7 +82,7 @@ def test_steps_are_multiplied_and_what_happens_once_is_not():
                                           (50, "set gradient_checkpointing true"),
                                           (20, "neither leaves a tenth of the device's 20.0 GB")])
 def test_the_faster_that_fits_is_advised(room, chosen):
-    p = DPOTraining(gradient_checkpointing=True)
+    p = DPOTraining(gradient_checkpointing=True, batch_pairs=32, device_batch=32)
     ran = {value: report({"bpo": (2, seconds)}, memory=memory * 10**9, room=room * 10**9)
            for value, seconds, memory in ((True, 4.0, 20), (False, 2.0, 50))}
     lines = measure.advice(p, ran)
