@@ -94,6 +94,8 @@ def test_every_command_exists(command, monkeypatch, tmp_path):
                               env={**os.environ, "HF_HUB_CACHE": str(tmp_path)})
         assert done.returncode and "Usage" not in done.stderr and "Error: Local entry" in done.stderr
         return
+    command, _, written = command.partition(" > ")
+    assert (ROOT / written).exists()  # what the shell writes is what the repository keeps
     start, given = command.split(" -m bpo ")
     program, _, launch = start.partition(" launch ")
     assert program == f".venv/bin/{'accelerate' if launch else 'python'}"

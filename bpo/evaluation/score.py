@@ -240,12 +240,8 @@ def _first(entry: Mapping[str, Any], names: Sequence[str], where: str) -> str:
 
 def table(benchmark: Benchmark, result: Mapping[str, Any]) -> str:
     """The lines for the terminal; rates in per cent."""
-    n, header = result["answers"], "{:28}    value   95 % interval     {:>8}"
-    lines = [(f"{benchmark.title}: {n['scored']} of {n['read']} answers scored, "
-              f"{n['without_truth']} without truth, {n['empty']} empty, from the field "
-              f"{n['field']}; {n['truth_without_answer']} of {n['truth']} in the truth have no "
-              "answer"), *filter(None, [n["note"]]), "",
-             header.format("metric", "out of")]
+    header = "{:28}    value   95 % interval     {:>8}"
+    lines = [*counted(benchmark, result), "", header.format("metric", "out of")]
     lines += [_row(name, e) + f"{e['n']:>8}" for name, e in result["metrics"].items()]
     if "differences" in result:
         n = result["against"]
@@ -258,9 +254,24 @@ def table(benchmark: Benchmark, result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, e: Mapping[str, Any], *, sign: str = "") -> str:
+def counted(benchmark: Benchmark, result: Mapping[str, Any]) -> list[str]:
+    """How many answers were scored, and what else is to be said of them."""
+    n = result["answers"]
+    return [(f"{benchmark.title}: {n['scored']} of {n['read']} answers scored, "
+             f"{n['without_truth']} without truth, {n['empty']} empty, from the field "
+             f"{n['field']}; {n['truth_without_answer']} of {n['truth']} in the truth have no "
+             "answer"), *filter(None, [n["note"]])]
+
+
+def texts(name: str, e: Mapping[str, Any], *, sign: str = "") -> tuple[str, str]:
+    """An estimate and its 95 % interval, rates in per cent."""
     if e["value"] is None:
-        return f"{e['label']:28}{'none':>9}   {'':18}"
+        return "none", ""
     times, unit = (1, "") if name in MEANS else (100, " %")
     value, low, high = (f"{times * e[k]:{sign}.1f}" for k in ("value", "low", "high"))
-    return f"{e['label']:28}{value + unit:>9}   {f'[{low}, {high}]':18}"
+    return value + unit, f"[{low}, {high}]"
+
+
+def _row(name: str, e: Mapping[str, Any], *, sign: str = "") -> str:
+    value, interval = texts(name, e, sign=sign)
+    return f"{e['label']:28}{value:>9}   {interval:18}"

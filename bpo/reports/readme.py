@@ -11,7 +11,7 @@ import pandas
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from bpo.evaluation import benchmarks, claims, comparison, replication
+from bpo.evaluation import benchmarks, claims, comparison, replication, score
 from bpo.params import Refusal, Replication, outputs_root
 from bpo.reports import seen
 from bpo.reports.tables import summary
@@ -51,7 +51,10 @@ def _replaced(file: Path, name: str, text: str) -> bool:
 def write_results(study: str) -> Path:
     """Writes the stored replication of a study, or its one run, as the section `results STUDY` of
     outputs/README.md, and, where the README beside outputs/ has such a section, what was found
-    there. Returns the first file."""
+    there. STUDY may also be a file outputs/results/STUDY.json that `bpo score --json` printed.
+    Returns the first file."""
+    if _kept_json(study).is_file():
+        return _write_score(study)
     replication.store_alone(study)
     frame, p = replication.stored(study), Replication(study=study)
     seeds, alone = _seeds(frame), frame["seed"].nunique() == 1
@@ -93,6 +96,15 @@ def write_results(study: str) -> Path:
     return write_section(f"results {study}", "\n\n".join(parts))
 
 
+def _write_score(name: str) -> Path:
+    result = json.loads(_kept_json(name).read_text("utf-8"))
+    rows = [{"metric": e["label"], **dict(zip(("value", "95 % interval"), score.texts(n, e),
+                                              strict=True)), "out of": e["n"]}
+            for n, e in result["metrics"].items()]
+    said = score.counted(score.BENCHMARKS[result["benchmark"]], result)
+    return write_section(f"results {name}", "\n\n".join([*said, markdown(DataFrame(rows))]))
+
+
 def _picture(study: str, mean: DataFrame, over: str) -> list[str]:
     """What the methods' answers come from, drawn into a file beside the stored replication; its
     numbers stand in the text too. Nothing where no truth file tells."""
@@ -113,12 +125,15 @@ def picture(study: str, fig: Figure, said: str) -> str:
 def kept_metrics(study: str, notebook: str) -> dict[str, Any]:
     """What a notebook of a study found, kept where the repository keeps results, once it is done.
     Raises Refusal where nothing is kept."""
-    folder, file = stages.stage_folder(study, notebook), replication.stored_file(study)
-    file = file.with_name(f"{study}.json")
+    folder, file = stages.stage_folder(study, notebook), _kept_json(study)
     if (folder / stages.MANIFEST).is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, to_json(stages.read_manifest(folder)["metrics"]) + "\n")
     return replication.kept(file, f"bpo run {study}", lambda f: json.loads(f.read_text("utf-8")))
+
+
+def _kept_json(name: str) -> Path:
+    return replication.stored_file(name).with_name(f"{name}.json")
 
 
 def write_joined(studies: Sequence[str], against: str = "") -> Path:
