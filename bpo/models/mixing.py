@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -44,6 +44,12 @@ def window(base: PreTrainedModel) -> int | None:
     if kinds is not None and "chunked_attention" in kinds:
         sizes.append(getattr(config, "attention_chunk_size", None))
     return min((s for s in sizes if isinstance(s, int) and s > 0), default=None)
+
+
+def shares_keys(config: PreTrainedConfig) -> bool:
+    """Whether layers take keys and values from others: reentrant checkpointing recomputes each
+    layer on copies, so that no gradient comes back through those."""
+    return bool(getattr(config.get_text_config(), "num_kv_shared_layers", 0))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from bpo.data import images, turns
 from bpo.evaluation import metrics
 from bpo.models import checkpoint as checkpoints
-from bpo.models import encoding
+from bpo.models import encoding, mixing
 from bpo.models.checkpoint import Checkpoint
 from bpo.pairs import rows as pair_rows
 from bpo.pairs.methods import learns_pairs
@@ -74,9 +74,9 @@ def _work(p: DPOTraining, folder: Path) -> dict[str, Any]:
                       "answers alone; this family can be probed and give pairs, but not be trained"
                       ) from error
     if p.gradient_checkpointing and "DEEPSPEED" in launched:
-        # There TRL takes the reentrant kind, through which no gradient of shared keys comes back.
+        # There TRL takes the reentrant kind.
         config = AutoConfig.from_pretrained(p.path(p.model), trust_remote_code=False)
-        if getattr(config.get_text_config(), "num_kv_shared_layers", 0):
+        if mixing.shares_keys(config):
             raise Refusal("gradient_checkpointing: under DeepSpeed it would give wrong gradients "
                           f"for {p.model}, whose layers share keys and values; turn it off, or "
                           "launch with FSDP or --multi_gpu")

@@ -196,6 +196,19 @@ def test_layers_that_share_keys_are_not_recomputed_under_deepspeed(families, tmp
         stage._work(p, tmp_path)
 
 
+def test_the_trainer_alone_does_not_recompute_them_by_the_reentrant_kind(
+        families, pairs, tmp_path):
+    def made(family, reentrant):
+        return dpo_trainer(PackedDPOTrainer, checkpoints.load(families(family)), pairs, tmp_path,
+                           gradient_checkpointing=True,
+                           gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+
+    with pytest.raises(ValueError, match="use_reentrant gives wrong gradients where layers share"):
+        made("gemma3n", True)
+    assert made("gemma3n", False).data_collator.packing
+    assert made("llava", True).data_collator.packing
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputed_layers_that_share_keys_have_their_gradients_but_for_the_reentrant_kind(
         reentrant, families, pairs, tmp_path):

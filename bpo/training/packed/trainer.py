@@ -70,8 +70,9 @@ class PackedDPOTrainer(KeepsReferences):
     loss_type: also those of `objectives`; some want a column `damaged_images`. A column `weight`
         of floats multiplies each pair's losses, of those that `objectives` can weigh.
 
-    Raises ValueError where no row is left, NotFinite with the rows when a loss is no number,
-    MemoryError with what to lower when memory runs out (not with `auto_find_batch_size`).
+    Raises ValueError where no row is left or recomputing would give wrong gradients, NotFinite
+    with the rows when a loss is no number, MemoryError with what to lower when memory runs out
+    (not with `auto_find_batch_size`).
     """
 
     def __init__(self, *args: Any, packing: str = "auto", share: str = "prompt",
@@ -101,6 +102,10 @@ class PackedDPOTrainer(KeepsReferences):
         packs = isinstance(given.get("data_collator"), (*COLLATORS, type(None)))
         with self.no_second_model() if precomputed and packs else contextlib.nullcontext():
             super().__init__(**given)
+        recomputing = self.args.gradient_checkpointing and self.args.gradient_checkpointing_kwargs
+        if (recomputing or {}).get("use_reentrant") and mixing.shares_keys(self.base.config):
+            raise ValueError("gradient_checkpointing with use_reentrant gives wrong gradients where "
+                             "layers share keys and values: set use_reentrant=False, or turn it off")
         self.weighted = packed_rows.weighted(self.train_dataset)
         self.added_losses = objectives.split(self)
         self.cache, self._surveys, self._features = None, {}, []
