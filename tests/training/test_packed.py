@@ -261,6 +261,21 @@ def test_kept_references_are_those_of_the_model_without_adapters(model_folder, t
     assert reference.model_key(trainer.model) in trainer.cache.key
 
 
+def test_an_answer_has_the_reference_that_was_kept_first_whatever_stands_beside_it(
+        model_folder, tmp_path):
+    """What a killed run had kept by then must not decide what the one that goes on takes."""
+    trainer = made_trainer(PackedDPOTrainer, model_folder, made_rows(), tmp_path,
+                           precompute_ref_log_probs=True)
+    alone, beside = (trainer._prepare_inputs(trainer.data_collator(
+        [trainer.train_dataset[n] for n in rows])) for rows in ((0,), (0, 1)))
+    first = dict(zip(alone["keys"], trainer.reference_tokens(alone, alone["keys"]), strict=True))
+    assert not first.keys() >= set(beside["keys"])
+    trainer.cache.answers |= {k: v + 1 for k, v in first.items()}  # as other last bits would show
+    found = dict(zip(beside["keys"], trainer.reference_tokens(beside, beside["keys"]), strict=True))
+    assert all(torch.equal(found[k], v + 1) for k, v in first.items())
+    assert found.keys() == trainer.cache.answers.keys()
+
+
 def test_rows_that_are_too_long_are_left_out_and_counted(model_folder, tmp_path, capsys):
     rows = made_rows()
     rows[0] = {**rows[0], "rejected": [{"role": "assistant", "content": "green " * 300}]}

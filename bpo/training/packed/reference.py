@@ -178,7 +178,7 @@ class KeepsReferences(DPOTrainer):
 
     def references(self, inputs: dict[str, Any], keys: Sequence[str] | None
                    ) -> dict[str, torch.Tensor]:
-        """ref_chosen_logps and ref_rejected_logps (B,), kept ones where all are."""
+        """ref_chosen_logps and ref_rejected_logps (B,), of each answer as it was kept first."""
         tokens = self.reference_tokens(inputs, keys)
         if self.ld_alpha is not None:  # LD-DPO: what is beyond the shorter answer counts less
             pairs = zip(tokens[:len(tokens) // 2], tokens[len(tokens) // 2:], strict=True)
@@ -190,7 +190,7 @@ class KeepsReferences(DPOTrainer):
 
     def reference_tokens(self, inputs: dict[str, Any], keys: Sequence[str] | None
                          ) -> list[torch.Tensor]:
-        """log p of every sequence's answer tokens under the reference, kept ones where all are.
+        """log p of every sequence's answer tokens under the reference, as each was kept first.
 
         Raises ValueError where training has moved what is missing.
         """
@@ -214,6 +214,9 @@ class KeepsReferences(DPOTrainer):
             tokens = self.answer_tokens(self.ref_model or self.model, inputs)
         answers = [t[m].float().cpu() for t, m in zip(
             tokens, inputs["completion_mask"][:, 1:].bool(), strict=True)]
-        if keys is not None:
-            self.cache.add(dict(zip(keys, answers, strict=True)))
-        return answers
+        if keys is None:
+            return answers
+        self.cache.add(dict(zip(keys, answers, strict=True)))
+        # A run that goes on may find more kept than the one that was killed had here, and what was
+        # computed first, beside other rows, has other last bits.
+        return [self.cache.answers[k] for k in keys]
