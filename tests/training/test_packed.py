@@ -261,6 +261,22 @@ def test_kept_references_are_those_of_the_model_without_adapters(model_folder, t
     assert reference.model_key(trainer.model) in trainer.cache.key
 
 
+def test_references_are_kept_before_a_checkpoint_counts_on_them(model_folder, tmp_path,
+                                                                monkeypatch):
+    seen, save = [], DPOTrainer._save_checkpoint
+
+    def noted(trainer, *args, **kwargs):
+        seen.append((len(list(trainer.cache.folder.iterdir())), dict(trainer.cache.new)))
+        save(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(DPOTrainer, "_save_checkpoint", noted)
+    trainer = made_trainer(PackedDPOTrainer, model_folder, made_rows(), tmp_path, max_steps=2,
+                           precompute_ref_log_probs=True, save_strategy="steps", save_steps=1,
+                           per_device_train_batch_size=2)
+    trainer.train()
+    assert seen == [(1, {}), (2, {})]
+
+
 def test_an_answer_has_the_reference_that_was_kept_first_whatever_stands_beside_it(
         model_folder, tmp_path):
     """What a killed run had kept by then must not decide what the one that goes on takes."""

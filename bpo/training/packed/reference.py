@@ -87,15 +87,13 @@ class Cache:
 
 
 class Keeper(TrainerCallback):
-    """Writes what each process computed, before a checkpoint counts on it, and shares it."""
+    """Writes what each process computed, and shares it at the end of an epoch."""
 
     def __init__(self, cache: Cache, accelerator: Accelerator):
         self.cache, self.accelerator = cache, accelerator
 
-    def on_save(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.cache.write()
-
-    on_train_end = on_save
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         self.cache.write()
@@ -152,6 +150,14 @@ class KeepsReferences(DPOTrainer):
             if dataset is not None:
                 self.refuse_stream(dataset)
                 self._compute_all(dataset, name)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """What a checkpoint's steps computed is kept before it is whole: a run that goes on from it
+        would compute that again beside other rows, to other last bits."""
+        if self.cache is not None:
+            self.cache.write()
+            self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(*args, **kwargs)
 
     def refuse_stream(self, dataset: Any) -> None:
         """Raises ValueError for a stream whose reference cannot be computed before training."""

@@ -32,9 +32,10 @@ from bpo.training.packed.reference import KeepsReferences
 # What this trainer, its check and its objectives use of TRL's DPOTrainer, and of transformers'
 # Trainer below it, that neither promises to keep. A test looks for each in the TRL installed.
 TRL_PRIVATE = ("_compute_loss", "_get_dataloader", "_get_train_sampler", "_metrics",
-               "_prepare_inputs", "_set_signature_columns_if_needed", "_signature_columns",
-               "_train_batch_size", "aux_loss_enabled", "beta", "f_divergence_type", "ld_alpha",
-               "loss_types", "loss_weights", "precompute_ref_logps", "ref_model")
+               "_prepare_inputs", "_save_checkpoint", "_set_signature_columns_if_needed",
+               "_signature_columns", "_train_batch_size", "aux_loss_enabled", "beta",
+               "f_divergence_type", "ld_alpha", "loss_types", "loss_weights",
+               "precompute_ref_logps", "ref_model")
 COLLATORS = (DataCollatorForPreference, DataCollatorForVisionPreference)
 
 
