@@ -98,11 +98,11 @@ def write_results(study: str) -> Path:
 
 def _write_score(name: str) -> Path:
     result = json.loads(_kept_json(name).read_text("utf-8"))
-    rows = [{"metric": e["label"], **dict(zip(("value", "95 % interval"), score.texts(n, e),
-                                              strict=True)), "out of": e["n"]}
-            for n, e in result["metrics"].items()]
+    rows = DataFrame([(e["label"], *score.texts(n, e), e["n"])
+                      for n, e in result["metrics"].items()],
+                     columns=["metric", "value", "95 % interval", "out of"])
     said = score.counted(score.BENCHMARKS[result["benchmark"]], result)
-    return write_section(f"results {name}", "\n\n".join([*said, markdown(DataFrame(rows))]))
+    return write_section(f"results {name}", "\n\n".join([*said, markdown(rows)]))
 
 
 def _picture(study: str, mean: DataFrame, over: str) -> list[str]:
