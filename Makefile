@@ -50,6 +50,7 @@ test: $(VENV)/.report
 # for Gemma 3n's tower.
 families: $(VENV)/.report .torchvision
 	BPO_TORCHVISION=$(CURDIR)/.torchvision $(VENV)/bin/python -m pytest \
+		--numprocesses 2 --dist loadfile \
 		tests/models/test_families.py tests/training/test_packed_families.py $(ARGS)
 
 .torchvision:

@@ -13,6 +13,7 @@ atexit.register(shutil.rmtree, os.environ["HF_HUB_CACHE"], ignore_errors=True)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import importlib.util
 import json
 import subprocess
@@ -44,6 +45,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from bpo.models import checkpoint as checkpoints
 from bpo.study.seeds import torch_generator
 
+gc.freeze()  # what the libraries hold, a million objects: collections need not look at it again
 pytest_plugins = ("helpers.server",)  # its fixtures
 # Fixtures that make or load a model.
 LOADED = {"little_study", "model_folder", "text_folder"}

@@ -187,7 +187,7 @@ def project(tmp_path_factory):
 
 
 LESS_WORK = {"rows": 0, "max_new_tokens": 8, "noise_steps": "[0, 700, 999]", "sampled_answers": 2,
-             "steps": 2, "device_batch": 1, "batch_pairs": 2, "resamples": 100, "questions": 2}
+             "steps": 1, "device_batch": 1, "batch_pairs": 2, "resamples": 100, "questions": 2}
 
 
 def environment(project) -> dict[str, str]:

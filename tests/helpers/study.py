@@ -19,8 +19,9 @@ from helpers import warm
 LITTLE = {"tower_steps": 30, "text_steps": 40, "text_documents": 800, "caption_steps": 20,
           "mixed_steps": 20, "alignment_images": 60, "preference_images": 60,
           "development_images": 12, "test_images": 20, "natural_images": 12,
-          "noise_steps": "[0, 500, 999]", "steps": 4, "save_every": 2, "lora_rank": 4,
-          "resamples": 200, "benchmark_images": 12, "probe_rows": 30}
+          "noise_steps": "[0, 500, 999]", "steps": 4, "save_every": 2, "batch_pairs": 16,
+          "device_batch": 16, "lora_rank": 4, "resamples": 200, "benchmark_images": 12,
+          "probe_rows": 30}
 
 
 def command(*arguments: str, python: str = "") -> list[str]:

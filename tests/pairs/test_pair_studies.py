@@ -18,13 +18,15 @@ from bpo.models.weakening import WEAKENINGS
 def test_a_study_of_pairs_runs_whole(name, outputs, little_study, monkeypatch):
     # The tiny world is the same in all of them: it is read again.
     shutil.copytree(little_study / "0_tiny_world", outputs / name / "0_tiny_world")
-    little = LITTLE | {"batch_pairs": 8, "device_batch": 8, "steps": 2}  # many methods: small steps
+    # Many methods: few questions to each, small steps.
+    little = LITTLE | {"batch_pairs": 8, "device_batch": 8, "steps": 1, "rows": 24,
+                       "noise_rows": 8}
     overrides = [x for n, v in little.items() for x in ("-p", n, str(v))
                  if n not in ("noise_steps", "probe_rows")]
     if name.startswith("tiny-length"):  # what they change is in notebook 2
         overrides += ["-p", "methods", '["bpo"]']
     variants = params.read_study(name)["3_dpo_training"].variants
-    overrides += ["-p", "variants", json.dumps({n: {k: min(x, 2) if k == "steps" else x
+    overrides += ["-p", "variants", json.dumps({n: {k: min(x, 1) if k == "steps" else x
                                                     for k, x in v.items()}
                                                 for n, v in variants.items()})]
     if name == "tiny-selection":  # its pages show what no other study's do
@@ -95,8 +97,8 @@ def test_a_study_beside_the_tiny_one_runs_whole(name, outputs, little_study, mon
     monkeypatch.setattr(__main__, "_execute", without_a_kernel)
     read = params.read_study(name)
     fields = {n for p in read.values() for n in type(p).model_fields}
-    little = LITTLE | ({"text_width": 64} if name == "tiny-large" else {"batch_pairs": 8,
-                                                                        "device_batch": 8})
+    little = LITTLE | {"rows": 24, "noise_rows": 8} | (
+        {"text_width": 64} if name == "tiny-large" else {"batch_pairs": 8, "device_batch": 8})
     overrides = [x for n, v in little.items() if n in fields for x in ("-p", n, str(v))]
     assert __main__.main(["run", name, *overrides]) == 0
     found = {n: json.loads((outputs / name / n / "manifest.json").read_text())["metrics"]

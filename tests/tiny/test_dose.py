@@ -22,8 +22,9 @@ from bpo.tiny import dose
 pytestmark = pytest.mark.study
 
 SMALL = {n: v for n, v in LITTLE.items() if n in DoseResponse.model_fields} | {
-    "text_documents": 700, "tower_steps": 10, "steps": 2, "natural_images": 6, "test_images": 8,
-    "doses": [0.0, 1.0], "repeats": 1, "methods": ["sft_matched", "bpo"]}
+    "text_documents": 700, "tower_steps": 10, "steps": 2, "preference_images": 24,
+    "natural_images": 6, "test_images": 8, "doses": [0.0, 1.0], "repeats": 1,
+    "methods": ["sft_matched", "bpo"]}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,8 @@ def test_each_dose_is_a_study_on_one_world(done):
     p, result, outputs = done
     assert {f.name for f in outputs.iterdir() if f.is_dir()} >= {
         "tiny-dose", "tiny-dose-world0", "tiny-dose-world0-0", "tiny-dose-world0-1"}
+    ran = stages.read_manifest(outputs / "tiny-dose-world0-1/3_dpo_training")["parameters"]
+    assert (ran["batch_pairs"], ran["share"]) == (32, "prompt")  # as those that are stored
     frame = dose.levels(results.read(result.folder))
     assert set(frame["dose"]) == {0, 1} and set(frame["seed"]) == {0}
     assert {"base", "sft_matched", "bpo"} <= set(frame["method"])
@@ -95,13 +98,14 @@ def test_a_method_that_wants_other_settings_is_refused():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_headless(tmp_path):
+def test_the_notebook_runs_headless(done, tmp_path):
+    shutil.copytree(done[2], tmp_path, dirs_exist_ok=True)  # its first world is there already
     given = json.dumps(SMALL | {"repeats": 2})
-    done = subprocess.run(
+    ran = subprocess.run(
         [warm.python(), "-m", "papermill", "--no-progress-bar",
          str(params.ROOT / "notebooks" / f"{DoseResponse.notebook}.ipynb"),
          str(tmp_path / "out.ipynb"), "-y", given], cwd=tmp_path, text=True, capture_output=True,
         env=environment(tmp_path))
-    assert done.returncode == 0, done.stderr
+    assert ran.returncode == 0, ran.stderr
     assert report.failure_message(tmp_path / "out.ipynb") is None
     assert "mean over 2 seeds" in report.headline(tmp_path / "out.ipynb")
