@@ -12,6 +12,7 @@ import threading
 import nbformat
 import pytest
 import yaml
+from helpers import warm
 from helpers.data import picture
 from helpers.lab import Lab, check
 from helpers.models import WORDS, save
@@ -203,7 +204,7 @@ def test_notebooks_and_their_widgets_show_text_and_nothing_else(browser, leaks, 
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     dialogs = []
     page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
-    lab = Lab(tmp_path / "notebooks", study.parent, page)
+    lab = Lab(tmp_path / "notebooks", study.parent, page, python=warm.python())
 
     def harmless(name):
         assert page.evaluate("window.owned") is None, name
