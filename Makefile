@@ -42,15 +42,15 @@ report: $(VENV)/.report
 replicate: $(VENV)/.report
 	$(VENV)/bin/python -m bpo replicate tiny --seeds 100-111 $(ARGS)
 
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.report
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # torchvision has no CPU build, so the tests that take it declare two of its operators first, which
 # is no way to treat a user's environment. Only its Python is used; num2words is for SmolVLM's, timm
 # for Gemma 3n's tower.
 families: $(VENV)/.report .torchvision
-	BPO_TORCHVISION=$(CURDIR)/.torchvision $(VENV)/bin/python -m pytest \
-		--numprocesses 2 --dist loadfile \
+	BPO_TORCHVISION=$(CURDIR)/.torchvision $(PYTEST) \
 		tests/models/test_families.py tests/training/test_packed_families.py $(ARGS)
 
 .torchvision:

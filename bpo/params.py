@@ -140,6 +140,7 @@ Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 EvenCount = Annotated[int, Field(ge=6, multiple_of=2)]
 Resamples = Annotated[int, Field(ge=100, le=100_000)]
+Share = Literal["row", "prompt", "image"]
 NoiseStep = Annotated[int, Field(ge=0, le=999)]
 NoiseSteps = Annotated[list[NoiseStep], Field(min_length=2), AfterValidator(_from_clean_upwards)]
 DISTINCT = Field(min_length=1), AfterValidator(_distinct)
@@ -438,6 +439,13 @@ class PairGeneration(Checkpoint):
             yield "weaken_steps: step 0 is the clean image, which weakens nothing"
 
 
+def _uneven(p: Any) -> Iterator[str]:
+    """What is wrong with the batches of a schema that trains."""
+    if p.batch_pairs % p.device_batch:
+        yield (f"batch_pairs ({p.batch_pairs}) must be a multiple of device_batch "
+               f"({p.device_batch})")
+
+
 class DPOTraining(Checkpoint):
     notebook: ClassVar[str] = "3_dpo_training"
 
@@ -478,7 +486,7 @@ class DPOTraining(Checkpoint):
     packing: Literal["auto", "always", "never"] = field(
         "auto", "the answers to a prompt in one sequence; auto: if the first batch then has the "
         "same loss and gradients")
-    share: Literal["row", "prompt", "image"] = field(
+    share: Share = field(
         "image", "rows that are drawn together, so that what they share stands once: of a prompt, "
         "or of an image (device_batch should hold several); row: none are")
     lora_rank: Count = field(16, "rank of the adapters")
@@ -501,9 +509,7 @@ class DPOTraining(Checkpoint):
             yield from self._misfits(name, changes)
 
     def _without_variants(self) -> Iterator[str]:
-        if self.batch_pairs % self.device_batch:
-            yield (f"batch_pairs ({self.batch_pairs}) must be a multiple of device_batch "
-                   f"({self.device_batch})")
+        yield from _uneven(self)
         if len(self.loss_weights) != len(self.loss):
             yield f"loss_weights: give one weight for each of {', '.join(self.loss)}"
         if "sft_compute" in self.methods and not {"bpo", "sft_matched"} <= set(self.methods):
@@ -630,8 +636,12 @@ class DoseResponse(Worlds):
     test_images: EvenCount = field(400, "counterfactual images for reporting")
     natural_images: EvenCount = field(200, "natural images for reporting")
     steps: Count = field(80, "optimizer steps of every method")
+    batch_pairs: Count = field(32, "pairs (SFT: positives) an optimizer step, in all")
+    device_batch: Count = field(32, "pairs in one forward pass on one device")
+    share: Share = field("prompt", "rows that are drawn together; see notebook 3")
 
     def conflicts(self) -> Iterator[str]:
+        yield from _uneven(self)
         for method in self.methods:
             if method in ("sft_compute", "bpo_own", "bpo_unselected"):
                 yield f"methods: {method} needs settings that this notebook has not"

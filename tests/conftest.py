@@ -45,7 +45,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from bpo.models import checkpoint as checkpoints
 from bpo.study.seeds import torch_generator
 
-gc.freeze()  # what the libraries hold, a million objects: collections need not look at it again
+gc.freeze()  # what the libraries hold: a collection took a quarter of a second for it
 pytest_plugins = ("helpers.server",)  # its fixtures
 # Fixtures that make or load a model.
 LOADED = {"little_study", "model_folder", "text_folder"}

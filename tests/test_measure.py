@@ -19,7 +19,7 @@ def contents(root):
 
 def check(**changed):
     """The exit code of measuring the little study with some parameters changed."""
-    given = LITTLE | {"study": "little"} | changed
+    given = LITTLE | {"study": "little", "batch_pairs": 80, "device_batch": 80} | changed
     return main(["check", "tiny", "--measure",
                  *(x for n, v in given.items() for x in ("-p", n, str(v)))])
 
@@ -36,10 +36,10 @@ def test_every_stage_of_the_little_study_is_measured_beside_it(little_study, out
         "1_noise_probability", "2_pair_generation", "3_dpo_training", "4_qualitative_comparison",
         "5_benchmarks"]
     of = [x for _, x in stages]
-    assert of[0] == "16 of 20 rows, as long as these"
-    assert of[1] == "16 of 120 rows, as long as these"  # a step of notebook 3 takes 16 pairs
-    assert of[2].startswith("3 batches of 16 pairs a method") and "4 steps of 16" in of[2]
-    assert of[3].startswith("16 of 100 rows of counterfactual, 16 of 60 rows of natural, ")
+    assert of[0] == "20 of 20 rows, as long as these"
+    assert of[1] == "80 of 120 rows, as long as these"  # a step of notebook 3 takes 80 pairs
+    assert of[2].startswith("3 batches of 80 pairs a method") and "4 steps of 80" in of[2]
+    assert of[3].startswith("80 of 100 rows of counterfactual, 60 of 60 rows of natural, ")
     assert of[4].startswith("8 questions a benchmark of 208 in all")
     for value in ("true", "false"):
         assert re.search(rf"checkpointing {value}: [\d.,]+ [MG]B, [\d.e-]+ s for a batch", text)

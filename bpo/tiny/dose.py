@@ -34,8 +34,6 @@ from bpo.training import stage as training
 
 # of a stage on a dose, about, for the time left
 SECONDS = (("2_pair_generation", 40), ("3_dpo_training", 80), ("4_qualitative_comparison", 80))
-# what the stored results ran with
-BATCH = {"batch_pairs": 32, "device_batch": 32, "share": "prompt"}
 SLOPES = ("p_prior", "p_true", "chair_i", "cover")
 DOSE_PANELS = {  # (split, metric) -> title
     ("counterfactual", "p_prior"): "P(prior's answer): lower is better\ncounterfactual images",
@@ -116,7 +114,7 @@ def _one_dose(p: DoseResponse, world: str, seed: int, dose: float) -> DataFrame:
                    text_model=f"{place}/language_model",
                    describe_prompt=f"{place}/prompts/describe.txt",
                    question_prompt=f"{place}/prompts/question.txt"))
-    training.run(p.of(DPOTraining, **shared, **BATCH, image_folder=rows, variants={}))
+    training.run(p.of(DPOTraining, **shared, image_folder=rows, variants={}))
     comparison.run(p.of(
         QualitativeComparison, **shared,
         splits={s: f"{place}/{s}/rows.json" for s in ("counterfactual", "natural")},

@@ -14,7 +14,7 @@ import helpers
 import pandas
 import pytest
 from helpers import warm
-from helpers.study import LITTLE
+from helpers.study import FEW_ROWS, LITTLE
 
 from bpo import __main__, params
 from bpo.__main__ import main
@@ -447,7 +447,7 @@ def test_a_replication_that_is_killed_goes_on(tmp_path, little_study):
     shutil.copytree(little_study / "0_tiny_world", tmp_path / study / "0_tiny_world")
     # A study without notebooks 1 and 5, which take as long and say the same about going on.
     little = {n: v for n, v in LITTLE.items() if n not in ("noise_steps", "probe_rows")} | {
-        "methods": "[sft, bpo]", "steps": 2, "rows": 24, "noise_rows": 8}
+        "methods": "[sft, bpo]", "steps": 2} | FEW_ROWS
     overrides = [x for n, v in little.items() for x in ("-p", n, str(v))]
     command = ["-c", REPLICATE, str(Path(helpers.__file__).parents[1]),
                "replicate", study, "--seeds", "2", *overrides]

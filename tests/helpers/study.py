@@ -22,6 +22,7 @@ LITTLE = {"tower_steps": 30, "text_steps": 40, "text_documents": 800, "caption_s
           "noise_steps": "[0, 500, 999]", "steps": 4, "save_every": 2, "batch_pairs": 16,
           "device_batch": 16, "lora_rank": 4, "resamples": 200, "benchmark_images": 12,
           "probe_rows": 30}
+FEW_ROWS = {"rows": 24, "noise_rows": 8}  # for a study with many methods, or one beside another
 
 
 def command(*arguments: str, python: str = "") -> list[str]:

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from helpers.study import LITTLE, command, environment, without_a_kernel
+from helpers.study import FEW_ROWS, LITTLE, command, environment, without_a_kernel
 
 from bpo import __main__, params
 from bpo.models.weakening import WEAKENINGS
@@ -19,15 +19,13 @@ def test_a_study_of_pairs_runs_whole(name, outputs, little_study, monkeypatch):
     # The tiny world is the same in all of them: it is read again.
     shutil.copytree(little_study / "0_tiny_world", outputs / name / "0_tiny_world")
     # Many methods: few questions to each, small steps.
-    little = LITTLE | {"batch_pairs": 8, "device_batch": 8, "steps": 1, "rows": 24,
-                       "noise_rows": 8}
+    little = LITTLE | FEW_ROWS | {"batch_pairs": 8, "device_batch": 8, "steps": 1}
     overrides = [x for n, v in little.items() for x in ("-p", n, str(v))
                  if n not in ("noise_steps", "probe_rows")]
     if name.startswith("tiny-length"):  # what they change is in notebook 2
         overrides += ["-p", "methods", '["bpo"]']
     variants = params.read_study(name)["3_dpo_training"].variants
-    overrides += ["-p", "variants", json.dumps({n: {k: min(x, 1) if k == "steps" else x
-                                                    for k, x in v.items()}
+    overrides += ["-p", "variants", json.dumps({n: v | {"steps": 1}
                                                 for n, v in variants.items()})]
     if name == "tiny-selection":  # its pages show what no other study's do
         done = subprocess.run(command("run", name, *overrides), env=environment(outputs), text=True,
@@ -97,7 +95,7 @@ def test_a_study_beside_the_tiny_one_runs_whole(name, outputs, little_study, mon
     monkeypatch.setattr(__main__, "_execute", without_a_kernel)
     read = params.read_study(name)
     fields = {n for p in read.values() for n in type(p).model_fields}
-    little = LITTLE | {"rows": 24, "noise_rows": 8} | (
+    little = LITTLE | FEW_ROWS | (
         {"text_width": 64} if name == "tiny-large" else {"batch_pairs": 8, "device_batch": 8})
     overrides = [x for n, v in little.items() if n in fields for x in ("-p", n, str(v))]
     assert __main__.main(["run", name, *overrides]) == 0

@@ -383,11 +383,11 @@ def test_a_refusal_of_the_first_process_ends_them_all(parameters, tmp_path):
     assert f"{tmp_path / 'rows.json'}: there is no such file or folder" in done.stderr
 
 
-KILLS = 60
+KILLS = 200
 
 
 @pytest.mark.slow
-def test_sixty_kills_at_any_time_leave_the_bytes_of_a_run_without_one(
+def test_two_hundred_kills_at_any_time_leave_the_bytes_of_a_run_without_one(
         parameters, data_file, outputs, tmp_path):
     entries = json.loads(data_file.read_text())
     (tmp_path / "rows.json").write_text(json.dumps(

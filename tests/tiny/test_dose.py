@@ -40,7 +40,7 @@ def test_each_dose_is_a_study_on_one_world(done):
     assert {f.name for f in outputs.iterdir() if f.is_dir()} >= {
         "tiny-dose", "tiny-dose-world0", "tiny-dose-world0-0", "tiny-dose-world0-1"}
     ran = stages.read_manifest(outputs / "tiny-dose-world0-1/3_dpo_training")["parameters"]
-    assert (ran["batch_pairs"], ran["share"]) == (32, "prompt")  # as those that are stored
+    assert (ran["batch_pairs"], ran["device_batch"], ran["share"]) == (16, 16, "prompt")
     frame = dose.levels(results.read(result.folder))
     assert set(frame["dose"]) == {0, 1} and set(frame["seed"]) == {0}
     assert {"base", "sft_matched", "bpo"} <= set(frame["method"])
@@ -94,7 +94,10 @@ def test_a_slope_is_the_mean_of_each_seed_s_straight_line():
 def test_a_method_that_wants_other_settings_is_refused():
     with pytest.raises(Refusal, match="bpo_own needs settings that this notebook has not"):
         validate(DoseResponse, {"methods": ["bpo_own"]}, where="here")
-    assert params.read_study("tiny-dose")
+    with pytest.raises(Refusal, match=r"batch_pairs \(32\) must be a multiple of device_batch"):
+        validate(DoseResponse, {"device_batch": 20}, where="here")  # before a world is built
+    read = params.read_study("tiny-dose")[DoseResponse.notebook]  # as the stored results had it
+    assert (read.batch_pairs, read.device_batch, read.share) == (32, 32, "prompt")
 
 
 @pytest.mark.slow
