@@ -20,7 +20,7 @@ PAGES = $(wildcard outputs/$(STUDY)/*.html)
 help:
 	@echo "make report     install, run the tiny study, write outputs/tiny/index.html"
 	@echo "make replicate  install, run the tiny study for seeds 100 to 111 (ARGS='--jobs 2': two at once), write outputs/tiny/7_replication.html"
-	@echo "make test       install, run all tests that a CPU can (make test ARGS='-m fast' for the quick ones, under a minute)"
+	@echo "make test       install, run all tests that a CPU can (make test ARGS='-m fast' for the quick ones, about 85 s)"
 	@echo "make families   install torchvision into .torchvision, run the tests of all model families with it, under two minutes"
 	@echo "make vllm       install vLLM for the CPU into .vllm, for the tests with a real server (make test ARGS='-m vllm')"
 	@echo "make lab        install, open the notebooks in JupyterLab"
